@@ -1,0 +1,112 @@
+"""fastsal: second-order saliency and pruning of pre-trained vision models.
+
+Names are loaded when they are first used, so that `import fastsal` and the command line start
+without waiting for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastsal.collection import collect
+    from fastsal.compensation import CompensationReport, compensate
+    from fastsal.criteria import CRITERIA, score
+    from fastsal.errors import (
+        DataError,
+        FactorizationError,
+        FastsalError,
+        FileFormatError,
+        InvalidArgument,
+        MaskError,
+        NonFiniteGradient,
+        PrecisionWarning,
+        UnknownParameter,
+        UnsupportedLayer,
+    )
+    from fastsal.fisher import BlockFisher
+    from fastsal.gradients import per_sample_gradients, select_parameters
+    from fastsal.masks import Masks
+    from fastsal.pruning import PruneResult, prune
+    from fastsal.ranking import rank
+    from fastsal.threads import get_num_threads, set_num_threads
+    from fastsal.transfer import Task, evaluate, fit_heads
+
+_HOME = {
+    "collect": "collection",
+    "CompensationReport": "compensation",
+    "compensate": "compensation",
+    "CRITERIA": "criteria",
+    "score": "criteria",
+    "DataError": "errors",
+    "FactorizationError": "errors",
+    "FastsalError": "errors",
+    "FileFormatError": "errors",
+    "InvalidArgument": "errors",
+    "MaskError": "errors",
+    "NonFiniteGradient": "errors",
+    "PrecisionWarning": "errors",
+    "UnknownParameter": "errors",
+    "UnsupportedLayer": "errors",
+    "BlockFisher": "fisher",
+    "per_sample_gradients": "gradients",
+    "select_parameters": "gradients",
+    "Masks": "masks",
+    "PruneResult": "pruning",
+    "prune": "pruning",
+    "rank": "ranking",
+    "get_num_threads": "threads",
+    "set_num_threads": "threads",
+    "Task": "transfer",
+    "evaluate": "transfer",
+    "fit_heads": "transfer",
+}
+
+__all__ = [
+    "CRITERIA",
+    "BlockFisher",
+    "CompensationReport",
+    "DataError",
+    "FactorizationError",
+    "FastsalError",
+    "FileFormatError",
+    "InvalidArgument",
+    "MaskError",
+    "Masks",
+    "NonFiniteGradient",
+    "PrecisionWarning",
+    "PruneResult",
+    "Task",
+    "UnknownParameter",
+    "UnsupportedLayer",
+    "__version__",
+    "collect",
+    "compensate",
+    "evaluate",
+    "fit_heads",
+    "get_num_threads",
+    "per_sample_gradients",
+    "prune",
+    "rank",
+    "score",
+    "select_parameters",
+    "set_num_threads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from fastsal import _core
+
+        value: Any = _core.build_info()[0]
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f"fastsal.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module 'fastsal' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,63 @@
+"""Types of the compiled core; held to the module by stubtest."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Floats = NDArray[np.float32] | NDArray[np.float64]
+# packed sums, number of weights, samples, kept weights or None for all
+_Parameter = tuple[_Floats, int, float, NDArray[np.bool_] | None]
+# values, failed blocks, sensitivity of each block
+_Inverse = tuple[NDArray[np.float64], list[int], NDArray[np.float64]]
+
+class NonFiniteRowError(ArithmeticError): ...
+class NanScoreError(ArithmeticError): ...
+
+def build_info() -> tuple[str, str, bool]: ...
+def num_threads() -> int: ...
+def set_num_threads(n: int) -> None: ...
+def packed_len(d: int, block_size: int) -> int: ...
+def accumulate(
+    rows: NDArray[np.generic],
+    dtype: str,
+    block_size: int,
+    packed: _Floats,
+    sums: _Floats,
+) -> None: ...
+def check_finite(rows: NDArray[np.generic], dtype: str) -> None: ...
+def blocks(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
+def diagonal(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
+def inverse(
+    parameters: Sequence[_Parameter], block_size: int, damping: float
+) -> list[_Inverse]: ...
+def inverse_diagonal(
+    parameters: Sequence[_Parameter], block_size: int, damping: float
+) -> list[_Inverse]: ...
+def dual_inverse_diagonal(
+    gradients: _Floats,
+    dtype: str,
+    block_size: int,
+    samples: float,
+    kept: NDArray[np.bool_] | None,
+    damping: float,
+) -> _Inverse: ...
+def eliminate(
+    parameters: Sequence[_Parameter],
+    weights: Sequence[NDArray[np.float32]],
+    block_size: int,
+    damping: float,
+) -> list[tuple[NDArray[np.float32], NDArray[np.uint32], list[int]]]: ...
+def compensate(
+    parameters: Sequence[_Parameter],
+    weights: Sequence[NDArray[np.float32]],
+    masks: Sequence[NDArray[np.bool_]],
+    block_size: int,
+    damping: float,
+) -> list[tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.float64], list[int]]]: ...
+def prune_smallest(
+    scores: Sequence[NDArray[np.float32]], k: int, floors: Sequence[int]
+) -> tuple[list[NDArray[np.bool_]], float | None]: ...
+def n_of_m(
+    scores: NDArray[np.float32], shape: tuple[int, int, int], n: int, m: int
+) -> NDArray[np.bool_]: ...

@@ -1,0 +1,38 @@
+"""The command `fastsal`. One file a command; torch is imported only when a command runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import click
+
+from fastsal.cli.demo import demo
+from fastsal.cli.evaluate import evaluate
+from fastsal.cli.group import Group
+from fastsal.cli.prune import prune
+from fastsal.cli.rank import rank
+from fastsal.cli.score import score
+from fastsal.cli.verify import verify
+from fastsal.cli.versions import fastsal_version
+
+__all__ = ["main"]
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(version=fastsal_version(), prog_name="fastsal")
+@click.option("--debug", is_flag=True, envvar="FASTSAL_DEBUG", help="Show tracebacks of errors.")
+def main(debug: bool) -> None:
+    """Second-order saliency and pruning of pre-trained vision models.
+
+    MODEL is a timm name or file.py:function. DATA is a folder with one folder of images per
+    class, or an .npz file with x (uint8 [n, h, w] or [n, h, w, c]) and y.
+    """
+
+
+for _command in (prune, score, rank, evaluate, verify, demo):
+    main.add_command(_command)
+
+if find_spec("fastsal.compensation") is not None:
+    from fastsal.cli.compensate import compensate
+
+    main.add_command(compensate)

@@ -1,0 +1,77 @@
+"""What commands print: tables for people, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_BAR = 20  # characters
+
+
+def emit(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(to_json(value))
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Return strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_plain(value), indent=2, allow_nan=False)
+
+
+def console() -> Console:
+    """Return a console on stdout."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Table:
+    """Return a table of the weights kept in each parameter."""
+    from rich.table import Table
+
+    table = Table(title="Weights kept", title_justify="left", title_style="bold", box=None)
+    table.add_column("parameter", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    for name in ("kept", "of", "%"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, min_width=_BAR)
+    for name, shape in shapes.items():
+        count = math.prod(shape)
+        share = kept[name] / count
+        table.add_row(
+            name,
+            "x".join(map(str, shape)),
+            f"{kept[name]:,}",
+            f"{count:,}",
+            f"{100 * share:.1f}",
+            f"[cyan]{bar(share)}[/cyan][dim]{'·' * (_BAR - len(bar(share)))}[/dim]",
+        )
+    return table
+
+
+def bar(share: float) -> str:
+    """Return a bar of up to 20 characters, in eighths."""
+    eighths = round(min(max(share, 0.0), 1.0) * _BAR * 8)
+    return "█" * (eighths // 8) + ("" if not eighths % 8 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if callable(getattr(value, "item", None)):  # a number of numpy or torch
+        return _plain(value.item())
+    return str(value)

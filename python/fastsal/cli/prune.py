@@ -1,0 +1,140 @@
+"""`fastsal prune`: from a model and images to a folder with the pruned model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastsal.cli import options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastsal.data import Batches
+    from fastsal.masks import Masks
+
+
+@click.command(short_help="Prune a model into a folder.")
+@options.model_options
+@options.ranking_options
+@options.criterion_option("obs-greedy")
+@options.damping_option("auto")
+@options.statistics_options
+@click.option("--test", type=options.PATH, help="Labelled images to measure accuracy on.")
+@click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
+@click.option(
+    "--compensate/--no-compensate",
+    "compensate",
+    default=None,
+    help="Move the kept weights so as to make up for the pruned. [default: with --data]",
+)
+@options.input_options
+@options.run_options
+@options.out_option("DIR", "Folder for the model, its masks and the report.")
+def prune(**given: Any) -> None:
+    """Prune MODEL and write the pruned model, its masks and a report.
+
+    Example: fastsal prune resnet18 --weights pretrained --data images --sparsity 0.7 --out run
+    """
+    from fastsal.cli.output import console, emit, kept_table
+    from fastsal.cli.runfolder import check_target, write_run
+    from fastsal.cli.setup import (
+        Clock,
+        check_test,
+        open_batches,
+        open_model,
+        ranking,
+        set_threads,
+        training_batches,
+    )
+    from fastsal.cli.versions import versions
+    from fastsal.progress import peak_memory, reporter
+    from fastsal.transfer.evaluation import measure
+
+    ranked = ranking(given)
+    check_target(given["out"], given["force"])
+    set_threads(given["threads"])
+    clock = Clock()
+    with clock.step("load"):
+        model, spec = open_model(given)
+        batches = training_batches(given, model, spec)
+        if given["compensate"] is None:
+            given["compensate"] = batches is not None
+        test = given["test"] and open_batches(given, model, spec, given["test"])
+    accuracy: dict[str, Any] = {}
+    if test:
+        check_test(batches, test)
+        with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
+            accuracy["before"] = measure(model, test, report=report)._asdict()
+    with clock.step("prune"):
+        masks, history = _pruned(given, ranked, model, batches)
+    if test:
+        with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
+            accuracy["after"] = measure(model, test, report=report)._asdict()
+    masks.verify(model)
+    peak = peak_memory()
+    arguments = {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")}
+    result = {
+        "command": ["fastsal", *sys.argv[1:]],
+        "arguments": arguments,
+        "versions": versions(),
+        "samples": batches.samples if batches else 0,
+        "sparsity": masks.sparsity,
+        "parameters": {
+            name: {"shape": list(masks.shapes[name]), "kept": masks.kept[name]} for name in masks
+        },
+        "history": history,
+        "accuracy": accuracy,
+        "seconds": clock.seconds,
+        "peak_memory_mib": round(peak / 2**20) if peak else None,
+    }
+    recipe = {"model": given["model"], **ranked}
+    write_run(given["out"], model, masks, recipe, result)
+    if given["as_json"]:
+        emit({**result, "out": str(given["out"])})
+        return
+    screen = console()
+    screen.print(kept_table(masks.kept, masks.shapes))
+    screen.print(f"\n[bold]{_summary(result)}[/bold]")
+    screen.print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _pruned(
+    given: dict[str, Any], ranked: dict[str, Any], model: nn.Module, batches: Batches | None
+) -> tuple[Masks, list[dict[str, Any]]]:
+    """Prune `model` in place."""
+    import fastsal
+    from fastsal.cli.setup import collect_options
+
+    result = fastsal.prune(
+        model,
+        batches,
+        criterion=given["criterion"],
+        damping=given["damping"],
+        compensate=given["compensate"],
+        samples=batches.samples if batches is not None else None,
+        rounds=given["rounds"],
+        **ranked,
+        **collect_options(given),
+    )
+    return result.masks, list(result.history)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    total = sum(_product(p["shape"]) for p in result["parameters"].values())
+    kept = sum(p["kept"] for p in result["parameters"].values())
+    text = f"{kept:,} of {total:,} weights kept, sparsity {result['sparsity']:.4f}"
+    if result["accuracy"]:
+        before, after = result["accuracy"]["before"], result["accuracy"]["after"]
+        text += f"; accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}"
+    seconds = sum(result["seconds"].values())
+    memory = result["peak_memory_mib"]
+    return text + f"; {seconds:.1f} s" + (f", peak {memory} MiB" if memory else "")
+
+
+def _product(shape: list[int]) -> int:
+    import math
+
+    return math.prod(shape)

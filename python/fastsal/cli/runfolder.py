@@ -1,0 +1,115 @@
+"""The folder of a run: `model.safetensors`, `masks.safetensors`, `report.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastsal.cli.output import to_json
+from fastsal.errors import FileFormatError, InvalidArgument
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fastsal.masks import Masks
+
+MODEL, MASKS, REPORT = "model.safetensors", "masks.safetensors", "report.json"
+
+
+def weights_file(path: Path) -> Path:
+    """Return the weights that `path` means: itself, or those of a run's folder."""
+    return _within(path, MODEL) if path.is_dir() else path
+
+
+def masks_file(path: Path) -> Path:
+    """Return the masks that `path` means: itself, or those of a run's folder."""
+    return _within(path, MASKS) if path.is_dir() else path
+
+
+def check_target(folder: Path, force: bool) -> None:
+    """Stop before the work if the run could not be written to `folder`.
+
+    Raises:
+        InvalidArgument: `folder` is a file, cannot be written, or holds something and `force` is
+            not given.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgument(f"out: {folder} is a file; takes a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise InvalidArgument(f"out: {folder} is not empty; give --force to replace its run")
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidArgument(f"out: {folder} cannot be made: {parent} cannot be written")
+
+
+def write_run(
+    folder: Path,
+    model: nn.Module,
+    masks: Masks,
+    recipe: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> None:
+    """Write the three files beside `folder`, then move them in: all of them, or none.
+
+    `report` is written with the sha256 of both tensor files.
+    """
+    from fastsal.models import save_weights
+
+    target = folder.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        save_weights(model, stage / MODEL)
+        masks.save(stage / MASKS, dict(recipe))
+        digests = {name: sha256(stage / name) for name in (MODEL, MASKS)}
+        text = to_json({**report, "sha256": digests}) + "\n"
+        (stage / REPORT).write_text(text, encoding="utf-8")
+        if target.exists():
+            for name in (MODEL, MASKS, REPORT):
+                os.replace(stage / name, target / name)
+        else:
+            os.replace(stage, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def recorded_digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 that a run's report gives for its files; empty without a report.
+
+    Raises:
+        FileFormatError: the report is no JSON object.
+    """
+    path = folder / REPORT
+    if not path.is_file():
+        return {}
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        digests = report.get("sha256", {})
+        return {str(name): str(digest) for name, digest in digests.items()}
+    except (ValueError, AttributeError) as error:
+        raise FileFormatError(f"report: {path} is no report of a run ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _within(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise InvalidArgument(f"{folder} is no folder of a run: it holds no {name}")
+    return path

@@ -1,0 +1,97 @@
+"""`fastsal score`: the saliency of every weight, in a file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from fastsal.cli import options
+from fastsal.errors import InvalidArgument
+
+
+@click.command(short_help="Score every weight; keep the scores in a file.")
+@options.model_options
+@options.criterion_option("block-fisher")
+@options.damping_option("1e-5")
+@options.statistics_options
+@click.option(
+    "--statistics", type=options.PATH, metavar="FILE", help="Use these instead of --data."
+)
+@click.option(
+    "--save-statistics", type=options.PATH, metavar="FILE", help="Keep them for other criteria."
+)
+@options.input_options
+@options.run_options
+@options.out_option("FILE", "The scores, safetensors.")
+def score(**given: Any) -> None:
+    """Score the weights of MODEL and write the scores, float32, under the names of the weights."""
+    from safetensors.torch import save_file
+
+    import fastsal
+    from fastsal.atomic import atomic_path
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.setup import (
+        Clock,
+        collect,
+        open_model,
+        refuse_overwrite,
+        set_threads,
+        training_batches,
+    )
+
+    if given["statistics"] is not None and given["data"] is not None:
+        raise InvalidArgument("statistics: --statistics and --data exclude each other")
+    refuse_overwrite(given["out"], given["force"])
+    if given["save_statistics"] is not None:
+        refuse_overwrite(given["save_statistics"], given["force"])
+    set_threads(given["threads"])
+    clock = Clock()
+    with clock.step("load"):
+        model, spec = open_model(given)
+    fisher = None
+    with clock.step("statistics"):
+        if given["statistics"] is not None:
+            fisher = fastsal.BlockFisher.load(given["statistics"])
+        else:
+            batches = training_batches(given, model, spec)
+            fisher = collect(given, model, batches) if batches is not None else None
+    with clock.step("score"):
+        extra: dict[str, Any] = {}
+        if fisher is None:
+            extra["seed"] = given["seed"]
+            if given["parameters"]:
+                extra["parameters"] = list(given["parameters"])
+        scores = fastsal.score(
+            model, fisher, criterion=given["criterion"], damping=given["damping"], **extra
+        )
+    recipe = {
+        "model": given["model"],
+        "criterion": given["criterion"],
+        "damping": given["damping"],
+        "samples": fisher.samples if fisher is not None else 0,
+    }
+    with atomic_path(given["out"]) as temporary:
+        tensors = {name: value.contiguous() for name, value in scores.items()}
+        save_file(tensors, str(temporary), metadata={"fastsal.scores": json.dumps(recipe)})
+    if given["save_statistics"] is not None and fisher is not None:
+        with atomic_path(given["save_statistics"]) as temporary:
+            fisher.save(temporary)
+    count = sum(value.numel() for value in scores.values())
+    result = {
+        **recipe,
+        "parameters": {name: list(value.shape) for name, value in scores.items()},
+        "weights": count,
+        "seconds": clock.seconds,
+        "out": str(given["out"]),
+    }
+    if given["as_json"]:
+        emit(result)
+        return
+    seconds = sum(clock.seconds.values())
+    console().print(
+        f"{count:,} weights of {len(scores)} parameters scored by {given['criterion']} in "
+        f"{seconds:.1f} s; written to {given['out']}",
+        soft_wrap=True,
+    )

@@ -1,0 +1,149 @@
+"""From a model and images to statistics: one forward and backward pass a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal import _core
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.fisher import BlockFisher
+from fastsal.gradients import GradientEngine, select_parameters
+from fastsal.progress import reporter
+
+Batches = Iterable[Any]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    block_size: int | None = 64,
+    samples: int | None = None,
+    loss: str | Loss = "cross-entropy",
+    labels: str = "true",
+    parameters: str | Sequence[str] | None = None,
+    memory_budget: int | None = None,
+    progress: bool | Callable[[int, int | None], None] = False,
+    seed: int = 0,
+    precision: str = "float32",
+    micro_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+) -> BlockFisher:
+    """Collect the block-diagonal empirical Fisher of a model over images.
+
+    The model is in evaluation mode for it, and is left exactly as it was found.
+
+    Args:
+        model: Takes images `[n, C, H, W]`, puts out logits `[n, classes]` (or what `loss` takes).
+        batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised,
+            `[n]` integer. With `labels="sampled"` the labels may be missing.
+        block_size: Weights of a block; None takes each parameter as one block.
+        samples: Stop after so many; None takes all.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
+        labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
+            softmax, for the true Fisher.
+        parameters: Names or patterns; None takes the weights of Linear and ConvNd.
+        memory_budget: Bytes that the statistics may take.
+        progress: True shows a bar; a function is called with `(samples, total or None)`.
+        seed: Seed of sampled labels.
+        precision: `"float32"` or `"float64"`, in which sums are kept.
+        micro_batch: Samples of one forward and backward pass; None chooses by memory.
+        autocast: Run the passes in this type, `torch.bfloat16` say; sums stay as they are.
+
+    Raises:
+        DataError: No batches, fewer samples than asked for, labels out of range, bad images.
+        NonFiniteGradient: NaN or infinity; names parameter and sample.
+        UnknownParameter: `parameters` matches nothing.
+        UnsupportedLayer: A per-sample gradient cannot be formed.
+    """
+    if samples is not None and samples < 1:
+        raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
+    chosen = select_parameters(model, parameters)
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+    fisher = BlockFisher(shapes, block_size=block_size, precision=precision)
+    _check_budget(fisher, memory_budget)
+    total = 0
+    with (
+        GradientEngine(
+            model,
+            chosen,
+            loss=loss,
+            labels=labels,
+            seed=seed,
+            autocast=autocast,
+            micro_batch=micro_batch,
+        ) as engine,
+        reporter(progress, "statistics") as report,
+    ):
+        for images, targets in as_batches(batches, samples, labels):
+            # A micro-batch at a time, so that an error can name the sample.
+            step = engine.micro_batch
+            for start in range(0, images.shape[0], step):
+                part = slice(start, start + step)
+                some = None if targets is None else targets[part]
+                engine.run(images[part], some, lambda name, rows: fisher._add(name, rows, samples))
+                fisher._count(images[part].shape[0])
+                total += images[part].shape[0]
+                report(total, samples)
+    return fisher
+
+
+def as_batches(
+    batches: Batches, samples: int | None, labels: str = "true"
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Check what users iterate and stop after `samples`.
+
+    Yields:
+        Images `[n, ...]`, n >= 1, and labels `[n]` or None.
+
+    Raises:
+        DataError: No batch, something else than pairs, fewer samples than asked for.
+    """
+    total = 0
+    for number, batch in enumerate(batches):
+        images, targets = _unpack(batch, number, labels)
+        if samples is not None and total + images.shape[0] > samples:
+            images = images[: samples - total]
+            targets = None if targets is None else targets[: samples - total]
+        total += images.shape[0]
+        yield images, targets
+        if total == samples:
+            return
+    if total == 0:
+        raise DataError("batches: is empty; takes at least one batch of (images, labels)")
+    if samples is not None:
+        raise DataError(f"samples: asked for {samples}, but batches gave {total}")
+
+
+def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None]:
+    if isinstance(batch, Tensor) and labels == "sampled":
+        batch = (batch, None)
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise DataError(
+            f"batches: batch {number} is {type(batch).__name__}; takes pairs (images, labels)"
+        )
+    images, targets = batch
+    if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
+        raise DataError(f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1")
+    if targets is not None and not isinstance(targets, Tensor):
+        targets = torch.as_tensor(targets)
+    return images, targets
+
+
+def _check_budget(fisher: BlockFisher, budget: int | None) -> None:
+    if budget is None:
+        return
+    size = 4 if fisher.precision == "float32" else 8
+    needed = 0
+    for p in fisher._parameters.values():
+        needed += size * (_core.packed_len(p.d, p.block_size) + p.d)
+    if needed > budget:
+        raise InvalidArgument(
+            f"memory_budget: the statistics take {needed / 2**20:.0f} MiB, more than "
+            f"{budget / 2**20:.0f} MiB; take fewer parameters or a smaller block_size"
+        )

@@ -1,0 +1,12 @@
+"""Optimal Brain Damage (LeCun et al., 1989, eq. 5), with the empirical Fisher for the Hessian."""
+
+from __future__ import annotations
+
+from fastsal.criteria.registry import Inputs, Scores, criterion
+
+
+@criterion("diag-fisher", needs_fisher=True)
+def diag_fisher(inputs: Inputs) -> Scores:
+    """`θ_j² F_jj / 2`."""
+    diagonal = inputs.fisher.diagonal()
+    return {name: w.square() * diagonal[name] / 2 for name, w in inputs.weights.items()}

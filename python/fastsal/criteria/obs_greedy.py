@@ -1,0 +1,31 @@
+"""Optimal Brain Surgeon, one weight at a time inside each block (Hassibi & Stork, 1993)."""
+
+from __future__ import annotations
+
+import torch
+
+from fastsal import _core
+from fastsal.criteria.block_fisher import raise_failed
+from fastsal.criteria.registry import Inputs, Scores, criterion
+
+
+@criterion("obs-greedy", needs_fisher=True, needs_damping=True)
+def obs_greedy(inputs: Inputs) -> Scores:
+    """Running maximum of the elimination costs of a block up to the weight's turn.
+
+    Remove the weight with the least `θ_j² / (2 [A⁻¹]_jj)`, move the others by
+    `-A⁻¹ e_j θ_j / [A⁻¹]_jj`, strike it from `A⁻¹`, repeat. The running maximum makes one global
+    threshold cut every block at a prefix of its own order.
+
+    Raises:
+        FactorizationError: Blocks are not positive definite in double precision; names them.
+    """
+    parameters, block_size = inputs.fisher._borrow_all(inputs.kept)
+    names = inputs.fisher.names
+    weights = [inputs.weights[name].reshape(-1).float().numpy() for name in names]
+    results = _core.eliminate(parameters, weights, block_size, inputs.damping)
+    scores = {}
+    for name, (values, _, failed) in zip(names, results, strict=True):
+        raise_failed(name, failed, inputs.damping)
+        scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
+    return {name: scores[name] for name in inputs.weights}

@@ -1,0 +1,441 @@
+"""The block-diagonal empirical Fisher of a model's parameters, as sums over samples.
+
+`F_b = (1/N) sum_n g_nb g_nbᵀ` for each block `b` of `B` consecutive weights (row-major). Damping is no
+part of it: one set of statistics serves every `λ`. Sources: Hassibi & Stork (1993); WoodFisher
+(Singh & Alistarh, 2020), section 4, for the blocks.
+
+Axes: n samples, d weights of a parameter, B weights of a block.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsal import _core
+from fastsal.atomic import atomic_path
+from fastsal.errors import (
+    FileFormatError,
+    InvalidArgument,
+    NonFiniteGradient,
+    UnknownParameter,
+)
+from fastsal.statistics import ParameterStatistics, as_rows, is_supported
+
+_FORMAT = "fastsal.BlockFisher"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InverseDiagonal:
+    """`diag(A⁻¹)` of one parameter.
+
+    Attributes:
+        values: `[d]` float64.
+        failed: Blocks that are not positive definite in double precision; NaN in `values`.
+        errors: `[n_blocks]` bound of the relative error of `values` in each block.
+    """
+
+    values: NDArray[np.float64]
+    failed: list[int]
+    errors: NDArray[np.float64]
+
+
+class BlockFisher:
+    """Sums of per-sample gradients of some parameters, cut into blocks.
+
+    Args:
+        shapes: Parameter name to shape.
+        block_size: Weights of a block, `B`; None takes each whole parameter as one block.
+        precision: `"float32"` or `"float64"`, in which sums are kept. Everything computed from
+            them is computed in float64; see `inverse_diagonals` for the error of the sums.
+
+    Raises:
+        InvalidArgument: A shape, the block size or the precision is not taken.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        block_size: int | None = 64,
+        precision: str = "float32",
+    ) -> None:
+        if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
+            raise InvalidArgument(f"block_size: got {block_size!r}; takes 1 or more, or None")
+        if precision not in ("float32", "float64"):
+            raise InvalidArgument(
+                f"precision: got {precision!r}; takes 'float32' or 'float64'"
+            )
+        if not shapes:
+            raise InvalidArgument("shapes: is empty; takes parameter name to shape")
+        for name, shape in shapes.items():
+            if math.prod(shape) < 1 or any(n < 0 for n in shape):
+                raise InvalidArgument(f"shapes: {name!r} has shape {tuple(shape)}, no weights")
+        self._block_size = block_size
+        self._precision = precision
+        self._samples = 0.0
+        # Numbers of rows and of calls, which the rounding of the sums grows with.
+        self._rows_seen = 0
+        dtype = np.dtype(precision)
+        self._parameters = {
+            name: ParameterStatistics.empty(tuple(shape), block_size, dtype)
+            for name, shape in shapes.items()
+        }
+
+    @property
+    def samples(self) -> int | float:
+        """Samples summed; the sum of the weights where statistics were merged with weights."""
+        return int(self._samples) if self._samples.is_integer() else self._samples
+
+    @property
+    def block_size(self) -> int | None:
+        """Weights of a block, or None for whole parameters."""
+        return self._block_size
+
+    @property
+    def precision(self) -> str:
+        """`"float32"` or `"float64"`."""
+        return self._precision
+
+    @property
+    def names(self) -> list[str]:
+        """Parameter names, in order."""
+        return list(self._parameters)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name to shape."""
+        return {name: p.shape for name, p in self._parameters.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the statistics take, in bytes."""
+        return sum(p.nbytes for p in self._parameters.values())
+
+    def __repr__(self) -> str:
+        weights = sum(p.d for p in self._parameters.values())
+        return (
+            f"BlockFisher({len(self._parameters)} parameters, {weights:,} weights, "
+            f"block_size={self._block_size}, samples={self.samples}, {self._precision})"
+        )
+
+    def update(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of some samples, for all parameters.
+
+        Args:
+            gradients: Name to `[n, *shape]`, float32, float16, bfloat16 or float64; all
+                parameters, the same `n >= 1` samples.
+
+        Raises:
+            UnknownParameter: A name is missing or not one of `names`.
+            InvalidArgument: A shape or type does not fit.
+            NonFiniteGradient: NaN or infinity; names parameter and sample. In every case
+                nothing was accumulated.
+        """
+        self._check_names("gradients", gradients)
+        prepared = {}
+        counts = set()
+        for name, value in gradients.items():
+            tensor = torch.as_tensor(value)
+            shape = self._parameters[name].shape
+            if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
+                raise InvalidArgument(
+                    f"gradients: {name!r} has shape {tuple(tensor.shape)}; "
+                    f"takes [n, {', '.join(map(str, shape))}]"
+                )
+            if not is_supported(tensor.dtype):
+                raise InvalidArgument(
+                    f"gradients: {name!r} is {tensor.dtype}; takes float32, float16, bfloat16 "
+                    "or float64"
+                )
+            counts.add(tensor.shape[0])
+            prepared[name] = as_rows(tensor)
+        if len(counts) != 1 or 0 in counts:
+            raise InvalidArgument(
+                f"gradients: got {sorted(counts)} samples; takes the same number, 1 or more, "
+                "for every parameter"
+            )
+        for name, (rows, dtype) in prepared.items():
+            self._named(name, lambda r=rows, t=dtype: _core.check_finite(r, t))
+        for name, (rows, dtype) in prepared.items():
+            self._parameters[name].add(rows, dtype)
+        self._count(counts.pop())
+
+    def blocks(self, name: str) -> Tensor:
+        """Return `F_b` of all blocks, `[n_blocks, B, B]` float64.
+
+        The last block of a parameter may be short; it is padded with zeros.
+        """
+        p = self._packed(name)
+        size = p.block_size
+        dense = _core.blocks(self._borrow(p), size).reshape(-1, size, size)
+        out = torch.from_numpy(dense)
+        missing = (self._block_size or size) - size
+        return torch.nn.functional.pad(out, (0, missing, 0, missing)) if missing else out
+
+    def diagonal(self) -> dict[str, Tensor]:
+        """Return the mean squared gradient of every weight, name to the parameter's shape, float64."""
+        self._check_samples()
+        result = {}
+        for name, p in self._parameters.items():
+            if p.packed is None:
+                rows = p.gradients().astype(np.float64, copy=False)
+                flat = np.einsum("nd,nd->d", rows, rows) / self._samples
+            else:
+                flat = _core.diagonal(self._borrow(p), p.block_size)
+            result[name] = torch.from_numpy(flat).reshape(p.shape)
+        return result
+
+    def mean_gradient(self) -> dict[str, Tensor]:
+        """Return the mean gradient of every weight, name to the parameter's shape, float64."""
+        self._check_samples()
+        return {
+            name: torch.from_numpy(p.sums.astype(np.float64) / self._samples).reshape(p.shape)
+            for name, p in self._parameters.items()
+        }
+
+    def inverse_diagonals(
+        self, damping: float, kept: Mapping[str, Tensor] | None = None
+    ) -> dict[str, InverseDiagonal]:
+        """Return `diag((F_b + λI)⁻¹)` of every parameter, with a bound of its relative error.
+
+        The bound: summed in steps of 64 with unit roundoff `u` (2⁻²⁴ for float32), an entry
+        `F_ij` has an error of at most `ε √(F_ii F_jj)`, `ε = u (√64 + √(N/64))`, with high
+        probability (Higham & Mary, 2019, section 2: independent roundings grow with the root
+        of their number). Such errors move `diag(A⁻¹)` by at most `ε max_i F_ii ‖A⁻¹‖`
+        relatively. Float64 itself adds `B 2⁻⁵³ max_i F_ii ‖A⁻¹‖`.
+
+        Args:
+            damping: `λ`, above zero.
+            kept: Name to mask, True = still in the model when the statistics were collected;
+                other weights take no part.
+
+        Raises:
+            InvalidArgument: `damping` is not a finite number above zero, or there are no samples.
+        """
+        self._check_samples()
+        check_damping(damping)
+        result: dict[str, InverseDiagonal] = {}
+        primal: dict[int | None, list[str]] = {}
+        for name, p in self._parameters.items():
+            if p.packed is None:
+                values, failed, sensitivity = _core.dual_inverse_diagonal(
+                    p.gradients(),
+                    self._precision,
+                    p.block_size,
+                    self._samples,
+                    flat_mask(kept, name),
+                    damping,
+                )
+                errors = sensitivity * (len(p.gradients()) * 2.0**-53)
+                result[name] = InverseDiagonal(values, failed, errors)
+            else:
+                primal.setdefault(self._block_size, []).append(name)
+        for names in primal.values():
+            size = self._block_size or max(self._parameters[n].d for n in names)
+            borrowed = [self._borrow(self._parameters[n], flat_mask(kept, n)) for n in names]
+            inverses = _core.inverse_diagonal(borrowed, size, damping)
+            for name, (values, failed, sensitivity) in zip(names, inverses, strict=True):
+                block = self._parameters[name].block_size
+                errors = sensitivity * (self._sum_error() + block * 2.0**-53)
+                result[name] = InverseDiagonal(values, failed, errors)
+        return {name: result[name] for name in self._parameters}
+
+    def merge(self, other: BlockFisher, weight: float = 1.0) -> None:
+        """Add another's sums times `weight`: more samples, or a mixture of sources.
+
+        Args:
+            other: Statistics of the same parameters and block size. It is left as it is.
+            weight: What one sample of `other` counts, above zero.
+
+        Raises:
+            InvalidArgument: The two do not fit, or the weight is not a finite number above zero.
+        """
+        if not (isinstance(weight, (int, float)) and weight > 0 and math.isfinite(weight)):
+            raise InvalidArgument(f"weight: got {weight!r}; takes a finite number above zero")
+        if other.shapes != self.shapes or other.block_size != self.block_size:
+            raise InvalidArgument(
+                "other: has other parameters, shapes or block size "
+                f"({other!r} into {self!r}); takes statistics of the same model"
+            )
+        for name, p in self._parameters.items():
+            p.merge(other._parameters[name], float(weight))
+        self._samples += float(weight) * other._samples
+        self._rows_seen += other._rows_seen
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a safetensors file, whole or not at all."""
+        from safetensors.numpy import save_file
+
+        tensors = {}
+        for name, p in self._parameters.items():
+            tensors[f"sums:{name}"] = p.sums
+            if p.packed is None:
+                tensors[f"rows:{name}"] = p.gradients()
+            else:
+                tensors[f"packed:{name}"] = p.packed
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "block_size": self._block_size,
+            "precision": self._precision,
+            "samples": self._samples,
+            "rows_seen": self._rows_seen,
+            "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> BlockFisher:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FileFormatError: It is truncated, tampered with, or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"path: there is no file {os.fspath(path)!r}")
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+                if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+                    raise FileFormatError(
+                        f"path: {os.fspath(path)!r} holds no {_FORMAT} of version {_VERSION}"
+                    )
+                fisher = cls(
+                    header["shapes"],
+                    block_size=header["block_size"],
+                    precision=header["precision"],
+                )
+                keys = set(file.keys())
+                for name, p in fisher._parameters.items():
+                    p.sums = _expect(file, f"sums:{name}", (p.d,), p.dtype)
+                    if f"packed:{name}" in keys:
+                        length = _core.packed_len(p.d, p.block_size)
+                        p.packed = _expect(file, f"packed:{name}", (length,), p.dtype)
+                    else:
+                        p.rows = [_expect(file, f"rows:{name}", (None, p.d), p.dtype)]
+                fisher._samples = float(header["samples"])
+                fisher._rows_seen = int(header["rows_seen"])
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, FileFormatError):
+                raise
+            raise FileFormatError(
+                f"path: {os.fspath(path)!r} cannot be read as {_FORMAT}: {error}"
+            ) from error
+        return fisher
+
+    # What follows serves the other modules of the package.
+
+    def _add(self, name: str, gradients: Tensor, expected: int | None) -> None:
+        """Add one parameter's gradients; `_count` follows when all parameters have theirs."""
+        rows, dtype = as_rows(gradients)
+        p = self._parameters[name]
+        self._named(name, lambda: p.add(rows, dtype, expected=expected))
+
+    def _count(self, n: int) -> None:
+        self._samples += n
+        self._rows_seen += n
+
+    def _named(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except _core.NonFiniteRowError as error:
+            row, column, value = error.args
+            at = np.unravel_index(column, self._parameters[name].shape)
+            raise NonFiniteGradient(
+                f"gradients: {name!r} is {value} for sample {self._rows_seen + row} at "
+                f"{[int(i) for i in at]}; takes finite gradients (nothing was accumulated)"
+            ) from None
+
+    def _packed(self, name: str) -> ParameterStatistics:
+        """The statistics of a parameter, folded into blocks without changing what is kept."""
+        if name not in self._parameters:
+            raise UnknownParameter(f"name: {name!r} is none of {_listed(self._parameters)}")
+        self._check_samples()
+        p = self._parameters[name]
+        if p.packed is not None:
+            return p
+        copy = ParameterStatistics(p.shape, p.block_size, p.dtype, p.sums.copy(), None, p.rows)
+        copy.fold()
+        return copy
+
+    def _borrow(
+        self, p: ParameterStatistics, kept: NDArray[np.bool_] | None = None
+    ) -> tuple[NDArray[Any], int, float, NDArray[np.bool_] | None]:
+        """A parameter as the core takes it."""
+        if p.packed is None:
+            raise InvalidArgument("statistics: are not folded")  # a defect of ours
+        return p.packed, p.d, self._samples, kept
+
+    def _borrow_all(
+        self, kept: Mapping[str, Tensor] | None
+    ) -> tuple[list[tuple[NDArray[Any], int, float, NDArray[np.bool_] | None]], int]:
+        """All parameters folded, as the core takes them, and the block size."""
+        self._check_samples()
+        folded = {name: self._packed(name) for name in self._parameters}
+        borrowed = [self._borrow(p, flat_mask(kept, name)) for name, p in folded.items()]
+        return borrowed, self._block_size or max(p.d for p in folded.values())
+
+    def _sum_error(self) -> float:
+        unit = 2.0**-24 if self._precision == "float32" else 2.0**-53
+        return unit * (8 + math.sqrt(self._rows_seen / 64))
+
+    def _check_samples(self) -> None:
+        if self._samples <= 0:
+            raise InvalidArgument("fisher: holds no samples yet; call update or collect first")
+
+    def _check_names(self, argument: str, given: Iterable[str]) -> None:
+        given = set(given)
+        missing = [name for name in self._parameters if name not in given]
+        unknown = sorted(given - self._parameters.keys())
+        if missing or unknown:
+            said = f"misses {_listed(missing)}" if missing else f"has unknown {_listed(unknown)}"
+            raise UnknownParameter(f"{argument}: {said}; takes {_listed(self._parameters)}")
+
+
+def check_damping(damping: float) -> None:
+    """Raise InvalidArgument unless `damping` is a finite number above zero."""
+    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
+    if not (is_number and damping > 0 and math.isfinite(damping)):
+        raise InvalidArgument(f"damping: got {damping!r}; takes a finite number above zero")
+
+
+def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_] | None:
+    """A parameter's mask `[d]` as NumPy, or None."""
+    if masks is None or name not in masks:
+        return None
+    return masks[name].detach().cpu().reshape(-1).contiguous().numpy()
+
+
+def _listed(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(n) for n in names[:most]) + more
+
+
+def _expect(
+    file: Any, key: str, shape: tuple[int | None, ...], dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    array: NDArray[Any] = file.get_tensor(key)
+    fits = len(array.shape) == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, array.shape, strict=True)
+    )
+    if not fits or array.dtype != dtype:
+        raise FileFormatError(
+            f"path: {key!r} is {array.dtype} {array.shape}; the header says {dtype} {shape}"
+        )
+    return array

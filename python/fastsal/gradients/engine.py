@@ -1,0 +1,326 @@
+"""The engine: one forward and one backward pass a micro-batch, rows handed to a sink."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.errors import DataError, InvalidArgument, UnknownParameter
+from fastsal.gradients import losses as checks
+from fastsal.gradients.backward import Pass, Sink
+from fastsal.gradients.capture import Capture
+from fastsal.gradients.fallback import Fallback
+from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.probe import probe
+from fastsal.gradients.selection import select_parameters
+from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
+from fastsal.gradients.workspace import Workspace
+
+# The rows of the largest parameter of one micro-batch stay below this.
+_ROW_BYTES = 128 * 2**20
+_LARGEST_MICRO_BATCH = 64
+
+
+class GradientEngine:
+    """Per-sample gradients of a model, inside a `with` block.
+
+    The model is in evaluation mode and its parameters need no gradients inside the block; both
+    are restored at its end, and `.grad` is never touched.
+
+    Args:
+        model: Module that takes images `[n, ...]`.
+        parameters: Canonical name to parameter, from `select_parameters`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
+        labels: `"true"` takes the labels that come with the images, `"sampled"` draws them from
+            the softmax of the logits.
+        seed: Seed of the labels that are drawn.
+        autocast: Run the model under `torch.autocast` in this dtype.
+        micro_batch: Samples a pass; None chooses by memory.
+
+    Attributes:
+        plan: After the first run, name to the operation whose rule serves it, or to
+            `"torch.func: <reason>"`.
+        samples_seen: Samples handed over so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        loss: str | LossFunction = "cross-entropy",
+        labels: str = "true",
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        if labels not in ("true", "sampled"):
+            raise InvalidArgument(f"labels: takes 'true' or 'sampled', got {labels!r}")
+        if micro_batch is not None and micro_batch < 1:
+            raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise InvalidArgument(
+                f"autocast: takes torch.bfloat16, torch.float16 or None, got {autocast}"
+            )
+        if not parameters:
+            raise InvalidArgument("parameters: there is nothing to differentiate by")
+        owned = dict(model.named_parameters())
+        for name, value in parameters.items():
+            if owned.get(name) is not value:
+                raise UnknownParameter(
+                    f"parameters: {name!r} is not this model's parameter of that name; "
+                    "take them from select_parameters(model)"
+                )
+        self._model = model
+        self._parameters = dict(parameters)
+        self._classify = loss == "cross-entropy"
+        self._loss = checks.resolve_loss(loss)
+        self._sampled = labels == "sampled"
+        self._generator = torch.Generator().manual_seed(seed)
+        self._autocast = autocast
+        self._micro_batch = micro_batch or self._choose_micro_batch()
+        first = next(iter(self._parameters.values()))
+        self._device, self._dtype = first.device, first.dtype
+        self._randomness = PrivateRandomness(self._device)
+        self._workspace = Workspace()
+        self._frozen: FrozenModel | None = None
+        self._fast: dict[str, nn.Parameter] = {}
+        self._fallback: Fallback | None = None
+        self._classes: int | None = None
+        self._operations: dict[str, str] = {}
+        self._samples_last: set[str] = set()
+        self._checkpointed = False
+        self.samples_seen = 0
+
+    def _choose_micro_batch(self) -> int:
+        largest = max(p.numel() * p.element_size() for p in self._parameters.values())
+        return max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
+
+    def __enter__(self) -> GradientEngine:
+        if self._frozen is not None:
+            raise InvalidArgument("GradientEngine: already inside its `with` block")
+        self._frozen = FrozenModel(self._model)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._frozen is not None:
+            self._frozen.restore()
+            self._frozen = None
+        self._workspace.clear()
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of one forward and backward pass."""
+        return self._micro_batch
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """Name to operation or `"torch.func: <reason>"`; empty before the first run."""
+        plan: dict[str, str] = {}
+        for name in self._parameters:
+            if name in self._operations:
+                plan[name] = self._operations[name]
+            elif self._fallback is not None:
+                plan[name] = f"torch.func: {self._fallback.reasons[name]}"
+                if self._fallback.looped is not None:
+                    plan[name] += f" (one sample at a time, after {self._fallback.looped})"
+        return plan
+
+    def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
+        """Hand the per-sample gradients of a batch to a sink.
+
+        Args:
+            images: `[n, C, H, W]`, normalised floating point.
+            labels: `[n]`; may be None with `labels="sampled"`.
+            sink: Called as `sink(name, rows)` once a parameter and micro-batch, during the
+                backward pass. `rows` `[n, *shape]` is contiguous, in the parameter's dtype, and
+                valid during the call only: the memory is used again.
+
+        Returns:
+            The losses `[n]`, float32.
+
+        Raises:
+            DataError: Images or labels cannot be used.
+            NonFiniteGradient: A loss is NaN or infinite; counts samples from the first run on.
+            UnsupportedLayer: A per-sample gradient cannot be formed.
+        """
+        if self._frozen is None:
+            raise InvalidArgument("GradientEngine: run it inside `with engine:`")
+        checks.check_images(images)
+        n = images.shape[0]
+        uniforms: Tensor | None = None
+        if self._sampled:
+            # For the whole batch at once: labels do not depend on the micro-batch.
+            uniforms = torch.rand(n, dtype=torch.float64, generator=self._generator)
+            labels = None
+        else:
+            checks.check_labels(labels, n)
+            if self._classify and labels is not None:
+                checks.check_classes(labels, self._classes, self.samples_seen)
+        with differentiable():
+            images = _usable(images)
+            labels = None if labels is None else _usable(labels)
+            if not self._operations and self._fallback is None:
+                self._probe(images, labels)
+            parts = []
+            for start in range(0, n, self._micro_batch):
+                part = slice(start, min(n, start + self._micro_batch))
+                parts.append(
+                    self._micro(
+                        images[part].to(self._device, self._dtype),
+                        None if labels is None else labels[part].to(self._device),
+                        None if uniforms is None else uniforms[part],
+                        sink,
+                    )
+                )
+        return torch.cat(parts)
+
+    def _forward(self, call: Callable[[], Any]) -> Any:
+        if self._autocast is None:
+            return call()
+        with torch.autocast(self._device.type, dtype=self._autocast):
+            return call()
+
+    def _private(self) -> contextlib.AbstractContextManager[None]:
+        return self._randomness.active(keep=False)
+
+    def _probe(self, images: Tensor, labels: Tensor | None) -> None:
+        pair = images[:2].to(self._device, self._dtype)
+        targets = None if labels is None else labels[:2].to(self._device)
+        if pair.shape[0] == 1:
+            pair = torch.cat([pair, pair])
+            targets = None if targets is None else torch.cat([targets, targets])
+
+        def losses(call: Callable[[], object]) -> Tensor:
+            outputs = self._forward(call)
+            self._check_outputs(outputs, 2)
+            if self._classify and labels is not None:
+                checks.check_classes(labels, self._classes, self.samples_seen)
+            # Any labels do here; those of the generator are for the run itself.
+            target = outputs.detach().argmax(1) if targets is None else targets
+            values = self._loss(outputs, target)
+            checks.check_losses(values, 2)
+            checks.check_finite(values, self.samples_seen)
+            return values
+
+        found = probe(
+            self._model,
+            self._parameters,
+            pair,
+            losses,
+            self._private,
+            coarse=self._autocast is not None,
+        )
+        self._operations, reasons = found.operations, found.reasons
+        self._samples_last, self._checkpointed = found.samples_last, found.checkpointed
+        self._fast = {name: self._parameters[name] for name in found.operations}
+        if reasons:
+            self._fallback = Fallback(
+                self._model,
+                {name: self._parameters[name] for name in reasons},
+                reasons,
+                self._loss,
+                self._fallback_context,
+            )
+
+    @contextlib.contextmanager
+    def _fallback_context(self) -> Iterator[None]:
+        with self._private():
+            if self._autocast is None:
+                yield
+            else:
+                with torch.autocast(self._device.type, dtype=self._autocast):
+                    yield
+
+    def _check_outputs(self, outputs: Any, n: int) -> None:
+        if self._classify or self._sampled:
+            why = "the cross-entropy" if self._classify else "labels='sampled'"
+            self._classes = checks.check_logits(outputs, n, why)
+
+    def _micro(
+        self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
+    ) -> Tensor:
+        n = images.shape[0]
+        hooks = Pass(self._fast, n, sink, self._workspace, self._samples_last)
+        if self._checkpointed:
+            # What is recomputed must need gradients as in the forward pass, where the graph
+            # would otherwise begin at the first tracked layer.
+            images = images.detach().requires_grad_()
+        with self._randomness.active(keep=True):
+            with Capture(self._fast, hooks.on_call):
+                outputs = self._forward(lambda: self._model(images))
+                self._check_outputs(outputs, n)
+                if uniforms is not None:
+                    labels = checks.sample_labels(outputs, uniforms)
+                values = self._loss(outputs, labels)
+            checks.check_losses(values, n)
+            checks.check_finite(values, self.samples_seen)
+            if values.requires_grad:
+                torch.autograd.backward(values.sum())
+        hooks.flush()
+        if self._fallback is not None:
+            if labels is None:
+                raise DataError("labels: None is taken only with labels='sampled'")
+            self._fallback.rows(images.detach(), labels, sink)
+        self.samples_seen += n
+        return values.detach().float()
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    # What was made under inference_mode cannot be saved for a backward pass.
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def per_sample_gradients(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    *,
+    parameters: str | Sequence[str] | None = None,
+    loss: str | LossFunction = "cross-entropy",
+    labels_mode: str = "true",
+    seed: int = 0,
+    autocast: torch.dtype | None = None,
+    micro_batch: int | None = None,
+) -> dict[str, Tensor]:
+    """Return the gradient of each sample's loss, name to `[n, *shape]`.
+
+    Convenient where everything fits into memory; `GradientEngine` hands rows over one parameter
+    at a time. The arguments are those of `GradientEngine` (`labels_mode` is its `labels`) and of
+    `select_parameters`.
+    """
+    selected = select_parameters(model, parameters)
+    checks.check_images(images)
+    with torch.inference_mode(False):
+        result = {
+            name: value.new_empty((images.shape[0], *value.shape), requires_grad=False)
+            for name, value in selected.items()
+        }
+    filled = dict.fromkeys(selected, 0)
+
+    def keep(name: str, rows: Tensor) -> None:
+        start = filled[name]
+        filled[name] = start + rows.shape[0]
+        result[name][start : filled[name]].copy_(rows)
+
+    with GradientEngine(
+        model,
+        selected,
+        loss=loss,
+        labels=labels_mode,
+        seed=seed,
+        autocast=autocast,
+        micro_batch=micro_batch,
+    ) as engine:
+        engine.run(images, labels, keep)
+    return result

@@ -1,0 +1,145 @@
+"""Per-sample gradients without a rule: `torch.func`, and one sample at a time where that fails.
+
+Slower than a rule, and right for any use of a parameter that autograd can differentiate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.overrides import TorchFunctionMode
+
+from fastsal.errors import UnsupportedLayer
+
+# The rows of all fallback parameters of one chunk of samples stay below this.
+_ROW_BYTES = 128 * 2**20
+
+
+class _Inert(TorchFunctionMode):
+    """Changes nothing; an active mode keeps nn.MultiheadAttention off its inference-only path."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Fallback:
+    """Forms rows for some parameters of a model.
+
+    Attributes:
+        reasons: Parameter name to the reason why it has no rule here.
+        looped: The `torch.func` error after which samples are taken one at a time, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        reasons: Mapping[str, str],
+        losses: Callable[[Any, Any], Tensor],
+        context: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        self._model = model
+        self._parameters = dict(parameters)
+        self.reasons = dict(reasons)
+        self._losses = losses
+        self._context = context
+        self.looped: str | None = None
+
+    def rows(self, images: Tensor, labels: Tensor, sink: Callable[[str, Tensor], None]) -> None:
+        """Call `sink(name, rows [n, *shape])`, each parameter once for all samples."""
+        n = images.shape[0]
+        chunk = self._chunk(n)
+        parts: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
+        for start in range(0, n, chunk):
+            part = slice(start, start + chunk)
+            for name, value in self._chunk_rows(images[part], labels[part]).items():
+                parts[name].append(value)
+        for name, values in parts.items():
+            sink(name, values[0] if len(values) == 1 else torch.cat(values))
+            values.clear()
+
+    def _chunk(self, n: int) -> int:
+        size = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        return max(1, min(n, _ROW_BYTES // max(1, size)))
+
+    def _chunk_rows(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.looped is None:
+            try:
+                with self._context(), _Inert():
+                    return self._vmapped(images, labels)
+            except Exception as error:
+                self.looped = _first_line(error)
+        try:
+            with self._context(), _Inert():
+                return self._one_by_one(images, labels)
+        except Exception as error:
+            listed = "; ".join(f"{name}: {why}" for name, why in self.reasons.items())
+            raise UnsupportedLayer(
+                f"no per-sample gradient for {listed}. torch.func failed too: {self.looped}. "
+                f"One sample at a time failed too: {_first_line(error)}"
+            ) from error
+
+    def _loss(self, parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        outputs = functional_call(self._model, parameters, (image.unsqueeze(0),))
+        return self._losses(outputs, label.unsqueeze(0)).sum()
+
+    def _vmapped(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        values = {name: p.detach() for name, p in self._parameters.items()}
+        per_sample = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
+        result: dict[str, Tensor] = per_sample(values, images, labels)
+        return result
+
+    def _one_by_one(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        rows = {
+            name: p.new_zeros((images.shape[0], *p.shape)) for name, p in self._parameters.items()
+        }
+        for i in range(images.shape[0]):
+            image, label = images[i : i + 1], labels[i : i + 1]
+
+            def loss(image: Tensor = image, label: Tensor = label) -> Tensor:
+                return self._losses(self._model(image), label).sum()
+
+            for name, gradient in differentiate(self._model, self._parameters, loss).items():
+                if gradient is not None:
+                    rows[name][i].copy_(gradient)
+        return rows
+
+
+class _Whole(nn.Module):
+    """Runs forward and backward in one call, so that both see the parameters swapped in."""
+
+    def __init__(self, model: nn.Module, value: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._value = value
+
+    def forward(self, *parameters: Tensor) -> tuple[Tensor | None, ...]:
+        value = self._value()
+        if not value.requires_grad:
+            return (None,) * len(parameters)
+        return torch.autograd.grad(value, parameters, allow_unused=True)
+
+
+def differentiate(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], value: Callable[[], Tensor]
+) -> dict[str, Tensor | None]:
+    """Gradient of a scalar, which `value` computes by running the model, as autograd has it.
+
+    By way of copies of the parameters, so that flags and hooks of the caller's stay out of it.
+    """
+    copies = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    swapped: dict[str, Tensor] = {f"model.{name}": copy for name, copy in copies.items()}
+    gradients = functional_call(_Whole(model, value), swapped, tuple(copies.values()))
+    return dict(zip(parameters, gradients, strict=True))
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

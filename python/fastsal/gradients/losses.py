@@ -1,0 +1,116 @@
+"""Per-sample losses, and the checks of images, labels and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsal.errors import DataError, InvalidArgument, NonFiniteGradient
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def resolve_loss(loss: str | LossFunction) -> LossFunction:
+    """Return the function `(outputs, labels) -> [n]` that a `loss` argument stands for."""
+    if callable(loss):
+        return loss
+    if loss != "cross-entropy":
+        raise InvalidArgument(
+            f"loss: takes 'cross-entropy' or a function (outputs, labels) -> [n], got {loss!r}"
+        )
+    return cross_entropy
+
+
+def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each sample, in float32 at least."""
+    return F.cross_entropy(_at_least_float32(outputs), labels, reduction="none")
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def check_images(images: Any) -> None:
+    """Refuse what would be misread rather than fail."""
+    if not isinstance(images, Tensor):
+        raise DataError(f"images: takes a tensor [n, C, H, W], got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise DataError(
+            f"images: takes normalised floating point [n, C, H, W], got {images.dtype}; "
+            "scale and normalise them as the model expects"
+        )
+    if images.dim() < 2:
+        raise DataError(f"images: takes [n, C, H, W], got shape {list(images.shape)}")
+    if images.shape[0] == 0:
+        raise DataError("images: the batch is empty")
+
+
+def check_labels(labels: Any, n: int) -> None:
+    """Check what can be known before the model has run."""
+    if labels is None:
+        raise DataError("labels: None is taken only with labels='sampled'")
+    if not isinstance(labels, Tensor):
+        raise DataError(f"labels: takes a tensor, got {type(labels).__name__}")
+    if labels.dim() == 0 or labels.shape[0] != n:
+        raise DataError(f"labels: takes {n} labels, one an image, got {list(labels.shape)}")
+
+
+def check_classes(labels: Tensor, classes: int | None, offset: int) -> None:
+    """Check class indices: integers `[n]` in `[0, classes)`; None leaves the upper end open."""
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(f"labels: takes integers, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise DataError(f"labels: takes [n] class indices, got shape {list(labels.shape)}")
+    wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        has = "labels start at 0" if classes is None else f"the model has {classes} classes"
+        raise DataError(f"labels: sample {offset + first} has {int(labels[first])}, {has}")
+
+
+def check_logits(outputs: Any, n: int, why: str) -> int:
+    """Check that the outputs are logits `[n, C]`; return C."""
+    if not isinstance(outputs, Tensor):
+        raise InvalidArgument(
+            f"model: {why} takes logits [n, C], the model returns {type(outputs).__name__}; "
+            "pass a wrapper that returns the logits, or a loss function that takes this output"
+        )
+    if outputs.dim() != 2 or outputs.shape[0] != n:
+        raise InvalidArgument(
+            f"model: {why} takes logits [{n}, C], the model returns {list(outputs.shape)}"
+        )
+    return int(outputs.shape[1])
+
+
+def check_losses(losses: Any, n: int) -> None:
+    """Check what a loss function returned."""
+    if not isinstance(losses, Tensor) or tuple(losses.shape) != (n,):
+        came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise InvalidArgument(
+            f"loss: must return one loss a sample, shape [{n}] (reduction='none'), got {came}"
+        )
+    if not losses.is_floating_point():
+        raise InvalidArgument(f"loss: must return floating point, got {losses.dtype}")
+
+
+def check_finite(losses: Tensor, offset: int) -> None:
+    """Raise for the first sample whose loss is NaN or infinite."""
+    wrong = ~torch.isfinite(losses.detach())
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise NonFiniteGradient(
+            f"sample {offset + first}: its loss is {float(losses.detach()[first])}; "
+            "look at this image and at the model's precision"
+        )
+
+
+def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw one label a sample from the softmax of the logits, by inversion of `uniforms` [n]."""
+    # On the CPU in float64, so that a seed means the same labels on every device.
+    cumulative = outputs.detach().to("cpu", torch.float64).softmax(dim=1).cumsum(dim=1)
+    drawn = (cumulative <= uniforms.unsqueeze(1)).sum(dim=1)
+    return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)

@@ -1,0 +1,125 @@
+"""Which parameters are tracked: the default, exact names, and patterns."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from fastsal.errors import InvalidArgument, UnknownParameter
+
+_DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_WILDCARDS = frozenset("*?[")
+
+
+def select_parameters(
+    model: nn.Module, parameters: str | Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Choose the parameters of a model to work on.
+
+    Args:
+        model: Any module.
+        parameters: None takes the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
+            exact names or `fnmatch` patterns; a leading `!` excludes. A pattern chooses among the
+            default weights, and among all parameters only where it matches none of those, so
+            that `"blocks.*"` does not take biases and `"*.in_proj_weight"` still works. An exact
+            name takes any parameter. Exclusions alone start from the default.
+
+    Returns:
+        Canonical name to parameter, in the order of `model.named_parameters()`.
+
+    Raises:
+        UnknownParameter: A name or a pattern matches nothing.
+        InvalidArgument: Nothing is left, or a parameter has no shape yet.
+    """
+    canonical = dict(model.named_parameters())
+    default = _default_names(model, canonical)
+    if parameters is None:
+        chosen = default
+        if not chosen:
+            raise InvalidArgument(
+                "parameters: the model has no weight of nn.Linear or nn.ConvNd; "
+                "name the parameters to take"
+            )
+    else:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        chosen = _match(model, canonical, default, patterns)
+        if not chosen:
+            raise InvalidArgument(f"parameters: {patterns!r} excludes everything it includes")
+    selected = {name: value for name, value in canonical.items() if name in chosen}
+    for name, value in selected.items():
+        if isinstance(value, nn.parameter.UninitializedParameter):
+            raise InvalidArgument(
+                f"parameters: {name!r} is a lazy parameter without a shape; "
+                "run the model on one batch first"
+            )
+        if not value.is_floating_point():
+            raise InvalidArgument(
+                f"parameters: {name!r} is {value.dtype}; only real floating point is taken"
+            )
+    return selected
+
+
+def _default_names(model: nn.Module, canonical: dict[str, nn.Parameter]) -> set[str]:
+    identities: set[int] = set()
+    for prefix, module in model.named_modules():
+        if not isinstance(module, _DEFAULT_LAYERS):
+            continue
+        weight = None if parametrize.is_parametrized(module, "weight") else module.weight
+        if isinstance(weight, nn.Parameter):
+            identities.add(id(weight))
+        else:
+            warnings.warn(
+                f"the weight of {prefix or 'the model'!r} ({type(module).__name__}) is computed "
+                "from other tensors (a parametrization) and is not selected",
+                UserWarning,
+                stacklevel=4,
+            )
+    return {name for name, value in canonical.items() if id(value) in identities}
+
+
+def _match(
+    model: nn.Module,
+    canonical: dict[str, nn.Parameter],
+    default: set[str],
+    patterns: list[str],
+) -> set[str]:
+    first_name = {id(value): name for name, value in canonical.items()}
+    # A shared parameter may be asked for by any of its names.
+    names = {
+        name: first_name[id(value)]
+        for name, value in model.named_parameters(remove_duplicate=False)
+    }
+    included: set[str] = set()
+    excluded: set[str] = set()
+    only_exclusions = True
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InvalidArgument(
+                f"parameters: takes names and patterns, got {type(pattern).__name__}"
+            )
+        exclude = pattern.startswith("!")
+        body = pattern[1:] if exclude else pattern
+        if body in names:
+            hits = {names[body]}
+        elif _WILDCARDS.isdisjoint(body):
+            hits = set()
+        else:
+            every = {full for name, full in names.items() if fnmatchcase(name, body)}
+            hits = every if exclude else (every & default or every)
+        if not hits:
+            close = difflib.get_close_matches(body, names, n=3, cutoff=0.4)
+            hint = f"; close: {', '.join(close)}" if close else ""
+            raise UnknownParameter(
+                f"parameters: {pattern!r} matches no parameter of the model{hint}"
+            )
+        if exclude:
+            excluded |= hits
+        else:
+            only_exclusions = False
+            included |= hits
+    return (default if only_exclusions else included) - excluded

@@ -1,0 +1,33 @@
+"""Scratch memory that is kept between layers and batches: fresh pages cost more than the sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """One growing buffer per purpose, device and dtype; a new request overwrites the last one."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, purpose: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return an uninitialised contiguous tensor of this shape, on the device of `like`."""
+        size = math.prod(shape)
+        key = (purpose, like.device, like.dtype)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            # Free the old buffer before the larger one is made.
+            self._buffers.pop(key, None)
+            buffer = None
+            buffer = torch.empty(size, device=like.device, dtype=like.dtype)
+            self._buffers[key] = buffer
+        return buffer[:size].view(tuple(shape))
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self._buffers.clear()

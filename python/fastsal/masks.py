@@ -1,0 +1,192 @@
+"""Masks: which weights are kept, applied, proven and stored.
+
+True = kept. On file a mask is packed bits with the recipe that made it and a digest, so that a
+file of another model, a truncated or a changed one is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastsal.atomic import atomic_path
+from fastsal.errors import FileFormatError, InvalidArgument, MaskError
+
+_FORMAT = "fastsal.Masks"
+_VERSION = 1
+
+
+class Masks(Mapping[str, Tensor]):
+    """Name to boolean tensor of the parameter's shape, True = kept.
+
+    Args:
+        masks: Name to mask; boolean, or any type with zeros for pruned weights.
+        recipe: How they came about; anything that JSON holds.
+
+    Raises:
+        InvalidArgument: There is no mask, or one is empty.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, Tensor], recipe: Mapping[str, Any] | None = None
+    ) -> None:
+        if not masks:
+            raise InvalidArgument("masks: is empty; takes name to boolean tensor")
+        self._masks = {n: torch.as_tensor(m).detach().cpu().bool() for n, m in masks.items()}
+        empty = [name for name, m in self._masks.items() if m.numel() == 0]
+        if empty:
+            raise InvalidArgument(f"masks: {empty[0]!r} is empty; takes the parameter's shape")
+        self.recipe: dict[str, Any] = dict(recipe or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return (
+            f"Masks({len(self)} parameters, {sum(self.kept.values()):,} of {self.total:,} weights "
+            f"kept, sparsity {self.sparsity:.4f})"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Masks) or self.shapes != other.shapes:
+            return False
+        return all(torch.equal(self[name], other[name]) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: tuple(m.shape) for name, m in self._masks.items()}
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Name to number of kept weights."""
+        return {name: int(m.sum()) for name, m in self._masks.items()}
+
+    @property
+    def total(self) -> int:
+        """Number of weights, kept and pruned."""
+        return sum(m.numel() for m in self._masks.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of weights that are pruned."""
+        return 1 - sum(self.kept.values()) / self.total
+
+    def apply(self, model: nn.Module) -> None:
+        """Set the pruned weights of a model to zero, in place.
+
+        Raises:
+            MaskError: The model lacks a parameter or has it in another shape; nothing is changed.
+        """
+        parameters = self._parameters(model)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                # Not a product: zero times infinity is not zero.
+                parameter.masked_fill_(~self[name].to(parameter.device), 0)
+
+    def verify(self, model: nn.Module) -> None:
+        """Prove that every pruned weight of a model is exactly zero.
+
+        Raises:
+            MaskError: Some are not (names the parameter and counts them), or the model does not
+                fit the masks.
+        """
+        for name, parameter in self._parameters(model).items():
+            alive = (parameter.detach() != 0) & ~self[name].to(parameter.device)
+            count = int(alive.sum())
+            if count:
+                at = [int(i) for i in alive.nonzero()[0]]
+                raise MaskError(
+                    f"model: {count} pruned weights of {name!r} are not zero, the first at {at}"
+                )
+
+    def save(self, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None = None) -> None:
+        """Write packed bits and the recipe to a safetensors file, whole or not at all.
+
+        Args:
+            path: The file.
+            recipe: Added to `self.recipe`.
+        """
+        from safetensors.numpy import save_file
+
+        bits = {name: np.packbits(m.reshape(-1).numpy()) for name, m in self._masks.items()}
+        header = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "recipe": {**self.recipe, **(recipe or {})},
+        }
+        header["digest"] = _digest(header, bits)
+        with atomic_path(path) as temporary:
+            save_file(bits, temporary, metadata={"fastsal": json.dumps(header)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FileFormatError: It is truncated, tampered with, or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        shown = repr(os.fspath(path))
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"path: there is no file {shown}")
+        try:
+            with safe_open(os.fspath(path), framework="np") as file:
+                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+                if header.get("format") != _FORMAT or header.get("version") != _VERSION:
+                    raise FileFormatError(
+                        f"path: {shown} holds no masks of version {_VERSION} of this format"
+                    )
+                shapes = header["shapes"]
+                bits = {name: file.get_tensor(name) for name in shapes}
+                if set(file.keys()) != set(shapes) or _digest(header, bits) != header["digest"]:
+                    raise FileFormatError(f"path: {shown} was changed after it was written")
+        except FileFormatError:
+            raise
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise FileFormatError(f"path: {shown} cannot be read as masks: {error}") from error
+        masks = {}
+        for name, shape in shapes.items():
+            flat = np.unpackbits(bits[name], count=math.prod(shape))
+            masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
+        return cls(masks, header["recipe"])
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        owned = dict(model.named_parameters(remove_duplicate=False))
+        for name, shape in self.shapes.items():
+            if name not in owned:
+                raise MaskError(f"model: has no parameter {name!r}; these masks are of another model")
+            if tuple(owned[name].shape) != shape:
+                raise MaskError(
+                    f"model: parameter {name!r} has shape {tuple(owned[name].shape)}, its mask "
+                    f"{shape}; these masks are of another model"
+                )
+        return {name: owned[name] for name in self}
+
+
+def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
+    """SHA-256 of shapes, recipe and bits."""
+    told = json.dumps([header["shapes"], header["recipe"]], sort_keys=True)
+    digest = hashlib.sha256(told.encode())
+    for name in sorted(bits):
+        digest.update(name.encode() + b"\0" + np.ascontiguousarray(bits[name]).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""One way to tell how far a long loop is: a bar, plain lines, a callback, or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from fastsal.errors import InvalidArgument
+
+Report = Callable[[int, int | None], None]
+_LINE_EVERY = 10.0  # seconds between two plain lines
+
+
+@contextlib.contextmanager
+def reporter(progress: bool | Report, description: str) -> Iterator[Report]:
+    """Give a function `report(done, total)` to call as a loop goes on.
+
+    Args:
+        progress: True shows a bar on stderr, or a line now and then where stderr is no terminal;
+            False shows nothing; a function is called itself.
+        description: what is being done, a word or two.
+
+    Yields:
+        `report(done, total)`: samples done so far, and samples in all or None.
+
+    Raises:
+        InvalidArgument: `progress` is something else.
+    """
+    if callable(progress):
+        yield progress
+    elif progress is False:
+        yield _nothing
+    elif progress is True:
+        shown = _bar(description) if sys.stderr.isatty() else _lines(description)
+        with shown as report:
+            yield report
+    else:
+        raise InvalidArgument(
+            f"progress: got {progress!r}; takes True, False or a function of (done, total)"
+        )
+
+
+def peak_memory() -> int | None:
+    """Return the most memory that this process has held, in bytes; None where not known."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _nothing(done: int, total: int | None) -> None:
+    """Report nothing."""
+
+
+@contextlib.contextmanager
+def _lines(description: str) -> Iterator[Report]:
+    """Write a line to stderr every few seconds, and one at the end if the loop took as long."""
+    start = last = time.monotonic()
+    state: tuple[int, int | None] = (0, None)
+    written = False
+
+    def write() -> None:
+        nonlocal written
+        done, total = state
+        seconds = time.monotonic() - start
+        rate = done / seconds if seconds > 0 else 0.0
+        left = f", {_clock((total - done) / rate)} left" if total and rate and done < total else ""
+        of = f"/{total}" if total else ""
+        text = f"{description}: {done}{of} samples, {rate:.0f}/s, {_clock(seconds)}{left}{_peak()}"
+        print(text, file=sys.stderr, flush=True)
+        written = True
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal last, state
+        state = (done, total)
+        now = time.monotonic()
+        if now - last >= _LINE_EVERY:
+            last = now
+            write()
+
+    yield report
+    if written:
+        write()
+
+
+@contextlib.contextmanager
+def _bar(description: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[rate]}", style="cyan"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        Remaining(),
+        TextColumn("{task.fields[peak]}", style="dim"),
+        console=Console(stderr=True),
+    )
+    start = time.monotonic()
+    with bar:
+        task = bar.add_task(description, total=None, count="", rate="", peak="")
+
+        def report(done: int, total: int | None) -> None:
+            seconds = max(time.monotonic() - start, 1e-9)
+            bar.update(
+                task,
+                completed=done,
+                total=total,
+                count=f"{done}/{total}" if total else f"{done}",
+                rate=f"{done / seconds:.0f} samples/s",
+                peak=_peak().removeprefix(", "),
+            )
+
+        yield report
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _peak() -> str:
+    most = peak_memory()
+    return f", peak {most / 2**20:.0f} MiB" if most else ""

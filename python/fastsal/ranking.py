@@ -1,0 +1,182 @@
+"""From scores to masks: how many weights go, and where.
+
+The count is exact: `round(sparsity * d)` weights go, over all parameters (`"global"`) or in each.
+Among equal scores the first in the order of parameters and positions go.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastsal import _core
+from fastsal.errors import InvalidArgument
+from fastsal.masks import Masks
+
+SCOPES = ("global", "layer", "erk")
+
+
+def rank(
+    scores: Mapping[str, Tensor],
+    sparsity: float | None = None,
+    scope: str = "global",
+    pattern: str | None = None,
+    floor: float = 0.0,
+) -> Masks:
+    """Turn scores into masks.
+
+    Args:
+        scores: Name to scores, low = prune first, of any shapes; floating point, no NaN.
+        sparsity: Fraction of weights that go, in `[0, 1]`. With a pattern it may be left out.
+        scope: `"global"`: one threshold over all parameters; `"layer"`: the same fraction of
+            each; `"erk"`: Erdős-Rényi kernel densities (Evci et al. 2020, RigL, section 3),
+            proportional to the sum of a parameter's dimensions over their product.
+        pattern: `"N:M"`: the N best of every M along the input axis (axis 1) are kept; a short
+            last group of r keeps `ceil(r N / M)`. It fixes the sparsity; `scope` is not used.
+        floor: Least kept fraction of any parameter, rounded up to whole weights.
+
+    Returns:
+        The masks; `masks.recipe` says how they came about.
+
+    Raises:
+        InvalidArgument: A fraction outside `[0, 1]`, a sparsity that the floor does not allow,
+            an unknown scope or pattern, scores that are empty or NaN.
+    """
+    _check_fraction("floor", floor)
+    if scope not in SCOPES:
+        raise InvalidArgument(f"scope: got {scope!r}; takes {', '.join(map(repr, SCOPES))}")
+    flat = _flat(scores)
+    recipe: dict[str, object] = {"scope": scope, "floor": floor}
+    if pattern is not None:
+        n, m = _parse(pattern)
+        _check_pattern_sparsity(sparsity, n, m)
+        if floor > n / m:
+            raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {n / m:g} of a parameter")
+        recipe = {"pattern": pattern}
+        kept = {}
+        for name, values in flat.items():
+            kept[name] = _core.n_of_m(values.numpy(), _axes(scores[name]), n, m)
+    else:
+        if sparsity is None:
+            raise InvalidArgument("sparsity: is missing; takes a fraction from 0 to 1")
+        _check_fraction("sparsity", sparsity)
+        recipe["sparsity"] = sparsity
+        sizes = {name: values.numel() for name, values in flat.items()}
+        floors = {name: math.ceil(floor * size) for name, size in sizes.items()}
+        if scope == "global":
+            count = round(sparsity * sum(sizes.values()))
+            _check_floor(sparsity, floor, count, sum(sizes.values()) - sum(floors.values()))
+            arrays = [values.numpy() for values in flat.values()]
+            needed = list(floors.values()) if floor > 0 else []
+            masks, threshold = _core.prune_smallest(arrays, count, needed)
+            kept = dict(zip(flat, masks, strict=True))
+            recipe["threshold"] = threshold
+        else:
+            counts = (
+                {name: round(sparsity * size) for name, size in sizes.items()}
+                if scope == "layer"
+                else _erk(scores, sparsity, floors)
+            )
+            kept = {}
+            for name, values in flat.items():
+                most = sizes[name] - floors[name]
+                _check_floor(sparsity, floor, counts[name], most)
+                kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
+    masks_ = {
+        name: torch.from_numpy(mask).reshape(scores[name].shape) for name, mask in kept.items()
+    }
+    return Masks(masks_, recipe)
+
+
+def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not scores:
+        raise InvalidArgument("scores: is empty; takes name to tensor")
+    flat = {}
+    for name, values in scores.items():
+        tensor = torch.as_tensor(values).detach().cpu()
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            raise InvalidArgument(
+                f"scores: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; takes "
+                "floating point tensors that are not empty"
+            )
+        single = tensor.float().reshape(-1).contiguous()
+        nan = torch.isnan(single)
+        if bool(nan.any()):
+            at = int(nan.nonzero()[0])
+            raise InvalidArgument(f"scores: {name!r} is NaN at position {at}; takes numbers")
+        flat[name] = single
+    return flat
+
+
+def _erk(scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int]) -> dict[str, int]:
+    """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1."""
+    sizes = {name: values.numel() for name, values in scores.items()}
+    total = sum(sizes.values())
+    keep = total - round(sparsity * total)
+    raw = {name: sum(values.shape) / values.numel() for name, values in scores.items()}
+    dense: set[str] = set()
+    while True:
+        share = sum(raw[n] * sizes[n] for n in sizes if n not in dense)
+        left = keep - sum(sizes[n] for n in dense)
+        epsilon = max(left, 0) / share if share else 0.0
+        over = {n for n in sizes if n not in dense and epsilon * raw[n] > 1}
+        if not over:
+            break
+        dense |= over
+    wanted = {
+        n: float(sizes[n]) if n in dense else epsilon * raw[n] * sizes[n] for n in sizes
+    }
+    kept = {n: max(min(sizes[n], int(wanted[n])), min(floors[n], sizes[n])) for n in sizes}
+    # Largest remainders make the count exact; floors may have taken more than their share.
+    order = sorted(sizes, key=lambda n: wanted[n] - int(wanted[n]), reverse=True)
+    missing = keep - sum(kept.values())
+    while missing:
+        step = 1 if missing > 0 else -1
+        movable = [n for n in order if floors[n] <= kept[n] + step <= sizes[n] and kept[n] + step >= 0]
+        if not movable:
+            raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")
+        for n in movable[: abs(missing)]:
+            kept[n] += step
+        missing = keep - sum(kept.values())
+    return {n: sizes[n] - kept[n] for n in sizes}
+
+
+def _axes(scores: Tensor) -> tuple[int, int, int]:
+    """`[outer, width, inner]` around the input axis; a vector is one row."""
+    if scores.dim() < 2:
+        return 1, scores.numel(), 1
+    return scores.shape[0], scores.shape[1], math.prod(scores.shape[2:])
+
+
+def _parse(pattern: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+):(\d+)", str(pattern).strip())
+    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 0 < n <= m:
+        raise InvalidArgument(f"pattern: got {pattern!r}; takes 'N:M' with 0 < N <= M, as '2:4'")
+    return n, m
+
+
+def _check_pattern_sparsity(sparsity: float | None, n: int, m: int) -> None:
+    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
+        raise InvalidArgument(
+            f"sparsity: got {sparsity} with pattern {n}:{m}, which fixes it to {1 - n / m:g}; "
+            "leave one of them out"
+        )
+
+
+def _check_fraction(name: str, value: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 <= value <= 1):
+        raise InvalidArgument(f"{name}: got {value!r}; takes a fraction from 0 to 1")
+
+
+def _check_floor(sparsity: float, floor: float, count: int, most: int) -> None:
+    if count > most:
+        raise InvalidArgument(
+            f"sparsity: {sparsity} would prune {count} weights, but floor={floor} leaves "
+            f"only {max(most, 0)} to prune"
+        )

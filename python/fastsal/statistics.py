@@ -1,0 +1,154 @@
+"""The sums of one parameter: packed blocks, or the gradients themselves while they are few.
+
+Axes: n samples, d weights of the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsal import _core
+
+Array = NDArray[Any]
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def as_rows(gradients: Tensor) -> tuple[Array, str]:
+    """Return `[n, d]` memory of gradients `[n, ...]` on the CPU, and the name of its type.
+
+    A contiguous CPU tensor is not copied. NumPy has no bfloat16: 16-bit types travel as uint16.
+    """
+    rows = gradients.detach().cpu()
+    rows = rows.reshape(rows.shape[0], -1)
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        rows = rows.contiguous()
+    name = _DTYPES[rows.dtype]
+    if rows.element_size() == 2:
+        rows = rows.view(torch.uint16)
+    return rows.numpy(), name
+
+
+def is_supported(dtype: torch.dtype) -> bool:
+    """Whether gradients of this type are taken."""
+    return dtype in _DTYPES
+
+
+@dataclass
+class ParameterStatistics:
+    """Sums over samples of one parameter's gradients.
+
+    Up to `(B + 1) / 2` samples the gradients themselves take less memory than the packed blocks
+    (and serve the dual form, for blocks wider than the samples are many); they are folded into
+    blocks when more come.
+
+    Attributes:
+        shape: The parameter's shape.
+        block_size: Weights of a block, at most `d`.
+        dtype: float32 or float64, of everything kept.
+        sums: `sum_n g_n` `[d]`.
+        packed: `sum_n g_nb g_nbᵀ` of all blocks, upper triangles by rows, or None.
+        rows: Gradients that are not in `packed`, each `[n, d]`.
+    """
+
+    shape: tuple[int, ...]
+    block_size: int
+    dtype: np.dtype[Any]
+    sums: Array
+    packed: Array | None = None
+    rows: list[Array] = field(default_factory=list)
+
+    @classmethod
+    def empty(
+        cls, shape: tuple[int, ...], block_size: int | None, dtype: np.dtype[Any]
+    ) -> ParameterStatistics:
+        """Return the sums of no samples; `block_size` None is the whole parameter."""
+        d = math.prod(shape)
+        block = d if block_size is None else min(block_size, d)
+        return cls(shape, max(1, block), dtype, np.zeros(d, dtype))
+
+    @property
+    def d(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def limit(self) -> int:
+        """The most gradients that take no more memory than the packed blocks."""
+        return (self.block_size + 1) // 2
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the sums take."""
+        packed = 0 if self.packed is None else self.packed.nbytes
+        return packed + self.sums.nbytes + sum(rows.nbytes for rows in self.rows)
+
+    def add(self, rows: Array, dtype: str, *, expected: int | None = None) -> None:
+        """Add gradients `[n, d]`; `expected` is the number of samples to come in all, if known.
+
+        Raises:
+            _core.NonFiniteRowError: NaN or infinity; the sums may hold part of the rows.
+        """
+        if self.packed is None and max(self._held() + len(rows), expected or 0) <= self.limit:
+            _core.check_finite(rows, dtype)
+            # A copy: the memory belongs to the caller.
+            self.rows.append(_converted(rows, dtype, self.dtype))
+            self.sums += self.rows[-1].sum(axis=0, dtype=np.float64).astype(self.dtype)
+            return
+        _core.accumulate(rows, dtype, self.block_size, self.fold(), self.sums)
+
+    def fold(self) -> Array:
+        """Turn kept gradients into packed blocks; returns the blocks."""
+        if self.packed is None:
+            # Zeros that nobody has touched take no memory yet.
+            self.packed = np.zeros(_core.packed_len(self.d, self.block_size), self.dtype)
+        for rows in self.rows:
+            counted = np.zeros_like(self.sums)  # `sums` holds these rows already
+            _core.accumulate(rows, rows.dtype.name, self.block_size, self.packed, counted)
+        self.rows = []
+        return self.packed
+
+    def merge(self, other: ParameterStatistics, weight: float) -> None:
+        """Add another's sums times `weight`; the other is left as it is."""
+        scale = self.dtype.type(weight)
+        self.sums += scale * other.sums.astype(self.dtype, copy=False)
+        root = self.dtype.type(math.sqrt(weight))
+        rows = [root * rows.astype(self.dtype, copy=False) for rows in other.rows]
+        both_dual = self.packed is None and other.packed is None
+        if both_dual and self._held() + other._held() <= self.limit:
+            self.rows += rows
+            return
+        self.rows += rows
+        packed = self.fold()
+        if other.packed is not None:
+            packed += scale * other.packed.astype(self.dtype, copy=False)
+
+    def gradients(self) -> Array:
+        """All kept gradients as one array `[n, d]`."""
+        if len(self.rows) != 1:
+            empty = [np.zeros((0, self.d), self.dtype)]
+            self.rows = [np.concatenate(self.rows or empty)]
+        return self.rows[0]
+
+    def _held(self) -> int:
+        return sum(len(rows) for rows in self.rows)
+
+
+def _converted(rows: Array, dtype: str, to: np.dtype[Any]) -> Array:
+    if dtype == "bfloat16":
+        return (rows.astype(np.uint32) << 16).view(np.float32).astype(to)
+    if dtype == "float16":
+        return rows.view(np.float16).astype(to)
+    return rows.astype(to)

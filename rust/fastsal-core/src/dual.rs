@@ -1,0 +1,236 @@
+//! The dual form: `diag(A⁻¹)` from the gradients themselves, for blocks wider than there are samples.
+//!
+//! With `G` `[N, B]` the gradients of a block and `s` the number of samples,
+//! `A = GᵀG / s + λI` and, by Woodbury, `diag(A⁻¹) = (1 - diag(Gᵀ (sλI + GGᵀ)⁻¹ G)) / λ`: an `[N, N]` matrix
+//! instead of a `[B, B]` one. With `sλI + GGᵀ = UᵀU` the inner diagonal is the column sums of squares of
+//! `U⁻ᵀG`. All in double precision.
+
+use rayon::prelude::*;
+
+use crate::dense::{cholesky, subtract_row, zeros, Scratch};
+use crate::error::{check_length, Error, Result};
+use crate::factor::{check_damping, Report};
+use crate::gram::{add_gram, padded, CHUNK};
+use crate::layout::{row_base, triangle, Layout};
+use crate::parallel;
+use crate::rows::Rows;
+use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+
+/// Parts in which a block's columns are summed; fixed, so that sums do not depend on the threads.
+const PARTS: usize = 16;
+/// Columns that are solved together, a few vectors of each row.
+const STRIP: usize = 64;
+
+/// `diag(A⁻¹)` of every block into `out` (`[d]`); `kept` as in [`crate::factor::Statistics`].
+///
+/// # Errors
+/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
+pub fn inverse_diagonal<T: Real + crate::Element>(
+    layout: Layout,
+    rows: Rows<'_, T>,
+    samples: f64,
+    kept: Option<&[bool]>,
+    damping: f64,
+    out: &mut [f64],
+) -> Result<Report> {
+    check_length("rows", rows.d(), layout.len)?;
+    check_length("out", out.len(), layout.len)?;
+    if let Some(kept) = kept {
+        check_length("kept", kept.len(), layout.len)?;
+    }
+    check_damping(damping)?;
+    if !(samples > 0.0 && samples.is_finite()) {
+        let got = samples.to_string();
+        return Err(Error::Value { what: "samples", got, expected: "a number above zero" });
+    }
+    let is_kept = |column: usize| kept.is_none_or(|k| k[column]);
+    let isa = Isa::best();
+    let blocks: Vec<Option<f64>> = parallel::run(|| {
+        out.par_chunks_mut(layout.block)
+            .enumerate()
+            .map_init(Scratch::default, |scratch, (b, out)| {
+                let block = Block { rows, first: b * layout.block, is_kept: &is_kept };
+                block.inverse_diagonal(isa, samples, damping, out, scratch)
+            })
+            .collect()
+    });
+    let failed = blocks.iter().enumerate().filter(|(_, s)| s.is_none()).map(|(b, _)| b).collect();
+    let sensitivity = blocks.iter().map(|s| s.unwrap_or(f64::INFINITY)).collect();
+    Ok(Report { failed, sensitivity })
+}
+
+/// The gradients of one block.
+struct Block<'a, T, F> {
+    rows: Rows<'a, T>,
+    first: usize,
+    is_kept: &'a F,
+}
+
+impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
+    fn inverse_diagonal(
+        &self,
+        isa: Isa,
+        samples: f64,
+        damping: f64,
+        out: &mut [f64],
+        scratch: &mut Scratch,
+    ) -> Option<f64> {
+        let (n, size) = (self.rows.n(), out.len());
+        let gram = self.gram(isa, size);
+        let mut trace = 0.0;
+        let u = zeros(&mut scratch.upper, (n * padded(n)).max(1));
+        for i in 0..n {
+            let row = &mut u[i * padded(n) + i..i * padded(n) + n];
+            row.copy_from_slice(&gram[row_base(n, i) + i..row_base(n, i) + n]);
+            trace += row[0] / samples;
+            row[0] += samples * damping;
+        }
+        if !dispatch(isa, Factor { u, n }) {
+            out.fill(f64::NAN);
+            return None;
+        }
+        let u: &[f64] = u;
+        out.par_chunks_mut(STRIP).enumerate().for_each_init(Vec::new, |y, (strip, out)| {
+            let first = strip * STRIP;
+            self.gather(y, first, out.len(), STRIP);
+            dispatch(isa, Forward { u, y, n });
+            for (c, out) in out.iter_mut().enumerate() {
+                let explained: f64 = (0..n).map(|i| y[i * STRIP + c].powi(2)).sum();
+                // At most one in exact arithmetic; rounding must not make the inverse negative.
+                let left = (1.0 - explained).max(f64::EPSILON);
+                let kept = (self.is_kept)(self.first + first + c);
+                *out = if kept { left / damping } else { 1.0 };
+            }
+        });
+        Some(trace / damping)
+    }
+
+    /// `GGᵀ`, packed.
+    fn gram(&self, isa: Isa, size: usize) -> Vec<f64> {
+        let n = self.rows.n();
+        let part = size.div_ceil(PARTS).next_multiple_of(CHUNK);
+        let partial: Vec<Vec<f64>> = (0..size.div_ceil(part))
+            .into_par_iter()
+            .map(|p| {
+                let mut packed = vec![0.0; triangle(n)];
+                let (mut panel, mut strip) = (Vec::new(), Vec::new());
+                for first in (p * part..size.min((p + 1) * part)).step_by(CHUNK) {
+                    let width = CHUNK.min(size - first);
+                    self.gather(&mut strip, first, width, CHUNK);
+                    // The kernel sums over rows of its panel, here the weights.
+                    let panel = zeros(&mut panel, width * padded(n));
+                    for r in 0..n {
+                        for c in 0..width {
+                            panel[c * padded(n) + r] = strip[r * CHUNK + c];
+                        }
+                    }
+                    dispatch(isa, Gram { panel, width, n, packed: &mut packed });
+                }
+                packed
+            })
+            .collect();
+        let mut sum = vec![0.0; triangle(n)];
+        for packed in partial {
+            sum.iter_mut().zip(packed).for_each(|(s, x)| *s += x);
+        }
+        sum
+    }
+
+    /// Columns `first..first + width` of the block as `[n, stride]`, zero where pruned.
+    fn gather(&self, to: &mut Vec<f64>, first: usize, width: usize, stride: usize) {
+        let to = zeros(to, self.rows.n() * stride);
+        let start = self.first + first;
+        for (r, to) in to.chunks_mut(stride).enumerate() {
+            for (c, (to, x)) in
+                to.iter_mut().zip(self.rows.row(r, start, start + width)).enumerate()
+            {
+                *to = if (self.is_kept)(start + c) { x.to_f64() } else { 0.0 };
+            }
+        }
+    }
+}
+
+struct Factor<'a> {
+    u: &'a mut [f64],
+    n: usize,
+}
+
+impl Kernel<f64> for Factor<'_> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) -> bool {
+        cholesky::<S>(self.u, self.n)
+    }
+}
+
+struct Gram<'a> {
+    panel: &'a [f64],
+    width: usize,
+    n: usize,
+    packed: &'a mut [f64],
+}
+
+impl Kernel<f64> for Gram<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) {
+        add_gram::<S>(self.panel, self.width, self.n, padded(self.n), self.packed);
+    }
+}
+
+/// `Y ← U⁻ᵀ Y` on a strip of columns.
+struct Forward<'a> {
+    u: &'a [f64],
+    y: &'a mut [f64],
+    n: usize,
+}
+
+impl Kernel<f64> for Forward<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) {
+        let (n, stride) = (self.n, padded(self.n));
+        for i in 0..n {
+            let (done, rest) = self.y.split_at_mut(i * STRIP);
+            let row = &mut rest[..STRIP];
+            subtract_row::<S>(row, done, STRIP, i, &self.u[i..], stride);
+            let scale = 1.0 / self.u[i * stride + i];
+            row.iter_mut().for_each(|x| *x *= scale);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::factor::{self, Statistics};
+    use crate::gram::accumulate;
+    use crate::tests::random;
+
+    #[test]
+    fn equals_the_primal() {
+        for (n, len, block) in
+            [(1, 5, 5), (3, 200, 64), (20, 300, 150), (40, 3000, 1500), (70, 9, 9)]
+        {
+            let layout = Layout::new(len, block);
+            let data = random(n as u64, n * len);
+            let rows = Rows::new(&data, n, len, len).expect("rows");
+            let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; len]);
+            accumulate(layout, rows, &mut packed, &mut sums).expect("accumulate");
+            let kept: Vec<bool> = (0..len).map(|i| i % 4 != 2).collect();
+            for kept in [None, Some(kept.as_slice())] {
+                for damping in [1e-4, 1.0] {
+                    let (mut dual, mut primal) = (vec![0.0; len], vec![0.0; len]);
+                    inverse_diagonal(layout, rows, n as f64, kept, damping, &mut dual)
+                        .expect("dual");
+                    let statistics =
+                        Statistics { layout, packed: &packed, samples: n as f64, kept };
+                    factor::inverse_diagonal(statistics, damping, &mut primal).expect("primal");
+                    for (d, p) in dual.iter().zip(&primal) {
+                        assert!((d / p - 1.0).abs() < 1e-9, "{n} {len} {block} {d} {p}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! Joint compensation.
+
+use fastsal_core::{compensate as core, parallel};
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+
+use crate::arrays::{slice, to_numpy};
+use crate::errors::to_python;
+use crate::factor::{borrow, with_statistics, Parameter};
+
+/// New weights, predicted increase of each block, the same uncompensated, failed blocks.
+type Compensation<'py> =
+    (Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<f64>>, Bound<'py, PyArray1<f64>>, Vec<usize>);
+
+/// Joint compensation of all parameters.
+#[pyfunction]
+pub fn compensate<'py>(
+    py: Python<'py>,
+    parameters: Vec<Parameter<'py>>,
+    weights: Vec<PyReadonlyArray1<'py, f32>>,
+    masks: Vec<PyReadonlyArray1<'py, bool>>,
+    block_size: usize,
+    damping: f64,
+) -> PyResult<Vec<Compensation<'py>>> {
+    let borrowed = parameters
+        .iter()
+        .zip(&weights)
+        .zip(&masks)
+        .map(|((p, w), m)| Ok((borrow(p, block_size)?, slice("weights", w)?, slice("masks", m)?)))
+        .collect::<PyResult<Vec<_>>>()?;
+    let results = py.detach(|| {
+        parallel::map(borrowed, |(statistics, weights, mask)| {
+            let mut weights = weights.to_vec();
+            with_statistics!(statistics, s => core::compensate(s, &mut weights, mask, damping))
+                .map(|report| (weights, report))
+        })
+    });
+    let wrap = |(weights, report): (Vec<f32>, core::Compensation)| {
+        let (after, before) = (to_numpy(py, report.increase), to_numpy(py, report.uncompensated));
+        (to_numpy(py, weights), after, before, report.failed)
+    };
+    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+}

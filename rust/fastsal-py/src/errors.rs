@@ -1,0 +1,30 @@
+//! The one table from core errors to Python exceptions.
+
+use fastsal_core::Error;
+use pyo3::create_exception;
+use pyo3::exceptions::{PyArithmeticError, PyValueError};
+use pyo3::prelude::*;
+
+create_exception!(
+    fastsal._core,
+    NonFiniteRowError,
+    PyArithmeticError,
+    "A gradient is NaN or infinite; args: (row, column, value)."
+);
+create_exception!(
+    fastsal._core,
+    NanScoreError,
+    PyArithmeticError,
+    "A score is NaN; args: (array, index)."
+);
+
+/// Convert a core error.
+pub fn to_python(error: Error) -> PyErr {
+    match error {
+        Error::NonFiniteGradient { row, column, value } => {
+            NonFiniteRowError::new_err((row, column, value))
+        }
+        Error::NanScore { array, index } => NanScoreError::new_err((array, index)),
+        Error::Length { .. } | Error::Value { .. } => PyValueError::new_err(error.to_string()),
+    }
+}

@@ -1,0 +1,37 @@
+//! The extension module `fastsal._core`: borrow arrays, release the GIL, call the core, wrap.
+//!
+//! One file per core module. Everything that sees a module, a device, a file or a person is Python.
+
+mod arrays;
+mod compensate;
+mod dual;
+mod eliminate;
+mod errors;
+mod factor;
+mod gram;
+mod parallel;
+mod select;
+
+use pyo3::prelude::*;
+
+/// Compiled core of fastsal; called by the package, not by users.
+#[pymodule]
+#[pyo3(name = "_core")]
+mod core {
+    #[pymodule_export]
+    use crate::compensate::compensate;
+    #[pymodule_export]
+    use crate::dual::dual_inverse_diagonal;
+    #[pymodule_export]
+    use crate::eliminate::eliminate;
+    #[pymodule_export]
+    use crate::errors::{NanScoreError, NonFiniteRowError};
+    #[pymodule_export]
+    use crate::factor::{blocks, diagonal, inverse, inverse_diagonal};
+    #[pymodule_export]
+    use crate::gram::{accumulate, check_finite, packed_len};
+    #[pymodule_export]
+    use crate::parallel::{build_info, num_threads, set_num_threads};
+    #[pymodule_export]
+    use crate::select::{n_of_m, prune_smallest};
+}

@@ -1,0 +1,51 @@
+//! Thresholds and masks.
+
+use fastsal_core::select;
+use numpy::{PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+
+use crate::arrays::{slice, to_numpy};
+use crate::errors::to_python;
+
+/// Masks of all arrays (true = kept) and the score of the last weight that goes.
+type Cut<'py> = (Vec<Bound<'py, PyArray1<bool>>>, Option<f32>);
+
+/// Prune the `k` smallest scores over all arrays; `floors` are the least kept counts, or empty.
+#[pyfunction]
+pub fn prune_smallest<'py>(
+    py: Python<'py>,
+    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    k: usize,
+    floors: Vec<usize>,
+) -> PyResult<Cut<'py>> {
+    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
+    let (masks, threshold) = py
+        .detach(|| {
+            let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
+            let write = |(scores, cut): (&&[f32], _)| {
+                let mut kept = vec![false; scores.len()];
+                select::write_mask(scores, cut, &mut kept).map(|()| kept)
+            };
+            let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
+            Ok((masks?, threshold))
+        })
+        .map_err(to_python)?;
+    Ok((masks.into_iter().map(|m| to_numpy(py, m)).collect(), threshold))
+}
+
+/// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.
+#[pyfunction]
+pub fn n_of_m<'py>(
+    py: Python<'py>,
+    scores: PyReadonlyArray1<'py, f32>,
+    shape: (usize, usize, usize),
+    n: usize,
+    m: usize,
+) -> PyResult<Bound<'py, PyArray1<bool>>> {
+    let scores = slice("scores", &scores)?;
+    let kept = py.detach(|| {
+        let mut kept = vec![false; scores.len()];
+        select::n_of_m(scores, shape, n, m, &mut kept).map(|()| kept)
+    });
+    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+}

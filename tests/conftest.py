@@ -1,0 +1,95 @@
+"""Fixtures that several tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of test images beside the checkout, or the one that FASTSAL_DATA names."""
+    folder = Path(os.environ.get("FASTSAL_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "resnet20_cifar10.safetensors").is_file():
+        pytest.skip(f"needs the test images; there are none in {folder} (set FASTSAL_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def resnet20_spec() -> str:
+    """The example model, as the command line names it."""
+    return f"{ROOT / 'examples' / 'resnet20.py'}:resnet20"
+
+
+TINY_MODEL = """
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1)
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward_features(self, x):
+        return torch.relu(self.bn(self.conv(x)))
+
+    def forward(self, x):
+        return self.fc(self.forward_features(x).mean(dim=(2, 3)))
+
+
+def tiny(num_classes=3):
+    return Tiny(num_classes, 8)
+
+
+def wide(num_classes=3):
+    return Tiny(num_classes, 16)
+
+
+def rigid():
+    return Tiny(3, 8)
+
+
+def number():
+    return 7
+"""
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """A file with functions that make a small model of three classes."""
+    path = tmp_path / "tiny.py"
+    path.write_text(TINY_MODEL)
+    return path
+
+
+@pytest.fixture
+def tiny_npz(tmp_path: Path) -> Path:
+    """Sixty 8x8 RGB images of three classes that a small model can tell apart."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = rng.integers(0, 90, (60, 8, 8, 3))
+    x[np.arange(60), :, :, y] += 120
+    path = tmp_path / "tiny.npz"
+    np.savez(path, x=x.astype(np.uint8), y=y, classes=np.array(["red", "green", "blue"]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def python_env() -> dict[str, str]:
+    """The environment of a child process that imports the same packages."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

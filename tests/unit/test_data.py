@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fastsal.data import ImageSet, load_images
+from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.models import InputSpec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+RGB = InputSpec(3, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+GREY = InputSpec(1, None, (0.5,), (0.25,))
+
+
+def pixels(n=6, h=4, w=5, c=3, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, h, w, c), dtype=np.uint8)
+
+
+def write_folder(path, x, y, suffix=".png"):
+    for i, (image, label) in enumerate(zip(x, y, strict=True)):
+        folder = path / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.squeeze()).save(folder / f"{i:04d}{suffix}")
+    return path
+
+
+def everything(images, spec, **options):
+    parts = list(images.batches(spec, **options))
+    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+
+
+def test_npz_and_folder_give_the_same_batches(tmp_path):
+    x, y = pixels(), np.array([0, 0, 0, 1, 1, 1])
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    folder = load_images(write_folder(tmp_path / "d", x, y))
+    for spec in (RGB, GREY, InputSpec(3, (8, 8), (0.5,) * 3, (0.5,) * 3, "bilinear")):
+        a = everything(load_images(tmp_path / "d.npz"), spec, batch_size=4)
+        b = everything(folder, spec, batch_size=4)
+        assert torch.equal(a[1], b[1])
+        torch.testing.assert_close(a[0], b[0])
+    assert folder.classes == ("class0", "class1")
+
+
+def test_normalisation_is_the_formula():
+    x = pixels()
+    got, labels = everything(ImageSet(x, np.arange(6) % 2), RGB)
+    expected = (x / 255 - np.array(RGB.mean)) / np.array(RGB.std)
+    np.testing.assert_allclose(got.numpy(), expected.transpose(0, 3, 1, 2), atol=1e-5)
+    assert got.dtype == torch.float32
+    assert labels.dtype == torch.int64
+
+
+def test_grey_is_repeated_and_rgb_becomes_luminance():
+    grey = ImageSet(pixels(c=1)[..., 0], np.arange(6) % 2)
+    got, _ = everything(grey, InputSpec(3, None, (0.5,) * 3, (0.5,) * 3))
+    assert got.shape == (6, 3, 4, 5)
+    assert torch.equal(got[:, 0], got[:, 2])
+    x = pixels()
+    got, _ = everything(ImageSet(x, np.arange(6) % 2), GREY)
+    expected = (x @ np.array([0.299, 0.587, 0.114]) / 255 - 0.5) / 0.25
+    np.testing.assert_allclose(got[:, 0].numpy(), expected, atol=1e-4)
+
+
+def test_resizing_matches_pillow_and_crops_the_longer_side():
+    x = pixels(n=2, h=20, w=30)
+    spec = InputSpec(3, (10, 10), (0.0,) * 3, (1.0,) * 3, "bilinear")
+    got, _ = everything(ImageSet(x, np.array([0, 1])), spec)
+    reference = Image.fromarray(x[0]).resize((15, 10), Image.Resampling.BILINEAR)
+    expected = np.asarray(reference)[:, 2:12].transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(got[0].numpy(), expected, atol=1.5 / 255)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 10), st.booleans())
+def test_batches_cover_what_was_asked_once_and_again(n, size, start, shuffle):
+    images = ImageSet(np.arange(n, dtype=np.uint8)[:, None, None], np.arange(n))
+    if start >= n:
+        with pytest.raises(DataError, match="samples"):
+            images.batches(GREY, start=start)
+        return
+    batches = images.batches(GREY, size, start=start, shuffle_seed=3 if shuffle else None)
+    first = torch.cat([y for _, y in batches])
+    assert torch.equal(first, torch.cat([y for _, y in batches]))
+    assert len(first.unique()) == len(first) == n - start == batches.samples
+    assert len(list(batches)) == len(batches)
+    if not shuffle:
+        assert first.tolist() == list(range(start, n))
+
+
+def test_shuffled_parts_of_one_seed_are_disjoint():
+    images = ImageSet(pixels(30), np.arange(30))
+    parts = [images.batches(RGB, 7, 10, start, shuffle_seed=1) for start in (0, 10, 20)]
+    seen = torch.cat([y for part in parts for _, y in part])
+    assert sorted(seen.tolist()) == list(range(30))
+
+
+def test_fewer_images_than_samples_is_an_error():
+    with pytest.raises(DataError, match=r"samples: asked for 7, but .* has 4 images after the"):
+        ImageSet(pixels(), np.arange(6) % 2).batches(RGB, samples=7, start=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"batch_size": 0}, "batch_size"), ({"start": -1}, "start")]
+)
+def test_bad_batch_options(options, name):
+    with pytest.raises(InvalidArgument, match=name):
+        ImageSet(pixels(), np.arange(6) % 2).batches(RGB, **options)
+
+
+def test_subset_and_classes_keep_track_of_their_source():
+    images = ImageSet(pixels(), np.array([0, 1, 2, 0, 1, 2]), ("a", "b", "c"), "here")
+    chosen = images.select_classes(["c", "a"])
+    assert chosen.classes == ("c", "a")
+    assert chosen.y.tolist() == [1, 0, 1, 0]
+    assert chosen.subset([1, 3]).index.tolist() == [2, 5]
+    assert np.array_equal(chosen.x, images.x[[0, 2, 3, 5]])
+    for bad in ([9], [-1], [], [0.5]):
+        with pytest.raises(InvalidArgument, match="indices"):
+            images.subset(bad)
+    for bad in (["a"], ["a", "a"], ["a", "cc"], [0, 7]):
+        with pytest.raises(InvalidArgument, match="classes"):
+            images.select_classes(bad)
+
+
+def test_split_is_disjoint_and_stratified():
+    images = ImageSet(pixels(60), np.arange(60) % 3)
+    a, b, c = images.split(0.5, 0.3, 0.2, seed=4)
+    assert sorted(np.concatenate([a.index, b.index, c.index]).tolist()) == list(range(60))
+    assert [np.bincount(part.y).tolist() for part in (a, b, c)] == [[10] * 3, [6] * 3, [4] * 3]
+    with pytest.raises(InvalidArgument, match="sum 1"):
+        images.split(0.5, 0.6)
+    with pytest.raises(DataError, match="too few"):
+        images.split(0.99, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y": np.arange(6)}, "no array x"),
+        ({"x": pixels().astype(np.float32), "y": np.arange(6)}, "x: .*float32.*takes uint8"),
+        ({"x": pixels()[0, 0], "y": np.arange(5)}, "x: .*takes uint8"),
+        ({"x": pixels().transpose(0, 3, 1, 2).repeat(9, 3), "y": np.arange(6)}, "come last"),
+        ({"x": pixels(), "y": np.arange(5)}, r"y: .*takes integers \[6\]"),
+        ({"x": pixels(), "y": np.arange(6.0)}, "y: .*float64"),
+        ({"x": pixels(), "y": np.arange(6) - 1}, "label -1"),
+        (
+            {"x": pixels(), "y": np.arange(6), "classes": np.array(["a", "b"])},
+            "label 5 .* no class",
+        ),
+        ({"x": pixels(), "y": np.zeros(6, int)}, "one class only"),
+        ({"x": pixels(0), "y": np.arange(0)}, "no pixels"),
+    ],
+)
+def test_bad_npz_files(tmp_path, arrays, message):
+    np.savez(tmp_path / "d.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load_images(tmp_path / "d.npz")
+
+
+def test_damaged_and_pickled_npz_files(tmp_path):
+    path = tmp_path / "d.npz"
+    np.savez(path, x=pixels(), y=np.array([0, 1, None] * 2, object))
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        load_images(path)
+    path.write_bytes(b"PK\x03\x04 not a zip")
+    with pytest.raises(FileFormatError, match="cannot be read"):
+        load_images(path)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        load_images(tmp_path / "nowhere")
+    (tmp_path / "note.txt").write_text("")
+    with pytest.raises(DataError, match=r"an \.npz file"):
+        load_images(tmp_path / "note.txt")
+    with pytest.raises(DataError, match="has no folders"):
+        load_images(tmp_path)
+    folder = write_folder(tmp_path / "d", pixels(2), [0, 0])
+    with pytest.raises(DataError, match=r"one class only \(class0\)"):
+        load_images(folder)
+    (folder / "empty").mkdir()
+    (folder / "empty" / "note.txt").write_text("")
+    with pytest.raises(DataError, match="empty holds no image"):
+        load_images(folder)
+
+
+@pytest.mark.parametrize("damage", ["text", "cut"])
+def test_an_unreadable_image_is_named(tmp_path, damage):
+    folder = write_folder(tmp_path / "d", pixels(6, 40, 40), [0, 0, 0, 1, 1, 1])
+    path = folder / "class1" / "0004.png"
+    path.write_bytes(b"not an image" if damage == "text" else path.read_bytes()[:400])
+    images = load_images(folder)
+    with pytest.raises(DataError, match=r"0004\.png cannot be read"):
+        everything(images, RGB)
+
+
+def test_images_of_two_sizes_need_a_size(tmp_path):
+    folder = write_folder(tmp_path / "d", pixels(2), [0, 0])
+    write_folder(folder, pixels(2, 9, 9), [1, 1], ".bmp")
+    images = load_images(folder)
+    with pytest.raises(DataError, match=r"size: .*bmp has 9x9 pixels .* give size"):
+        everything(images, RGB)
+    got, _ = everything(images, InputSpec(3, (6, 6), RGB.mean, RGB.std))
+    assert got.shape == (4, 3, 6, 6)
+
+
+def test_sixteen_bit_images_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "d", pixels(4), [0, 0, 1, 1])
+    Image.fromarray(np.full((4, 5), 40000, np.uint16)).save(folder / "class0" / "9999.png")
+    with pytest.raises(DataError, match=r"9999\.png has pixels of mode I"):
+        everything(load_images(folder), RGB)
+
+
+def test_channels_that_do_not_fit():
+    with pytest.raises(DataError, match="has 4 channels; the model takes 3"):
+        everything(ImageSet(pixels(c=4), np.arange(6)), RGB)
+
+
+def test_classes_of_the_shared_data(shared_data):
+    images = load_images(shared_data / "mnist_test.npz", classes=[3, 5])
+    assert len(images) == 600
+    assert set(images.y.tolist()) == {0, 1}

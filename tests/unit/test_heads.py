@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fastsal.data import ImageSet
+from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
+from fastsal.models import InputSpec, load_model
+from fastsal.transfer.features import features
+from fastsal.transfer.heads import _solve, fit_heads
+from fastsal.transfer.tasks import Task
+from torch import nn
+
+SPEC = InputSpec(3, None, (0.5,) * 3, (0.5,) * 3)
+
+
+class Flat(nn.Module):
+    """Features are the pixels themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.fc(x.flatten(1))
+
+
+def task(n=90, seed=0, name="t", shift=60):
+    rng = np.random.default_rng(seed)
+    y = np.sort(rng.integers(0, 3, n)) if seed else np.repeat([0, 1, 2], [n - 30, 20, 10])
+    x = rng.integers(0, 100, (n, 4, 4, 3))
+    x[np.arange(n), :, :, y] += shift
+    images = ImageSet(x.astype(np.uint8), y.astype(np.int64), ("a", "b", "c"))
+    return Task.split(name, images, seed=seed)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
+def test_head_equals_the_ridge_of_scikit_learn(ridge):
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
+    t = task()
+    head = fit_heads(Flat(), t, ridge=ridge, spec=SPEC, batch_size=7)["t"]
+    x = np.concatenate([x.flatten(1).numpy() for x, _ in t.fit.batches(SPEC)]).astype(np.float64)
+    y = t.fit.y
+    weights = len(y) / (3 * np.bincount(y))[y]
+    reference = linear_model.Ridge(alpha=head.alpha, solver="cholesky")
+    reference.fit(x, np.eye(3)[y], sample_weight=weights)
+    np.testing.assert_allclose(head.weight.numpy(), reference.coef_, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(head.bias.numpy(), reference.intercept_, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(
+        head(torch.from_numpy(x)).numpy(), reference.predict(x), atol=1e-6, rtol=0
+    )
+
+
+def test_alpha_follows_the_scale_of_the_features():
+    narrow = fit_heads(Flat(), task(), spec=SPEC)["t"]
+    half = InputSpec(3, None, (0.5,) * 3, (0.25,) * 3)  # features twice as large
+    wide = fit_heads(Flat(), task(), spec=half)["t"]
+    assert wide.alpha == pytest.approx(4 * narrow.alpha, rel=1e-5)
+    torch.testing.assert_close(wide.weight * 2, narrow.weight, atol=1e-6, rtol=1e-4)
+
+
+def test_linear_is_the_scaled_head_and_frozen():
+    t = task(600, shift=25)
+    head = fit_heads(Flat(), t, spec=SPEC)["t"]
+    layer = head.linear()
+    x = torch.cat([x.flatten(1) for x, _ in t.test.batches(SPEC)])
+    torch.testing.assert_close(layer(x), (head.scale * head(x)).float(), atol=1e-4, rtol=1e-4)
+    assert not any(p.requires_grad for p in layer.parameters())
+    y = torch.from_numpy(t.test.y)
+    balance = 1 / torch.bincount(y).double()  # the scale is fitted with balanced weights
+    loss = [
+        float(nn.functional.cross_entropy(s * head.scale * head(x), y, balance))
+        for s in (0.2, 1.0, 5.0)
+    ]
+    assert loss[1] == min(loss)
+
+
+def test_left_out_outputs_are_those_of_a_head_fitted_without_the_image():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 5, generator=rng)
+    y = torch.arange(20) % 2
+    counts = torch.bincount(y)
+    _, _, alpha, left_out = _solve(x, y, counts, 0.1)
+    keep = torch.arange(20) != 3
+    a = torch.cat([x, torch.ones(20, 1)], dim=1).double()[keep]
+    penalty = alpha * torch.diag(torch.tensor([1.0] * 5 + [0.0], dtype=torch.float64))
+    target = nn.functional.one_hot(y, 2).double()[keep]
+    w = torch.linalg.solve(a.T @ a + penalty, a.T @ target)
+    expected = torch.cat([x[3], torch.ones(1)]).double() @ w
+    torch.testing.assert_close(left_out[3], expected)
+
+
+def test_batches_given_by_hand_are_taken():
+    t = task()
+    by_hand = Task("t", list(t.fit.batches(SPEC)), list(t.test.batches(SPEC)))
+    a = fit_heads(Flat(), [by_hand], spec=SPEC)["t"]
+    b = fit_heads(Flat(), [t], spec=SPEC)["t"]
+    assert torch.equal(a.weight, b.weight)
+    assert a.classes == ("0", "1", "2")
+
+
+def test_the_model_is_left_as_found(tiny_file):
+    model = load_model(f"{tiny_file}:tiny").train()
+    model.bn.eval()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    fit_heads(model, task(), spec=SPEC)
+    assert model.training
+    assert not model.bn.training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_features_of_every_kind_of_model(tiny_file):
+    images = torch.randn(2, 3, 160, 160)
+    for name in ("test_resnet", "test_vit", "test_efficientnet"):
+        model = load_model(name)
+        found = features(model, images)
+        assert found.ndim == 2
+        torch.testing.assert_close(model.get_classifier()(found), model(images))
+    assert features(load_model(f"{tiny_file}:tiny"), images).shape == (2, 8)
+    assert features(Flat(), images[:, :, :4, :4]).shape == (2, 48)
+    with pytest.raises(UnsupportedLayer, match="neither forward_features nor a Linear"):
+        features(nn.Conv2d(3, 4, 3), images)
+
+
+def test_bad_fits():
+    t = task()
+    with pytest.raises(InvalidArgument, match="ridge: got -1"):
+        fit_heads(Flat(), t, ridge=-1, spec=SPEC)
+    with pytest.raises(FactorizationError, match="ridge: 0"):
+        fit_heads(Flat(), task(36), ridge=0, spec=SPEC)
+    two = Task("t", t.fit.subset(np.flatnonzero(t.fit.y < 2)), t.test)
+    with pytest.raises(DataError, match="no image of class 'c'"):
+        fit_heads(Flat(), two, spec=SPEC)
+    with pytest.raises(InvalidArgument, match="name stands twice"):
+        fit_heads(Flat(), [t, t], spec=SPEC)
+    with pytest.raises(InvalidArgument, match="takes one or more"):
+        fit_heads(Flat(), [], spec=SPEC)
+
+
+def test_tasks_do_not_test_on_what_they_fit():
+    t = task()
+    with pytest.raises(DataError, match=r"tests on \d+ images that its head is fitted on"):
+        Task("t", t.fit, t.fit)
+    with pytest.raises(InvalidArgument, match="runs once"):
+        Task("t", iter(t.fit.batches(SPEC)), t.test)
+    with pytest.raises(InvalidArgument, match="fit: got 1"):
+        Task.split("t", t.fit, fit=1)
+    other = ImageSet(t.test.x, t.test.y, ("a", "b", "d"))
+    with pytest.raises(DataError, match="classes"):
+        Task("t", t.fit, other)
