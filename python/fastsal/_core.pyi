@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+__all__: list[str]
+
 _Floats = NDArray[np.float32] | NDArray[np.float64]
 # packed sums, number of weights, samples, kept weights or None for all
 _Parameter = tuple[_Floats, int, float, NDArray[np.bool_] | None]

@@ -129,7 +129,9 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
         )
     images, targets = batch
     if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
-        raise DataError(f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1")
+        raise DataError(
+            f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1"
+        )
     if targets is not None and not isinstance(targets, Tensor):
         targets = torch.as_tensor(targets)
     return images, targets

@@ -1,6 +1,7 @@
 """Joint compensation: move the kept weights so as to make up for the pruned ones.
 
-The exact minimiser of `δᵀAδ / 2` under `θ_P = 0` for any mask: `θ_K ← θ_K + A_KK⁻¹ A_KP θ_P`, block by block.
+The exact minimiser of `δᵀAδ / 2` under `θ_P = 0` for any mask, block by block:
+`θ_K ← θ_K + A_KK⁻¹ A_KP θ_P`.
 (The update of WoodFisher, oBERT and M-FAC treats each pruned weight as if it were the only one.)
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsal import _core
 from fastsal.criteria.block_fisher import raise_failed
-from fastsal.criteria.score import model_parameters
+from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import MaskError
 from fastsal.fisher import BlockFisher, check_damping, flat_mask
 from fastsal.masks import Masks

@@ -6,6 +6,7 @@ forward pass over the held-out images, together less than one more round of stat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class HeldOut:
             out = outputs(model, images)
             if labels is not None:
                 losses = self.loss(out, labels.to(out.device))
-            else:
+            elif target is not None:
                 losses = F.cross_entropy(out, target, reduction="none")
             total += float(losses.double().sum())
         return total / self.samples
@@ -124,7 +125,7 @@ def choose_damping(
         except FactorizationError as error:
             failure = error
             evidence.append((damping, float("nan")))
-    usable = [(value, damping) for damping, value in evidence if value == value]
+    usable = [(value, damping) for damping, value in evidence if not math.isnan(value)]
     if not usable and failure is not None:
         raise failure
     return DampingChoice(min(usable)[1], evidence)

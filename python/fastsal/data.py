@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
 from fastsal.models import InputSpec
-from torch import Tensor
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}

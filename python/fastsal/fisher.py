@@ -1,8 +1,8 @@
 """The block-diagonal empirical Fisher of a model's parameters, as sums over samples.
 
-`F_b = (1/N) sum_n g_nb g_nbᵀ` for each block `b` of `B` consecutive weights (row-major). Damping is no
-part of it: one set of statistics serves every `λ`. Sources: Hassibi & Stork (1993); WoodFisher
-(Singh & Alistarh, 2020), section 4, for the blocks.
+`F_b = (1/N) sum_n g_nb g_nbᵀ` for each block `b` of `B` consecutive weights (row-major).
+Damping is no part of it: one set of statistics serves every `λ`. Sources: Hassibi & Stork
+(1993); WoodFisher (Singh & Alistarh, 2020), section 4, for the blocks.
 
 Axes: n samples, d weights of a parameter, B weights of a block.
 """
@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,7 @@ class BlockFisher:
         if block_size is not None and (not isinstance(block_size, int) or block_size < 1):
             raise InvalidArgument(f"block_size: got {block_size!r}; takes 1 or more, or None")
         if precision not in ("float32", "float64"):
-            raise InvalidArgument(
-                f"precision: got {precision!r}; takes 'float32' or 'float64'"
-            )
+            raise InvalidArgument(f"precision: got {precision!r}; takes 'float32' or 'float64'")
         if not shapes:
             raise InvalidArgument("shapes: is empty; takes parameter name to shape")
         for name, shape in shapes.items():
@@ -166,7 +165,7 @@ class BlockFisher:
                 "for every parameter"
             )
         for name, (rows, dtype) in prepared.items():
-            self._named(name, lambda r=rows, t=dtype: _core.check_finite(r, t))
+            self._named(name, partial(_core.check_finite, rows, dtype))
         for name, (rows, dtype) in prepared.items():
             self._parameters[name].add(rows, dtype)
         self._count(counts.pop())
@@ -184,7 +183,7 @@ class BlockFisher:
         return torch.nn.functional.pad(out, (0, missing, 0, missing)) if missing else out
 
     def diagonal(self) -> dict[str, Tensor]:
-        """Return the mean squared gradient of every weight, name to the parameter's shape, float64."""
+        """Return the mean squared gradients, name to the parameter's shape, float64."""
         self._check_samples()
         result = {}
         for name, p in self._parameters.items():
@@ -344,7 +343,7 @@ class BlockFisher:
         """Add one parameter's gradients; `_count` follows when all parameters have theirs."""
         rows, dtype = as_rows(gradients)
         p = self._parameters[name]
-        self._named(name, lambda: p.add(rows, dtype, expected=expected))
+        self._named(name, partial(p.add, rows, dtype, expected=expected))
 
     def _count(self, n: int) -> None:
         self._samples += n

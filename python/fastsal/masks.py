@@ -174,7 +174,9 @@ class Masks(Mapping[str, Tensor]):
         owned = dict(model.named_parameters(remove_duplicate=False))
         for name, shape in self.shapes.items():
             if name not in owned:
-                raise MaskError(f"model: has no parameter {name!r}; these masks are of another model")
+                raise MaskError(
+                    f"model: has no parameter {name!r}; these masks are of another model"
+                )
             if tuple(owned[name].shape) != shape:
                 raise MaskError(
                     f"model: parameter {name!r} has shape {tuple(owned[name].shape)}, its mask "

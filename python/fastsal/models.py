@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
 from fastsal.atomic import atomic_path
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
-from torch import Tensor, nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

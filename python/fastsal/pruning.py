@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsal.collection import Batches, Loss, as_batches, collect
 from fastsal.compensation import compensate as compensate_model
 from fastsal.criteria import CRITERIA, score
-from fastsal.criteria.score import find_criterion
+from fastsal.criteria.scoring import find_criterion
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.fisher import BlockFisher, check_damping
@@ -119,7 +119,7 @@ def prune(
         seed=seed,
     )
     plan.check(rounds, batches)
-    statistics = {
+    statistics: dict[str, Any] = {
         "block_size": block_size,
         "loss": loss,
         "labels": labels,
@@ -232,9 +232,7 @@ class _Plan:
     ) -> tuple[dict[str, Tensor], Masks, float | None]:
         """Score, rank and prune in place."""
         named = {} if fisher is not None else {"parameters": self.parameters}
-        scores = score(
-            model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named
-        )
+        scores = score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
         new = rank(scores, goal, **self.ranking)
         increase = None
         if self.compensate and fisher is not None:
@@ -266,9 +264,7 @@ class _Plan:
                 self.step(model, fisher, masks, goal, damping)
 
         try:
-            return choose_damping(
-                candidates(fisher), prune_with, lambda: held_out.mean_loss(model)
-            )
+            return choose_damping(candidates(fisher), prune_with, lambda: held_out.mean_loss(model))
         finally:
             _restore(chosen, start)
 

@@ -112,7 +112,9 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return flat
 
 
-def _erk(scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int]) -> dict[str, int]:
+def _erk(
+    scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int]
+) -> dict[str, int]:
     """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1."""
     sizes = {name: values.numel() for name, values in scores.items()}
     total = sum(sizes.values())
@@ -127,16 +129,14 @@ def _erk(scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int
         if not over:
             break
         dense |= over
-    wanted = {
-        n: float(sizes[n]) if n in dense else epsilon * raw[n] * sizes[n] for n in sizes
-    }
+    wanted = {n: float(sizes[n]) if n in dense else epsilon * raw[n] * sizes[n] for n in sizes}
     kept = {n: max(min(sizes[n], int(wanted[n])), min(floors[n], sizes[n])) for n in sizes}
     # Largest remainders make the count exact; floors may have taken more than their share.
     order = sorted(sizes, key=lambda n: wanted[n] - int(wanted[n]), reverse=True)
     missing = keep - sum(kept.values())
     while missing:
         step = 1 if missing > 0 else -1
-        movable = [n for n in order if floors[n] <= kept[n] + step <= sizes[n] and kept[n] + step >= 0]
+        movable = [n for n in order if floors[n] <= kept[n] + step <= sizes[n]]
         if not movable:
             raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")
         for n in movable[: abs(missing)]:

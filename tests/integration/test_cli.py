@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from fastsal.cli import main
-from fastsal.models import load_model, read_weights, save_weights
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+from fastsal.cli import main
+from fastsal.models import load_model, read_weights, save_weights
 
 CRITERIA = ["magnitude", "random", "taylor", "diag-fisher", "block-fisher", "obs-greedy"]
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 from click.testing import CliRunner
+
 from fastsal.cli import main
 from fastsal.demo_figure import spread
 

@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fastsal.data import ImageSet, load_images
-from fastsal.errors import DataError, FileFormatError, InvalidArgument
-from fastsal.models import InputSpec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
+from fastsal.data import ImageSet, load_images
+from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.models import InputSpec
 
 RGB = InputSpec(3, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 GREY = InputSpec(1, None, (0.5,), (0.25,))

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from fastsal.data import load_images
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models import InputSpec, input_spec, load_model
 from fastsal.transfer.evaluation import accuracy, evaluate, measure
 from fastsal.transfer.heads import Head, fit_heads
 from fastsal.transfer.tasks import Task
-from torch import nn
 
 SPEC = InputSpec(3, None, (0.5,) * 3, (0.5,) * 3)
 

@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from fastsal.data import ImageSet
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
 from fastsal.models import InputSpec, load_model
 from fastsal.transfer.features import features
 from fastsal.transfer.heads import _solve, fit_heads
 from fastsal.transfer.tasks import Task
-from torch import nn
 
 SPEC = InputSpec(3, None, (0.5,) * 3, (0.5,) * 3)
 

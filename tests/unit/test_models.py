@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
+
 from fastsal import models
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
 from fastsal.models import (
@@ -13,8 +16,6 @@ from fastsal.models import (
     read_weights,
     save_weights,
 )
-from safetensors.torch import save_file
-from torch import nn
 
 
 class Tied(nn.Module):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 
 import pytest
+
 from fastsal import progress as module
 from fastsal.errors import InvalidArgument
 from fastsal.progress import peak_memory, reporter

@@ -8,7 +8,7 @@ from fastsal.criteria import diagonal as _diagonal
 from fastsal.criteria import obs_greedy as _obs_greedy
 from fastsal.criteria import simple as _simple
 from fastsal.criteria.registry import CRITERIA, Criterion, Inputs
-from fastsal.criteria.score import score
+from fastsal.criteria.scoring import score
 
 del _block_fisher, _diagonal, _obs_greedy, _simple
 

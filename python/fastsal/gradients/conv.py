@@ -31,7 +31,7 @@ def _weight(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _parser(name: str, spatial: int) -> Callable[..., Call]:
-    def parse(  # noqa: PLR0917 (the signature of F.convNd)
+    def parse(
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,

@@ -152,7 +152,8 @@ def probe(
     if missing:
         raise UnsupportedLayer(
             f"no gradient reaches {', '.join(missing)}: unused by the model, or cut off from the "
-            "loss (torch.no_grad, detach, a reentrant checkpoint); leave out with parameters=[..., '!name']"
+            "loss (torch.no_grad, detach, a reentrant checkpoint); leave it out with "
+            "parameters=[..., '!name']"
         )
     served = {name: operations[name] for name in parameters if name not in reasons}
     samples_last = {name for name in served if not layouts[name]}

@@ -4,6 +4,9 @@
 //! finished ones (left-looking), so each product costs one load and no store. That beats a general
 //! library at these sizes, and the pieces are shared: `A = UᵀU`, `M = U⁻ᵀ`, `A⁻¹ = MᵀM`.
 
+// Loops over registers index several arrays at once; iterators would hide that.
+#![allow(clippy::needless_range_loop)]
+
 use crate::gram::{add_gram, padded};
 use crate::layout::{row_base, triangle};
 use crate::simd::Simd;
@@ -38,6 +41,7 @@ pub(crate) fn zeros(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
 /// # Safety
 /// `to` and every `row(k)` are valid for `padded(size)` elements, and the instruction set is here.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // raw parts of two matrices and a row
 unsafe fn subtract_rows<S: Simd<T = f64>>(
     to: *mut f64,
     from: usize,

@@ -8,6 +8,9 @@
 //! tiles. A tile is summed from zero and added once, so rounding grows with `CHUNK + N / CHUNK`
 //! additions rather than with `N`.
 
+// Loops over registers index several arrays at once; iterators would hide that.
+#![allow(clippy::needless_range_loop)]
+
 use rayon::prelude::*;
 
 use crate::error::{check_length, Error, Result};

@@ -342,7 +342,6 @@ mod x86 {
 }
 
 /// A real type that statistics are kept in, with its registers.
-
 pub trait Real:
     Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + 'static
 {

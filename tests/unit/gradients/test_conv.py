@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastsal.gradients.conv import IMPLEMENTATIONS, choose, conv_rule, implementations_for
 from fastsal.gradients.registry import REGISTRY, Call
 from fastsal.gradients.workspace import Workspace
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 

@@ -7,6 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from fastsal.errors import (
     DataError,
     InvalidArgument,
@@ -15,7 +17,6 @@ from fastsal.errors import (
     UnsupportedLayer,
 )
 from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
-from torch import nn
 
 from .oracle import loop
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fastsal.errors import UnsupportedLayer
-from fastsal.gradients import GradientEngine, select_parameters
 from timm.layers import Conv2dSame, StdConv2d
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from fastsal.errors import UnsupportedLayer
+from fastsal.gradients import GradientEngine, select_parameters
 
 from .oracle import loop, randomize
 

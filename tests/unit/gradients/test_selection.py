@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastsal.errors import InvalidArgument, UnknownParameter
-from fastsal.gradients import select_parameters
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+
+from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.gradients import select_parameters
 
 
 def net():

@@ -79,7 +79,9 @@ def find_criterion(criterion: str) -> str:
     )
 
 
-def model_parameters(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, nn.Parameter]:
+def model_parameters(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, nn.Parameter]:
     """Return the model's parameters of these names.
 
     Raises:
