@@ -141,6 +141,11 @@ class ImageSet:
                 part.append(piece)
         return tuple(self.subset(np.sort(np.concatenate(part))) for part in parts)
 
+    @property
+    def is_sorted_by_class(self) -> bool:
+        """Whether the first images are all of the first class, as in a folder per class."""
+        return bool((np.diff(self.y) >= 0).all())
+
     def batches(
         self,
         spec: InputSpec,

@@ -101,7 +101,11 @@ input_options: Callable[[F], F] = group(
 )
 statistics_options: Callable[[F], F] = group(
     click.option("--data", type=PATH, help="Labelled images that the statistics are taken from."),
-    click.option("--samples", type=COUNT, help="Images to use, drawn by --seed. [default: all]"),
+    click.option(
+        "--samples",
+        type=COUNT,
+        help="Images to use: the first, or drawn by --seed where sorted by class. [default: all]",
+    ),
     click.option("--micro-batch", type=COUNT, help="Samples whose gradients are held at once."),
     click.option("--block-size", type=COUNT, help="Weights a Fisher block. [default: 64]"),
     click.option(

@@ -90,12 +90,13 @@ def open_batches(
             f"labels: {path} has label {int(images.y.max())}; the model has {count} classes, "
             f"0 to {count - 1}"
         )
-    seed = given["seed"] if shuffle else None
+    # A mixed .npz keeps its order, so that the first N images are the same to everybody.
+    seed = given["seed"] if shuffle and images.is_sorted_by_class else None
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
 
 
 def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -> Batches | None:
-    """Open `--data`, shuffled by `--seed`; None if the criterion needs none and none is given."""
+    """Open `--data`, shuffled by `--seed` where sorted by class; None if the criterion needs none and none is given."""
     if given["data"] is not None:
         return open_batches(
             given, model, spec, given["data"], samples=given["samples"], shuffle=True
