@@ -61,8 +61,7 @@ def collect(
         UnknownParameter: `parameters` matches nothing.
         UnsupportedLayer: A per-sample gradient cannot be formed.
     """
-    if samples is not None and samples < 1:
-        raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
+    check_samples(samples)
     chosen = select_parameters(model, parameters)
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
     fisher = BlockFisher(shapes, block_size=block_size, precision=precision)
@@ -120,6 +119,12 @@ def as_batches(
         raise DataError(f"samples: asked for {samples}, but batches gave {total}")
 
 
+def check_samples(samples: int | None) -> None:
+    """Raise InvalidArgument unless `samples` is 1 or more, or None."""
+    if samples is not None and samples < 1:
+        raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
+
+
 def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None]:
     if isinstance(batch, Tensor) and labels == "sampled":
         batch = (batch, None)
@@ -132,8 +137,16 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
         raise DataError(
             f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1"
         )
-    if targets is not None and not isinstance(targets, Tensor):
-        targets = torch.as_tensor(targets)
+    if targets is not None:
+        try:
+            targets = torch.as_tensor(targets)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"labels: batch {number} has no tensor of labels: {error}") from error
+        if targets.dim() == 0 or targets.shape[0] != images.shape[0]:
+            raise DataError(
+                f"labels: batch {number} has {list(targets.shape)} for {images.shape[0]} images; "
+                "takes one an image"
+            )
     return images, targets
 
 

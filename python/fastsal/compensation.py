@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastsal import _core
 from fastsal.criteria.block_fisher import raise_failed
-from fastsal.criteria.scoring import model_parameters
+from fastsal.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.errors import MaskError
 from fastsal.fisher import BlockFisher, check_damping, flat_mask
 from fastsal.masks import Masks
@@ -71,13 +71,11 @@ def compensate(
     """
     check_damping(damping)
     owned = model_parameters(model, fisher.shapes)
-    for name, mask in masks.items():
+    for name in masks:
         if name not in owned:
             raise MaskError(f"masks: {name!r} has no statistics; takes {', '.join(owned)}")
-        if tuple(mask.shape) != tuple(owned[name].shape):
-            raise MaskError(
-                f"masks: {name!r} has shape {tuple(mask.shape)}; takes {tuple(owned[name].shape)}"
-            )
+    check_mask_shapes("masks", masks, owned)
+    check_mask_shapes("before", before or {}, owned)
     full = Masks({n: masks[n] if n in masks else torch.ones(p.shape) for n, p in owned.items()})
     parameters, block_size = fisher._borrow_all(before)
     weights = [p.detach().cpu().reshape(-1).float().contiguous().numpy() for p in owned.values()]

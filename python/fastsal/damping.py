@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsal.errors import FactorizationError
+from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher import BlockFisher
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
@@ -115,6 +115,7 @@ def choose_damping(
 
     Raises:
         FactorizationError: No damping of the grid can be factored.
+        DataError: The held-out loss is NaN with all of them.
     """
     evidence: list[tuple[float, float]] = []
     failure: FactorizationError | None = None
@@ -126,6 +127,9 @@ def choose_damping(
             failure = error
             evidence.append((damping, float("nan")))
     usable = [(value, damping) for damping, value in evidence if not math.isnan(value)]
-    if not usable and failure is not None:
-        raise failure
+    if not usable:
+        raise failure or DataError(
+            "batches: the loss of the held-out images is NaN with every damping; look at the "
+            "images and at the model's precision, or give a damping"
+        )
     return DampingChoice(min(usable)[1], evidence)

@@ -65,6 +65,7 @@ class Plan:
         Method("magnitude", "magnitude"),
         Method("diag-fisher", "diag-fisher"),
         Method("block-fisher", "block-fisher"),
+        Method("block-fisher + compensation", "block-fisher", compensate=True),
         Method("obs-greedy + compensation", "obs-greedy", compensate=True),
     )
     damping: float = 0.1
@@ -178,6 +179,7 @@ def run(
         classifier,
         parts.prune.batches(spec, shuffle_seed=seed),
         block_size=plan.block_size,
+        precision="float64",
         samples=len(parts.prune),
         parameters=names,
         progress=progress,

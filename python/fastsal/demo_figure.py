@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from fastsal.demo import Outcome
 
 # Okabe and Ito's colours: told apart with any colour vision; markers say it a second time.
-_STYLES = (("#CC79A7", "s"), ("#E69F00", "^"), ("#0072B2", "o"), ("#009E73", "D"))
+_STYLES = (
+    ("#CC79A7", "s"),
+    ("#E69F00", "^"),
+    ("#0072B2", "o"),
+    ("#56B4E9", "v"),
+    ("#009E73", "D"),
+)
 _INK, _FAINT = "#222222", "#8a8a8a"
 
 
@@ -126,7 +132,8 @@ def _caption(outcome: Outcome) -> str:
         f"EfficientNet-Lite0 (ImageNet weights, {outcome.weights / 1e6:.2f} million prunable), "
         f"scikit-learn's 8×8 digits at {plan.size}×{plan.size} pixels. Scores: "
         f"{images['prune, 0-4']} images of digits 0–4, one collection for all criteria, "
-        f"blocks of {plan.block_size}, one global threshold. Heads: ridge regression on dense "
+        f"blocks of {plan.block_size}, damping {plan.damping:g} of the mean diagonal, one global "
+        "threshold. Only the lines with compensation move the kept weights. Heads: ridge regression on dense "
         "features, then frozen "
         f"({images['head, 0-4']} and {images['head, 5-9']} images). Accuracy: "
         f"{images['test, 0-4']} and {images['test, 5-9']} other images; nothing is trained or "

@@ -9,6 +9,7 @@ Axes: n samples, d weights of a parameter, B weights of a block.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -83,8 +84,9 @@ class BlockFisher:
         self._block_size = block_size
         self._precision = precision
         self._samples = 0.0
-        # Numbers of rows and of calls, which the rounding of the sums grows with.
         self._rows_seen = 0
+        # Additions to the sums, of up to 64 rows each; their rounding grows with these.
+        self._steps = 0
         dtype = np.dtype(precision)
         self._parameters = {
             name: ParameterStatistics.empty(tuple(shape), block_size, dtype)
@@ -208,11 +210,12 @@ class BlockFisher:
     ) -> dict[str, InverseDiagonal]:
         """Return `diag((F_b + λI)⁻¹)` of every parameter, with a bound of its relative error.
 
-        The bound: summed in steps of 64 with unit roundoff `u` (2⁻²⁴ for float32), an entry
-        `F_ij` has an error of at most `ε √(F_ii F_jj)`, `ε = u (√64 + √(N/64))`, with high
-        probability (Higham & Mary, 2019, section 2: independent roundings grow with the root
-        of their number). Such errors move `diag(A⁻¹)` by at most `ε max_i F_ii ‖A⁻¹‖`
-        relatively. Float64 itself adds `B 2⁻⁵³ max_i F_ii ‖A⁻¹‖`.
+        The bound: summed in `S` steps of up to 64 samples (`N/64`, more for smaller updates) with
+        unit roundoff `u` (2⁻²⁴ for float32), an entry `F_ij` has an error of at most
+        `ε √(F_ii F_jj)`, `ε = u (√64 + √S)`, with high probability (Higham & Mary, 2019,
+        section 2: independent roundings grow with the root of their number). Such errors move
+        `diag(A⁻¹)` by at most `ε max_i F_ii ‖A⁻¹‖` relatively. Float64 itself adds
+        `B 2⁻⁵³ max_i F_ii ‖A⁻¹‖`.
 
         Args:
             damping: `λ`, above zero.
@@ -271,6 +274,7 @@ class BlockFisher:
             p.merge(other._parameters[name], float(weight))
         self._samples += float(weight) * other._samples
         self._rows_seen += other._rows_seen
+        self._steps += other._steps + 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a safetensors file, whole or not at all."""
@@ -290,8 +294,10 @@ class BlockFisher:
             "precision": self._precision,
             "samples": self._samples,
             "rows_seen": self._rows_seen,
+            "steps": self._steps,
             "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
         }
+        header["digest"] = _digest(header, tensors)
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
 
@@ -314,24 +320,26 @@ class BlockFisher:
                     raise FileFormatError(
                         f"path: {os.fspath(path)!r} holds no {_FORMAT} of version {_VERSION}"
                     )
-                fisher = cls(
-                    header["shapes"],
-                    block_size=header["block_size"],
-                    precision=header["precision"],
-                )
-                keys = set(file.keys())
-                for name, p in fisher._parameters.items():
-                    p.sums = _expect(file, f"sums:{name}", (p.d,), p.dtype)
-                    if f"packed:{name}" in keys:
-                        length = _core.packed_len(p.d, p.block_size)
-                        p.packed = _expect(file, f"packed:{name}", (length,), p.dtype)
-                    else:
-                        p.rows = [_expect(file, f"rows:{name}", (None, p.d), p.dtype)]
-                fisher._samples = float(header["samples"])
-                fisher._rows_seen = int(header["rows_seen"])
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
+                told = header.pop("digest")
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if _digest(header, arrays) != told:
+                raise FileFormatError(f"path: {os.fspath(path)!r} was changed after it was written")
+            fisher = cls(
+                header["shapes"], block_size=header["block_size"], precision=header["precision"]
+            )
+            for name, p in fisher._parameters.items():
+                p.sums = _expect(arrays, f"sums:{name}", (p.d,), p.dtype)
+                if f"packed:{name}" in arrays:
+                    length = _core.packed_len(p.d, p.block_size)
+                    p.packed = _expect(arrays, f"packed:{name}", (length,), p.dtype)
+                else:
+                    p.rows = [_expect(arrays, f"rows:{name}", (None, p.d), p.dtype)]
+            fisher._samples = float(header["samples"])
+            fisher._rows_seen = int(header["rows_seen"])
+            fisher._steps = int(header["steps"])
+        except FileFormatError:
+            raise
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise FileFormatError(
                 f"path: {os.fspath(path)!r} cannot be read as {_FORMAT}: {error}"
             ) from error
@@ -348,6 +356,7 @@ class BlockFisher:
     def _count(self, n: int) -> None:
         self._samples += n
         self._rows_seen += n
+        self._steps += -(-n // 64)
 
     def _named(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -391,7 +400,7 @@ class BlockFisher:
 
     def _sum_error(self) -> float:
         unit = 2.0**-24 if self._precision == "float32" else 2.0**-53
-        return unit * (8 + math.sqrt(self._rows_seen / 64))
+        return unit * (8 + math.sqrt(self._steps))
 
     def _check_samples(self) -> None:
         if self._samples <= 0:
@@ -426,10 +435,22 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
     return ", ".join(repr(n) for n in names[:most]) + more
 
 
+def _digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the header and all arrays."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key in sorted(arrays):
+        digest.update(f"{key}\0{arrays[key].dtype}\0".encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    return digest.hexdigest()
+
+
 def _expect(
-    file: Any, key: str, shape: tuple[int | None, ...], dtype: np.dtype[Any]
+    arrays: Mapping[str, NDArray[Any]],
+    key: str,
+    shape: tuple[int | None, ...],
+    dtype: np.dtype[Any],
 ) -> NDArray[Any]:
-    array: NDArray[Any] = file.get_tensor(key)
+    array = arrays[key]
     fits = len(array.shape) == len(shape) and all(
         want is None or want == got for want, got in zip(shape, array.shape, strict=True)
     )

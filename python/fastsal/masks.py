@@ -130,7 +130,8 @@ class Masks(Mapping[str, Tensor]):
             "format": _FORMAT,
             "version": _VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "recipe": {**self.recipe, **(recipe or {})},
+            # As it will be read back, which the digest is of.
+            "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})})),
         }
         header["digest"] = _digest(header, bits)
         with atomic_path(path) as temporary:

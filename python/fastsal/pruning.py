@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Batches, Loss, as_batches, collect
+from fastsal.collection import Batches, Loss, as_batches, check_samples, collect
 from fastsal.compensation import compensate as compensate_model
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import find_criterion
@@ -119,6 +119,7 @@ def prune(
         seed=seed,
     )
     plan.check(rounds, batches)
+    check_samples(samples)
     statistics: dict[str, Any] = {
         "block_size": block_size,
         "loss": loss,
@@ -131,8 +132,8 @@ def prune(
     }
     chosen = select_parameters(model, parameters)
     # Bad fractions are refused before anything is computed.
-    goals = [None if sparsity is None else 1 - (1 - sparsity) ** (r / rounds) for r in _to(rounds)]
     rank({name: torch.zeros(p.shape) for name, p in chosen.items()}, sparsity, **plan.ranking)
+    goals = _goals(sparsity, rounds)
     original = {name: p.detach().clone() for name, p in chosen.items()}
     masks: Masks | None = None
     history: list[dict[str, Any]] = []
@@ -140,7 +141,7 @@ def prune(
     try:
         for number, goal in enumerate(goals, start=1):
             clock = _Clock()
-            fisher = held_out = None
+            fisher = rest = held_out = None
             if plan.needs_fisher and batches is not None:
                 held: list[tuple[Tensor, Tensor | None]] = []
                 source = as_batches(batches, samples, labels)
@@ -148,14 +149,16 @@ def prune(
                     source = _holding_out(source, held)
                 fisher = collect(model, source, seed=seed + number - 1, **statistics)
                 if plan.is_auto:
-                    held_out = HeldOut.of(model, _limited(held), resolve_loss(loss))
+                    some = _limited(held)
+                    # Before they are used, as this checks them.
+                    quiet = {**statistics, "progress": False}
+                    rest = collect(model, held, seed=seed + rounds + number, **quiet)
+                    held_out = HeldOut.of(model, some, resolve_loss(loss))
             clock.lap("statistics")
             choice = plan.choose(model, fisher, masks, goal, chosen, held_out)
             clock.lap("damping")
-            if fisher is not None and held_out is not None and held:
-                quiet = {**statistics, "progress": False}
-                fisher.merge(collect(model, held, seed=seed + rounds + number, **quiet))
-                clock.lap("statistics")
+            if fisher is not None and rest is not None:
+                fisher.merge(rest)
             scores, masks, increase = plan.step(model, fisher, masks, goal, choice.damping)
             clock.lap("prune")
             history.append(
@@ -282,8 +285,12 @@ class _Clock:
         self._last = now
 
 
-def _to(rounds: int) -> range:
-    return range(1, rounds + 1)
+def _goals(sparsity: float | None, rounds: int) -> list[float | None]:
+    """The sparsity after each round; the last one is exactly what was asked for."""
+    if sparsity is None:
+        return [None] * rounds
+    rising = [1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)]
+    return [*rising, sparsity]
 
 
 def _restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:

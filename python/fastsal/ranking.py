@@ -49,6 +49,7 @@ def rank(
     _check_fraction("floor", floor)
     if scope not in SCOPES:
         raise InvalidArgument(f"scope: got {scope!r}; takes {', '.join(map(repr, SCOPES))}")
+    scores = {name: torch.as_tensor(values) for name, values in scores.items()}
     flat = _flat(scores)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     if pattern is not None:
@@ -66,7 +67,8 @@ def rank(
         _check_fraction("sparsity", sparsity)
         recipe["sparsity"] = sparsity
         sizes = {name: values.numel() for name, values in flat.items()}
-        floors = {name: math.ceil(floor * size) for name, size in sizes.items()}
+        # Rounding of the product must not ask for one weight more: 0.07 * 100 > 7.
+        floors = {name: math.ceil(floor * size * (1 - 1e-12)) for name, size in sizes.items()}
         if scope == "global":
             count = round(sparsity * sum(sizes.values()))
             _check_floor(sparsity, floor, count, sum(sizes.values()) - sum(floors.values()))
@@ -115,34 +117,33 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _erk(
     scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1."""
+    """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1.
+
+    Kept counts are rounded for one `ε` (Webster's method) rather than by largest remainders, so
+    that no parameter gets weights back when the sparsity rises.
+    """
     sizes = {name: values.numel() for name, values in scores.items()}
-    total = sum(sizes.values())
-    keep = total - round(sparsity * total)
-    raw = {name: sum(values.shape) / values.numel() for name, values in scores.items()}
-    dense: set[str] = set()
-    while True:
-        share = sum(raw[n] * sizes[n] for n in sizes if n not in dense)
-        left = keep - sum(sizes[n] for n in dense)
-        epsilon = max(left, 0) / share if share else 0.0
-        over = {n for n in sizes if n not in dense and epsilon * raw[n] > 1}
-        if not over:
-            break
-        dense |= over
-    wanted = {n: float(sizes[n]) if n in dense else epsilon * raw[n] * sizes[n] for n in sizes}
-    kept = {n: max(min(sizes[n], int(wanted[n])), min(floors[n], sizes[n])) for n in sizes}
-    # Largest remainders make the count exact; floors may have taken more than their share.
-    order = sorted(sizes, key=lambda n: wanted[n] - int(wanted[n]), reverse=True)
-    missing = keep - sum(kept.values())
-    while missing:
-        step = 1 if missing > 0 else -1
-        movable = [n for n in order if floors[n] <= kept[n] + step <= sizes[n]]
-        if not movable:
-            raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")
-        for n in movable[: abs(missing)]:
-            kept[n] += step
-        missing = keep - sum(kept.values())
-    return {n: sizes[n] - kept[n] for n in sizes}
+    dimensions = {name: max(sum(values.shape), 1) for name, values in scores.items()}
+    keep = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
+    if sum(floors.values()) > keep:
+        raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")
+
+    def kept_at(epsilon: float) -> dict[str, int]:
+        wanted = {name: math.floor(epsilon * dimensions[name] + 0.5) for name in sizes}
+        return {name: max(floors[name], min(sizes[name], wanted[name])) for name in sizes}
+
+    low, high = 0.0, 1.0 + max(sizes[name] / dimensions[name] for name in sizes)
+    while low < (middle := (low + high) / 2) < high:
+        if sum(kept_at(middle).values()) <= keep:
+            low = middle
+        else:
+            high = middle
+    kept, above = kept_at(low), kept_at(high)
+    # Several counts may step at the same ε: the first parameters take what is left.
+    for name in sizes:
+        step = min(above[name] - kept[name], keep - sum(kept.values()))
+        kept[name] += step
+    return {name: sizes[name] - kept[name] for name in sizes}
 
 
 def _axes(scores: Tensor) -> tuple[int, int, int]:

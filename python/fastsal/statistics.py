@@ -32,7 +32,7 @@ def as_rows(gradients: Tensor) -> tuple[Array, str]:
     A contiguous CPU tensor is not copied. NumPy has no bfloat16: 16-bit types travel as uint16.
     """
     rows = gradients.detach().cpu()
-    rows = rows.reshape(rows.shape[0], -1)
+    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     name = _DTYPES[rows.dtype]
@@ -126,14 +126,15 @@ class ParameterStatistics:
         self.sums += scale * other.sums.astype(self.dtype, copy=False)
         root = self.dtype.type(math.sqrt(weight))
         rows = [root * rows.astype(self.dtype, copy=False) for rows in other.rows]
-        both_dual = self.packed is None and other.packed is None
+        theirs = other.packed  # before folding, as the other may be this one
+        both_dual = self.packed is None and theirs is None
         if both_dual and self._held() + other._held() <= self.limit:
             self.rows += rows
             return
         self.rows += rows
         packed = self.fold()
-        if other.packed is not None:
-            packed += scale * other.packed.astype(self.dtype, copy=False)
+        if theirs is not None:
+            packed += scale * theirs.astype(self.dtype, copy=False)
 
     def gradients(self) -> Array:
         """All kept gradients as one array `[n, d]`."""
@@ -147,8 +148,9 @@ class ParameterStatistics:
 
 
 def _converted(rows: Array, dtype: str, to: np.dtype[Any]) -> Array:
+    # In row order: the core refuses the order of an expanded tensor, which would be kept.
     if dtype == "bfloat16":
-        return (rows.astype(np.uint32) << 16).view(np.float32).astype(to)
+        return (rows.astype(np.uint32, order="C") << 16).view(np.float32).astype(to)
     if dtype == "float16":
-        return rows.view(np.float16).astype(to)
-    return rows.astype(to)
+        return rows.view(np.float16).astype(to, order="C")
+    return rows.astype(to, order="C")

@@ -217,7 +217,7 @@ def test_a_criterion_without_its_data(model, tmp_path):
 
 
 def test_usage_errors(model, tmp_path):
-    for options in (["--criterion", "best"], ["--damping", "-1"], ["--size", "big"], []):
+    for options in (["--criterion", "best"], ["--damping", "-1"], ["--size", "big"]):
         result = run("prune", model, *options, "--out", tmp_path / "run")
         assert result.exit_code == 2
         assert "Error: " in result.stderr

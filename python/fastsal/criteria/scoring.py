@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.criteria.registry import CRITERIA, Inputs
-from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import select_parameters
 from fastsal.masks import Masks
@@ -44,6 +44,7 @@ def score(
     Raises:
         InvalidArgument: Unknown criterion, bad damping, statistics missing.
         UnknownParameter: The statistics are of another model.
+        MaskError: A mask has another shape than its parameter.
         FactorizationError: A damped block is not positive definite; names parameter and blocks.
 
     Warns:
@@ -57,6 +58,7 @@ def score(
         raise InvalidArgument(f"fisher: is None; {criterion!r} needs statistics from collect")
     weights = _weights(model, fisher, parameters)
     kept = None if masks is None else {name: masks[name] for name in weights if name in masks}
+    check_mask_shapes("masks", kept or {}, weights)
     inputs = Inputs(weights, fisher, damping, kept, seed)
     scores = entry.compute(inputs)
     result = {}
@@ -99,6 +101,18 @@ def model_parameters(
                 f"takes the model that it was made for, {tuple(shape)}"
             )
     return {name: owned[name] for name in shapes}
+
+
+def check_mask_shapes(
+    argument: str, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """Raise MaskError for a mask of another shape than its parameter."""
+    for name, mask in masks.items():
+        if name in parameters and mask.shape != parameters[name].shape:
+            raise MaskError(
+                f"{argument}: {name!r} has shape {tuple(mask.shape)}; "
+                f"takes {tuple(parameters[name].shape)}"
+            )
 
 
 def _weights(

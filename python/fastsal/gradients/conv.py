@@ -110,8 +110,10 @@ def _is_padded(call: Call) -> bool:
 
 
 def _padded(call: Call, x: Tensor) -> Tensor:
+    # F.pad keeps the memory format; windows over channels-last memory are slow to read.
+    x = x.contiguous()
     if not _is_padded(call):
-        return x.contiguous()
+        return x
     # F.pad counts from the last axis backwards.
     return F.pad(x, [side for pair in reversed(call.padding) for side in pair])
 
@@ -193,12 +195,13 @@ def offsets(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
     spatial = len(call.stride)
     outputs = tuple(grad_output.shape[2:])
     windows = _windows(call, _padded(call, call.input), outputs)
+    dy = grad_output.contiguous()
     product = workspace.take("offsets", grad_output.shape, out)
     axes = tuple(range(-spatial, 0))
     for offset in itertools.product(*(range(k) for k in call.weight_shape[2:])):
         shifted: tuple[slice | int, ...] = (slice(None), slice(None), *offset)
         entry: tuple[slice | int, ...] = (slice(None), slice(None), 0, *offset)
-        torch.mul(grad_output, windows[shifted], out=product)
+        torch.mul(dy, windows[shifted], out=product)
         torch.sum(product, axes, out=out[entry])
 
 

@@ -9,7 +9,7 @@
 //! additions rather than with `N`.
 
 // Loops over registers index several arrays at once; iterators would hide that.
-#![allow(clippy::needless_range_loop)]
+#![allow(clippy::needless_range_loop, non_upper_case_globals)]
 
 use rayon::prelude::*;
 
@@ -122,11 +122,14 @@ impl<E: Element, T: Real> Kernel<T> for Task<'_, E, T> {
     fn run<S: Simd<T = T>>(self) -> bool {
         let Task { block, rows, first_column, packed, sums, scratch } = self;
         let (columns, stride) = (sums.len(), padded(block));
-        let panel_len = CHUNK * stride;
+        let panel_len = CHUNK.min(rows.n()) * stride;
         let panels = columns.div_ceil(block) * panel_len;
-        scratch.clear();
-        scratch.resize(panels + columns, T::default());
-        let (panels, chunk_sums) = scratch.split_at_mut(panels);
+        // What an earlier task left in the padding is read but never used.
+        if scratch.len() < panels + columns {
+            scratch.resize(panels + columns, T::default());
+        }
+        let (panels, rest) = scratch.split_at_mut(panels);
+        let chunk_sums = &mut rest[..columns];
         let mut clean = true;
         for first in (0..rows.n()).step_by(CHUNK) {
             let n = CHUNK.min(rows.n() - first);
@@ -136,9 +139,9 @@ impl<E: Element, T: Real> Kernel<T> for Task<'_, E, T> {
                 let rest = &rows.from(first + r);
                 let panels = &mut panels[r * stride..];
                 r += if n - r >= 4 {
-                    pack::<E, T, 4>(rest, first_column, block, panels, chunk_sums)
+                    pack::<E, T, 4>(rest, first_column, block, panels, panel_len, chunk_sums)
                 } else {
-                    pack::<E, T, 1>(rest, first_column, block, panels, chunk_sums)
+                    pack::<E, T, 1>(rest, first_column, block, panels, panel_len, chunk_sums)
                 };
             }
             for (total, sum) in sums.iter_mut().zip(chunk_sums.iter()) {
@@ -162,6 +165,7 @@ fn pack<E: Element, T: Real, const R: usize>(
     first_column: usize,
     block: usize,
     panels: &mut [T],
+    panel_len: usize,
     sums: &mut [T],
 ) -> usize {
     let stride = padded(block);
@@ -175,7 +179,7 @@ fn pack<E: Element, T: Real, const R: usize>(
     for (b, sums) in sums.chunks_mut(block).enumerate() {
         let start = first_column + b * block;
         let from = std::array::from_fn(|r| rows.row(r, start, start + sums.len()));
-        widen_and_sum::<E, T, R>(from, &mut panels[b * CHUNK * stride..], stride, sums);
+        widen_and_sum::<E, T, R>(from, &mut panels[b * panel_len..], stride, sums);
     }
     R
 }
@@ -252,6 +256,20 @@ pub(crate) fn add_gram<S: Simd>(
     }
 }
 
+/// Repeat a block for `r` in `0..R`, `R <= 8`, each time with `r` a constant: sums that only
+/// constants index stay in registers.
+macro_rules! unroll {
+    ($r:ident < $n:ident, $body:block) => {
+        unroll!(@ $r, $n, $body, 0, 1, 2, 3, 4, 5, 6, 7)
+    };
+    (@ $r:ident, $n:ident, $body:block, $($value:literal),*) => {
+        $({
+            const $r: usize = $value;
+            if $r < $n $body
+        })*
+    };
+}
+
 struct Tiles<S: Simd> {
     panel: *const S::T,
     n: usize,
@@ -314,16 +332,16 @@ impl<S: Simd> Tiles<S> {
             // All loads before all stores: a row's end and the next row's start share a cache line.
             let row = |r: usize| self.packed.wrapping_add(row_base(self.size, i0 + r) + j0);
             if i0 + R <= j0 + 1 && j0 + NV * S::W <= self.size {
-                for r in 0..R {
+                unroll!(r < R, {
                     for v in 0..NV {
                         sum[r][v] = S::add(S::load(row(r).wrapping_add(v * S::W)), sum[r][v]);
                     }
-                }
-                for r in 0..R {
+                });
+                unroll!(r < R, {
                     for v in 0..NV {
                         S::store(row(r).wrapping_add(v * S::W), sum[r][v]);
                     }
-                }
+                });
                 return;
             }
             let lanes = |r: usize, v: usize| {
@@ -331,25 +349,19 @@ impl<S: Simd> Tiles<S> {
                 let lo = (i0 + r).saturating_sub(j).min(S::W);
                 (lo, self.size.saturating_sub(j).clamp(lo, S::W))
             };
-            // A copy, so that the sums themselves stay in registers though these loops index them.
-            let mut edge = [[S::zero(); NV]; R];
-            for r in 0..R {
+            unroll!(r < R, {
                 for v in 0..NV {
-                    edge[r][v] = sum[r][v];
-                }
-            }
-            for (r, edge) in edge.iter_mut().enumerate() {
-                for (v, edge) in edge.iter_mut().enumerate() {
                     let (lo, hi) = lanes(r, v);
-                    *edge = S::add(S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi), *edge);
+                    let old = S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi);
+                    sum[r][v] = S::add(old, sum[r][v]);
                 }
-            }
-            for (r, edge) in edge.iter().enumerate() {
-                for (v, edge) in edge.iter().enumerate() {
+            });
+            unroll!(r < R, {
+                for v in 0..NV {
                     let (lo, hi) = lanes(r, v);
-                    S::store_lanes(row(r).wrapping_add(v * S::W), *edge, lo, hi);
+                    S::store_lanes(row(r).wrapping_add(v * S::W), sum[r][v], lo, hi);
                 }
-            }
+            });
         }
     }
 }

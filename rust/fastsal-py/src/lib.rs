@@ -33,5 +33,5 @@ mod core {
     #[pymodule_export]
     use crate::parallel::{build_info, num_threads, set_num_threads};
     #[pymodule_export]
-    use crate::select::{n_of_m, prune_smallest};
+    use crate::select::{kth_smallest, n_of_m, prune_smallest};
 }

@@ -10,6 +10,18 @@ use crate::errors::to_python;
 /// Masks of all arrays (true = kept) and the score of the last weight that goes.
 type Cut<'py> = (Vec<Bound<'py, PyArray1<bool>>>, Option<f32>);
 
+/// The `k`-th smallest score over all arrays, `k >= 1`.
+#[pyfunction]
+pub fn kth_smallest<'py>(
+    py: Python<'py>,
+    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    k: usize,
+) -> PyResult<Option<f32>> {
+    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
+    let found = py.detach(|| select::smallest(&arrays, k, &[])).map_err(to_python)?;
+    Ok(found.1)
+}
+
 /// Prune the `k` smallest scores over all arrays; `floors` are the least kept counts, or empty.
 #[pyfunction]
 pub fn prune_smallest<'py>(

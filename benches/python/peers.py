@@ -1,0 +1,47 @@
+"""The tools that we measure ourselves against, each loaded as its users would."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sparseml_fisher() -> Any:
+    """SparseML's `EmpiricalBlockFisherInverse`, alone: the package does not import on new torch.
+
+    Install it with `pip install --no-deps sparseml==1.8.0`.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    spec = importlib.util.find_spec("sparseml")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("pip install --no-deps sparseml==1.8.0")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    file = root / "pytorch" / "sparsification" / "pruning" / "modifier_pruning_obs.py"
+    tree = ast.parse(file.read_text())
+    name = "EmpiricalBlockFisherInverse"
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    scope: dict[str, Any] = {"torch": torch, "math": math, "Tensor": Tensor}
+    exec(compile(ast.Module(found, []), str(file), "exec"), scope)
+    return scope[name]
+
+
+def torch_fisher(gradients: Tensor, block_size: int) -> Tensor:
+    """`F_b` of all blocks by one batched product, `[blocks, B, B]`."""
+    n = gradients.shape[0]
+    blocks = gradients.reshape(n, -1, block_size).permute(1, 2, 0)
+    return torch.bmm(blocks, blocks.mT) / n
+
+
+def torch_inverse_diagonal(fisher: Tensor, damping: float) -> Tensor:
+    """`diag((F + λI)⁻¹)` by batched Cholesky and inverse, in the type that came."""
+    damped = fisher + damping * torch.eye(fisher.shape[1], dtype=fisher.dtype)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return inverse.diagonal(dim1=1, dim2=2)
