@@ -96,7 +96,10 @@ def open_batches(
 
 
 def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -> Batches | None:
-    """Open `--data`, shuffled by `--seed` where sorted by class; None if the criterion needs none and none is given."""
+    """Open `--data`; None if the criterion needs none and none is given.
+
+    Images that are sorted by class are shuffled by `--seed`.
+    """
     if given["data"] is not None:
         return open_batches(
             given, model, spec, given["data"], samples=given["samples"], shuffle=True
