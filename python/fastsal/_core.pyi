@@ -5,7 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__: list[str]
+__all__ = [
+    "NanScoreError",
+    "NonFiniteRowError",
+    "accumulate",
+    "blocks",
+    "build_info",
+    "check_finite",
+    "compensate",
+    "diagonal",
+    "dual_inverse_diagonal",
+    "eliminate",
+    "inverse",
+    "inverse_diagonal",
+    "kth_smallest",
+    "n_of_m",
+    "num_threads",
+    "packed_len",
+    "prune_smallest",
+    "set_num_threads",
+]
 
 _Floats = NDArray[np.float32] | NDArray[np.float64]
 # packed sums, number of weights, samples, kept weights or None for all
