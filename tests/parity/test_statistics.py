@@ -23,6 +23,15 @@ SIZES = [1, 7, 64, None, 1000]
 TOLERANCE = {"float32": 1e-6, "float64": 1e-13}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Matrices this small only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def gradients(n, shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     # A mean that is not zero, and weights of different scales.

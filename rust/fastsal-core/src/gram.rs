@@ -227,7 +227,32 @@ pub(crate) fn add_gram<S: Simd>(
     size: usize,
     stride: usize,
     packed: &mut [S::T],
-) {
+) where
+    S::T: Real,
+{
+    dispatch(S::ISA, AddGram { panel, n, size, stride, packed });
+}
+
+/// The arguments of [`add_gram`]: a kernel of its own, as many others use it.
+struct AddGram<'a, T> {
+    panel: &'a [T],
+    n: usize,
+    size: usize,
+    stride: usize,
+    packed: &'a mut [T],
+}
+
+impl<T: Real> Kernel<T> for AddGram<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = T>>(self) {
+        let Self { panel, n, size, stride, packed } = self;
+        add_tiles::<S>(panel, n, size, stride, packed);
+    }
+}
+
+#[inline(always)]
+fn add_tiles<S: Simd>(panel: &[S::T], n: usize, size: usize, stride: usize, packed: &mut [S::T]) {
     assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
     let mut tiles = Tiles::<S> {
         panel: panel.as_ptr(),

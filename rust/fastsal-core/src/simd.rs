@@ -76,6 +76,8 @@ pub trait Simd: Copy {
     type T: Copy;
     /// Register.
     type V: Copy;
+    /// What the registers belong to.
+    const ISA: Isa;
     /// Lanes of a register.
     const W: usize;
     /// Rows of a register tile.
@@ -102,6 +104,7 @@ macro_rules! portable {
         impl Simd for $name {
             type T = $t;
             type V = [$t; $w];
+            const ISA: Isa = Isa::Portable;
             const W: usize = $w;
             const ROWS: usize = 4;
             #[inline(always)]
@@ -165,7 +168,7 @@ pub use x86::*;
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::Simd;
+    use super::{Isa, Simd};
     use std::arch::x86_64::*;
 
     macro_rules! avx2 {
@@ -175,6 +178,7 @@ mod x86 {
             impl Simd for $name {
                 type T = $t;
                 type V = $v;
+                const ISA: Isa = Isa::Avx2;
                 const W: usize = $w;
                 const ROWS: usize = 6;
                 #[inline(always)]
@@ -262,6 +266,7 @@ mod x86 {
             impl Simd for $name {
                 type T = $t;
                 type V = $v;
+                const ISA: Isa = Isa::Avx512;
                 const W: usize = $w;
                 const ROWS: usize = 8;
                 #[inline(always)]
@@ -400,19 +405,27 @@ pub(crate) trait Kernel<T: Real> {
 }
 
 /// Run a kernel with an instruction set that [`Isa::check`] or [`Isa::best`] found here.
+///
+/// Each kernel is compiled once for each instruction set, and never into its caller.
 pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output {
+    #[inline(never)]
+    fn portable<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
+        kernel.run::<T::Portable>()
+    }
     #[cfg(target_arch = "x86_64")]
     {
+        #[inline(never)]
         #[target_feature(enable = "avx2,fma")]
         fn avx2<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
             kernel.run::<T::Avx2>()
         }
+        #[inline(never)]
         #[target_feature(enable = "avx512f")]
         fn avx512<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
             kernel.run::<T::Avx512>()
         }
         match isa {
-            Isa::Portable => kernel.run::<T::Portable>(),
+            Isa::Portable => portable(kernel),
             // SAFETY: the processor has the instruction set.
             Isa::Avx2 => unsafe { avx2(kernel) },
             // SAFETY: as above.
@@ -422,7 +435,7 @@ pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output 
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = isa;
-        kernel.run::<T::Portable>()
+        portable(kernel)
     }
 }
 
