@@ -17,6 +17,15 @@ from fastsal.errors import PrecisionWarning
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Layers this small mostly wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def open_images(path, count=None):
     """Images normalised by the mean and the standard deviation of ImageNet, and labels."""
     with np.load(path) as data:
@@ -53,13 +62,13 @@ def accuracy(model, test_set):
     with torch.inference_mode():
         right = sum(
             int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(500), labels.split(500), strict=True)
+            for x, y in zip(images.split(50), labels.split(50), strict=True)
         )
     return right / len(labels)
 
 
 def test_dense(dense, test_set):
-    assert sum(p.numel() for p in fastsal.select_parameters(dense).values()) == 269_824 + 432 - 432
+    assert sum(p.numel() for p in fastsal.select_parameters(dense).values()) == 268_336
     assert accuracy(dense, test_set) == pytest.approx(0.916, abs=0.001)
 
 
@@ -111,4 +120,4 @@ def test_inverse_diagonals(fisher, damping):
 
 def test_precision_warning_where_damping_is_tiny(dense, fisher):
     with pytest.warns(PrecisionWarning, match="^scores of '.*weight'.*precision='float64'"):
-        fastsal.score(dense, fisher, "block-fisher", 1e-9)
+        fastsal.score(dense, fisher, "block-fisher", 1e-8)

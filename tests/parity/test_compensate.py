@@ -95,7 +95,9 @@ def independent(fisher, name, weight, mask, damping):
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.95])
-@pytest.mark.parametrize(("block_size", "n"), [(16, 120), (1, 30), (64, 120), (None, 200), (None, 8)])
+@pytest.mark.parametrize(
+    ("block_size", "n"), [(16, 120), (1, 30), (64, 120), (None, 200), (None, 8)]
+)
 def test_equals_the_formula(block_size, n, sparsity, damping, precision):
     fisher, model, masks = case(n, block_size=block_size, sparsity=sparsity, precision=precision)
     old = model.copy()

@@ -60,7 +60,9 @@ def rows(model, images, labels, names=WEIGHTS, loss=None):
     result = {name: [] for name in names}
     for x, y in zip(images, labels, strict=True):
         outputs = model(x[None])
-        value = (F.cross_entropy(outputs, y[None]) if loss is None else loss(outputs, y[None])).sum()
+        value = (
+            F.cross_entropy(outputs, y[None]) if loss is None else loss(outputs, y[None])
+        ).sum()
         for name, g in zip(
             names, torch.autograd.grad(value, [owned[n] for n in names]), strict=True
         ):
@@ -186,9 +188,7 @@ def test_parameters_and_loss():
         return (outputs - F.one_hot(targets, CLASSES)).square().sum(1)
 
     names = ["0.bias", "1.weight", "7.weight"]
-    fisher = collect(
-        model, [(images, labels)], parameters=names, loss=loss, precision="float64"
-    )
+    fisher = collect(model, [(images, labels)], parameters=names, loss=loss, precision="float64")
     assert_statistics(fisher, rows(model, images, labels, names, loss))
 
 

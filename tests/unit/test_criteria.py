@@ -134,7 +134,10 @@ def test_dual_statistics_give_the_same(criterion, n):
 
 def test_random_is_seeded():
     model = Holder()
-    a, b, c = (fastsal.score(model, None, "random", seed=seed, parameters=list(SHAPES)) for seed in (3, 3, 4))
+    a, b, c = (
+        fastsal.score(model, None, "random", seed=seed, parameters=list(SHAPES))
+        for seed in (3, 3, 4)
+    )
     state = torch.get_rng_state()
     d = fastsal.score(model, statistics(), "random", seed=3)
     assert torch.equal(torch.get_rng_state(), state)

@@ -139,8 +139,14 @@ def test_shared_parameters_by_either_name():
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ({"0.weight": torch.zeros(5, 3, 3, 3), "3.weight": torch.ones(2)}, "no parameter '3.weight'"),
-        ({"0.weight": torch.zeros(5, 3, 3, 3), "2.weight": torch.ones(35)}, r"'2.weight' has shape"),
+        (
+            {"0.weight": torch.zeros(5, 3, 3, 3), "3.weight": torch.ones(2)},
+            "no parameter '3.weight'",
+        ),
+        (
+            {"0.weight": torch.zeros(5, 3, 3, 3), "2.weight": torch.ones(35)},
+            r"'2.weight' has shape",
+        ),
         ({"0.weight": torch.zeros(5, 3, 3, 3), "2.weight": torch.ones(5, 7)}, r"\(7, 5\)"),
         ({"0.weight": torch.zeros(5, 3, 3, 3), "1.running_mean": torch.ones(5)}, "no parameter"),
     ],

@@ -261,7 +261,7 @@ def test_rounds_by_hand():
 
 def test_damping_auto_takes_the_least_held_out_loss():
     model = trained()
-    result = prune(model, BATCHES, 0.6)
+    result = prune(model, BATCHES, 0.6, precision="float64")
     (entry,) = result.history
     dampings, losses = zip(*entry["damping_evidence"], strict=True)
     assert list(dampings) == sorted(dampings)
@@ -275,7 +275,7 @@ def test_damping_auto_takes_the_least_held_out_loss():
     images, labels = data()
     out = torch.arange(64) % 8 == 7
     by_hand = trained().eval()
-    fisher = collect(by_hand, [(images[~out], labels[~out])])
+    fisher = collect(by_hand, [(images[~out], labels[~out])], precision="float64")
     grid = candidates(fisher)
     assert list(dampings) == grid
     for damping, loss in entry["damping_evidence"]:
@@ -285,7 +285,7 @@ def test_damping_auto_takes_the_least_held_out_loss():
         with torch.no_grad():
             want = F.cross_entropy(again(images[out]), labels[out])
         assert loss == pytest.approx(float(want), rel=1e-3)
-    full = collect(by_hand, [(images, labels)])
+    full = collect(by_hand, [(images, labels)], precision="float64")
     scores = score(by_hand, full, "obs-greedy", entry["damping"])
     for name in WEIGHTS:
         torch.testing.assert_close(result.scores[name], scores[name], rtol=1e-3, atol=1e-9)
@@ -357,9 +357,7 @@ def test_held_out_loss_is_the_mean_over_samples():
     assert held.mean_loss(model) == pytest.approx(float(want))
     # Without labels the model's own outputs stand in, of when the images were held out.
     held = HeldOut.of(model, [(images, None)], loss)
-    assert held.mean_loss(model) == pytest.approx(
-        float(-(own * own.log()).sum(1).mean()), rel=1e-4
-    )
+    assert held.mean_loss(model) == pytest.approx(float(-(own * own.log()).sum(1).mean()), rel=1e-4)
     assert model.training
     assert_same(model, before)
 

@@ -45,7 +45,9 @@ def many_scores(draw, ties=True):
     shapes = draw(
         st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=8)
     )
-    kind = draw(st.sampled_from(["distinct", "few values", "special", "equal"] if ties else ["distinct"]))
+    kind = draw(
+        st.sampled_from(["distinct", "few values", "special", "equal"] if ties else ["distinct"])
+    )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     scores = {}
     for i, shape in enumerate(shapes):
@@ -241,7 +243,8 @@ def slow_pattern(scores, n, m):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "3:3", "1:1", "2:5"])
 @pytest.mark.parametrize(
-    "shape", [(6, 16), (3, 10), (5, 3), (2, 9, 3, 3), (4, 8, 1, 1), (4, 6, 5), (11,), (2, 5, 2, 2, 2)]
+    "shape",
+    [(6, 16), (3, 10), (5, 3), (2, 9, 3, 3), (4, 8, 1, 1), (4, 6, 5), (11,), (2, 5, 2, 2, 2)],
 )
 def test_pattern(shape, pattern, ties):
     generator = torch.Generator().manual_seed(0)
@@ -312,7 +315,9 @@ def test_floor_and_sparsity_that_just_fit():
     """0.07 * 100 is a little more than seven in floating point, but seven is what is meant."""
     for scope in ("global", "layer", "erk"):
         for percent in range(101):
-            masks = rank({"w": torch.rand(100)}, 1 - percent / 100, floor=percent / 100, scope=scope)
+            masks = rank(
+                {"w": torch.rand(100)}, 1 - percent / 100, floor=percent / 100, scope=scope
+            )
             assert masks.kept["w"] == percent
     assert rank({"w": torch.rand(100)}, 0.5, floor=1e-9).kept["w"] == 50
     with pytest.raises(InvalidArgument, match="^sparsity: "):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="Folder for the pictures and the numbers.",
 )
-@click.option("--quick", is_flag=True, help="Fewer images and sparsities: a minute less.")
+@click.option("--quick", is_flag=True, help="Fewer images and sparsities.")
 @options.run_options
 @options.force_option
 def demo(**given: Any) -> None:
