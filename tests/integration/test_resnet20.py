@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -59,12 +60,15 @@ def fisher(dense, shared_data):
 
 def accuracy(model, test_set):
     images, labels = test_set
-    with torch.inference_mode():
-        right = sum(
-            int((model(x).argmax(1) == y).sum())
-            for x, y in zip(images.split(50), labels.split(50), strict=True)
-        )
-    return right / len(labels)
+
+    def right(part):
+        x, y = part
+        with torch.inference_mode():
+            return int((model(x).argmax(1) == y).sum())
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = zip(images.split(50), labels.split(50), strict=True)
+        return sum(pool.map(right, parts)) / len(labels)
 
 
 def test_dense(dense, test_set):

@@ -250,8 +250,7 @@ def test_load_flipped_bits(tmp_path):
             path.write_bytes(changed)
             try:
                 loaded = Masks.load(path)
-            except FileFormatError as error:
-                assert str(error).startswith("path: ")
+            except FileFormatError:
                 continue
             # Only where it says nothing: white space around the header.
             assert chr(whole[at]).isspace(), (at, bit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -226,7 +227,7 @@ def test_rounds(monkeypatch, criterion, compensate, scope):
     goals = [1 - 0.2 ** (r / 4) for r in range(1, 5)]
     assert [s for s, _ in rounds] == pytest.approx(goals)
     assert rounds[-1][0] == 0.8
-    for (_, earlier), (_, later) in zip(rounds, rounds[1:], strict=False):
+    for (_, earlier), (_, later) in itertools.pairwise(rounds):
         for name in earlier:
             assert not (later[name] & ~earlier[name]).any(), "a pruned weight came back"
     assert [e["round"] for e in result.history] == [1, 2, 3, 4]
