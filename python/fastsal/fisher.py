@@ -253,6 +253,20 @@ class BlockFisher:
                 result[name] = InverseDiagonal(values, failed, errors)
         return {name: result[name] for name in self._parameters}
 
+    def error_bounds(self, damping: float) -> dict[str, NDArray[np.float64]]:
+        """Return a bound of the relative error of each inverse, name to `[n_blocks]`.
+
+        That of `inverse_diagonals` with `‖A⁻¹‖ <= 1/λ`; nothing is factored.
+        """
+        check_damping(damping)
+        bounds = {}
+        for name, diagonal in self.diagonal().items():
+            size = self._parameters[name].block_size
+            flat = diagonal.reshape(-1).numpy()
+            largest = np.maximum.reduceat(flat, np.arange(0, len(flat), size))
+            bounds[name] = largest / damping * (self._sum_error() + size * 2.0**-53)
+        return bounds
+
     def merge(self, other: BlockFisher, weight: float = 1.0) -> None:
         """Add another's sums times `weight`: more samples, or a mixture of sources.
 

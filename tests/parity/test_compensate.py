@@ -123,7 +123,7 @@ def test_blocks_of_one_move_nothing():
 
 
 # 200 random blocks.
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     d=st.integers(1, 20),

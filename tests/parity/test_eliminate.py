@@ -229,3 +229,12 @@ def test_real_blocks(resnet20, damping, masked):
         generator = torch.Generator().manual_seed(0)
         kept = {n: torch.rand(w.shape, generator=generator) < 0.6 for n, w in weights.items()}
     check(fisher, weights, damping, kept, blocks=[0, 5])
+
+
+def test_precision_warning_names_the_parameter():
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.ones(64))
+    fisher = fastsal.BlockFisher({"w": (64,)})
+    fisher.update({"w": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))})
+    with pytest.warns(fastsal.PrecisionWarning, match="'w'"):
+        fastsal.score(model, fisher, "obs-greedy", 1e-7)

@@ -6,8 +6,11 @@ The score of WoodFisher (Singh & Alistarh, 2020, eq. 9) and oBERT (Kurtic et al.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastsal.criteria.registry import Inputs, Scores, criterion
 from fastsal.errors import FactorizationError, PrecisionWarning
@@ -31,20 +34,25 @@ def block_fisher(inputs: Inputs) -> Scores:
         inverse = inverses[name]
         raise_failed(name, inverse.failed, inputs.damping)
         scores[name] = w.square() / (2 * torch.from_numpy(inverse.values).reshape(w.shape))
-    worst = {name: float(inverses[name].errors.max(initial=0.0)) for name in inputs.weights}
+    warn_imprecise({name: inverses[name].errors for name in inputs.weights}, inputs)
+    return scores
+
+
+def warn_imprecise(errors: Mapping[str, NDArray[np.float64]], inputs: Inputs) -> None:
+    """Warn where the error bound of scores, name to `[n_blocks]`, passes one per cent."""
+    worst = {name: float(bounds.max(initial=0.0)) for name, bounds in errors.items()}
     doubtful = {name: error for name, error in worst.items() if error > _TOLERANCE}
     if doubtful:
         name = max(doubtful, key=lambda n: doubtful[n])
-        blocks = int((inverses[name].errors > _TOLERANCE).sum())
+        blocks = int((errors[name] > _TOLERANCE).sum())
         others = f" and {len(doubtful) - 1} other parameters" if len(doubtful) > 1 else ""
         warnings.warn(
             f"scores of {name!r}{others}: rounding of the {inputs.fisher.precision} sums may "
             f"change them by up to {min(doubtful[name], 1):.0%} ({blocks} of its blocks pass 1 %) "
             f"at damping {inputs.damping:g}; collect with precision='float64' or damp more",
             PrecisionWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-    return scores
 
 
 def raise_failed(name: str, failed: list[int], damping: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastsal import _core
-from fastsal.criteria.block_fisher import raise_failed
+from fastsal.criteria.block_fisher import raise_failed, warn_imprecise
 from fastsal.criteria.registry import Inputs, Scores, criterion
 
 
@@ -19,6 +19,9 @@ def obs_greedy(inputs: Inputs) -> Scores:
 
     Raises:
         FactorizationError: Blocks are not positive definite in double precision; names them.
+
+    Warns:
+        PrecisionWarning: The error bound of the inverse passes one per cent; names the parameter.
     """
     parameters, block_size = inputs.fisher._borrow_all(inputs.kept)
     names = inputs.fisher.names
@@ -28,4 +31,6 @@ def obs_greedy(inputs: Inputs) -> Scores:
     for name, (values, _, failed) in zip(names, results, strict=True):
         raise_failed(name, failed, inputs.damping)
         scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
+    errors = inputs.fisher.error_bounds(inputs.damping)
+    warn_imprecise({name: errors[name] for name in inputs.weights}, inputs)
     return {name: scores[name] for name in inputs.weights}
