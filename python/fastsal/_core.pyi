@@ -68,7 +68,7 @@ def eliminate(
     weights: Sequence[NDArray[np.float32]],
     block_size: int,
     damping: float,
-) -> list[tuple[NDArray[np.float32], NDArray[np.uint32], list[int]]]: ...
+) -> list[tuple[NDArray[np.float32], NDArray[np.uint32], list[int], NDArray[np.float64]]]: ...
 def compensate(
     parameters: Sequence[_Parameter],
     weights: Sequence[NDArray[np.float32]],

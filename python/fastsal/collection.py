@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal import _core
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.fisher import BlockFisher
+from fastsal.gathering import RowGatherer
 from fastsal.gradients import GradientEngine, select_parameters
 from fastsal.progress import reporter
 
@@ -48,7 +48,7 @@ def collect(
         labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
             softmax, for the true Fisher.
         parameters: Names or patterns; None takes the weights of Linear and ConvNd.
-        memory_budget: Bytes that the statistics may take.
+        memory_budget: Bytes that the statistics and the rows gathered for them may take.
         progress: True shows a bar; a function is called with `(samples, total or None)`.
         seed: Seed of sampled labels.
         precision: `"float32"` or `"float64"`, in which sums are kept.
@@ -65,7 +65,7 @@ def collect(
     chosen = select_parameters(model, parameters)
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
     fisher = BlockFisher(shapes, block_size=block_size, precision=precision)
-    _check_budget(fisher, memory_budget)
+    spare = _spare(fisher, memory_budget)
     total = 0
     with (
         GradientEngine(
@@ -79,16 +79,18 @@ def collect(
         ) as engine,
         reporter(progress, "statistics") as report,
     ):
+        # A micro-batch at a time, so that an error can name the sample.
+        step = engine.micro_batch
+        gatherer = RowGatherer(fisher, chosen, step, expected=samples, spare=spare)
         for images, targets in as_batches(batches, samples, labels):
-            # A micro-batch at a time, so that an error can name the sample.
-            step = engine.micro_batch
             for start in range(0, images.shape[0], step):
                 part = slice(start, start + step)
                 some = None if targets is None else targets[part]
-                engine.run(images[part], some, lambda name, rows: fisher._add(name, rows, samples))
-                fisher._count(images[part].shape[0])
+                engine.run(images[part], some, gatherer)
+                gatherer.end_micro_batch(images[part].shape[0])
                 total += images[part].shape[0]
                 report(total, samples)
+        gatherer.flush()
     return fisher
 
 
@@ -150,15 +152,14 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
     return images, targets
 
 
-def _check_budget(fisher: BlockFisher, budget: int | None) -> None:
+def _spare(fisher: BlockFisher, budget: int | None) -> int | None:
+    """Bytes of the budget that the statistics leave."""
     if budget is None:
-        return
-    size = 4 if fisher.precision == "float32" else 8
-    needed = 0
-    for p in fisher._parameters.values():
-        needed += size * (_core.packed_len(p.d, p.block_size) + p.d)
+        return None
+    needed = fisher.final_nbytes
     if needed > budget:
         raise InvalidArgument(
             f"memory_budget: the statistics take {needed / 2**20:.0f} MiB, more than "
             f"{budget / 2**20:.0f} MiB; take fewer parameters or a smaller block_size"
         )
+    return budget - needed

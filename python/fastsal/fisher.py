@@ -119,6 +119,11 @@ class BlockFisher:
         return {name: p.shape for name, p in self._parameters.items()}
 
     @property
+    def final_nbytes(self) -> int:
+        """Memory that the sums take once all samples are in packed blocks."""
+        return sum(p.final_nbytes for p in self._parameters.values())
+
+    @property
     def nbytes(self) -> int:
         """Memory that the statistics take, in bytes."""
         return sum(p.nbytes for p in self._parameters.values())
@@ -248,24 +253,9 @@ class BlockFisher:
             borrowed = [self._borrow(self._parameters[n], flat_mask(kept, n)) for n in names]
             inverses = _core.inverse_diagonal(borrowed, size, damping)
             for name, (values, failed, sensitivity) in zip(names, inverses, strict=True):
-                block = self._parameters[name].block_size
-                errors = sensitivity * (self._sum_error() + block * 2.0**-53)
+                errors = self._error_bound(name, sensitivity)
                 result[name] = InverseDiagonal(values, failed, errors)
         return {name: result[name] for name in self._parameters}
-
-    def error_bounds(self, damping: float) -> dict[str, NDArray[np.float64]]:
-        """Return a bound of the relative error of each inverse, name to `[n_blocks]`.
-
-        That of `inverse_diagonals` with `‖A⁻¹‖ <= 1/λ`; nothing is factored.
-        """
-        check_damping(damping)
-        bounds = {}
-        for name, diagonal in self.diagonal().items():
-            size = self._parameters[name].block_size
-            flat = diagonal.reshape(-1).numpy()
-            largest = np.maximum.reduceat(flat, np.arange(0, len(flat), size))
-            bounds[name] = largest / damping * (self._sum_error() + size * 2.0**-53)
-        return bounds
 
     def merge(self, other: BlockFisher, weight: float = 1.0) -> None:
         """Add another's sums times `weight`: more samples, or a mixture of sources.
@@ -412,7 +402,13 @@ class BlockFisher:
         borrowed = [self._borrow(p, flat_mask(kept, name)) for name, p in folded.items()]
         return borrowed, self._block_size or max(p.d for p in folded.values())
 
-    def _sum_error(self) -> float:
+    def _error_bound(self, name: str, sensitivity: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Bound of the relative error of a parameter's inverses (see `inverse_diagonals`)."""
+        double = self._parameters[name].block_size * 2.0**-53
+        return sensitivity * (self._rounding() + double)
+
+    def _rounding(self) -> float:
+        """`ε` of `inverse_diagonals`: bound of the relative error of the sums."""
         unit = 2.0**-24 if self._precision == "float32" else 2.0**-53
         return unit * (8 + math.sqrt(self._steps))
 

@@ -95,6 +95,11 @@ class ParameterStatistics:
         packed = 0 if self.packed is None else self.packed.nbytes
         return packed + self.sums.nbytes + sum(rows.nbytes for rows in self.rows)
 
+    @property
+    def final_nbytes(self) -> int:
+        """Memory that the sums take as packed blocks."""
+        return self.dtype.itemsize * (_core.packed_len(self.d, self.block_size) + self.d)
+
     def add(self, rows: Array, dtype: str, *, expected: int | None = None) -> None:
         """Add gradients `[n, d]`; `expected` is the number of samples to come in all, if known.
 

@@ -108,7 +108,7 @@ def test_error_bound_holds(scale, step, mean):
     root = double.diagonal()["w"].sqrt().reshape(3, 16)
     scale_ = root[:, :, None] * root[:, None, :]
     difference = (single.blocks("w") - double.blocks("w")).abs() / scale_
-    assert difference.max() <= single._sum_error()
+    assert difference.max() <= single._rounding()
 
 
 def test_error_bound_is_of_use():

@@ -27,10 +27,10 @@ def obs_greedy(inputs: Inputs) -> Scores:
     names = inputs.fisher.names
     weights = [inputs.weights[name].reshape(-1).float().numpy() for name in names]
     results = _core.eliminate(parameters, weights, block_size, inputs.damping)
-    scores = {}
-    for name, (values, _, failed) in zip(names, results, strict=True):
+    scores, errors = {}, {}
+    for name, (values, _, failed, sensitivity) in zip(names, results, strict=True):
         raise_failed(name, failed, inputs.damping)
         scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
-    errors = inputs.fisher.error_bounds(inputs.damping)
+        errors[name] = inputs.fisher._error_bound(name, sensitivity)
     warn_imprecise({name: errors[name] for name in inputs.weights}, inputs)
     return {name: scores[name] for name in inputs.weights}

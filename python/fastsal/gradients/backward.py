@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ from fastsal.gradients.registry import Call, Operation
 from fastsal.gradients.workspace import Workspace
 
 Sink = Callable[[str, Tensor], None]
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """A sink that lends the memory that rows are written to, so that it need not copy them."""
+
+    def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
+        """Return contiguous memory `[n, *shape]` in the parameter's dtype, or None."""
 
 
 class Record:
@@ -72,6 +81,7 @@ class Pass:
         self._calls = dict.fromkeys(parameters, 0)
         self._fired = dict.fromkeys(parameters, 0)
         self._sums: dict[str, Tensor] = {}
+        self._lender = sink if isinstance(sink, Lender) else None
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
         """Attach the hook to the output of a call."""
@@ -98,12 +108,12 @@ class Pass:
         shape = (self._n, *parameter.shape)
         self._fired[name] += 1
         if self._calls[name] == 1:
-            rows = self._workspace.take("rows", shape, parameter)
+            rows = self._room(name, "rows")
             record.fill(grad_output, rows, self._workspace)
             self._sink(name, rows)
             return
         if name not in self._sums:
-            self._sums[name] = self._workspace.take(f"sum {name}", shape, parameter)
+            self._sums[name] = self._room(name, f"sum {name}")
             record.fill(grad_output, self._sums[name], self._workspace)
         else:
             rows = self._workspace.take("rows", shape, parameter)
@@ -120,6 +130,11 @@ class Pass:
             if name in self._sums:
                 self._sink(name, self._sums[name])
             else:
-                parameter = self._parameters[name]
-                rows = self._workspace.take("rows", (self._n, *parameter.shape), parameter)
-                self._sink(name, rows.zero_())
+                self._sink(name, self._room(name, "rows").zero_())
+
+    def _room(self, name: str, purpose: str) -> Tensor:
+        """Memory for the rows that the sink will get."""
+        parameter = self._parameters[name]
+        shape = (self._n, *parameter.shape)
+        lent = None if self._lender is None else self._lender.room(name, shape)
+        return self._workspace.take(purpose, shape, parameter) if lent is None else lent

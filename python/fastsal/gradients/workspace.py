@@ -5,8 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+def empty_pages(size: int, dtype: torch.dtype) -> Tensor:
+    """Return uninitialised CPU memory of `size` elements, in huge pages where the system has them.
+
+    NumPy asks for huge pages, PyTorch does not: fresh memory is then touched three times faster.
+    """
+    nbytes = size * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(raw[start : start + nbytes]).view(dtype)
 
 
 class Workspace:
@@ -24,7 +38,10 @@ class Workspace:
             # Free the old buffer before the larger one is made.
             self._buffers.pop(key, None)
             buffer = None
-            buffer = torch.empty(size, device=like.device, dtype=like.dtype)
+            if like.device.type == "cpu":
+                buffer = empty_pages(size, like.dtype)
+            else:
+                buffer = torch.empty(size, device=like.device, dtype=like.dtype)
             self._buffers[key] = buffer
         return buffer[:size].view(tuple(shape))
 

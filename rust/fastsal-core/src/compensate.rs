@@ -6,7 +6,7 @@
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, solve, zeros, Scratch};
+use crate::dense::{cholesky, room, solve, Scratch};
 use crate::error::{check_length, Result};
 use crate::factor::{check_damping, Statistics};
 use crate::gram::padded;
@@ -81,7 +81,7 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
         let was_kept = |j: usize| before.is_none_or(|k| k[j]);
         let kept: Vec<usize> = (0..size).filter(|j| mask[*j] && was_kept(*j)).collect();
         let pruned: Vec<usize> = (0..size).filter(|j| !mask[*j] && was_kept(*j)).collect();
-        let a = zeros(&mut scratch.upper, size * stride);
+        let a = room(&mut scratch.upper, size * stride);
         statistics.damped(b, damping, a);
         let at = |i: usize, j: usize| a[i.min(j) * stride + i.max(j)];
         let theta = |j: usize| f64::from(weights[j]);
@@ -94,13 +94,13 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
         let rhs = step.clone();
 
         let inner = padded(kept.len());
-        let a_kk = zeros(&mut scratch.lower, (kept.len() * inner).max(1));
+        let a_kk = room(&mut scratch.lower, (kept.len() * inner).max(1));
         for (i, k) in kept.iter().enumerate() {
             for (j, l) in kept.iter().enumerate().skip(i) {
                 a_kk[i * inner + j] = at(*k, *l);
             }
         }
-        let fine = cholesky::<S>(a_kk, kept.len()) && bare.is_finite();
+        let fine = cholesky(S::ISA, a_kk, kept.len()) && bare.is_finite();
         let mut increase = bare;
         if fine {
             solve(a_kk, kept.len(), &mut step);

@@ -7,12 +7,17 @@
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use crate::gram::{add_gram, padded};
+use std::ops::Range;
+
+use crate::gram::{add_gram_of_lower, padded};
 use crate::layout::{row_base, triangle};
-use crate::simd::Simd;
+use crate::simd::{dispatch, Isa, Kernel, Simd};
 
 /// Vectors of a row that are built at a time.
 const VECTORS: usize = 8;
+
+/// Rows that are built at a time from those above them: a load then serves as many products.
+const PANEL: usize = 4;
 
 /// A worker's memory for matrices of one block.
 #[derive(Default)]
@@ -25,6 +30,14 @@ pub(crate) struct Scratch {
     pub row: Vec<f64>,
     /// A packed triangle.
     pub packed: Vec<f64>,
+}
+
+/// The first `len` elements of `v`, whatever they hold.
+pub(crate) fn room(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
+    if v.len() < len {
+        v.resize(len, 0.0);
+    }
+    &mut v[..len]
 }
 
 /// Make `v` hold `len` zeros.
@@ -48,7 +61,7 @@ unsafe fn subtract_rows<S: Simd<T = f64>>(
     size: usize,
     rows: *const f64,
     stride: usize,
-    over: std::ops::Range<usize>,
+    over: Range<usize>,
     factors: *const f64,
     factor_stride: usize,
 ) {
@@ -81,7 +94,7 @@ unsafe fn subtract<S: Simd<T = f64>, const NV: usize>(
     to: *mut f64,
     at: impl Fn(usize) -> *const f64,
     factor: impl Fn(usize) -> *const f64,
-    over: std::ops::Range<usize>,
+    over: Range<usize>,
 ) {
     // Two sets of sums, taken in turn, halve the wait of one product for the one before.
     // SAFETY: the caller's pointers are valid for NV vectors.
@@ -114,6 +127,77 @@ unsafe fn subtract<S: Simd<T = f64>, const NV: usize>(
     }
 }
 
+/// [`subtract_rows`] for [`PANEL`] rows `to`, `stride` apart; `factors` of the rows lie side by side.
+///
+/// # Safety
+/// As [`subtract_rows`], for each row.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // raw parts of two matrices and a panel
+unsafe fn subtract_panel<S: Simd<T = f64>>(
+    to: *mut f64,
+    columns: Range<usize>,
+    rows: *const f64,
+    stride: usize,
+    over: impl Fn(usize) -> Range<usize>,
+    factors: *const f64,
+    factor_stride: usize,
+) {
+    let mut column = columns.start / S::W * S::W;
+    while column < columns.end {
+        let left = (columns.end - column).div_ceil(S::W);
+        let over = over(column);
+        // SAFETY: the caller's matrices are valid for whole vectors of these columns.
+        unsafe {
+            let (to, rows) = (to.add(column), rows.add(column));
+            // Four vectors of four rows need more than sixteen registers.
+            column += S::W
+                * match left {
+                    1 => panel_tile::<S, 1>(to, rows, stride, over, factors, factor_stride),
+                    2 | 3 => panel_tile::<S, 2>(to, rows, stride, over, factors, factor_stride),
+                    _ if matches!(S::ISA, Isa::Avx512) => {
+                        panel_tile::<S, 4>(to, rows, stride, over, factors, factor_stride)
+                    }
+                    _ => panel_tile::<S, 2>(to, rows, stride, over, factors, factor_stride),
+                };
+        }
+    }
+}
+
+/// `NV` vectors of [`subtract_panel`]; `NV`.
+#[inline(always)]
+unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
+    to: *mut f64,
+    rows: *const f64,
+    stride: usize,
+    over: Range<usize>,
+    factors: *const f64,
+    factor_stride: usize,
+) -> usize {
+    // SAFETY: the caller's pointers are valid for NV vectors of each row.
+    unsafe {
+        let mut sum = [[S::zero(); NV]; PANEL];
+        for k in over {
+            let row = rows.add(k * stride);
+            let row: [S::V; NV] = std::array::from_fn(|v| S::load(row.add(v * S::W)));
+            for r in 0..PANEL {
+                let factor = S::splat(factors.add(k * factor_stride + r));
+                for v in 0..NV {
+                    sum[r][v] = S::mul_add(factor, row[v], sum[r][v]);
+                }
+            }
+        }
+        let minus = -1.0;
+        let minus = S::splat(&raw const minus);
+        for r in 0..PANEL {
+            for v in 0..NV {
+                let to = to.add(r * stride + v * S::W);
+                S::store(to, S::mul_add(minus, sum[r][v], S::load(to)));
+            }
+        }
+    }
+    NV
+}
+
 /// `to -= sum_k factors[k * factor_stride] * rows[k]` over the first `count` rows of `stride` each.
 #[inline(always)]
 pub(crate) fn subtract_row<S: Simd<T = f64>>(
@@ -139,78 +223,112 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
 
 /// Cholesky factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive
 /// definite in double precision. What lies below the diagonal is scratch.
-#[inline(always)]
-pub(crate) fn cholesky<S: Simd<T = f64>>(a: &mut [f64], size: usize) -> bool {
-    let stride = padded(size);
-    assert!(a.len() >= size * stride);
-    let base = a.as_mut_ptr();
-    for i in 0..size {
-        // SAFETY: row i and the rows above it lie in `a`; factors are column i of those rows.
-        unsafe {
-            subtract_rows::<S>(
-                base.add(i * stride),
-                i,
-                size,
-                base,
-                stride,
-                0..i,
-                base.add(i),
-                stride,
-            );
-        }
-        let row = &mut a[i * stride + i..i * stride + size];
-        let pivot = row[0];
-        // `!(x > 0)` also catches NaN.
-        if !(pivot > 0.0 && pivot.is_finite()) {
-            return false;
-        }
-        let scale = 1.0 / pivot.sqrt();
-        for x in row {
-            *x *= scale;
-        }
-    }
-    true
+pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize) -> bool {
+    dispatch(isa, Cholesky { a, size })
 }
 
-/// `M = U⁻ᵀ`, lower triangle by rows (zero above), from `U` of [`cholesky`]; row by row to `each`.
-#[inline(always)]
-pub(crate) fn invert<S: Simd<T = f64>>(
-    u: &[f64],
-    m: &mut [f64],
+struct Cholesky<'a> {
+    a: &'a mut [f64],
     size: usize,
-    mut each: impl FnMut(&[f64]),
-) {
-    let stride = padded(size);
-    assert!(u.len() >= size * stride && m.len() >= size * stride);
-    let (factor, base) = (u.as_ptr(), m.as_mut_ptr());
-    for i in 0..size {
-        m[i * stride..(i + 1) * stride].fill(0.0);
-        m[i * stride + i] = 1.0;
-        // Row k is zero beyond column k: each stretch of columns begins with the row of its start.
-        let mut column = 0;
-        while column < i {
-            let end = (column + VECTORS * S::W).min(padded(i));
-            // SAFETY: rows column..i of `m` and of `u` are valid for padded(size) elements.
-            unsafe {
-                let to = base.add(i * stride);
-                subtract_rows::<S>(to, column, end, base, stride, column..i, factor.add(i), stride);
+}
+
+impl Kernel<f64> for Cholesky<'_> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) -> bool {
+        let Self { a, size } = self;
+        let stride = padded(size);
+        assert!(a.len() >= size * stride);
+        let base = a.as_mut_ptr();
+        for start in (0..size).step_by(PANEL) {
+            let end = size.min(start + PANEL);
+            // Rows above the panel serve all of its rows at once, if it is whole.
+            let mut done = 0;
+            if end - start == PANEL {
+                // SAFETY: the panel and the rows above it lie in `a`; their factors are the
+                // panel's columns of the rows above.
+                unsafe {
+                    let (to, factors) = (base.add(start * stride), base.add(start));
+                    let over = |_| 0..start;
+                    subtract_panel::<S>(to, start..size, base, stride, over, factors, stride);
+                }
+                done = start;
             }
-            column = end;
+            for i in start..end {
+                // SAFETY: row i and the rows above it lie in `a`; factors are column i of those.
+                unsafe {
+                    let (to, factors) = (base.add(i * stride), base.add(i));
+                    subtract_rows::<S>(to, i, size, base, stride, done..i, factors, stride);
+                }
+                let row = &mut a[i * stride + i..i * stride + size];
+                let pivot = row[0];
+                // `!(x > 0)` also catches NaN.
+                if !(pivot > 0.0 && pivot.is_finite()) {
+                    return false;
+                }
+                let scale = 1.0 / pivot.sqrt();
+                for x in row {
+                    *x *= scale;
+                }
+            }
         }
-        let scale = 1.0 / u[i * stride + i];
-        let row = &mut m[i * stride..i * stride + i + 1];
-        for x in row.iter_mut() {
-            *x *= scale;
+        true
+    }
+}
+
+/// `M = U⁻ᵀ`, lower triangle by rows (zero above), from `U` of [`cholesky`].
+pub(crate) fn invert(isa: Isa, u: &[f64], m: &mut [f64], size: usize) {
+    dispatch(isa, Invert { u, m, size });
+}
+
+struct Invert<'a> {
+    u: &'a [f64],
+    m: &'a mut [f64],
+    size: usize,
+}
+
+impl Kernel<f64> for Invert<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) {
+        let Self { u, m, size } = self;
+        let stride = padded(size);
+        assert!(u.len() >= size * stride && m.len() >= size * stride);
+        m[..size * stride].fill(0.0);
+        let (factor, base) = (u.as_ptr(), m.as_mut_ptr());
+        for start in (0..size).step_by(PANEL) {
+            let end = size.min(start + PANEL);
+            let mut done = 0;
+            if end - start == PANEL {
+                // SAFETY: as in the factorisation; row k is zero beyond column k, so that each
+                // stretch of columns begins with the row of its start.
+                unsafe {
+                    let (to, over) = (base.add(start * stride), |column| column..start);
+                    let factors = factor.add(start);
+                    subtract_panel::<S>(to, 0..start, base, stride, over, factors, stride);
+                }
+                done = start;
+            }
+            for i in start..end {
+                m[i * stride + i] = 1.0;
+                // SAFETY: rows done..i of `m` and of `u` are valid for padded(size) elements.
+                unsafe {
+                    let (to, factors) = (base.add(i * stride), factor.add(i));
+                    subtract_rows::<S>(to, 0, i, base, stride, done..i, factors, stride);
+                }
+                let scale = 1.0 / u[i * stride + i];
+                for x in &mut m[i * stride..i * stride + i + 1] {
+                    *x *= scale;
+                }
+            }
         }
-        each(row);
     }
 }
 
 /// `A⁻¹ = MᵀM` as a packed upper triangle.
-#[inline(always)]
-pub(crate) fn inverse_packed<S: Simd<T = f64>>(m: &[f64], size: usize, packed: &mut [f64]) {
+pub(crate) fn inverse_packed(isa: Isa, m: &[f64], size: usize, packed: &mut [f64]) {
     packed.fill(0.0);
-    add_gram::<S>(m, size, size, padded(size), packed);
+    add_gram_of_lower(isa, m, size, padded(size), packed);
 }
 
 /// Write a packed triangle as a full symmetric matrix with rows `stride` apart.

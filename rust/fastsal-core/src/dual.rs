@@ -85,7 +85,7 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
             trace += row[0] / samples;
             row[0] += samples * damping;
         }
-        if !dispatch(isa, Factor { u, n }) {
+        if !cholesky(isa, u, n) {
             out.fill(f64::NAN);
             return None;
         }
@@ -124,7 +124,7 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
                             panel[c * padded(n) + r] = strip[r * CHUNK + c];
                         }
                     }
-                    dispatch(isa, Gram { panel, width, n, packed: &mut packed });
+                    add_gram(isa, panel, width, n, padded(n), &mut packed);
                 }
                 packed
             })
@@ -147,34 +147,6 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
                 *to = if (self.is_kept)(start + c) { x.to_f64() } else { 0.0 };
             }
         }
-    }
-}
-
-struct Factor<'a> {
-    u: &'a mut [f64],
-    n: usize,
-}
-
-impl Kernel<f64> for Factor<'_> {
-    type Output = bool;
-    #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> bool {
-        cholesky::<S>(self.u, self.n)
-    }
-}
-
-struct Gram<'a> {
-    panel: &'a [f64],
-    width: usize,
-    n: usize,
-    packed: &'a mut [f64],
-}
-
-impl Kernel<f64> for Gram<'_> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
-        add_gram::<S>(self.panel, self.width, self.n, padded(self.n), self.packed);
     }
 }
 

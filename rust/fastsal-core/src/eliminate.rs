@@ -3,25 +3,29 @@
 //! In each block: remove the weight with the least cost `θ_j² / (2 H_jj)`, `H = A⁻¹`; move the others
 //! by `-H e_j θ_j / H_jj`; strike row and column `j` from `H` (a rank-one downdate); repeat. The
 //! downdates are those of a Cholesky factorisation of `H` whose pivots the costs choose, so the
-//! current column `j` is `H_:j - sum_s v_s v_s[j]` with `v_s` the scaled columns of the steps before:
-//! one load for a product, no store, and the matrix itself is never written.
+//! current column `j` is `H_:j - sum_s v_s v_s[j]` with `v_s` the scaled columns of the steps before.
+//! A few steps' columns are kept apart and then taken off `H` together, by the Gram kernel; weights
+//! that are out leave the matrix when they are many.
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, inverse_packed, invert, subtract_row, unpack, zeros, Scratch};
+use crate::dense::{cholesky, inverse_packed, invert, room, subtract_row, zeros, Scratch};
 use crate::error::{check_length, Result};
-use crate::factor::{check_damping, Statistics};
-use crate::gram::padded;
-use crate::layout::triangle;
+use crate::factor::{check_damping, Report, Statistics};
+use crate::gram::{add_gram, padded};
+use crate::layout::{row_base, triangle};
 use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+
+/// Steps whose columns are taken off the matrix together.
+const STEPS: usize = 32;
 
 /// Costs and turns of all weights of a parameter.
 ///
 /// `scores[j]` is the running maximum of the elimination costs of `j`'s block up to its turn, so
 /// that one threshold over all blocks cuts each at a prefix of its own order; `turns[j]` is `j`'s
-/// place in that order. A weight that is pruned already has score `-inf` and turn 0. Returns the
-/// blocks that could not be factored; their scores are NaN.
+/// place in that order. A weight that is pruned already has score `-inf` and turn 0; scores of blocks
+/// that cannot be factored are NaN.
 ///
 /// # Errors
 /// [`crate::Error::Length`] and [`crate::Error::Value`] for arguments that do not fit.
@@ -31,7 +35,7 @@ pub fn eliminate<T: Real>(
     damping: f64,
     scores: &mut [f32],
     turns: &mut [u32],
-) -> Result<Vec<usize>> {
+) -> Result<Report> {
     statistics.check()?;
     check_damping(damping)?;
     let layout = statistics.layout;
@@ -39,7 +43,7 @@ pub fn eliminate<T: Real>(
     check_length("scores", scores.len(), layout.len)?;
     check_length("turns", turns.len(), layout.len)?;
     let isa = Isa::best();
-    let fine: Vec<bool> = parallel::run(|| {
+    let blocks: Vec<Option<f64>> = parallel::run(|| {
         scores
             .par_chunks_mut(layout.block)
             .zip(turns.par_chunks_mut(layout.block))
@@ -50,10 +54,10 @@ pub fn eliminate<T: Real>(
             })
             .collect()
     });
-    Ok(fine.iter().enumerate().filter(|(_, fine)| !**fine).map(|(b, _)| b).collect())
+    Ok(blocks.into())
 }
 
-/// One block; whether it could be factored.
+/// One block; its sensitivity, or `None` when it cannot be factored.
 struct Block<'a, T> {
     statistics: Statistics<'a, T>,
     b: usize,
@@ -65,74 +69,212 @@ struct Block<'a, T> {
 }
 
 impl<T: Real> Kernel<f64> for Block<'_, T> {
-    type Output = bool;
+    type Output = Option<f64>;
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> bool {
+    fn run<S: Simd<T = f64>>(self) -> Option<f64> {
         let Self { statistics, b, weights, damping, scores, turns, scratch } = self;
         let size = weights.len();
-        let stride = padded(size);
-        let a = zeros(&mut scratch.upper, size * stride);
-        let m = zeros(&mut scratch.lower, size * stride);
-        statistics.damped(b, damping, a);
-        if !cholesky::<S>(a, size) {
+        let a = room(&mut scratch.upper, size * padded(size));
+        let m = room(&mut scratch.lower, size * padded(size));
+        let largest = statistics.damped(b, damping, a);
+        if !cholesky(S::ISA, a, size) {
             scores.fill(f32::NAN);
-            return false;
+            return None;
         }
-        invert::<S>(a, m, size, |_| ());
-        let packed = zeros(&mut scratch.packed, triangle(size));
-        inverse_packed::<S>(m, size, packed);
-        // The factors are used up: their memory takes the inverse and the scaled columns.
-        let (inverse, columns) = (a, m);
-        unpack(packed, size, inverse, stride);
+        invert(S::ISA, a, m, size);
+        let inverse = room(&mut scratch.packed, triangle(size));
+        inverse_packed(S::ISA, m, size, inverse);
+        let trace = (0..size).map(|j| inverse[row_base(size, j) + j]).sum();
+        let sensitivity = statistics.sensitivity(b, damping, largest, trace);
+        // Negated, so that the Gram kernel, which adds, takes columns off it.
+        inverse.iter_mut().for_each(|x| *x = -*x);
 
-        let row = zeros(&mut scratch.row, 2 * stride);
-        let (theta, diagonal) = row.split_at_mut(stride);
-        for (j, w) in weights.iter().enumerate() {
-            theta[j] = f64::from(*w);
-            diagonal[j] = inverse[j * stride + j];
-        }
-        // A weight that is out has an infinite cost.
-        let mut out = vec![false; size];
-        let mut first = 0;
+        let mut left = Left::new(weights, inverse, &mut scratch.row);
+        let mut turn = 0;
         if let Some(kept) = statistics.kept_in(b) {
             for j in (0..size).filter(|j| !kept[*j]) {
-                out[j] = true;
+                left.strike(j);
                 scores[j] = f32::NEG_INFINITY;
                 turns[j] = 0;
-                first += 1;
+                turn += 1;
             }
         }
-        let mut highest = 0.0f64;
-        for step in first..size {
-            let mut best = (f64::INFINITY, size);
-            for j in (0..size).filter(|j| !out[*j]) {
-                let cost = theta[j] * theta[j] / (2.0 * diagonal[j]);
-                if cost < best.0 || best.1 == size {
-                    best = (cost, j);
-                }
-            }
-            let (cost, j) = best;
+        // The factors are used up: their memory takes the scaled columns.
+        let columns = a;
+        columns[..STEPS.min(size) * padded(size)].fill(0.0);
+        let (mut highest, mut steps) = (0.0f64, 0);
+        while turn < size {
+            let (cost, at) = left.cheapest();
+            let j = left.index[at];
             highest = highest.max(cost);
             scores[j] = highest as f32;
-            turns[j] = step as u32;
-            out[j] = true;
+            turns[j] = turn as u32;
+            turn += 1;
 
-            let done = step - first;
-            let (earlier, column) = columns.split_at_mut(done * stride);
+            let stride = padded(left.index.len());
+            let (earlier, column) = columns.split_at_mut(steps * stride);
             let column = &mut column[..stride];
-            column.copy_from_slice(&inverse[j * stride..(j + 1) * stride]);
-            if done > 0 {
-                subtract_row::<S>(column, earlier, stride, done, &earlier[j..], stride);
-            }
-            let pivot = column[j].max(f64::MIN_POSITIVE);
-            let (move_by, scale) = (theta[j] / pivot, 1.0 / pivot.sqrt());
-            for ((theta, diagonal), h) in theta.iter_mut().zip(diagonal.iter_mut()).zip(column) {
-                *theta -= move_by * *h;
-                *h *= scale;
-                *diagonal = (*diagonal - *h * *h).max(f64::MIN_POSITIVE);
+            left.column(at, inverse, column);
+            subtract_row::<S>(
+                column,
+                earlier,
+                stride,
+                steps,
+                &earlier[at.min(earlier.len())..],
+                stride,
+            );
+            left.remove(at, column);
+            steps += 1;
+            if steps == STEPS && turn < size {
+                left.compact(inverse, &mut columns[..steps * stride]);
+                let m = left.index.len();
+                let packed = &mut inverse[..triangle(m)];
+                add_gram(S::ISA, columns, steps, m, padded(m), packed);
+                steps = 0;
             }
         }
-        true
+        Some(sensitivity)
+    }
+}
+
+/// The weights that are left in the matrix, some of them out already.
+struct Left<'a> {
+    /// Places in the block, ascending.
+    index: Vec<usize>,
+    theta: &'a mut [f64],
+    /// `H_jj`.
+    diagonal: &'a mut [f64],
+    /// Added to the costs: zero, or infinity for a weight that is out.
+    out: &'a mut [f64],
+    costs: &'a mut [f64],
+}
+
+impl<'a> Left<'a> {
+    fn new(weights: &[f32], negated: &[f64], memory: &'a mut Vec<f64>) -> Self {
+        let size = weights.len();
+        let stride = padded(size);
+        let (theta, rest) = zeros(memory, 4 * stride).split_at_mut(stride);
+        let (diagonal, rest) = rest.split_at_mut(stride);
+        let (out, costs) = rest.split_at_mut(stride);
+        for (j, w) in weights.iter().enumerate() {
+            theta[j] = f64::from(*w);
+            diagonal[j] = -negated[row_base(size, j) + j];
+        }
+        diagonal[size..].fill(1.0);
+        out[size..].fill(f64::INFINITY);
+        Self { index: (0..size).collect(), theta, diagonal, out, costs }
+    }
+
+    fn strike(&mut self, at: usize) {
+        self.out[at] = f64::INFINITY;
+    }
+
+    /// The least cost and the first place that has it.
+    #[inline(always)]
+    fn cheapest(&mut self) -> (f64, usize) {
+        const LANES: usize = 8;
+        let n = padded(self.index.len());
+        let parts = self.theta[..n].iter().zip(&self.diagonal[..n]).zip(&self.out[..n]);
+        for (cost, ((theta, diagonal), out)) in self.costs[..n].iter_mut().zip(parts) {
+            *cost = theta * theta / (2.0 * diagonal) + out;
+        }
+        let mut least = [f64::INFINITY; LANES];
+        for costs in self.costs[..n].as_chunks::<LANES>().0 {
+            for (least, cost) in least.iter_mut().zip(costs) {
+                *least = if cost < least { *cost } else { *least };
+            }
+        }
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                let other = least[lane + width];
+                least[lane] = if other < least[lane] { other } else { least[lane] };
+            }
+            width /= 2;
+        }
+        let least = least[0];
+        // Costs that overflow are all alike: any weight that is not out will do.
+        let (wanted, value) =
+            if least < f64::INFINITY { (&self.costs[..n], least) } else { (&self.out[..n], 0.0) };
+        let lanes_with = |lanes: &[f64; LANES]| {
+            let bit = |(lane, x): (usize, &f64)| u32::from(*x == value) << lane;
+            lanes.iter().enumerate().map(bit).fold(0, |bits, bit| bits | bit)
+        };
+        let mut found = 0;
+        for (chunk, lanes) in wanted.as_chunks::<LANES>().0.iter().enumerate() {
+            let bits = lanes_with(lanes);
+            if bits != 0 {
+                found = chunk * LANES + bits.trailing_zeros() as usize;
+                break;
+            }
+        }
+        (least, found)
+    }
+
+    /// `H_:j`, as it was when columns were last taken off.
+    #[inline(always)]
+    fn column(&self, at: usize, negated: &[f64], column: &mut [f64]) {
+        let n = self.index.len();
+        let mut place = at;
+        for (i, h) in column[..at].iter_mut().enumerate() {
+            *h = -negated[place];
+            place += n - i - 1;
+        }
+        let row = &negated[row_base(n, at) + at..row_base(n, at) + n];
+        for (h, x) in column[at..].iter_mut().zip(row) {
+            *h = -x;
+        }
+        column[n..].fill(0.0);
+    }
+
+    /// Move the other weights, scale the column for the downdate of `H`, and the downdated diagonal.
+    #[inline(always)]
+    fn remove(&mut self, at: usize, column: &mut [f64]) {
+        let pivot = column[at].max(f64::MIN_POSITIVE);
+        let (move_by, scale) = (self.theta[at] / pivot, 1.0 / pivot.sqrt());
+        let rows = self.theta.iter_mut().zip(self.diagonal.iter_mut());
+        for ((theta, diagonal), h) in rows.zip(column) {
+            *theta -= move_by * *h;
+            *h *= scale;
+            let left = *diagonal - *h * *h;
+            *diagonal = if left > f64::MIN_POSITIVE { left } else { f64::MIN_POSITIVE };
+        }
+        self.strike(at);
+    }
+
+    /// Leave out of the matrix and the columns the weights that are out, if they are a quarter.
+    fn compact(&mut self, negated: &mut [f64], columns: &mut [f64]) {
+        let n = self.index.len();
+        let stay: Vec<usize> = (0..n).filter(|j| self.out[*j] == 0.0).collect();
+        let m = stay.len();
+        if 4 * m > 3 * n {
+            return;
+        }
+        let (from, to) = (padded(n), padded(m));
+        // Every place moves towards the start, in order: nothing is overwritten before it is read.
+        let mut place = 0;
+        for (i, row) in stay.iter().enumerate() {
+            let base = row_base(n, *row);
+            for column in &stay[i..] {
+                negated[place] = negated[base + column];
+                place += 1;
+            }
+        }
+        for step in 0..columns.len() / from {
+            for (i, j) in stay.iter().enumerate() {
+                columns[step * to + i] = columns[step * from + j];
+            }
+            columns[step * to + m..(step + 1) * to].fill(0.0);
+        }
+        for (i, j) in stay.iter().enumerate() {
+            self.theta[i] = self.theta[*j];
+            self.diagonal[i] = self.diagonal[*j];
+            self.out[i] = 0.0;
+        }
+        self.theta[m..].fill(0.0);
+        self.diagonal[m..].fill(1.0);
+        self.out[m..].fill(f64::INFINITY);
+        self.index = stay.iter().map(|j| self.index[*j]).collect();
     }
 }

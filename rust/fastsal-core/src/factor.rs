@@ -5,7 +5,7 @@
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, inverse_packed, invert, unpack, zeros, Scratch};
+use crate::dense::{cholesky, inverse_packed, invert, room, unpack, Scratch};
 use crate::error::{check_length, Error, Result};
 use crate::gram::padded;
 use crate::layout::{row_base, triangle, Layout};
@@ -62,6 +62,19 @@ impl<'a, T: Real> Statistics<'a, T> {
     pub(crate) fn kept_in(&self, b: usize) -> Option<&'a [bool]> {
         let start = b * self.layout.block;
         self.kept.map(|k| &k[start..start + self.layout.size(b)])
+    }
+
+    /// What [`Report::sensitivity`] says of block `b`, from `max_i F_ii` and `tr A_b⁻¹ >= ‖A_b⁻¹‖`.
+    pub(crate) fn sensitivity(
+        &self,
+        b: usize,
+        damping: f64,
+        largest: f64,
+        inverse_trace: f64,
+    ) -> f64 {
+        // Pruned weights add ones to the trace that are not part of the kept matrix.
+        let pruned = self.kept_in(b).map_or(0, |k| k.iter().filter(|k| !**k).count());
+        largest * (inverse_trace - pruned as f64).clamp(0.0, 1.0 / damping)
     }
 
     /// Write the upper triangle of `A_b` by rows into `a`; returns `max_i F_ii`.
@@ -192,13 +205,18 @@ fn for_each_block<T: Real>(
             })
             .collect()
     });
-    Ok(report(&blocks))
+    Ok(blocks.into())
 }
 
-/// Blocks without a sensitivity have failed.
-fn report(blocks: &[Option<f64>]) -> Report {
-    let failed = blocks.iter().enumerate().filter(|(_, s)| s.is_none()).map(|(b, _)| b).collect();
-    Report { failed, sensitivity: blocks.iter().map(|s| s.unwrap_or(f64::INFINITY)).collect() }
+impl From<Vec<Option<f64>>> for Report {
+    /// Blocks without a sensitivity have failed.
+    fn from(blocks: Vec<Option<f64>>) -> Self {
+        let failed = blocks.iter().enumerate().filter(|(_, s)| s.is_none());
+        Self {
+            failed: failed.map(|(b, _)| b).collect(),
+            sensitivity: blocks.iter().map(|s| s.unwrap_or(f64::INFINITY)).collect(),
+        }
+    }
 }
 
 /// One block; its sensitivity, or `None` when it cannot be factored.
@@ -218,38 +236,34 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
     fn run<S: Simd<T = f64>>(self) -> Option<f64> {
         let Self { statistics, b, damping, want, out, scratch } = self;
         let size = statistics.layout.size(b);
-        let a = zeros(&mut scratch.upper, size * padded(size));
-        let m = zeros(&mut scratch.lower, size * padded(size));
+        let a = room(&mut scratch.upper, size * padded(size));
+        let m = room(&mut scratch.lower, size * padded(size));
         let largest = statistics.damped(b, damping, a);
-        if !cholesky::<S>(a, size) {
+        if !cholesky(S::ISA, a, size) {
             out.fill(f64::NAN);
             return None;
         }
-        let mut inverse_trace = 0.0;
+        invert(S::ISA, a, m, size);
+        let inverse_trace: f64;
         match want {
             Want::Diagonal => {
                 out.fill(0.0);
-                invert::<S>(a, m, size, |row| {
-                    for (d, x) in out.iter_mut().zip(row) {
+                for (i, row) in m.chunks(padded(size)).take(size).enumerate() {
+                    for (d, x) in out[..=i].iter_mut().zip(row) {
                         *d += x * x;
                     }
-                });
-                inverse_trace += out.iter().sum::<f64>();
+                }
+                inverse_trace = out.iter().sum();
             }
             Want::Inverse => {
-                invert::<S>(a, m, size, |row| {
-                    inverse_trace += row.iter().map(|x| x * x).sum::<f64>();
-                });
-                let packed = zeros(&mut scratch.packed, triangle(size));
-                inverse_packed::<S>(m, size, packed);
+                let packed = room(&mut scratch.packed, triangle(size));
+                inverse_packed(S::ISA, m, size, packed);
+                inverse_trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
                 out.fill(0.0);
                 unpack(packed, size, out, statistics.layout.block);
             }
         }
-        let kept = statistics.kept_in(b).map_or(size, |k| k.iter().filter(|k| **k).count());
-        // Pruned weights add ones to the trace that are not part of the kept matrix.
-        let norm = (inverse_trace - (size - kept) as f64).clamp(0.0, 1.0 / damping);
-        Some(largest * norm)
+        Some(statistics.sensitivity(b, damping, largest, inverse_trace))
     }
 }
 

@@ -22,8 +22,8 @@ use crate::simd::{dispatch, prefetch, Isa, Kernel, Real, Simd, WIDEST};
 /// Samples that a panel holds: with blocks of 64 it fills half of a first-level cache.
 pub const CHUNK: usize = 64;
 
-/// Weights that one task covers at least: a page of float32, read in one stretch per sample.
-const TASK: usize = 1024;
+/// Weights that one task covers at least: the first panel of a task has to be waited for.
+const TASK: usize = 2048;
 
 /// Round up to whole vectors.
 pub(crate) const fn padded(block: usize) -> usize {
@@ -72,7 +72,7 @@ pub fn accumulate_with<E: Element, T: Real>(
             .enumerate()
             .map_init(Vec::new, |scratch, (task, (packed, sums))| {
                 let first_column = task * group * block;
-                dispatch(isa, Task { block, rows, first_column, packed, sums, scratch })
+                Task { block, rows, first_column, packed, sums, scratch }.run(isa)
             })
             .reduce(|| true, |a, b| a & b)
     });
@@ -116,91 +116,197 @@ struct Task<'a, E, T> {
     scratch: &'a mut Vec<T>,
 }
 
-impl<E: Element, T: Real> Kernel<T> for Task<'_, E, T> {
-    type Output = bool;
-    #[inline(always)]
-    fn run<S: Simd<T = T>>(self) -> bool {
+impl<E: Element, T: Real> Task<'_, E, T> {
+    /// Each block, [`CHUNK`] samples at a time; while one panel is multiplied the next is packed.
+    fn run(self, isa: Isa) -> bool {
         let Task { block, rows, first_column, packed, sums, scratch } = self;
-        let (columns, stride) = (sums.len(), padded(block));
+        let (stride, columns) = (padded(block), sums.len());
+        let blocks = columns.div_ceil(block);
+        let items = blocks * rows.n().div_ceil(CHUNK);
         let panel_len = CHUNK.min(rows.n()) * stride;
-        let panels = columns.div_ceil(block) * panel_len;
         // What an earlier task left in the padding is read but never used.
-        if scratch.len() < panels + columns {
-            scratch.resize(panels + columns, T::default());
+        if scratch.len() < 2 * panel_len + block {
+            scratch.resize(2 * panel_len + block, T::default());
         }
-        let (panels, rest) = scratch.split_at_mut(panels);
-        let chunk_sums = &mut rest[..columns];
+        let (panels, chunk_sums) = scratch.split_at_mut(2 * panel_len);
+        let (mut panel, mut next) = panels.split_at_mut(panel_len);
+        let packing = |item: usize| {
+            let (first, start) = (item / blocks * CHUNK, item % blocks * block);
+            let (n, size) = (CHUNK.min(rows.n() - first), block.min(columns - start));
+            (rows.from(first), n, start, size)
+        };
         let mut clean = true;
-        for first in (0..rows.n()).step_by(CHUNK) {
-            let n = CHUNK.min(rows.n() - first);
-            chunk_sums.fill(T::default());
-            let mut r = 0;
-            while r < n {
-                let rest = &rows.from(first + r);
-                let panels = &mut panels[r * stride..];
-                r += if n - r >= 4 {
-                    pack::<E, T, 4>(rest, first_column, block, panels, panel_len, chunk_sums)
-                } else {
-                    pack::<E, T, 1>(rest, first_column, block, panels, panel_len, chunk_sums)
-                };
+        for item in 0..=items {
+            // The last panel has none after it, the first none before.
+            let mut packer = (item < items).then(|| {
+                let (rows, n, start, size) = packing(item);
+                let sums = &mut chunk_sums[..size];
+                sums.fill(T::default());
+                Packer {
+                    isa,
+                    rows,
+                    n,
+                    row: 0,
+                    column: first_column + start,
+                    sums,
+                    panel: next,
+                    stride,
+                    step: steps(n, size),
+                }
+            });
+            if item > 0 {
+                let (_, n, start, size) = packing(item - 1);
+                let at = start / block * triangle(block);
+                let packed = &mut packed[at..at + triangle(size)];
+                let between = packer.as_mut().map(|p| p as &mut dyn Between);
+                let first = Reads::All;
+                dispatch(isa, AddGram { panel, n, size, stride, packed, first, between });
             }
-            for (total, sum) in sums.iter_mut().zip(chunk_sums.iter()) {
-                // A NaN or infinity among the addends is one in the sum.
-                clean &= sum.finite();
-                *total += *sum;
+            if let Some(mut packer) = packer {
+                packer.finish();
+                let start = packer.column - first_column;
+                for (total, sum) in sums[start..].iter_mut().zip(packer.sums.iter()) {
+                    // A NaN or infinity among the addends is one in the sum.
+                    clean &= sum.finite();
+                    *total += *sum;
+                }
             }
-            for (b, packed) in packed.chunks_mut(triangle(block)).enumerate() {
-                let size = block.min(columns - b * block);
-                add_gram::<S>(&panels[b * panel_len..][..panel_len], n, size, stride, packed);
-            }
+            std::mem::swap(&mut panel, &mut next);
         }
         clean
     }
 }
 
-/// Copy `R` rows of all blocks into their panels and add them to the sums; `R`.
+/// Rows of a panel to pack with each tile of the panel before.
+fn steps(n: usize, size: usize) -> usize {
+    // About as many tiles as AVX-512 takes; what is left over is packed at the end.
+    let tiles = (size * size).div_ceil(512).max(1);
+    n.div_ceil(tiles).next_multiple_of(4)
+}
+
+/// What is done between two tiles, while the processor still works on the first.
+pub(crate) trait Between {
+    /// Does a part; says what memory the next part reads.
+    fn step(&mut self) -> Ahead;
+}
+
+/// Lines of memory to ask for one at a time, between products: a burst would stall on the few
+/// requests that a core has under way.
+pub(crate) struct Ahead {
+    at: *const u8,
+    /// Cache lines of a row, and how many of the present row are left.
+    lines: usize,
+    left: usize,
+    /// From the end of a row's lines to the next row, in bytes.
+    skip: usize,
+    rows: usize,
+}
+
+const LINE: usize = 64;
+
+impl Ahead {
+    const NOTHING: Self = Self { at: std::ptr::null(), lines: 0, left: 0, skip: 0, rows: 0 };
+
+    #[inline(always)]
+    fn step(&mut self) {
+        if self.rows > 0 {
+            prefetch(self.at);
+            self.at = self.at.wrapping_add(LINE);
+            self.left -= 1;
+            if self.left == 0 {
+                self.left = self.lines;
+                self.at = self.at.wrapping_add(self.skip);
+                self.rows -= 1;
+            }
+        }
+    }
+}
+
+/// Copies the columns of one block, of up to [`CHUNK`] rows, into a contiguous panel.
+struct Packer<'a, E, T> {
+    isa: Isa,
+    rows: Rows<'a, E>,
+    n: usize,
+    /// The row that comes next.
+    row: usize,
+    column: usize,
+    sums: &'a mut [T],
+    panel: &'a mut [T],
+    stride: usize,
+    /// Rows to pack at a time.
+    step: usize,
+}
+
+impl<E: Element, T: Real> Packer<'_, E, T> {
+    fn pack(&mut self, rows: usize) {
+        let end = self.n.min(self.row + rows);
+        if self.row < end {
+            dispatch(self.isa, PackRows { packer: self, end });
+        }
+    }
+
+    fn finish(&mut self) {
+        self.pack(self.n);
+    }
+}
+
+impl<E: Element, T: Real> Between for Packer<'_, E, T> {
+    fn step(&mut self) -> Ahead {
+        self.pack(self.step);
+        let lines = (self.sums.len() * size_of::<E>()).div_ceil(LINE);
+        Ahead {
+            // Addresses past the end do no harm: nothing is read.
+            at: self.rows.address(self.row, self.column).cast(),
+            lines,
+            left: lines,
+            skip: (self.rows.stride() * size_of::<E>()).wrapping_sub(lines * LINE),
+            rows: self.step.min(self.n - self.row),
+        }
+    }
+}
+
+struct PackRows<'p, 'a, E, T> {
+    packer: &'p mut Packer<'a, E, T>,
+    end: usize,
+}
+
+impl<E: Element, T: Real> Kernel<T> for PackRows<'_, '_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = T>>(self) {
+        let Self { packer, end } = self;
+        let stride = packer.stride;
+        while packer.row < end {
+            let panel = &mut packer.panel[packer.row * stride..];
+            let rows = packer.rows.from(packer.row);
+            packer.row += if end - packer.row >= 4 {
+                pack::<E, T, 4>(&rows, packer.column, panel, stride, packer.sums)
+            } else {
+                pack::<E, T, 1>(&rows, packer.column, panel, stride, packer.sums)
+            };
+        }
+    }
+}
+
+/// Copy `R` rows of one block into its panel and add them to the sums; `R`.
 #[inline(always)]
 fn pack<E: Element, T: Real, const R: usize>(
     rows: &Rows<'_, E>,
-    first_column: usize,
-    block: usize,
-    panels: &mut [T],
-    panel_len: usize,
-    sums: &mut [T],
-) -> usize {
-    let stride = padded(block);
-    let columns = first_column..first_column + sums.len();
-    for r in R..(2 * R).min(rows.n()) {
-        // The next rows: each lies in pages of its own, where no hardware looks ahead.
-        for line in rows.row(r, columns.start, columns.end).chunks(64 / size_of::<E>()) {
-            prefetch(line.as_ptr());
-        }
-    }
-    for (b, sums) in sums.chunks_mut(block).enumerate() {
-        let start = first_column + b * block;
-        let from = std::array::from_fn(|r| rows.row(r, start, start + sums.len()));
-        widen_and_sum::<E, T, R>(from, &mut panels[b * panel_len..], stride, sums);
-    }
-    R
-}
-
-/// `to[r * stride..] = from[r]` and `sum += from[r]` for `R` rows, with one pass over the sum.
-#[inline(always)]
-fn widen_and_sum<E: Element, T: Real, const R: usize>(
-    from: [&[E]; R],
+    column: usize,
     to: &mut [T],
     stride: usize,
-    sum: &mut [T],
-) {
+    sums: &mut [T],
+) -> usize {
+    let from: [&[E]; R] = std::array::from_fn(|r| rows.row(r, column, column + sums.len()));
     // Arrays of a fixed length compile to whole vectors.
-    let (whole, rest) = sum.as_chunks_mut::<WIDEST>();
+    let (whole, rest) = sums.as_chunks_mut::<WIDEST>();
     let start = whole.len() * WIDEST;
     for (c, total) in whole.iter_mut().enumerate() {
         let mut sum = *total;
         for (r, row) in from.iter().enumerate() {
-            let Some(row) = row[c * WIDEST..].first_chunk::<WIDEST>() else { return };
+            let Some(row) = row[c * WIDEST..].first_chunk::<WIDEST>() else { return R };
             let Some(to) = to[r * stride + c * WIDEST..].first_chunk_mut::<WIDEST>() else {
-                return;
+                return R;
             };
             let values = row.map(T::widen);
             *to = values;
@@ -217,20 +323,38 @@ fn widen_and_sum<E: Element, T: Real, const R: usize>(
             *sum += x;
         }
     }
+    R
 }
 
 /// `packed += panelᵀ panel`, the upper triangle of `size × size`; `panel` is `[n, stride]`.
-#[inline(always)]
-pub(crate) fn add_gram<S: Simd>(
-    panel: &[S::T],
+pub(crate) fn add_gram<T: Real>(
+    isa: Isa,
+    panel: &[T],
     n: usize,
     size: usize,
     stride: usize,
-    packed: &mut [S::T],
-) where
-    S::T: Real,
-{
-    dispatch(S::ISA, AddGram { panel, n, size, stride, packed });
+    packed: &mut [T],
+) {
+    dispatch(isa, AddGram { panel, n, size, stride, packed, first: Reads::All, between: None });
+}
+
+/// [`add_gram`] of a square lower triangular panel: row `k` is zero beyond column `k`.
+pub(crate) fn add_gram_of_lower<T: Real>(
+    isa: Isa,
+    panel: &[T],
+    size: usize,
+    stride: usize,
+    packed: &mut [T],
+) {
+    let first = Reads::FromDiagonal;
+    dispatch(isa, AddGram { panel, n: size, size, stride, packed, first, between: None });
+}
+
+/// Which rows of a panel are not zero in a column.
+#[derive(Clone, Copy, PartialEq)]
+enum Reads {
+    All,
+    FromDiagonal,
 }
 
 /// The arguments of [`add_gram`]: a kernel of its own, as many others use it.
@@ -240,44 +364,53 @@ struct AddGram<'a, T> {
     size: usize,
     stride: usize,
     packed: &'a mut [T],
+    first: Reads,
+    between: Option<&'a mut dyn Between>,
 }
 
 impl<T: Real> Kernel<T> for AddGram<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T = T>>(self) {
-        let Self { panel, n, size, stride, packed } = self;
-        add_tiles::<S>(panel, n, size, stride, packed);
+        add_tiles::<S>(self);
     }
 }
 
 #[inline(always)]
-fn add_tiles<S: Simd>(panel: &[S::T], n: usize, size: usize, stride: usize, packed: &mut [S::T]) {
+fn add_tiles<S: Simd>(block: AddGram<'_, S::T>) {
+    let AddGram { panel, n, size, stride, packed, first, between } = block;
     assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
-    let mut tiles = Tiles::<S> {
+    let mut tiles = Tiles::<'_, S> {
         panel: panel.as_ptr(),
         n,
         size,
         stride,
         soon: packed.as_ptr_range().end,
         packed: packed.as_mut_ptr(),
+        first,
+        between,
     };
+    // Rows of a vector of columns' diagonal square that need the whole vector; the others need its
+    // second half.
+    let whole = if S::HALVES { S::W / 2 } else { S::W };
     let mut j0 = 0;
     while j0 < size {
         // Two vectors of columns share the rows above the first one's diagonal end; the second
         // vector alone has W rows more.
-        let shared = size.min(j0 + S::W);
-        if j0 + S::W < size {
-            // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`).
-            unsafe {
-                tiles.strip::<2>(0, shared, j0);
-                tiles.strip::<1>(shared, size.min(shared + S::W), shared);
+        let (j1, j2) = (j0 + S::W, j0 + 2 * S::W);
+        // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`).
+        unsafe {
+            if j1 < size {
+                tiles.strip::<2, false>(0, j0 + whole, j0);
+                tiles.strip::<1, true>(j0 + whole, j1, j1);
+                tiles.strip::<1, false>(j1, size.min(j1 + whole), j1);
+                tiles.strip::<0, true>(j1 + whole, size.min(j2), j2);
+            } else {
+                tiles.strip::<1, false>(0, size.min(j0 + whole), j0);
+                tiles.strip::<0, true>(j0 + whole, size, j1);
             }
-        } else {
-            // SAFETY: as above.
-            unsafe { tiles.strip::<1>(0, shared, j0) };
         }
-        j0 += 2 * S::W;
+        j0 = j2;
     }
 }
 
@@ -295,7 +428,7 @@ macro_rules! unroll {
     };
 }
 
-struct Tiles<S: Simd> {
+struct Tiles<'a, S: Simd> {
     panel: *const S::T,
     n: usize,
     size: usize,
@@ -303,59 +436,104 @@ struct Tiles<S: Simd> {
     packed: *mut S::T,
     /// What to ask memory for next: the following block's statistics, a tile's worth at a time.
     soon: *const S::T,
+    first: Reads,
+    between: Option<&'a mut dyn Between>,
 }
 
-impl<S: Simd> Tiles<S> {
-    /// Rows `i0..i1` of the columns of `NV` vectors from `j0` on.
+impl<S: Simd> Tiles<'_, S> {
+    /// Rows `i0..i1` of the columns of `NV` vectors from `j0` on and, with `HALF`, of half a vector
+    /// before them.
     #[inline(always)]
-    unsafe fn strip<const NV: usize>(&mut self, i0: usize, i1: usize, j0: usize) {
+    unsafe fn strip<const NV: usize, const HALF: bool>(&mut self, i0: usize, i1: usize, j0: usize) {
         let mut i = i0;
         while i < i1 {
-            let rows = S::ROWS.min(i1 - i);
             // SAFETY: rows i..i + rows and columns from j0 on lie inside the block.
-            unsafe {
-                match rows {
-                    1 => self.tile::<1, NV>(i, j0),
-                    2 => self.tile::<2, NV>(i, j0),
-                    3 => self.tile::<3, NV>(i, j0),
-                    4 => self.tile::<4, NV>(i, j0),
-                    5 => self.tile::<5, NV>(i, j0),
-                    6 => self.tile::<6, NV>(i, j0),
-                    7 => self.tile::<7, NV>(i, j0),
-                    _ => self.tile::<8, NV>(i, j0),
+            i += unsafe {
+                match S::ROWS.min(i1 - i) {
+                    1 => self.tile::<1, NV, HALF>(i, j0),
+                    2..4 => self.tile::<2, NV, HALF>(i, j0),
+                    4..6 => self.tile::<4, NV, HALF>(i, j0),
+                    6..8 => self.tile::<6, NV, HALF>(i, j0),
+                    _ => self.tile::<8, NV, HALF>(i, j0),
                 }
-            }
-            i += rows;
+            };
         }
     }
 
-    /// `R` rows from `i0`, `NV` vectors of columns from `j0`, all samples.
+    /// `R` rows from `i0`, `NV` vectors of columns from `j0` and half a vector before, all samples;
+    /// `R`.
     ///
     /// Reads columns below `padded(size) <= stride` of `n` panel rows; writes only entries with
     /// `i <= j < size`.
     #[inline(always)]
-    unsafe fn tile<const R: usize, const NV: usize>(&mut self, i0: usize, j0: usize) {
+    unsafe fn tile<const R: usize, const NV: usize, const HALF: bool>(
+        &mut self,
+        i0: usize,
+        j0: usize,
+    ) -> usize {
+        let half = S::Half::W;
+        let mut ahead = self.between.as_mut().map_or(Ahead::NOTHING, |between| between.step());
+        // As much of the next block's statistics as this tile covers of this one's.
+        let mut soon = (R * (NV * S::W + half) * size_of::<S::T>()).div_ceil(LINE);
+        let soon_step = soon.div_ceil(self.n.max(1));
         // SAFETY: see the reads and writes above.
         unsafe {
-            for _ in 0..R * NV {
-                prefetch(self.soon);
-                self.soon = self.soon.wrapping_add(S::W);
-            }
             let mut sum = [[S::zero(); NV]; R];
-            let (mut left, mut right) = (self.panel.add(i0), self.panel.add(j0));
-            for _ in 0..self.n {
-                let columns: [S::V; NV] = std::array::from_fn(|v| S::load(right.add(v * S::W)));
+            let mut half_sum = [S::Half::zero(); R];
+            let start = match self.first {
+                Reads::All => 0,
+                Reads::FromDiagonal => j0 - if HALF { half } else { 0 },
+            };
+            let panel = self.panel.add(start * self.stride);
+            let (mut left, mut right) = (panel.add(i0), panel.wrapping_add(j0));
+            for k in start..self.n {
+                if k % 2 == 0 {
+                    ahead.step();
+                }
+                if soon > 0 {
+                    for _ in 0..soon_step {
+                        prefetch(self.soon);
+                        self.soon = self.soon.wrapping_add(LINE / size_of::<S::T>());
+                    }
+                    soon = soon.saturating_sub(soon_step);
+                }
+                let columns: [S::V; NV] =
+                    std::array::from_fn(|v| S::load(right.wrapping_add(v * S::W)));
+                let half_columns =
+                    if HALF { S::Half::load(right.wrapping_sub(half)) } else { S::Half::zero() };
                 for r in 0..R {
-                    let row = S::splat(left.add(r));
-                    for v in 0..NV {
-                        sum[r][v] = S::mul_add(row, columns[v], sum[r][v]);
+                    if NV > 0 {
+                        let row = S::splat(left.add(r));
+                        for v in 0..NV {
+                            sum[r][v] = S::mul_add(row, columns[v], sum[r][v]);
+                        }
+                    }
+                    if HALF {
+                        let row = S::Half::splat(left.add(r));
+                        half_sum[r] = S::Half::mul_add(row, half_columns, half_sum[r]);
                     }
                 }
                 left = left.wrapping_add(self.stride);
                 right = right.wrapping_add(self.stride);
             }
-            // All loads before all stores: a row's end and the next row's start share a cache line.
             let row = |r: usize| self.packed.wrapping_add(row_base(self.size, i0 + r) + j0);
+            // Lanes lo..hi of W from column j on that lie in row i of the triangle.
+            let lanes = |r: usize, j: usize, w: usize| {
+                let lo = (i0 + r).saturating_sub(j).min(w);
+                (lo, self.size.saturating_sub(j).clamp(lo, w))
+            };
+            // All loads before all stores: a row's end and the next row's start share a cache line.
+            if HALF {
+                unroll!(r < R, {
+                    let (lo, hi) = lanes(r, j0 - half, half);
+                    let old = S::Half::load_lanes(row(r).wrapping_sub(half), lo, hi);
+                    half_sum[r] = S::Half::add(old, half_sum[r]);
+                });
+                unroll!(r < R, {
+                    let (lo, hi) = lanes(r, j0 - half, half);
+                    S::Half::store_lanes(row(r).wrapping_sub(half), half_sum[r], lo, hi);
+                });
+            }
             if i0 + R <= j0 + 1 && j0 + NV * S::W <= self.size {
                 unroll!(r < R, {
                     for v in 0..NV {
@@ -367,27 +545,23 @@ impl<S: Simd> Tiles<S> {
                         S::store(row(r).wrapping_add(v * S::W), sum[r][v]);
                     }
                 });
-                return;
+                return R;
             }
-            let lanes = |r: usize, v: usize| {
-                let j = j0 + v * S::W;
-                let lo = (i0 + r).saturating_sub(j).min(S::W);
-                (lo, self.size.saturating_sub(j).clamp(lo, S::W))
-            };
             unroll!(r < R, {
                 for v in 0..NV {
-                    let (lo, hi) = lanes(r, v);
+                    let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
                     let old = S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi);
                     sum[r][v] = S::add(old, sum[r][v]);
                 }
             });
             unroll!(r < R, {
                 for v in 0..NV {
-                    let (lo, hi) = lanes(r, v);
+                    let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
                     S::store_lanes(row(r).wrapping_add(v * S::W), sum[r][v], lo, hi);
                 }
             });
         }
+        R
     }
 }
 

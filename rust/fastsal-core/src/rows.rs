@@ -38,6 +38,18 @@ impl<'a, E: Element> Rows<'a, E> {
         self.d
     }
 
+    /// Elements from one row to the next.
+    #[must_use]
+    pub(crate) fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// Where row `r`, column `c` lies or would lie; not to be read.
+    #[must_use]
+    pub(crate) fn address(&self, r: usize, c: usize) -> *const E {
+        self.data.as_ptr().wrapping_add(r * self.stride + c)
+    }
+
     /// The rows from row `r` on.
     #[must_use]
     pub fn from(&self, r: usize) -> Self {

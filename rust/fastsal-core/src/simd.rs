@@ -82,6 +82,10 @@ pub trait Simd: Copy {
     const W: usize;
     /// Rows of a register tile.
     const ROWS: usize;
+    /// Registers of half the lanes, where those cost less; else the same.
+    type Half: Simd<T = Self::T>;
+    /// Whether `Half` is a half.
+    const HALVES: bool = Self::Half::W < Self::W;
 
     unsafe fn zero() -> Self::V;
     unsafe fn load(p: *const Self::T) -> Self::V;
@@ -107,6 +111,7 @@ macro_rules! portable {
             const ISA: Isa = Isa::Portable;
             const W: usize = $w;
             const ROWS: usize = 4;
+            type Half = Self;
             #[inline(always)]
             unsafe fn zero() -> Self::V {
                 [0.0; $w]
@@ -181,6 +186,7 @@ mod x86 {
                 const ISA: Isa = Isa::Avx2;
                 const W: usize = $w;
                 const ROWS: usize = 6;
+                type Half = Self;
                 #[inline(always)]
                 unsafe fn zero() -> $v {
                     // SAFETY: the processor has AVX2 by contract.
@@ -260,7 +266,7 @@ mod x86 {
     );
 
     macro_rules! avx512 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $mload:ident, $mstore:ident) => {
+        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $mload:ident, $mstore:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name;
             impl Simd for $name {
@@ -269,6 +275,7 @@ mod x86 {
                 const ISA: Isa = Isa::Avx512;
                 const W: usize = $w;
                 const ROWS: usize = 8;
+                type Half = $half;
                 #[inline(always)]
                 unsafe fn zero() -> $v {
                     // SAFETY: the processor has AVX-512F by contract.
@@ -319,6 +326,7 @@ mod x86 {
         f32,
         __m512,
         16,
+        Avx2F32,
         __mmask16,
         _mm512_setzero_ps,
         _mm512_loadu_ps,
@@ -334,6 +342,7 @@ mod x86 {
         f64,
         __m512d,
         8,
+        Avx2F64,
         __mmask8,
         _mm512_setzero_pd,
         _mm512_loadu_pd,

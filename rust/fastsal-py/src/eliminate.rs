@@ -1,5 +1,6 @@
 //! Greedy elimination.
 
+use fastsal_core::factor::Report;
 use fastsal_core::{eliminate as core, parallel};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -8,10 +9,11 @@ use crate::arrays::{slice, to_numpy};
 use crate::errors::to_python;
 use crate::factor::{borrow, with_statistics, Parameter};
 
-/// Scores, turns, failed blocks.
-type Elimination<'py> = (Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<u32>>, Vec<usize>);
+/// Scores, turns, failed blocks, sensitivity of each block.
+type Elimination<'py> =
+    (Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<u32>>, Vec<usize>, Bound<'py, PyArray1<f64>>);
 
-/// Greedy elimination of all parameters: scores `[d]`, turns `[d]` and failed blocks of each.
+/// Greedy elimination of all parameters: scores `[d]`, turns `[d]`, failed blocks and sensitivity.
 #[pyfunction]
 pub fn eliminate<'py>(
     py: Python<'py>,
@@ -31,9 +33,12 @@ pub fn eliminate<'py>(
             with_statistics!(statistics, s => {
                 core::eliminate(s, weights, damping, &mut scores, &mut turns)
             })
-            .map(|failed| (scores, turns, failed))
+            .map(|report| (scores, turns, report))
         })
     });
-    let wrap = |(scores, turns, failed)| (to_numpy(py, scores), to_numpy(py, turns), failed);
+    let wrap = |(scores, turns, report): (Vec<f32>, Vec<u32>, Report)| {
+        let sensitivity = to_numpy(py, report.sensitivity);
+        (to_numpy(py, scores), to_numpy(py, turns), report.failed, sensitivity)
+    };
     results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
 }
