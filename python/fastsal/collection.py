@@ -83,6 +83,8 @@ def collect(
         step = engine.micro_batch
         gatherer = RowGatherer(fisher, chosen, step, expected=samples, spare=spare)
         for images, targets in as_batches(batches, samples, labels):
+            if samples is None:
+                gatherer.expect(total + images.shape[0])
             for start in range(0, images.shape[0], step):
                 part = slice(start, start + step)
                 some = None if targets is None else targets[part]

@@ -52,6 +52,10 @@ class RowGatherer:
         self._buffers: dict[str, Tensor] = {}
         self._micro_batch = micro_batch
 
+    def expect(self, samples: int) -> None:
+        """At least so many samples come in all."""
+        self._expected = max(samples, self._expected or 0)
+
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return memory `[n, *shape]` for the next rows of a parameter, or None for "your own"."""
         if self.capacity == 0:

@@ -112,18 +112,27 @@ class ParameterStatistics:
             self.rows.append(_converted(rows, dtype, self.dtype))
             self.sums += self.rows[-1].sum(axis=0, dtype=np.float64).astype(self.dtype)
             return
-        _core.accumulate(rows, dtype, self.block_size, self.fold(), self.sums)
+        self._fold_rows()
+        self._accumulate(rows, dtype, self.sums)
 
     def fold(self) -> Array:
         """Turn kept gradients into packed blocks; returns the blocks."""
+        self._fold_rows()
         if self.packed is None:
-            # Zeros that nobody has touched take no memory yet.
             self.packed = np.zeros(_core.packed_len(self.d, self.block_size), self.dtype)
-        for rows in self.rows:
-            counted = np.zeros_like(self.sums)  # `sums` holds these rows already
-            _core.accumulate(rows, rows.dtype.name, self.block_size, self.packed, counted)
-        self.rows = []
         return self.packed
+
+    def _fold_rows(self) -> None:
+        for rows in self.rows:
+            # `sums` holds these rows already.
+            self._accumulate(rows, rows.dtype.name, np.zeros_like(self.sums))
+        self.rows = []
+
+    def _accumulate(self, rows: Array, dtype: str, sums: Array) -> None:
+        fresh = self.packed is None
+        if self.packed is None:
+            self.packed = np.empty(_core.packed_len(self.d, self.block_size), self.dtype)
+        _core.accumulate(rows, dtype, self.block_size, self.packed, sums, fresh)
 
     def merge(self, other: ParameterStatistics, weight: float) -> None:
         """Add another's sums times `weight`; the other is left as it is."""

@@ -126,6 +126,7 @@ def probe(
     layouts: dict[str, bool] = {}
     rows: dict[str, Tensor] = {}
     operations: dict[str, str] = {}
+    workspace = Workspace()
     for entry in recorder.seen:
         name = entry.record.name
         if not entry.gradients:
@@ -143,7 +144,8 @@ def probe(
         known = operations[name]
         if kind not in known.split("+"):
             operations[name] = f"{known}+{kind}"
-        total = _rows(entry, parameters[name])
+        total = _rows(entry, parameters[name], workspace)
+        entry.gradients.clear()
         rows[name] = rows[name] + total if name in rows else total
 
     truth = _autograd(model, parameters, images, losses, context)
@@ -192,14 +194,13 @@ def _separates(entry: _Seen, shape: tuple[int, ...], axis: int) -> bool:
     return True
 
 
-def _rows(entry: _Seen, parameter: nn.Parameter) -> Tensor:
+def _rows(entry: _Seen, parameter: nn.Parameter, workspace: Workspace) -> Tensor:
     """Sum over both samples what the rule gives for a call."""
-    total = torch.zeros_like(parameter)
-    for gradient in entry.gradients.values():
-        out = parameter.new_empty((2, *parameter.shape))
-        entry.record.fill(gradient, out, Workspace())
-        total += out.sum(0)
-    return total
+    # Each loss reaches its own sample only, so that the sum holds both.
+    gradient = sum(entry.gradients.values(), start=torch.zeros(()).to(parameter))
+    out = workspace.take("probe", (2, *parameter.shape), parameter)
+    entry.record.fill(gradient, out, workspace)
+    return out.sum(0)
 
 
 def _autograd(

@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::gram::{add_gram_of_lower, padded};
+use crate::gram::{gram_of_lower, padded};
 use crate::layout::{row_base, triangle};
 use crate::simd::{dispatch, Isa, Kernel, Simd};
 
@@ -327,8 +327,7 @@ impl Kernel<f64> for Invert<'_> {
 
 /// `A⁻¹ = MᵀM` as a packed upper triangle.
 pub(crate) fn inverse_packed(isa: Isa, m: &[f64], size: usize, packed: &mut [f64]) {
-    packed.fill(0.0);
-    add_gram_of_lower(isa, m, size, padded(size), packed);
+    gram_of_lower(isa, m, size, padded(size), packed);
 }
 
 /// Write a packed triangle as a full symmetric matrix with rows `stride` apart.

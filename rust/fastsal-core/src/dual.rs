@@ -188,7 +188,7 @@ mod tests {
             let data = random(n as u64, n * len);
             let rows = Rows::new(&data, n, len, len).expect("rows");
             let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; len]);
-            accumulate(layout, rows, &mut packed, &mut sums).expect("accumulate");
+            accumulate(layout, rows, &mut packed, &mut sums, false).expect("accumulate");
             let kept: Vec<bool> = (0..len).map(|i| i % 4 != 2).collect();
             for kept in [None, Some(kept.as_slice())] {
                 for damping in [1e-4, 1.0] {

@@ -279,7 +279,7 @@ mod tests {
         let data = random(7, n * layout.len);
         let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; layout.len]);
         let rows = Rows::new(&data, n, layout.len, layout.len).expect("rows");
-        accumulate(layout, rows, &mut packed, &mut sums).expect("accumulate");
+        accumulate(layout, rows, &mut packed, &mut sums, false).expect("accumulate");
         packed
     }
 

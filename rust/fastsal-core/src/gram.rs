@@ -32,6 +32,9 @@ pub(crate) const fn padded(block: usize) -> usize {
 
 /// Add the statistics of `rows` to `packed` (all blocks of the parameter) and to `sums` (`[d]`).
 ///
+/// `fresh` says that `packed` holds nothing yet: it is overwritten, which spares fresh memory a
+/// first pass of zeros.
+///
 /// # Errors
 /// [`Error::Length`] for arrays that do not fit the layout; [`Error::NonFiniteGradient`] for the
 /// first NaN or infinity: the statistics may then hold part of the rows and must be thrown away.
@@ -41,8 +44,9 @@ pub fn accumulate<E: Element, T: Real>(
     rows: Rows<'_, E>,
     packed: &mut [T],
     sums: &mut [T],
+    fresh: bool,
 ) -> Result<()> {
-    accumulate_with(Isa::best(), layout, rows, packed, sums)
+    accumulate_with(Isa::best(), layout, rows, packed, sums, fresh)
 }
 
 /// [`accumulate`] with a given instruction set.
@@ -55,12 +59,16 @@ pub fn accumulate_with<E: Element, T: Real>(
     rows: Rows<'_, E>,
     packed: &mut [T],
     sums: &mut [T],
+    fresh: bool,
 ) -> Result<()> {
     check_length("rows", rows.d(), layout.len)?;
     check_length("packed", packed.len(), layout.packed_len())?;
     check_length("sums", sums.len(), layout.len)?;
     isa.check()?;
     if layout.len == 0 || rows.n() == 0 {
+        if fresh {
+            packed.fill(T::default());
+        }
         return Ok(());
     }
     let block = layout.block;
@@ -72,7 +80,7 @@ pub fn accumulate_with<E: Element, T: Real>(
             .enumerate()
             .map_init(Vec::new, |scratch, (task, (packed, sums))| {
                 let first_column = task * group * block;
-                Task { block, rows, first_column, packed, sums, scratch }.run(isa)
+                Task { block, rows, first_column, packed, sums, fresh, scratch }.run(isa)
             })
             .reduce(|| true, |a, b| a & b)
     });
@@ -113,13 +121,14 @@ struct Task<'a, E, T> {
     first_column: usize,
     packed: &'a mut [T],
     sums: &'a mut [T],
+    fresh: bool,
     scratch: &'a mut Vec<T>,
 }
 
 impl<E: Element, T: Real> Task<'_, E, T> {
     /// Each block, [`CHUNK`] samples at a time; while one panel is multiplied the next is packed.
     fn run(self, isa: Isa) -> bool {
-        let Task { block, rows, first_column, packed, sums, scratch } = self;
+        let Task { block, rows, first_column, packed, sums, fresh, scratch } = self;
         let (stride, columns) = (padded(block), sums.len());
         let blocks = columns.div_ceil(block);
         let items = blocks * rows.n().div_ceil(CHUNK);
@@ -159,8 +168,12 @@ impl<E: Element, T: Real> Task<'_, E, T> {
                 let at = start / block * triangle(block);
                 let packed = &mut packed[at..at + triangle(size)];
                 let between = packer.as_mut().map(|p| p as &mut dyn Between);
-                let first = Reads::All;
-                dispatch(isa, AddGram { panel, n, size, stride, packed, first, between });
+                // The first samples of every block come before the second ones of any.
+                let fresh = fresh && item <= blocks;
+                dispatch(
+                    isa,
+                    AddGram { panel, n, size, stride, packed, first: Reads::All, fresh, between },
+                );
             }
             if let Some(mut packer) = packer {
                 packer.finish();
@@ -335,19 +348,20 @@ pub(crate) fn add_gram<T: Real>(
     stride: usize,
     packed: &mut [T],
 ) {
-    dispatch(isa, AddGram { panel, n, size, stride, packed, first: Reads::All, between: None });
+    let (first, fresh, between) = (Reads::All, false, None);
+    dispatch(isa, AddGram { panel, n, size, stride, packed, first, fresh, between });
 }
 
-/// [`add_gram`] of a square lower triangular panel: row `k` is zero beyond column `k`.
-pub(crate) fn add_gram_of_lower<T: Real>(
+/// `packed = panelᵀ panel` of a square lower triangular panel: row `k` is zero beyond column `k`.
+pub(crate) fn gram_of_lower<T: Real>(
     isa: Isa,
     panel: &[T],
     size: usize,
     stride: usize,
     packed: &mut [T],
 ) {
-    let first = Reads::FromDiagonal;
-    dispatch(isa, AddGram { panel, n: size, size, stride, packed, first, between: None });
+    let (first, fresh, between) = (Reads::FromDiagonal, true, None);
+    dispatch(isa, AddGram { panel, n: size, size, stride, packed, first, fresh, between });
 }
 
 /// Which rows of a panel are not zero in a column.
@@ -365,6 +379,8 @@ struct AddGram<'a, T> {
     stride: usize,
     packed: &'a mut [T],
     first: Reads,
+    /// Whether `packed` is overwritten.
+    fresh: bool,
     between: Option<&'a mut dyn Between>,
 }
 
@@ -378,16 +394,17 @@ impl<T: Real> Kernel<T> for AddGram<'_, T> {
 
 #[inline(always)]
 fn add_tiles<S: Simd>(block: AddGram<'_, S::T>) {
-    let AddGram { panel, n, size, stride, packed, first, between } = block;
+    let AddGram { panel, n, size, stride, packed, first, fresh, between } = block;
     assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
     let mut tiles = Tiles::<'_, S> {
         panel: panel.as_ptr(),
         n,
         size,
         stride,
-        soon: packed.as_ptr_range().end,
+        soon: packed.as_ptr().wrapping_add(2 * packed.len()),
         packed: packed.as_mut_ptr(),
         first,
+        fresh,
         between,
     };
     // Rows of a vector of columns' diagonal square that need the whole vector; the others need its
@@ -434,9 +451,11 @@ struct Tiles<'a, S: Simd> {
     size: usize,
     stride: usize,
     packed: *mut S::T,
-    /// What to ask memory for next: the following block's statistics, a tile's worth at a time.
+    /// What to ask memory for next: the statistics of the block after the next.
     soon: *const S::T,
     first: Reads,
+    /// Whether `packed` is overwritten.
+    fresh: bool,
     between: Option<&'a mut dyn Between>,
 }
 
@@ -473,9 +492,6 @@ impl<S: Simd> Tiles<'_, S> {
     ) -> usize {
         let half = S::Half::W;
         let mut ahead = self.between.as_mut().map_or(Ahead::NOTHING, |between| between.step());
-        // As much of the next block's statistics as this tile covers of this one's.
-        let mut soon = (R * (NV * S::W + half) * size_of::<S::T>()).div_ceil(LINE);
-        let soon_step = soon.div_ceil(self.n.max(1));
         // SAFETY: see the reads and writes above.
         unsafe {
             let mut sum = [[S::zero(); NV]; R];
@@ -486,35 +502,50 @@ impl<S: Simd> Tiles<'_, S> {
             };
             let panel = self.panel.add(start * self.stride);
             let (mut left, mut right) = (panel.add(i0), panel.wrapping_add(j0));
-            for k in start..self.n {
-                if k % 2 == 0 {
-                    ahead.step();
-                }
-                if soon > 0 {
-                    for _ in 0..soon_step {
-                        prefetch(self.soon);
-                        self.soon = self.soon.wrapping_add(LINE / size_of::<S::T>());
-                    }
-                    soon = soon.saturating_sub(soon_step);
-                }
-                let columns: [S::V; NV] =
-                    std::array::from_fn(|v| S::load(right.wrapping_add(v * S::W)));
-                let half_columns =
-                    if HALF { S::Half::load(right.wrapping_sub(half)) } else { S::Half::zero() };
-                for r in 0..R {
-                    if NV > 0 {
-                        let row = S::splat(left.add(r));
-                        for v in 0..NV {
-                            sum[r][v] = S::mul_add(row, columns[v], sum[r][v]);
+            // A closure would not inherit the instruction set.
+            macro_rules! sample {
+                () => {{
+                    let columns: [S::V; NV] =
+                        std::array::from_fn(|v| S::load(right.wrapping_add(v * S::W)));
+                    let half_columns = if HALF {
+                        S::Half::load(right.wrapping_sub(half))
+                    } else {
+                        S::Half::zero()
+                    };
+                    for r in 0..R {
+                        if NV > 0 {
+                            let row = S::splat(left.add(r));
+                            for v in 0..NV {
+                                sum[r][v] = S::mul_add(row, columns[v], sum[r][v]);
+                            }
+                        }
+                        if HALF {
+                            let row = S::Half::splat(left.add(r));
+                            half_sum[r] = S::Half::mul_add(row, half_columns, half_sum[r]);
                         }
                     }
-                    if HALF {
-                        let row = S::Half::splat(left.add(r));
-                        half_sum[r] = S::Half::mul_add(row, half_columns, half_sum[r]);
-                    }
+                    left = left.wrapping_add(self.stride);
+                    right = right.wrapping_add(self.stride);
+                }};
+            }
+            let samples = self.n - start;
+            // As much of later statistics as this tile covers of these, spread over the samples.
+            let soon = (R * (NV * S::W + half) * size_of::<S::T>()).div_ceil(LINE);
+            let soon_step = soon.div_ceil((samples / 4).max(1));
+            for _ in 0..samples / 4 {
+                ahead.step();
+                ahead.step();
+                for _ in 0..soon_step {
+                    prefetch(self.soon);
+                    self.soon = self.soon.wrapping_add(LINE / size_of::<S::T>());
                 }
-                left = left.wrapping_add(self.stride);
-                right = right.wrapping_add(self.stride);
+                sample!();
+                sample!();
+                sample!();
+                sample!();
+            }
+            for _ in 0..samples % 4 {
+                sample!();
             }
             let row = |r: usize| self.packed.wrapping_add(row_base(self.size, i0 + r) + j0);
             // Lanes lo..hi of W from column j on that lie in row i of the triangle.
@@ -522,12 +553,15 @@ impl<S: Simd> Tiles<'_, S> {
                 let lo = (i0 + r).saturating_sub(j).min(w);
                 (lo, self.size.saturating_sub(j).clamp(lo, w))
             };
+            let is_new = self.fresh;
             // All loads before all stores: a row's end and the next row's start share a cache line.
             if HALF {
                 unroll!(r < R, {
                     let (lo, hi) = lanes(r, j0 - half, half);
-                    let old = S::Half::load_lanes(row(r).wrapping_sub(half), lo, hi);
-                    half_sum[r] = S::Half::add(old, half_sum[r]);
+                    if !is_new {
+                        let old = S::Half::load_lanes(row(r).wrapping_sub(half), lo, hi);
+                        half_sum[r] = S::Half::add(old, half_sum[r]);
+                    }
                 });
                 unroll!(r < R, {
                     let (lo, hi) = lanes(r, j0 - half, half);
@@ -537,7 +571,9 @@ impl<S: Simd> Tiles<'_, S> {
             if i0 + R <= j0 + 1 && j0 + NV * S::W <= self.size {
                 unroll!(r < R, {
                     for v in 0..NV {
-                        sum[r][v] = S::add(S::load(row(r).wrapping_add(v * S::W)), sum[r][v]);
+                        if !is_new {
+                            sum[r][v] = S::add(S::load(row(r).wrapping_add(v * S::W)), sum[r][v]);
+                        }
                     }
                 });
                 unroll!(r < R, {
@@ -549,9 +585,11 @@ impl<S: Simd> Tiles<'_, S> {
             }
             unroll!(r < R, {
                 for v in 0..NV {
-                    let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
-                    let old = S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi);
-                    sum[r][v] = S::add(old, sum[r][v]);
+                    if !is_new {
+                        let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
+                        let old = S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi);
+                        sum[r][v] = S::add(old, sum[r][v]);
+                    }
                 }
             });
             unroll!(r < R, {
@@ -603,10 +641,11 @@ mod tests {
                 let exact: Vec<f64> =
                     (0..n * d).map(|i| data[i / d * stride + i % d].to_f64()).collect();
                 let rows = Rows::new(&data, n, d, stride).expect("rows");
-                let mut packed = vec![T::default(); layout.packed_len()];
+                // What fresh memory holds is not read.
+                let mut packed = vec![T::from_f64(f64::NAN); layout.packed_len()];
                 let mut sums = vec![T::default(); d];
-                accumulate_with(isa, layout, rows, &mut packed, &mut sums).expect("first");
-                accumulate_with(isa, layout, rows, &mut packed, &mut sums).expect("second");
+                accumulate_with(isa, layout, rows, &mut packed, &mut sums, true).expect("first");
+                accumulate_with(isa, layout, rows, &mut packed, &mut sums, false).expect("second");
                 let twice = |x: &f64| 2.0 * x;
                 let expected: Vec<f64> = slow(&exact, n, d, layout).iter().map(twice).collect();
                 assert!(relative_error(&packed, &expected) < tolerance, "{isa:?} {n} {d} {block}");
@@ -638,7 +677,7 @@ mod tests {
             let (mut packed, mut sums) = (vec![0f32; layout.packed_len()], vec![0f32; d]);
             let rows = Rows::new(&data, n, d, d).expect("rows");
             parallel::set_threads(threads);
-            accumulate(layout, rows, &mut packed, &mut sums).expect("accumulate");
+            accumulate(layout, rows, &mut packed, &mut sums, false).expect("accumulate");
             parallel::set_threads(0);
             (packed, sums)
         };
@@ -654,7 +693,8 @@ mod tests {
         let rows = Rows::new(&data, n, d, d).expect("rows");
         let layout = Layout::new(d, 64);
         let (mut packed, mut sums) = (vec![0f32; layout.packed_len()], vec![0f32; d]);
-        for result in [check_finite(rows), accumulate(layout, rows, &mut packed, &mut sums)] {
+        for result in [check_finite(rows), accumulate(layout, rows, &mut packed, &mut sums, false)]
+        {
             match result {
                 Err(Error::NonFiniteGradient { row: 3, column: 39_999, value }) => {
                     assert!(value.is_nan());

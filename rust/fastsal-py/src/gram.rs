@@ -13,8 +13,10 @@ pub fn packed_len(d: usize, block_size: usize) -> usize {
     Layout::new(d, block_size).packed_len()
 }
 
-/// Add the statistics of rows `[n, d]` to `packed` and `sums`, in place.
+/// Add the statistics of rows `[n, d]` to `packed` and `sums`, in place; a `fresh` `packed` is
+/// overwritten.
 #[pyfunction]
+#[pyo3(signature = (rows, dtype, block_size, packed, sums, fresh=false))]
 pub fn accumulate<'py>(
     py: Python<'py>,
     rows: &Bound<'py, PyAny>,
@@ -22,6 +24,7 @@ pub fn accumulate<'py>(
     block_size: usize,
     packed: FloatsMut<'py>,
     sums: FloatsMut<'py>,
+    fresh: bool,
 ) -> PyResult<()> {
     let any = AnyRows::new(rows, dtype)?;
     with_rows!(&any, rows => {
@@ -29,11 +32,11 @@ pub fn accumulate<'py>(
         match (packed, sums) {
             (FloatsMut::F32(mut packed), FloatsMut::F32(mut sums)) => {
                 let (packed, sums) = (slice_mut("packed", &mut packed)?, slice_mut("sums", &mut sums)?);
-                py.detach(|| gram::accumulate(layout, rows, packed, sums))
+                py.detach(|| gram::accumulate(layout, rows, packed, sums, fresh))
             }
             (FloatsMut::F64(mut packed), FloatsMut::F64(mut sums)) => {
                 let (packed, sums) = (slice_mut("packed", &mut packed)?, slice_mut("sums", &mut sums)?);
-                py.detach(|| gram::accumulate(layout, rows, packed, sums))
+                py.detach(|| gram::accumulate(layout, rows, packed, sums, fresh))
             }
             _ => return Err(PyTypeError::new_err("packed and sums: must have the same type")),
         }
