@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.gathering import RowGatherer
 from fastsal.gradients import GradientEngine, select_parameters
 from fastsal.progress import reporter
+from fastsal.sinks import choose_sink
 
 Batches = Iterable[Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -81,18 +81,18 @@ def collect(
     ):
         # A micro-batch at a time, so that an error can name the sample.
         step = engine.micro_batch
-        gatherer = RowGatherer(fisher, chosen, step, expected=samples, spare=spare)
+        sink = choose_sink(fisher, chosen, step, samples=samples, spare=spare)
         for images, targets in as_batches(batches, samples, labels):
             if samples is None:
-                gatherer.expect(total + images.shape[0])
+                sink.expect(total + images.shape[0])
             for start in range(0, images.shape[0], step):
                 part = slice(start, start + step)
                 some = None if targets is None else targets[part]
-                engine.run(images[part], some, gatherer)
-                gatherer.end_micro_batch(images[part].shape[0])
+                engine.run(images[part], some, sink)
+                sink.end_micro_batch(images[part].shape[0])
                 total += images[part].shape[0]
                 report(total, samples)
-        gatherer.flush()
+        sink.flush()
     return fisher
 
 

@@ -115,6 +115,12 @@ class ParameterStatistics:
         self._fold_rows()
         self._accumulate(rows, dtype, self.sums)
 
+    def add_sums(self, packed: Array, sums: Array) -> None:
+        """Add packed blocks and sums that were made elsewhere."""
+        own = self.fold()
+        own += packed
+        self.sums += sums
+
     def fold(self) -> Array:
         """Turn kept gradients into packed blocks; returns the blocks."""
         self._fold_rows()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import click
 
+from fastsal.cli.bench import bench
+from fastsal.cli.compensate import compensate
 from fastsal.cli.demo import demo
 from fastsal.cli.evaluate import evaluate
 from fastsal.cli.group import Group
@@ -29,10 +29,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (prune, score, rank, evaluate, verify, demo):
+for _command in (prune, score, rank, compensate, evaluate, verify, bench, demo):
     main.add_command(_command)
-
-if find_spec("fastsal.compensation") is not None:
-    from fastsal.cli.compensate import compensate
-
-    main.add_command(compensate)

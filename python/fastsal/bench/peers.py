@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 
 
 def sparseml_fisher() -> Any:
@@ -27,7 +28,7 @@ def sparseml_fisher() -> Any:
     file = root / "pytorch" / "sparsification" / "pruning" / "modifier_pruning_obs.py"
     tree = ast.parse(file.read_text())
     name = "EmpiricalBlockFisherInverse"
-    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    found: list[ast.stmt] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
     scope: dict[str, Any] = {"torch": torch, "math": math, "Tensor": Tensor}
     exec(compile(ast.Module(found, []), str(file), "exec"), scope)
     return scope[name]
@@ -45,3 +46,16 @@ def torch_inverse_diagonal(fisher: Tensor, damping: float) -> Tensor:
     damped = fisher + damping * torch.eye(fisher.shape[1], dtype=fisher.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return inverse.diagonal(dim1=1, dim2=2)
+
+
+def torch_func_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per-sample gradients of the cross-entropy by `torch.func`, name to `[n, *shape]`."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(model, (parameters, buffers), (image[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    result: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    return result

@@ -101,8 +101,6 @@ def _capacity(
     expected: int | None,
     spare: int | None,
 ) -> int:
-    if any(p.device.type != "cpu" for p in parameters.values()):
-        return 0
     row = sum(p.numel() * p.element_size() for p in parameters.values())
     most = min(_MOST_BYTES, int(_SHARE * fisher.final_nbytes))
     if spare is not None:

@@ -1,0 +1,26 @@
+"""The cases of `fastsal bench` under pytest-benchmark: `pytest benches/python`.
+
+FASTSAL_BENCH=full takes the sizes of the published figures.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from fastsal.bench import Size, cases, run
+
+SIZE = Size.full() if os.environ.get("FASTSAL_BENCH") == "full" else Size()
+
+
+@pytest.mark.parametrize("case", list(cases(SIZE)), ids=lambda case: case.name)
+def test_case(case, benchmark, capsys):
+    results = []
+    benchmark.pedantic(lambda: results.extend(run(iter([case]))), rounds=1)
+    (result,) = results
+    if result.ratio is None:
+        pytest.skip(result.note)
+    benchmark.extra_info.update(vars(result))
+    with capsys.disabled():
+        print(f"\n{result.ratio:.2f} {result.figure} as {result.peer}. {result.note}")

@@ -1,0 +1,315 @@
+"""The cases: each sets up its data when its turn comes and drops it after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fastsal
+from fastsal import _core
+from fastsal.bench.peers import (
+    sparseml_fisher,
+    torch_fisher,
+    torch_func_gradients,
+    torch_inverse_diagonal,
+)
+from fastsal.bench.timing import Case, Comparison, Skip
+from fastsal.gradients import per_sample_gradients
+
+_DAMPING = 1e-5
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the cases are: `Size()` takes about a minute, `Size.full()` about half an hour."""
+
+    gram_weights: int = 1 << 20
+    weights: int = 1 << 18
+    samples: tuple[int, ...] = (256,)
+    scores: int = 16_000_000
+    models: tuple[str, ...] = ("resnet18",)
+    images: int = 16
+    pairs: int = 3
+
+    @classmethod
+    def full(cls) -> Size:
+        """The sizes that the project's figures are for."""
+        return cls(
+            gram_weights=1 << 22,
+            weights=1 << 20,
+            samples=(256, 1024),
+            scores=86_000_000,
+            models=(
+                "resnet50",
+                "vit_small_patch16_224",
+                "resnet18",
+                "convnext_tiny",
+                "tf_efficientnet_lite0",
+            ),
+            images=64,
+            pairs=5,
+        )
+
+
+# Models whose gradients should cost a quarter at most; the others have a half.
+_CLOSE = ("resnet50", "vit_small_patch16_224")
+
+
+def cases(size: Size) -> Iterator[Case]:
+    """Yield all cases of a size."""
+    for block in (64, 128):
+        yield Case(
+            f"Gram kernel, blocks of {block}, 64 rows of {size.gram_weights:,} weights",
+            "useful FLOP/s over torch.mm's",
+            0.6,
+            partial(_gram, size, block),
+        )
+    for n in size.samples:
+        name = f"statistics and inverse diagonal, {size.weights:,} weights, {n} gradients"
+        wanted = 40.0 if n < 1024 else 60.0
+        yield Case(name, "times as fast", wanted, partial(_against_sparseml, size, n))
+    yield Case(
+        f"statistics and inverse diagonal, {size.weights:,} weights, 256 gradients",
+        "times as fast",
+        1.0,
+        partial(_against_torch, size),
+    )
+    yield Case(
+        f"inverse diagonal of {size.weights // 64:,} blocks of 64, in float64",
+        "times as fast",
+        5.0,
+        partial(_inverse_diagonal, size),
+    )
+    for block in (32, 64, 128, 256):
+        yield Case(
+            f"greedy elimination of {size.weights:,} weights in blocks of {block}",
+            "times as long",
+            3.0,
+            partial(_greedy, size, block),
+            at_least=False,
+        )
+    for peer, wanted in (("torch.kthvalue", 12.0), ("np.partition", 1.0)):
+        name = f"threshold of {size.scores:,} scores"
+        yield Case(name, "times as fast", wanted, partial(_threshold, size, peer))
+    yield Case(
+        "per-sample gradients of resnet18, 8 images at 224 px",
+        "times as fast",
+        1.0,
+        partial(_gradients, "resnet18"),
+    )
+    for name in size.models:
+        yield Case(
+            f"collect of {name}, {size.images} images at 224 px, micro-batches of 8",
+            "times as long",
+            1.25 if name in _CLOSE else 1.5,
+            partial(_collect, size, name),
+            at_least=False,
+        )
+    yield Case(
+        f"statistics of {16 * size.gram_weights:,} weights over {size.gram_weights:,}, per weight",
+        "times as long",
+        1.15,
+        partial(_growth_in_weights, size),
+        at_least=False,
+    )
+    yield Case(
+        f"statistics of 1,024 samples over 64, {size.weights:,} weights, per sample",
+        "times as long",
+        1.15,
+        partial(_growth_in_samples, size),
+        at_least=False,
+    )
+
+
+def _rows(n: int, d: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0)) * 1e-2
+
+
+def _faster(ours: float, theirs: float) -> float:
+    return theirs / ours
+
+
+def _longer(ours: float, theirs: float) -> float:
+    return ours / theirs
+
+
+def _gram(size: Size, block: int) -> Comparison:
+    n, d, side = 64, size.gram_weights, 3072
+    rows = _rows(n, d).numpy()
+    packed, sums = np.zeros(_core.packed_len(d, block), np.float32), np.zeros(d, np.float32)
+    a, b, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+    # A product and a sum for each entry of the triangles, and for torch of the square.
+    useful, whole = n * d * (block + 1), 2 * side**3
+    return Comparison(
+        lambda: _core.accumulate(rows, "float32", block, packed, sums),
+        lambda: torch.mm(a, b, out=out),
+        f"torch.mm of {side}²",
+        lambda ours, theirs: (useful / ours) / (whole / theirs),
+        pairs=2 * size.pairs - 1,
+    )
+
+
+def _statistics(rows: Tensor) -> tuple[fastsal.BlockFisher, np.ndarray]:
+    fisher = fastsal.BlockFisher({"w": (rows.shape[1],)}, block_size=64)
+    fisher.update({"w": rows})
+    return fisher, fisher.inverse_diagonals(_DAMPING)["w"].values
+
+
+def _exact(rows: Tensor) -> np.ndarray:
+    fisher = fastsal.BlockFisher({"w": (rows.shape[1],)}, block_size=64, precision="float64")
+    fisher.update({"w": rows.double()})
+    return fisher.inverse_diagonals(_DAMPING)["w"].values
+
+
+def _against_sparseml(size: Size, n: int) -> Comparison:
+    try:
+        peer_class = sparseml_fisher()
+    except ImportError as missing:
+        raise Skip(f"SparseML is not here; {missing}") from missing
+    rows = _rows(n, size.weights)
+    made: list[object] = []
+
+    def peer() -> None:
+        fisher = peer_class(n, 64, rows.shape[1], _DAMPING, torch.device("cpu"))
+        for row in rows:
+            fisher.add_grad(row)
+        made[:] = [fisher, fisher.diag()]
+
+    def after() -> str:
+        fisher, mine = _statistics(rows)
+        theirs, diagonal = made
+        truth = _exact(rows)
+        errors = [float(np.abs(np.asarray(x) / truth - 1).max()) for x in (mine, diagonal)]
+        memory = fisher.nbytes / (theirs.f_inv.numel() * 4)  # type: ignore[attr-defined]
+        return (
+            f"error against all-float64 {errors[0]:.1e}, SparseML's {errors[1]:.1e}; "
+            f"memory {memory:.3f} of SparseML's"
+        )
+
+    return Comparison(lambda: _statistics(rows), peer, "SparseML", _faster, 2, after)
+
+
+def _against_torch(size: Size) -> Comparison:
+    rows = _rows(256, size.weights)
+    return Comparison(
+        lambda: _statistics(rows),
+        lambda: torch_inverse_diagonal(torch_fisher(rows, 64), _DAMPING),
+        "torch.bmm, batched Cholesky and inverse, float32",
+        _faster,
+        size.pairs,
+    )
+
+
+def _inverse_diagonal(size: Size) -> Comparison:
+    fisher, _ = _statistics(_rows(256, size.weights))
+    dense = fisher.blocks("w").float()
+    return Comparison(
+        lambda: fisher.inverse_diagonals(1e-3),
+        lambda: torch_inverse_diagonal(dense, 1e-3),
+        "torch's batched Cholesky and inverse, float32",
+        _faster,
+        size.pairs,
+    )
+
+
+def _greedy(size: Size, block: int) -> Comparison:
+    d = size.weights
+    fisher = fastsal.BlockFisher({"w": (d,)}, block_size=block)
+    fisher.update({"w": _rows(2 * block, d)})
+    model = nn.Module()
+    model.w = nn.Parameter(_rows(1, d)[0])
+    return Comparison(
+        lambda: fastsal.score(model, fisher, "obs-greedy", 1e-3),
+        lambda: fisher.inverse_diagonals(1e-3),
+        "the inverse diagonal of the same blocks",
+        _longer,
+        2 * size.pairs - 1,
+    )
+
+
+def _threshold(size: Size, peer: str) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(size.scores, generator=generator).square().numpy()
+    k = 9 * scores.size // 10
+    jobs: dict[str, Callable[[], object]] = {
+        "torch.kthvalue": lambda: torch.from_numpy(scores).kthvalue(k),
+        "np.partition": lambda: np.partition(scores, k),
+    }
+    return Comparison(lambda: _core.kth_smallest([scores], k), jobs[peer], peer, _faster, 3)
+
+
+def _model(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
+    import timm
+
+    model = timm.create_model(name, pretrained=False).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(n, 3, 224, 224, generator=generator)
+    return model, images, torch.randint(0, 1000, (n,), generator=generator)
+
+
+def _gradients(name: str) -> Comparison:
+    model, images, labels = _model(name, 8)
+    return Comparison(
+        lambda: per_sample_gradients(model, images, labels, micro_batch=8),
+        lambda: torch_func_gradients(model, images, labels),
+        "torch.func.vmap",
+        _faster,
+        3,
+    )
+
+
+def _collect(size: Size, name: str) -> Comparison:
+    model, images, labels = _model(name, size.images)
+
+    def plain() -> None:
+        for start in range(0, len(images), 8):
+            part = slice(start, start + 8)
+            model.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(model(images[part]), labels[part])
+            loss.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad(set_to_none=True)
+
+    return Comparison(
+        lambda: fastsal.collect(model, [(images, labels)], micro_batch=8),
+        plain,
+        "the plain forward and backward passes",
+        _longer,
+        3,
+    )
+
+
+def _growth_in_weights(size: Size) -> Comparison:
+    small, large = (_rows(64, d) for d in (size.gram_weights, 16 * size.gram_weights))
+    return Comparison(
+        lambda: _statistics(large),
+        lambda: [_statistics(small) for _ in range(16)],
+        "sixteen times the smaller",
+        _longer,
+        3,
+    )
+
+
+def _growth_in_samples(size: Size) -> Comparison:
+    rows = _rows(1024, size.weights)
+    held: dict[int, int] = {}
+
+    def sums(n: int, times: int) -> None:
+        for _ in range(times):
+            fisher = fastsal.BlockFisher({"w": (rows.shape[1],)}, block_size=64)
+            for start in range(0, n, 64):
+                fisher.update({"w": rows[start : start + 64]})
+            held[n] = fisher.nbytes
+
+    return Comparison(
+        lambda: sums(1024, 1),
+        lambda: sums(64, 16),
+        "sixteen times the smaller",
+        _longer,
+        3,
+        lambda: f"memory {held[1024] / held[64]:.3f} of the smaller's",
+    )

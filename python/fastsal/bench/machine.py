@@ -1,0 +1,54 @@
+"""What was measured where."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsal import _core
+from fastsal.errors import InvalidArgument
+
+
+def refuse_debug_build() -> None:
+    """Raise InvalidArgument unless the core was compiled with optimisation."""
+    _, _, is_release = _core.build_info()
+    if not is_release:
+        raise InvalidArgument(
+            "bench: the core is a debug build, whose times say nothing; build it with "
+            "`maturin develop --release`"
+        )
+
+
+def describe() -> dict[str, Any]:
+    """Processor, threads and versions."""
+    from fastsal.bench.timing import fresh_memory_cost
+
+    version, isa, _ = _core.build_info()
+    return {
+        "fastsal": version,
+        "instructions": isa,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": _core.num_threads(),
+        "torch": torch.__version__,
+        "torch threads": torch.get_num_threads(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "first touch of fresh memory, s/GiB": round(fresh_memory_cost(), 2),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

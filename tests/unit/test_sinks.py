@@ -1,0 +1,179 @@
+"""Every way from rows to statistics ends in the same sums."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal.errors import NonFiniteGradient
+from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
+from fastsal.sinks import DeviceTiles, RowGatherer, RowStream, choose_sink
+from fastsal.sinks.tiles import tile_bytes
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    """A convolution, a weight used twice, one that only torch.func can serve, a short block."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.twice = nn.Linear(20, 20)
+        self.odd = nn.Parameter(torch.randn(20) * 0.1)
+        self.head = nn.Linear(20, 4)
+
+    def forward(self, x):
+        x = self.conv(x).flatten(1)[:, :20]
+        x = self.twice(torch.tanh(self.twice(x)))
+        return self.head(x * self.odd)
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(0)
+    return Net().eval(), torch.randn(45, 3, 6, 6), torch.randint(0, 4, (45,))
+
+
+NAMES = ["conv.weight", "twice.weight", "odd", "head.weight"]
+
+
+def collect(model, x, y, make, block_size=16):
+    """Statistics through one sink, in micro-batches of 4."""
+    chosen = select_parameters(model, NAMES)
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+    fisher = fastsal.BlockFisher(shapes, block_size=block_size)
+    sink = make(fisher, chosen)
+    with GradientEngine(model, chosen, micro_batch=4) as engine:
+        for start in range(0, len(x), 4):
+            part = slice(start, start + 4)
+            engine.run(x[part], y[part], sink)
+            sink.end_micro_batch(len(x[part]))
+    sink.flush()
+    return fisher
+
+
+SINKS = {
+    "gather": lambda fisher, p: RowGatherer(fisher, p, 4),
+    "gather, 45 expected": lambda fisher, p: RowGatherer(fisher, p, 4, expected=45),
+    "at once": lambda fisher, p: RowGatherer(fisher, p, 4, spare=0),
+    "tiles": lambda fisher, p: DeviceTiles(fisher, CPU),
+    "stream": lambda fisher, p: RowStream(fisher, CPU),
+}
+
+
+@pytest.mark.parametrize("block_size", [16, 64, None])
+@pytest.mark.parametrize("sink", SINKS)
+def test_sums_equal_dense_products(data, sink, block_size):
+    model, x, y = data
+    fisher = collect(model, x, y, SINKS[sink], block_size)
+    rows = per_sample_gradients(model.double(), x.double(), y, parameters=NAMES)
+    assert fisher.samples == 45
+    means = fisher.mean_gradient()
+    for name in NAMES:
+        g = rows[name].flatten(1)
+        size = min(block_size or g.shape[1], g.shape[1])
+        g = nn.functional.pad(g, (0, -g.shape[1] % size)).view(45, -1, size)
+        expected = torch.einsum("nki,nkj->kij", g, g) / 45
+        found = fisher.blocks(name)[:, :size, :size]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        torch.testing.assert_close(means[name], rows[name].mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_gathering_saves_passes(data):
+    model, x, y = data
+    held = []
+
+    def make(fisher, parameters):
+        sink = RowGatherer(fisher, parameters, 4, expected=45)
+        assert sink.capacity % 4 == 0
+        assert sink.capacity >= 8
+        add = fisher._add
+
+        def count(name, rows, expected):
+            held.append((name, len(rows)))
+            add(name, rows, expected)
+
+        fisher._add = count
+        return sink
+
+    collect(model, x, y, make, block_size=64)
+    sizes = [n for name, n in held if name == "conv.weight"]
+    assert sum(sizes) == 45
+    assert len(sizes) < 12
+
+
+def test_gathered_rows_keep_within_the_budget():
+    layer = nn.Linear(100, 100)
+    parameters = {"weight": layer.weight}
+    fisher = fastsal.BlockFisher({"weight": (100, 100)}, block_size=64)
+    row = 100 * 100 * 4
+    assert RowGatherer(fisher, parameters, 4).capacity == 16  # half of the statistics
+    assert RowGatherer(fisher, parameters, 4, spare=9 * row).capacity == 8
+    assert RowGatherer(fisher, parameters, 4, spare=7 * row).capacity == 0
+    assert RowGatherer(fisher, parameters, 32).capacity == 0
+
+
+def test_bfloat16_stream_is_close(data):
+    model, x, y = data
+    exact = collect(model, x, y, SINKS["stream"])
+    rounded = collect(model, x, y, lambda f, p: RowStream(f, CPU, dtype=torch.bfloat16))
+    for name in NAMES:
+        a, b = exact.blocks(name), rounded.blocks(name)
+        assert 0 < float((a - b).norm() / a.norm()) < 2**-8
+
+
+@pytest.mark.parametrize("sink", SINKS)
+def test_infinite_gradients_are_refused(sink):
+    fisher = fastsal.BlockFisher({"w": (10,)}, block_size=4)
+    w = nn.Parameter(torch.zeros(10))
+    taker = SINKS[sink](fisher, {"w": w})
+    rows = torch.zeros(4, 10)
+    rows[2, 7] = math.inf
+    with pytest.raises(NonFiniteGradient, match="'w' is .*inf"):  # noqa: PT012
+        for _ in range(9):
+            room = taker.room("w", rows.shape) if isinstance(taker, RowGatherer) else None
+            del room
+            taker("w", rows)
+            taker.end_micro_batch(4)
+
+
+def test_tile_bytes_are_those_of_the_tensors(data):
+    model, x, y = data
+    held = []
+
+    def make(fisher, parameters):
+        sink = DeviceTiles(fisher, CPU)
+        flush = sink.flush
+
+        def measured():
+            held.append(sum(s.squares.nbytes + s.total.nbytes for s in sink._sums.values()))
+            flush()
+
+        sink.flush = measured
+        return sink
+
+    fisher = collect(model, x, y, make)
+    assert held == [tile_bytes(fisher)]
+
+
+@pytest.mark.parametrize(("free", "kind"), [(2**30, DeviceTiles), (100, RowStream)])
+def test_choice_on_cuda_is_by_free_memory(monkeypatch, free, kind):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
+    fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10)
+    somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
+    assert type(choose_sink(fisher, somewhere, 4)) is kind
+    on_cpu = {"w": nn.Parameter(torch.zeros(100))}
+    assert type(choose_sink(fisher, on_cpu, 4)) is RowGatherer
+
+
+def test_float64_sums_are_never_tiles(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10, precision="float64")
+    somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
+    assert type(choose_sink(fisher, somewhere, 4)) is RowStream
