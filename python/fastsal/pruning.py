@@ -22,7 +22,13 @@ from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
 from fastsal.ranking import rank
+from fastsal.safe_pruning import Examination, restore, search
+from fastsal.safety import Limit, SafetyReport
 
+# One sample in so many is kept for the test of a limit.
+_TESTED_EVERY = 4
+# Where the damping is chosen when the sparsity is not known yet.
+_TYPICAL_SPARSITY = 0.7
 # One sample in so many is held out for the choice of damping, at most so many in all.
 _HELD_OUT_EVERY = 8
 _HELD_OUT_MOST = 1024
@@ -38,11 +44,13 @@ class PruneResult:
         history: One entry a round: `round`, `sparsity` reached, `samples`, `damping`,
             `damping_evidence` (pairs of λ and held-out loss), `predicted_increase` of the loss
             (with compensation) and `seconds` of each step.
+        safety: With `max_loss_increase` or `max_accuracy_drop`: what was tested.
     """
 
     masks: Masks
     scores: dict[str, Tensor]
     history: list[dict[str, Any]] = field(default_factory=list)
+    safety: SafetyReport | None = None
 
 
 def prune(
@@ -67,6 +75,10 @@ def prune(
     autocast: torch.dtype | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
     seed: int = 0,
+    max_loss_increase: float | None = None,
+    max_accuracy_drop: float | None = None,
+    confidence: float = 0.95,
+    held_out: Batches | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -97,6 +109,13 @@ def prune(
         autocast: Type of the passes.
         progress: A bar, or a function.
         seed: Of everything with chance in it.
+        max_loss_increase: Instead of `sparsity`: prune to the highest that keeps the rise of the
+            mean loss below this on images that were held out (see `fastsal.safety`; the loss of an
+            image counts at most what guessing costs). One round, no pattern.
+        max_accuracy_drop: The same for top-1 accuracy, a fraction.
+        confidence: Of that promise.
+        held_out: Labelled images to test the limit on; None holds one sample in four out. The
+            promise is about images like these: give some that the model was not trained on.
 
     Returns:
         Masks, scores and history.
@@ -131,6 +150,21 @@ def prune(
         "progress": progress,
     }
     chosen = select_parameters(model, parameters)
+    limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
+    if limit is not None:
+        if sparsity is not None or rounds != 1 or pattern is not None:
+            raise InvalidArgument(
+                "max_loss_increase, max_accuracy_drop: find the sparsity, in one round and without "
+                "a pattern; leave sparsity, rounds and pattern out"
+            )
+        rank({name: torch.zeros(p.shape) for name, p in chosen.items()}, 0.0, **plan.ranking)
+        if batches is None and held_out is None:
+            raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
+        return _prune_safely(
+            model, batches, plan, limit, chosen, statistics, samples=samples, held_out=held_out
+        )
+    if held_out is not None:
+        raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
     # Bad fractions are refused before anything is computed.
     rank({name: torch.zeros(p.shape) for name, p in chosen.items()}, sparsity, **plan.ranking)
     goals = _goals(sparsity, rounds)
@@ -141,7 +175,7 @@ def prune(
     try:
         for number, goal in enumerate(goals, start=1):
             clock = _Clock()
-            fisher = rest = held_out = None
+            fisher = rest = tuned = None
             if plan.needs_fisher and batches is not None:
                 held: list[tuple[Tensor, Tensor | None]] = []
                 source = as_batches(batches, samples, labels)
@@ -153,9 +187,9 @@ def prune(
                     # Before they are used, as this checks them.
                     quiet = {**statistics, "progress": False}
                     rest = collect(model, held, seed=seed + rounds + number, **quiet)
-                    held_out = HeldOut.of(model, some, resolve_loss(loss))
+                    tuned = HeldOut.of(model, some, resolve_loss(loss))
             clock.lap("statistics")
-            choice = plan.choose(model, fisher, masks, goal, chosen, held_out)
+            choice = plan.choose(model, fisher, masks, goal, chosen, tuned)
             clock.lap("damping")
             if fisher is not None and rest is not None:
                 fisher.merge(rest)
@@ -173,7 +207,7 @@ def prune(
                 }
             )
     except BaseException:
-        _restore(chosen, original)
+        restore(chosen, original)
         raise
     if masks is None:
         raise InvalidArgument(f"rounds: got {rounds}; takes 1 or more")
@@ -187,6 +221,85 @@ def prune(
         seed=seed,
     )
     return PruneResult(masks, scores, history)
+
+
+def _prune_safely(
+    model: nn.Module,
+    batches: Batches | None,
+    plan: _Plan,
+    limit: Limit,
+    chosen: Mapping[str, nn.Parameter],
+    statistics: dict[str, Any],
+    *,
+    samples: int | None,
+    held_out: Batches | None,
+) -> PruneResult:
+    """`prune` with a limit: statistics, damping and test on images of their own."""
+    clock = _Clock()
+    original = {name: p.detach().clone() for name, p in chosen.items()}
+    loss = resolve_loss(statistics["loss"])
+    try:
+        fisher = None
+        tested: list[tuple[Tensor, Tensor | None]] = []
+        held: list[tuple[Tensor, Tensor | None]] = []
+        source: Iterable[tuple[Tensor, Tensor | None]] = ()
+        if held_out is not None:
+            tested = list(as_batches(held_out, None))
+        if batches is not None:
+            source = as_batches(batches, samples, statistics["labels"])
+            if held_out is None:
+                source = _holding_out(source, tested, _TESTED_EVERY)
+        if plan.needs_fisher:
+            if plan.is_auto:
+                source = _holding_out(source, held)
+            fisher = collect(model, source, seed=plan.seed, **statistics)
+        else:
+            for _ in source:  # fills `tested`
+                pass
+        examination = Examination(model, tested, limit, loss)
+        clock.lap("statistics")
+        tuned = HeldOut.of(model, _limited(held), loss) if plan.is_auto else None
+        choice = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, chosen, tuned)
+        if fisher is not None and held:
+            fisher.merge(collect(model, held, seed=plan.seed + 1, **statistics))
+        clock.lap("damping")
+        masks, scores, increase, report = search(
+            model,
+            fisher,
+            examination,
+            criterion=plan.criterion,
+            damping=choice.damping,
+            compensates=plan.compensate,
+            ranking=plan.ranking,
+            chosen=chosen,
+            seed=plan.seed,
+        )
+        clock.lap("search")
+    except BaseException:
+        restore(chosen, original)
+        raise
+    history = [
+        {
+            "round": 1,
+            "sparsity": masks.sparsity,
+            "samples": 0 if fisher is None else fisher.samples,
+            "damping": choice.damping if plan.needs_damping else None,
+            "damping_evidence": choice.evidence,
+            "predicted_increase": increase,
+            "seconds": clock.laps,
+        }
+    ]
+    masks.recipe.update(
+        criterion=plan.criterion,
+        rounds=1,
+        compensate=plan.compensate,
+        damping=[history[0]["damping"]],
+        samples=history[0]["samples"],
+        block_size=statistics["block_size"],
+        seed=plan.seed,
+        limit=vars(limit),
+    )
+    return PruneResult(masks, scores, history, report)
 
 
 @dataclass(frozen=True)
@@ -260,7 +373,7 @@ class _Plan:
         start = {name: p.detach().clone() for name, p in chosen.items()}
 
         def prune_with(damping: float) -> None:
-            _restore(chosen, start)
+            restore(chosen, start)
             with warnings.catch_warnings():
                 # Said for the damping that is taken, not for those that are tried.
                 warnings.simplefilter("ignore", PrecisionWarning)
@@ -269,7 +382,7 @@ class _Plan:
         try:
             return choose_damping(candidates(fisher), prune_with, lambda: held_out.mean_loss(model))
         finally:
-            _restore(chosen, start)
+            restore(chosen, start)
 
 
 class _Clock:
@@ -293,21 +406,17 @@ def _goals(sparsity: float | None, rounds: int) -> list[float | None]:
     return [*rising, sparsity]
 
 
-def _restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(weights[name])
-
-
 def _holding_out(
-    batches: Iterable[tuple[Tensor, Tensor | None]], held: list[tuple[Tensor, Tensor | None]]
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    held: list[tuple[Tensor, Tensor | None]],
+    every: int = _HELD_OUT_EVERY,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Pass seven samples in eight on and keep the eighth in `held`."""
+    """Keep one sample in `every` in `held` and pass the others on."""
     start = 0
     for images, labels in batches:
         at = torch.arange(start, start + images.shape[0])
         start += images.shape[0]
-        out = at % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+        out = at % every == every - 1
         if out.any():
             held.append((images[out], None if labels is None else labels[out]))
         if not out.all():

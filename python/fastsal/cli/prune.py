@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from fastsal.data import Batches
     from fastsal.masks import Masks
+    from fastsal.safety import SafetyReport
 
 
 @click.command(short_help="Prune a model into a folder.")
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
     "compensate",
     default=None,
     help="Move the kept weights so as to make up for the pruned. [default: with --data]",
+)
+@click.option(
+    "--max-accuracy-drop",
+    type=float,
+    metavar="FRACTION",
+    help="Instead of --sparsity: the highest that keeps top-1 on held-out images this close.",
+)
+@click.option("--max-loss-increase", type=float, metavar="LOSS", help="The same for the mean loss.")
+@click.option(
+    "--confidence",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="Of the promise that the limit is kept.",
+)
+@click.option(
+    "--held-out",
+    type=options.PATH,
+    help="Labelled images to test the limit on. [default: one in four of --data]",
 )
 @options.input_options
 @options.run_options
@@ -51,9 +71,11 @@ def prune(**given: Any) -> None:
     )
     from fastsal.cli.versions import versions
     from fastsal.progress import peak_memory, reporter
+    from fastsal.safety import summary
     from fastsal.transfer.evaluation import measure
 
-    ranked = ranking(given)
+    is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
+    ranked = ranking(given, finds_sparsity=is_limited)
     check_target(given["out"], given["force"])
     set_threads(given["threads"])
     clock = Clock()
@@ -63,13 +85,14 @@ def prune(**given: Any) -> None:
         if given["compensate"] is None:
             given["compensate"] = batches is not None
         test = given["test"] and open_batches(given, model, spec, given["test"])
+        held_out = given["held_out"] and open_batches(given, model, spec, given["held_out"])
     accuracy: dict[str, Any] = {}
     if test:
         check_test(batches, test)
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
             accuracy["before"] = measure(model, test, report=report)._asdict()
     with clock.step("prune"):
-        masks, history = _pruned(given, ranked, model, batches)
+        masks, history, safety = _pruned(given, ranked, model, batches, held_out)
     if test:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
@@ -86,6 +109,7 @@ def prune(**given: Any) -> None:
             name: {"shape": list(masks.shapes[name]), "kept": masks.kept[name]} for name in masks
         },
         "history": history,
+        "safety": safety.as_dict() if safety else None,
         "accuracy": accuracy,
         "seconds": clock.seconds,
         "peak_memory_mib": round(peak / 2**20) if peak else None,
@@ -97,13 +121,25 @@ def prune(**given: Any) -> None:
         return
     screen = console()
     screen.print(kept_table(masks.kept, masks.shapes))
+    if safety:
+        screen.print()
+        screen.print(_curve(safety))
+        screen.print(f"\n{summary(safety)}", soft_wrap=True)
+        if safety.trusted_until is not None:
+            screen.print(
+                f"prediction and measurement agree up to sparsity {safety.trusted_until:g}"
+            )
     screen.print(f"\n[bold]{_summary(result)}[/bold]")
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
 
 def _pruned(
-    given: dict[str, Any], ranked: dict[str, Any], model: nn.Module, batches: Batches | None
-) -> tuple[Masks, list[dict[str, Any]]]:
+    given: dict[str, Any],
+    ranked: dict[str, Any],
+    model: nn.Module,
+    batches: Batches | None,
+    held_out: Batches | None,
+) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal
     from fastsal.cli.setup import collect_options
@@ -116,10 +152,36 @@ def _pruned(
         compensate=given["compensate"],
         samples=batches.samples if batches is not None else None,
         rounds=given["rounds"],
+        max_accuracy_drop=given["max_accuracy_drop"],
+        max_loss_increase=given["max_loss_increase"],
+        confidence=given["confidence"],
+        held_out=held_out or None,
         **ranked,
         **collect_options(given),
     )
-    return result.masks, list(result.history)
+    return result.masks, list(result.history), result.safety
+
+
+def _curve(safety: SafetyReport) -> Any:
+    """Table of what was tested."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss rise"
+    bound = f"bound at {safety.limit.confidence:g}"
+    for title in ("sparsity", measured, bound, "loss rise", "predicted"):
+        table.add_column(title, justify="right")
+    for point in safety.curve:
+        predicted = point["predicted"]
+        table.add_row(
+            f"{point['sparsity']:g}",
+            f"{point['increase']:.4f}",
+            f"{point['upper']:.4f}",
+            f"{point['loss_increase']:.4f}",
+            "" if predicted is None else f"{predicted:.4f}",
+            style=None if point["sparsity"] <= safety.sparsity else "dim",
+        )
+    return table
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -141,13 +141,15 @@ def collect(given: dict[str, Any], model: nn.Module, batches: Batches) -> BlockF
     return fastsal.collect(model, batches, samples=batches.samples, **options)
 
 
-def ranking(given: dict[str, Any]) -> dict[str, Any]:
+def ranking(given: dict[str, Any], *, finds_sparsity: bool = False) -> dict[str, Any]:
     """Return the options of `fastsal.rank` that were given, shares checked.
+
+    With `finds_sparsity` none need be given.
 
     Raises:
         InvalidArgument: a share is out of range, or there is neither sparsity nor pattern.
     """
-    if given["sparsity"] is None and given["pattern"] is None:
+    if given["sparsity"] is None and given["pattern"] is None and not finds_sparsity:
         raise InvalidArgument("sparsity: is missing; give --sparsity, or --pattern, or both")
     for name in ("sparsity", "floor"):
         if given[name] is not None and not 0 <= given[name] <= 1:
