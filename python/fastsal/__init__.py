@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from fastsal.fisher import BlockFisher
     from fastsal.gradients import per_sample_gradients, select_parameters
     from fastsal.masks import Masks
+    from fastsal.patterns import rank_pattern
     from fastsal.pruning import PruneResult, prune
     from fastsal.ranking import rank
+    from fastsal.safety import SafetyReport
     from fastsal.threads import get_num_threads, set_num_threads
     from fastsal.transfer import Task, evaluate, fit_heads
 
@@ -54,6 +56,8 @@ _HOME = {
     "select_parameters": "gradients",
     "Masks": "masks",
     "PruneResult": "pruning",
+    "rank_pattern": "patterns",
+    "SafetyReport": "safety",
     "prune": "pruning",
     "rank": "ranking",
     "get_num_threads": "threads",
@@ -77,6 +81,7 @@ __all__ = [
     "NonFiniteGradient",
     "PrecisionWarning",
     "PruneResult",
+    "SafetyReport",
     "Task",
     "UnknownParameter",
     "UnsupportedLayer",
@@ -89,6 +94,7 @@ __all__ = [
     "per_sample_gradients",
     "prune",
     "rank",
+    "rank_pattern",
     "score",
     "select_parameters",
     "set_num_threads",

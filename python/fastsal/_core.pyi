@@ -16,10 +16,12 @@ __all__ = [
     "diagonal",
     "dual_inverse_diagonal",
     "eliminate",
+    "group_costs",
     "inverse",
     "inverse_diagonal",
     "kth_smallest",
     "n_of_m",
+    "n_of_m_joint",
     "num_threads",
     "packed_len",
     "prune_smallest",
@@ -70,6 +72,23 @@ def eliminate(
     block_size: int,
     damping: float,
 ) -> list[tuple[NDArray[np.float32], NDArray[np.uint32], list[int], NDArray[np.float64]]]: ...
+def n_of_m_joint(
+    parameters: Sequence[_Parameter],
+    weights: Sequence[NDArray[np.float32]],
+    shapes: Sequence[tuple[int, int, int]],
+    block_size: int,
+    n: int,
+    m: int,
+    damping: float,
+) -> list[tuple[NDArray[np.bool_], list[int]]]: ...
+def group_costs(
+    parameters: Sequence[_Parameter],
+    weights: Sequence[NDArray[np.float32]],
+    shapes: Sequence[tuple[int, int, int]],
+    block_size: int,
+    m: int,
+    damping: float,
+) -> list[tuple[NDArray[np.float32], list[int]]]: ...
 def compensate(
     parameters: Sequence[_Parameter],
     weights: Sequence[NDArray[np.float32]],

@@ -171,10 +171,18 @@ class BlockFisher:
                 f"gradients: got {sorted(counts)} samples; takes the same number, 1 or more, "
                 "for every parameter"
             )
-        for name, (rows, dtype) in prepared.items():
-            self._named(name, partial(_core.check_finite, rows, dtype))
-        for name, (rows, dtype) in prepared.items():
-            self._parameters[name].add(rows, dtype)
+        # Sums of nothing can be thrown away if the rows turn out bad; others are checked before.
+        is_empty = all(p.is_empty for p in self._parameters.values())
+        if not is_empty:
+            for name, (rows, dtype) in prepared.items():
+                self._named(name, partial(_core.check_finite, rows, dtype))
+        try:
+            for name, (rows, dtype) in prepared.items():
+                self._named(name, partial(self._parameters[name].add, rows, dtype))
+        except NonFiniteGradient:
+            for p in self._parameters.values():
+                p.clear()
+            raise
         self._count(counts.pop())
 
     def blocks(self, name: str) -> Tensor:

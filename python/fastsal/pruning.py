@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Batches, Loss, as_batches, check_samples, collect
-from fastsal.compensation import compensate as compensate_model
-from fastsal.criteria import CRITERIA, score
+from fastsal.checkpoint import Checkpoint
+from fastsal.collection import Batches, Loss, check_samples
+from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
-from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
-from fastsal.errors import InvalidArgument, PrecisionWarning
-from fastsal.fisher import BlockFisher, check_damping
+from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
+from fastsal.plan import Job, Plan
 from fastsal.ranking import rank
-from fastsal.safe_pruning import Examination, restore, search
+from fastsal.rounds import prune_in_rounds, rising_goals
+from fastsal.safe_pruning import prune_safely
 from fastsal.safety import Limit, SafetyReport
-
-# One sample in so many is kept for the test of a limit.
-_TESTED_EVERY = 4
-# Where the damping is chosen when the sparsity is not known yet.
-_TYPICAL_SPARSITY = 0.7
-# One sample in so many is held out for the choice of damping, at most so many in all.
-_HELD_OUT_EVERY = 8
-_HELD_OUT_MOST = 1024
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,8 @@ class PruneResult:
         scores: The scores of the last round, name to float32.
         history: One entry a round: `round`, `sparsity` reached, `samples`, `damping`,
             `damping_evidence` (pairs of λ and held-out loss), `predicted_increase` of the loss
-            (with compensation) and `seconds` of each step.
+            (with compensation) and `seconds` of each step; the last one has `recalibration`, if
+            that was asked for: held-out loss `before` and `after`, and whether it was `kept`.
         safety: With `max_loss_increase` or `max_accuracy_drop`: what was tested.
     """
 
@@ -79,6 +71,8 @@ def prune(
     max_accuracy_drop: float | None = None,
     confidence: float = 0.95,
     held_out: Batches | None = None,
+    recalibrate: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -99,7 +93,8 @@ def prune(
         samples: Samples of each round; None takes all.
         block_size: As for `collect`.
         scope: As for `rank`; so are `pattern` and `floor`.
-        pattern: `"N:M"`, one round only.
+        pattern: `"N:M"` or `"1xM"`, one round only; with a second-order criterion groups are chosen
+            by their joint cost (`rank_pattern`), M up to 8.
         floor: Least kept fraction of any parameter.
         loss: As for `collect`; so are all that follow.
         labels: `"true"` or `"sampled"`.
@@ -116,6 +111,10 @@ def prune(
         confidence: Of that promise.
         held_out: Labelled images to test the limit on; None holds one sample in four out. The
             promise is about images like these: give some that the model was not trained on.
+        recalibrate: Whether running moments of batch normalisation are averaged over the images
+            again at the end; taken back unless the held-out loss is lower for it. Holds one sample
+            in eight out, as `damping="auto"` does.
+        checkpoint: A file that keeps the state between rounds: the same call goes on from there.
 
     Returns:
         Masks, scores and history.
@@ -125,9 +124,10 @@ def prune(
             as it was.
         DataError, NonFiniteGradient, UnknownParameter, UnsupportedLayer: As `collect`.
         FactorizationError: A block cannot be factored with this damping.
+        FileFormatError: `checkpoint` is damaged, or of another run.
     """
     entry = CRITERIA[find_criterion(criterion)]
-    plan = _Plan(
+    plan = Plan(
         criterion=criterion,
         needs_fisher=entry.needs_fisher or compensate,
         needs_damping=entry.needs_damping or compensate,
@@ -135,9 +135,10 @@ def prune(
         damping=damping,
         ranking={"scope": scope, "pattern": pattern, "floor": floor},
         parameters=parameters,
+        block_size=block_size,
         seed=seed,
     )
-    plan.check(rounds, batches)
+    plan.check(rounds, batches, recalibrate=recalibrate)
     check_samples(samples)
     statistics: dict[str, Any] = {
         "block_size": block_size,
@@ -150,291 +151,27 @@ def prune(
         "progress": progress,
     }
     chosen = select_parameters(model, parameters)
+    job = Job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss))
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
-    if limit is not None:
-        if sparsity is not None or rounds != 1 or pattern is not None:
-            raise InvalidArgument(
-                "max_loss_increase, max_accuracy_drop: find the sparsity, in one round and without "
-                "a pattern; leave sparsity, rounds and pattern out"
-            )
-        rank({name: torch.zeros(p.shape) for name, p in chosen.items()}, 0.0, **plan.ranking)
-        if batches is None and held_out is None:
-            raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
-        return _prune_safely(
-            model, batches, plan, limit, chosen, statistics, samples=samples, held_out=held_out
-        )
-    if held_out is not None:
-        raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
     # Bad fractions are refused before anything is computed.
-    rank({name: torch.zeros(p.shape) for name, p in chosen.items()}, sparsity, **plan.ranking)
-    goals = _goals(sparsity, rounds)
-    original = {name: p.detach().clone() for name, p in chosen.items()}
-    masks: Masks | None = None
-    history: list[dict[str, Any]] = []
-    scores: dict[str, Tensor] = {}
-    try:
-        for number, goal in enumerate(goals, start=1):
-            clock = _Clock()
-            fisher = rest = tuned = None
-            if plan.needs_fisher and batches is not None:
-                held: list[tuple[Tensor, Tensor | None]] = []
-                source = as_batches(batches, samples, labels)
-                if plan.is_auto:
-                    source = _holding_out(source, held)
-                fisher = collect(model, source, seed=seed + number - 1, **statistics)
-                if plan.is_auto:
-                    some = _limited(held)
-                    # Before they are used, as this checks them.
-                    quiet = {**statistics, "progress": False}
-                    rest = collect(model, held, seed=seed + rounds + number, **quiet)
-                    tuned = HeldOut.of(model, some, resolve_loss(loss))
-            clock.lap("statistics")
-            choice = plan.choose(model, fisher, masks, goal, chosen, tuned)
-            clock.lap("damping")
-            if fisher is not None and rest is not None:
-                fisher.merge(rest)
-            scores, masks, increase = plan.step(model, fisher, masks, goal, choice.damping)
-            clock.lap("prune")
-            history.append(
-                {
-                    "round": number,
-                    "sparsity": masks.sparsity,
-                    "samples": 0 if fisher is None else fisher.samples,
-                    "damping": choice.damping if plan.needs_damping else None,
-                    "damping_evidence": choice.evidence,
-                    "predicted_increase": increase,
-                    "seconds": clock.laps,
-                }
-            )
-    except BaseException:
-        restore(chosen, original)
-        raise
-    if masks is None:
-        raise InvalidArgument(f"rounds: got {rounds}; takes 1 or more")
-    masks.recipe.update(
-        criterion=criterion,
-        rounds=rounds,
-        compensate=compensate,
-        damping=[entry["damping"] for entry in history],
-        samples=history[-1]["samples"],
-        block_size=block_size,
-        seed=seed,
-    )
-    return PruneResult(masks, scores, history)
-
-
-def _prune_safely(
-    model: nn.Module,
-    batches: Batches | None,
-    plan: _Plan,
-    limit: Limit,
-    chosen: Mapping[str, nn.Parameter],
-    statistics: dict[str, Any],
-    *,
-    samples: int | None,
-    held_out: Batches | None,
-) -> PruneResult:
-    """`prune` with a limit: statistics, damping and test on images of their own."""
-    clock = _Clock()
-    original = {name: p.detach().clone() for name, p in chosen.items()}
-    loss = resolve_loss(statistics["loss"])
-    try:
-        fisher = None
-        tested: list[tuple[Tensor, Tensor | None]] = []
-        held: list[tuple[Tensor, Tensor | None]] = []
-        source: Iterable[tuple[Tensor, Tensor | None]] = ()
+    blank = {name: torch.zeros(p.shape) for name, p in chosen.items()}
+    if limit is None:
         if held_out is not None:
-            tested = list(as_batches(held_out, None))
-        if batches is not None:
-            source = as_batches(batches, samples, statistics["labels"])
-            if held_out is None:
-                source = _holding_out(source, tested, _TESTED_EVERY)
-        if plan.needs_fisher:
-            if plan.is_auto:
-                source = _holding_out(source, held)
-            fisher = collect(model, source, seed=plan.seed, **statistics)
-        else:
-            for _ in source:  # fills `tested`
-                pass
-        examination = Examination(model, tested, limit, loss)
-        clock.lap("statistics")
-        tuned = HeldOut.of(model, _limited(held), loss) if plan.is_auto else None
-        choice = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, chosen, tuned)
-        if fisher is not None and held:
-            fisher.merge(collect(model, held, seed=plan.seed + 1, **statistics))
-        clock.lap("damping")
-        masks, scores, increase, report = search(
-            model,
-            fisher,
-            examination,
-            criterion=plan.criterion,
-            damping=choice.damping,
-            compensates=plan.compensate,
-            ranking=plan.ranking,
-            chosen=chosen,
-            seed=plan.seed,
-        )
-        clock.lap("search")
-    except BaseException:
-        restore(chosen, original)
-        raise
-    history = [
-        {
-            "round": 1,
-            "sparsity": masks.sparsity,
-            "samples": 0 if fisher is None else fisher.samples,
-            "damping": choice.damping if plan.needs_damping else None,
-            "damping_evidence": choice.evidence,
-            "predicted_increase": increase,
-            "seconds": clock.laps,
-        }
-    ]
-    masks.recipe.update(
-        criterion=plan.criterion,
-        rounds=1,
-        compensate=plan.compensate,
-        damping=[history[0]["damping"]],
-        samples=history[0]["samples"],
-        block_size=statistics["block_size"],
-        seed=plan.seed,
-        limit=vars(limit),
-    )
-    return PruneResult(masks, scores, history, report)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is the same in every round."""
-
-    criterion: str
-    needs_fisher: bool
-    needs_damping: bool
-    compensate: bool
-    damping: float | str
-    ranking: Mapping[str, Any]
-    parameters: str | Sequence[str] | None
-    seed: int
-
-    @property
-    def is_auto(self) -> bool:
-        return self.needs_damping and self.damping == "auto"
-
-    def check(self, rounds: int, batches: Batches | None) -> None:
-        if not isinstance(rounds, int) or rounds < 1:
-            raise InvalidArgument(f"rounds: got {rounds!r}; takes 1 or more")
-        if rounds > 1 and self.ranking["pattern"] is not None:
-            raise InvalidArgument("rounds: a pattern is reached in one; takes rounds=1 with it")
-        if isinstance(self.damping, str) and self.damping != "auto":
-            raise InvalidArgument(f"damping: got {self.damping!r}; takes a number or 'auto'")
-        if self.needs_damping and not isinstance(self.damping, str):
-            check_damping(self.damping)
-        if self.needs_fisher and batches is None:
-            raise InvalidArgument(
-                f"batches: is None; {self.criterion!r} or compensation needs labelled images"
-            )
-        if rounds > 1 and isinstance(batches, Iterator):
-            raise InvalidArgument(
-                "batches: is an iterator, which gives its images once; with several rounds takes "
-                "a list, a DataLoader or anything else that can be iterated again"
-            )
-
-    def step(
-        self,
-        model: nn.Module,
-        fisher: BlockFisher | None,
-        masks: Masks | None,
-        goal: float | None,
-        damping: float,
-    ) -> tuple[dict[str, Tensor], Masks, float | None]:
-        """Score, rank and prune in place."""
-        named = {} if fisher is not None else {"parameters": self.parameters}
-        scores = score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
-        new = rank(scores, goal, **self.ranking)
-        increase = None
-        if self.compensate and fisher is not None:
-            increase = compensate_model(model, fisher, new, damping, before=masks).total
-        new.apply(model)
-        return scores, new, increase
-
-    def choose(
-        self,
-        model: nn.Module,
-        fisher: BlockFisher | None,
-        masks: Masks | None,
-        goal: float | None,
-        chosen: Mapping[str, nn.Parameter],
-        held_out: HeldOut | None,
-    ) -> DampingChoice:
-        """The damping of a round; the model is as before."""
-        if not isinstance(self.damping, str):
-            return DampingChoice(self.damping, [])
-        if held_out is None or fisher is None:
-            return DampingChoice(1.0, [])  # nothing that is used depends on it
-        start = {name: p.detach().clone() for name, p in chosen.items()}
-
-        def prune_with(damping: float) -> None:
-            restore(chosen, start)
-            with warnings.catch_warnings():
-                # Said for the damping that is taken, not for those that are tried.
-                warnings.simplefilter("ignore", PrecisionWarning)
-                self.step(model, fisher, masks, goal, damping)
-
-        try:
-            return choose_damping(candidates(fisher), prune_with, lambda: held_out.mean_loss(model))
-        finally:
-            restore(chosen, start)
-
-
-class _Clock:
-    """Seconds of named steps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now
-
-
-def _goals(sparsity: float | None, rounds: int) -> list[float | None]:
-    """The sparsity after each round; the last one is exactly what was asked for."""
-    if sparsity is None:
-        return [None] * rounds
-    rising = [1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)]
-    return [*rising, sparsity]
-
-
-def _holding_out(
-    batches: Iterable[tuple[Tensor, Tensor | None]],
-    held: list[tuple[Tensor, Tensor | None]],
-    every: int = _HELD_OUT_EVERY,
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Keep one sample in `every` in `held` and pass the others on."""
-    start = 0
-    for images, labels in batches:
-        at = torch.arange(start, start + images.shape[0])
-        start += images.shape[0]
-        out = at % every == every - 1
-        if out.any():
-            held.append((images[out], None if labels is None else labels[out]))
-        if not out.all():
-            yield images[~out], None if labels is None else labels[~out]
-
-
-def _limited(
-    held: list[tuple[Tensor, Tensor | None]],
-) -> list[tuple[Tensor, Tensor | None]]:
-    if not held:
+            raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
+        rank(blank, sparsity, **plan.ranking)
+        keeper = None
+        if checkpoint is not None:
+            asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **vars(plan)}
+            keeper = Checkpoint(checkpoint, {**asked, "precision": precision, "labels": labels})
+        goals = rising_goals(sparsity, rounds)
+        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
+        return PruneResult(*done)
+    if sparsity is not None or rounds != 1 or pattern is not None or recalibrate or checkpoint:
         raise InvalidArgument(
-            f"damping: 'auto' holds one sample in {_HELD_OUT_EVERY} out; takes {_HELD_OUT_EVERY} "
-            "samples or more, or a number"
+            "max_loss_increase, max_accuracy_drop: find the sparsity, in one round and without a "
+            "pattern; leave sparsity, rounds, pattern, recalibrate and checkpoint out"
         )
-    some: list[tuple[Tensor, Tensor | None]] = []
-    left = _HELD_OUT_MOST
-    for images, labels in held:
-        if left > 0:
-            some.append((images[:left], None if labels is None else labels[:left]))
-            left -= images.shape[0]
-    return some
+    rank(blank, 0.0, **plan.ranking)
+    if batches is None and held_out is None:
+        raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
+    return PruneResult(*prune_safely(job, limit, held_out))

@@ -7,7 +7,6 @@ Among equal scores the first in the order of parameters and positions go.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from fastsal import _core
 from fastsal.errors import InvalidArgument
 from fastsal.masks import Masks
+from fastsal.patterns import Pattern, expand_groups, group_scores, input_axes
 
 SCOPES = ("global", "layer", "erk")
 
@@ -37,6 +37,8 @@ def rank(
             proportional to the sum of a parameter's dimensions over their product.
         pattern: `"N:M"`: the N best of every M along the input axis (axis 1) are kept; a short
             last group of r keeps `ceil(r N / M)`. It fixes the sparsity; `scope` is not used.
+            `"1xM"`: M neighbours stay or go together, by the sum of their scores; sparsity and
+            floor count groups. (`rank_pattern` judges groups by their joint cost instead.)
         floor: Least kept fraction of any parameter, rounded up to whole weights.
 
     Returns:
@@ -52,15 +54,23 @@ def rank(
     scores = {name: torch.as_tensor(values) for name, values in scores.items()}
     flat = _flat(scores)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
-    if pattern is not None:
-        n, m = _parse(pattern)
-        _check_pattern_sparsity(sparsity, n, m)
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    if wanted is not None and wanted.is_whole:
+        groups = rank(group_scores(scores, wanted.m), sparsity, scope=scope, floor=floor)
+        whole = {
+            name: expand_groups(groups[name], values.shape, wanted.m)
+            for name, values in scores.items()
+        }
+        return Masks(whole, {**groups.recipe, "pattern": str(wanted)})
+    if wanted is not None:
+        n, m = wanted.n, wanted.m
+        check_pattern_sparsity(sparsity, wanted)
         if floor > n / m:
             raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {n / m:g} of a parameter")
         recipe = {"pattern": pattern}
         kept = {}
         for name, values in flat.items():
-            kept[name] = _core.n_of_m(values.numpy(), _axes(scores[name]), n, m)
+            kept[name] = _core.n_of_m(values.numpy(), input_axes(scores[name].shape), n, m)
     else:
         if sparsity is None:
             raise InvalidArgument("sparsity: is missing; takes a fraction from 0 to 1")
@@ -146,25 +156,12 @@ def _erk(
     return {name: sizes[name] - kept[name] for name in sizes}
 
 
-def _axes(scores: Tensor) -> tuple[int, int, int]:
-    """`[outer, width, inner]` around the input axis; a vector is one row."""
-    if scores.dim() < 2:
-        return 1, scores.numel(), 1
-    return scores.shape[0], scores.shape[1], math.prod(scores.shape[2:])
-
-
-def _parse(pattern: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+):(\d+)", str(pattern).strip())
-    n, m = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 0 < n <= m:
-        raise InvalidArgument(f"pattern: got {pattern!r}; takes 'N:M' with 0 < N <= M, as '2:4'")
-    return n, m
-
-
-def _check_pattern_sparsity(sparsity: float | None, n: int, m: int) -> None:
-    if sparsity is not None and abs(sparsity - (1 - n / m)) > 1e-9:
+def check_pattern_sparsity(sparsity: float | None, pattern: Pattern) -> None:
+    """Raise InvalidArgument for a sparsity that N:M does not have."""
+    fixed = 1 - pattern.n / pattern.m
+    if sparsity is not None and abs(sparsity - fixed) > 1e-9:
         raise InvalidArgument(
-            f"sparsity: got {sparsity} with pattern {n}:{m}, which fixes it to {1 - n / m:g}; "
+            f"sparsity: got {sparsity} with pattern {pattern}, which fixes it to {fixed:g}; "
             "leave one of them out"
         )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsal.collection import Batches, as_batches
 from fastsal.compensation import compensate
 from fastsal.criteria import score
-from fastsal.damping import outputs
+from fastsal.damping import HeldOut, outputs
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.holdout import Pair, holding_out, limited
 from fastsal.masks import Masks
+from fastsal.plan import Job, restore
 from fastsal.ranking import rank
+from fastsal.rounds import Clock
 from fastsal.safety import (
     GRID,
     LOOK_AHEAD,
@@ -32,6 +36,11 @@ if TYPE_CHECKING:
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
+# One sample in so many is kept for the test of a limit.
+_TESTED_EVERY = 4
+# Where the damping is chosen when the sparsity is not known yet.
+_TYPICAL_SPARSITY = 0.7
+
 
 class Examination:
     """The dense model's answers on the test images, and how far a pruned one is from them."""
@@ -39,7 +48,7 @@ class Examination:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[tuple[Tensor, Tensor | None]],
+        batches: Iterable[Pair],
         limit: Limit,
         loss: LossFunction,
     ) -> None:
@@ -76,32 +85,65 @@ class Examination:
         }
 
 
-def search(
-    model: nn.Module,
-    fisher: BlockFisher | None,
-    examination: Examination,
-    *,
-    criterion: str,
-    damping: float,
-    compensates: bool,
-    ranking: Mapping[str, Any],
-    chosen: Mapping[str, nn.Parameter],
-    seed: int,
-) -> tuple[Masks, dict[str, Tensor], float | None, SafetyReport]:
-    """Test sparsities in rising order; the model ends pruned to the last that kept the limit.
+def prune_safely(
+    job: Job, limit: Limit, held_out: Batches | None
+) -> tuple[Masks, dict[str, Tensor], list[dict[str, Any]], SafetyReport]:
+    """Prune with a limit: statistics, damping and test on images of their own.
+
+    Args:
+        job: Model, images and how.
+        limit: What must not be passed.
+        held_out: Images of the test; None keeps one sample in four for it.
 
     Returns:
-        Masks, scores, the predicted loss increase, and what was tested.
+        Masks, scores, history, and what was tested.
     """
-    start = {name: p.detach().clone() for name, p in chosen.items()}
-    names = None if fisher is not None else list(chosen)
-    scores = score(model, fisher, criterion, damping, parameters=names, seed=seed)
+    plan, model, clock = job.plan, job.model, Clock()
+    with job.all_or_nothing():
+        fisher = None
+        tested: list[Pair] = []
+        held: list[Pair] = []
+        source = job.source()
+        if held_out is not None:
+            tested = list(as_batches(held_out, None))
+        else:
+            source = holding_out(source, tested, _TESTED_EVERY)
+        if plan.needs_fisher:
+            if plan.is_auto:
+                source = holding_out(source, held)
+            fisher = job.collect(source, plan.seed)
+        else:
+            for _ in source:  # fills `tested`
+                pass
+        examination = Examination(model, tested, limit, job.loss)
+        clock.lap("statistics")
+        tuned = HeldOut.of(model, limited(held), job.loss) if plan.is_auto else None
+        choice = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
+        if fisher is not None and held:
+            fisher.merge(job.collect(held, plan.seed + 1, quiet=True))
+        clock.lap("damping")
+        masks, scores, increase, report = _search(job, fisher, examination, choice.damping)
+        clock.lap("search")
+    history = [plan.entry(1, masks, fisher, choice, increase, clock.laps)]
+    plan.sign(masks, history)
+    masks.recipe["limit"] = vars(limit)
+    return masks, scores, history, report
+
+
+def _search(
+    job: Job, fisher: BlockFisher | None, examination: Examination, damping: float
+) -> tuple[Masks, dict[str, Tensor], float | None, SafetyReport]:
+    """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
+    plan, model = job.plan, job.model
+    start = {name: p.detach().clone() for name, p in job.chosen.items()}
+    names = None if fisher is not None else list(job.chosen)
+    scores = score(model, fisher, plan.criterion, damping, parameters=names, seed=plan.seed)
 
     def prune_to(sparsity: float) -> tuple[Masks, float | None]:
-        restore(chosen, start)
-        masks = rank(scores, sparsity, **ranking)
+        restore(job.chosen, start)
+        masks = rank(scores, sparsity, **plan.ranking)
         predicted = None
-        if compensates and fisher is not None:
+        if plan.compensate and fisher is not None:
             predicted = compensate(model, fisher, masks, damping).total
         masks.apply(model)
         return masks, predicted
@@ -127,10 +169,3 @@ def search(
         examination.limit, safe, examination.images, examination.cap, curve, trusted_until(curve)
     )
     return masks, scores, predicted, report
-
-
-def restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Copy weights back."""
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(weights[name])

@@ -100,6 +100,16 @@ class ParameterStatistics:
         """Memory that the sums take as packed blocks."""
         return self.dtype.itemsize * (_core.packed_len(self.d, self.block_size) + self.d)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gradient has come yet."""
+        return self.packed is None and not self.rows
+
+    def clear(self) -> None:
+        """Back to the sums of no samples."""
+        self.packed, self.rows = None, []
+        self.sums[:] = 0
+
     def add(self, rows: Array, dtype: str, *, expected: int | None = None) -> None:
         """Add gradients `[n, d]`; `expected` is the number of samples to come in all, if known.
 

@@ -81,7 +81,6 @@ class Result:
 
 def run(cases: Iterator[Case]) -> Iterator[Result]:
     """Run the cases one by one."""
-    keep_freed_memory()
     for case in cases:
         result = Result(case.name, case.figure, case.limit, case.at_least)
         try:
@@ -121,7 +120,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep what is freed; False where there is no glibc.
 
     A virtual machine may give freed memory back to its host, and pay up to two seconds a gigabyte
-    to have it again: that would be most of what is measured.
+    to have it again: that would be most of what is measured where gigabytes are needed. (Kept
+    memory is seldom in huge pages, which costs the kernels a tenth.)
     """
     trim_threshold, mmap_max = -1, -4
     try:

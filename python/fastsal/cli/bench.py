@@ -27,6 +27,10 @@ def bench(**given: Any) -> None:
     Prints ratios of medians. SparseML is compared where it is installed
     (pip install --no-deps sparseml==1.8.0). Nothing else should run at the same time.
     """
+    import os
+
+    # Idle threads of one side would otherwise spin on the cores of the other for a while.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dataclasses import replace
 
     import torch

@@ -149,7 +149,10 @@ ranking_options: Callable[[F], F] = group(
         show_default=True,
         help="Where weights compete.",
     ),
-    click.option("--pattern", help="N:M, so many kept of every M along the input axis, 2:4 say."),
+    click.option(
+        "--pattern",
+        help="2:4 keeps two of every four along the input axis, 1x4 four together or none.",
+    ),
     click.option("--floor", type=float, help="Least share kept of any parameter. [default: 0]"),
 )
 seed_option = click.option(

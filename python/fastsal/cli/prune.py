@@ -32,6 +32,17 @@ if TYPE_CHECKING:
     help="Move the kept weights so as to make up for the pruned. [default: with --data]",
 )
 @click.option(
+    "--checkpoint",
+    type=options.PATH,
+    metavar="FILE",
+    help="Keep the state between rounds; the same command goes on from it.",
+)
+@click.option(
+    "--recalibrate",
+    is_flag=True,
+    help="Average batch normalisation's moments again, where held-out loss is lower for it.",
+)
+@click.option(
     "--max-accuracy-drop",
     type=float,
     metavar="FRACTION",
@@ -156,6 +167,8 @@ def _pruned(
         max_loss_increase=given["max_loss_increase"],
         confidence=given["confidence"],
         held_out=held_out or None,
+        recalibrate=given["recalibrate"],
+        checkpoint=given["checkpoint"],
         **ranked,
         **collect_options(given),
     )

@@ -161,6 +161,7 @@ impl<E: Element, T: Real> Task<'_, E, T> {
                     panel: next,
                     stride,
                     step: steps(n, size),
+                    looks_on: true,
                 }
             });
             if item > 0 {
@@ -248,6 +249,8 @@ struct Packer<'a, E, T> {
     stride: usize,
     /// Rows to pack at a time.
     step: usize,
+    /// Whether memory has still to be asked for what comes after this panel.
+    looks_on: bool,
 }
 
 impl<E: Element, T: Real> Packer<'_, E, T> {
@@ -267,13 +270,21 @@ impl<E: Element, T: Real> Between for Packer<'_, E, T> {
     fn step(&mut self) -> Ahead {
         self.pack(self.step);
         let lines = (self.sums.len() * size_of::<E>()).div_ceil(LINE);
+        let (row, column) = if self.row < self.n {
+            (self.row, self.column)
+        } else if std::mem::replace(&mut self.looks_on, false) {
+            // The first rows of the block that follows: nobody packs before them.
+            (0, self.column + self.sums.len())
+        } else {
+            return Ahead::NOTHING;
+        };
         Ahead {
             // Addresses past the end do no harm: nothing is read.
-            at: self.rows.address(self.row, self.column).cast(),
+            at: self.rows.address(row, column).cast(),
             lines,
             left: lines,
             skip: (self.rows.stride() * size_of::<E>()).wrapping_sub(lines * LINE),
-            rows: self.step.min(self.n - self.row),
+            rows: self.step.min(self.n - row),
         }
     }
 }

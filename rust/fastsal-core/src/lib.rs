@@ -14,6 +14,7 @@ pub mod factor;
 pub mod gram;
 pub mod layout;
 pub mod parallel;
+pub mod patterns;
 pub mod rows;
 pub mod select;
 mod simd;

@@ -1,14 +1,17 @@
 //! Which weights go: exact selection of the `k` smallest scores over many arrays, and `N:M` groups.
 //!
-//! No sort and no copy: scores are read through a key that orders floats as integers. A histogram
-//! over the key's upper half finds the half of the threshold, one over the lower half the rest, a
-//! third read writes the mask. Equal scores are told apart by position (first array first, first
+//! Scores are read through a key that orders floats as integers, and are neither sorted nor copied. A
+//! sample of them brackets the threshold; one read counts what lies below and sets the few inside
+//! (about one in a hundred) aside, among which it is found. Where the bracket misses, or floors cap
+//! the arrays, a histogram over the key's upper half finds the half of the threshold and one over the
+//! lower half the rest. A last read writes the mask. Equal scores are told apart by position (first array first, first
 //! weight first), so the count is exact and the mask does not depend on the number of threads.
 
 use rayon::prelude::*;
 
 use crate::error::{check_length, Error, Result};
 use crate::parallel;
+use crate::simd::{dispatch, Isa, Kernel, Simd};
 
 /// Scores of one task.
 const CHUNK: usize = 1 << 18;
@@ -97,7 +100,9 @@ pub fn smallest(
             if left == 0 {
                 return Threshold { ties: 0, ..all };
             }
-            let equal = parallel::run(|| count_equal(a, all.key));
+            let is_alone = arrays.len() == 1 && cap.is_none();
+            let equal =
+                if is_alone { all.equal } else { parallel::run(|| count_equal(a, all.key)) };
             let allowed = cap.filter(|c| c.key == all.key).map_or(equal, |c| c.ties);
             let ties = allowed.min(left);
             left -= ties;
@@ -193,13 +198,25 @@ pub fn n_of_m(
     Ok(())
 }
 
+struct AnyNan<'a> {
+    part: &'a [f32],
+}
+
+impl Kernel<f32> for AnyNan<'_> {
+    type Output = bool;
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self) -> bool {
+        // A fold without an early exit vectorises.
+        self.part.iter().fold(false, |nan, s| nan | s.is_nan())
+    }
+}
+
 fn check_nan(arrays: &[&[f32]]) -> Result<()> {
+    let isa = Isa::best();
     let nan = parallel::run(|| {
         arrays.par_iter().enumerate().find_map_first(|(array, scores)| {
-            let part = scores.par_chunks(CHUNK).position_first(|part| {
-                // A fold without an early exit vectorises.
-                part.iter().fold(false, |nan, s| nan | s.is_nan())
-            })?;
+            let part =
+                scores.par_chunks(CHUNK).position_first(|part| dispatch(isa, AnyNan { part }))?;
             let start = part * CHUNK;
             let index = start + scores[start..].iter().position(|s| s.is_nan())?;
             Some(Error::NanScore { array, index })
@@ -228,6 +245,11 @@ fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold 
             }
         }
     };
+    if caps.iter().all(Option::is_none) {
+        if let Some(found) = bracketed(&parts, k) {
+            return found;
+        }
+    }
     let mut counts = histogram(&parts, |k| Some((k >> 16) as usize));
     capped(&|k| Some((k >> 16) as usize), &mut counts);
     let (upper, left) = find(&counts, k as u64);
@@ -237,6 +259,78 @@ fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold 
     let (lower, ties) = find(&counts, left);
     let key = (upper << 16 | lower) as u32;
     Threshold { key, ties: ties as usize, equal: counts[lower] as usize }
+}
+
+/// The threshold by way of a bracket around it; `None` where there are too few scores for that, or
+/// the bracket misses.
+fn bracketed(parts: &[Part<'_>], k: usize) -> Option<Threshold> {
+    const SAMPLE: usize = 1 << 16;
+    let total: usize = parts.iter().map(|p| p.scores.len()).sum();
+    if total < 8 * SAMPLE {
+        return None;
+    }
+    let step = total / SAMPLE;
+    let mut sample: Vec<u32> =
+        parts.iter().flat_map(|p| p.scores.iter().step_by(step).map(|s| key(*s))).collect();
+    sample.sort_unstable();
+    // Four standard deviations of a random sample's rank. Which scores are sampled is fixed, so an
+    // unlucky order costs the histograms, never the result.
+    let (m, share) = (sample.len() as f64, k as f64 / total as f64);
+    let rank = share * m;
+    let around = 4.0 * (m * share * (1.0 - share)).sqrt() + 2.0;
+    let low = if rank > around { sample[(rank - around) as usize] } else { 0 };
+    let high = sample.get((rank + around) as usize).copied().unwrap_or(u32::MAX);
+
+    let isa = Isa::best();
+    let found: Vec<(usize, Vec<u32>)> = parts
+        .par_iter()
+        .map(|part| dispatch(isa, Bracket { scores: part.scores, low, high }))
+        .collect();
+    let below: usize = found.iter().map(|(below, _)| below).sum();
+    let mut inside: Vec<u32> = found.into_iter().flat_map(|(_, inside)| inside).collect();
+    if k <= below || k > below + inside.len() {
+        return None;
+    }
+    let cut = *inside.select_nth_unstable(k - below - 1).1;
+    let smaller = inside.iter().filter(|k| **k < cut).count();
+    let equal = inside.iter().filter(|k| **k == cut).count();
+    Some(Threshold { key: cut, ties: k - below - smaller, equal })
+}
+
+/// How many keys lie below a bracket, and which lie inside.
+struct Bracket<'a> {
+    scores: &'a [f32],
+    low: u32,
+    high: u32,
+}
+
+impl Kernel<f32> for Bracket<'_> {
+    type Output = (usize, Vec<u32>);
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self) -> Self::Output {
+        const LANES: usize = 32;
+        let Self { scores, low, high } = self;
+        let width = high - low;
+        let (mut below, mut inside) = (0usize, Vec::new());
+        let (chunks, rest) = scores.as_chunks::<LANES>();
+        for scores in chunks {
+            let keys = scores.map(key);
+            let (mut less, mut within) = (0u32, 0u32);
+            for k in keys {
+                less += u32::from(k < low);
+                within += u32::from(k.wrapping_sub(low) <= width);
+            }
+            below += less as usize;
+            if within > 0 {
+                inside.extend(keys.iter().filter(|k| k.wrapping_sub(low) <= width));
+            }
+        }
+        for k in rest.iter().map(|s| key(*s)) {
+            below += usize::from(k < low);
+            inside.extend((k.wrapping_sub(low) <= width).then_some(k));
+        }
+        (below, inside)
+    }
 }
 
 /// How many keys fall into each bin.
@@ -372,5 +466,32 @@ mod tests {
         n_of_m(&scores, (1, 4, 2), 2, 4, &mut kept).expect("kept");
         assert_eq!(kept.map(u8::from), [0, 1, 0, 1, 1, 0, 1, 0]);
         assert!(n_of_m(&scores, (1, 4, 2), 5, 4, &mut kept).is_err());
+    }
+
+    #[test]
+    fn a_bracket_finds_what_histograms_find() {
+        let n = 1 << 20;
+        let even: Vec<f32> = random(3, n).iter().map(|x| (x * x) as f32).collect();
+        let few: Vec<f32> = even.iter().map(|x| (x * 7.0).floor()).collect();
+        // Every sampled score is one; the others spread.
+        let unlucky: Vec<f32> =
+            even.iter().enumerate().map(|(i, x)| if i % 16 == 0 { 1.0 } else { *x }).collect();
+        for (scores, hits) in [(&even, true), (&few, true), (&unlucky, false)] {
+            for k in [1, 2, n / 10, n / 2, 9 * n / 10, n - 1, n] {
+                let mut sorted: Vec<u32> = scores.iter().map(|s| key(*s)).collect();
+                let cut = *sorted.select_nth_unstable(k - 1).1;
+                let smaller = sorted.iter().filter(|x| **x < cut).count();
+                let equal = sorted.iter().filter(|x| **x == cut).count();
+                let expected = Threshold { key: cut, ties: k - smaller, equal };
+                let parts: Vec<Part<'_>> =
+                    scores.chunks(CHUNK).map(|scores| Part { scores, below: u64::MAX }).collect();
+                if let Some(found) = bracketed(&parts, k) {
+                    assert_eq!(found, expected);
+                } else {
+                    assert!(!hits, "k = {k}");
+                }
+                assert_eq!(select(&[scores], k, &[None]), expected);
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ mod errors;
 mod factor;
 mod gram;
 mod parallel;
+mod patterns;
 mod select;
 
 use pyo3::prelude::*;
@@ -32,6 +33,8 @@ mod core {
     use crate::gram::{accumulate, check_finite, packed_len};
     #[pymodule_export]
     use crate::parallel::{build_info, num_threads, set_num_threads};
+    #[pymodule_export]
+    use crate::patterns::{group_costs, n_of_m_joint};
     #[pymodule_export]
     use crate::select::{kth_smallest, n_of_m, prune_smallest};
 }

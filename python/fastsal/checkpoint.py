@@ -1,0 +1,102 @@
+"""The state between two rounds of pruning, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.atomic import atomic_path
+from fastsal.errors import FileFormatError
+from fastsal.masks import Masks
+
+_FORMAT = "fastsal.round"
+
+
+class Checkpoint:
+    """A file that holds weights, masks and history after the last whole round.
+
+    Args:
+        path: The file; written whole or not at all, removed when all rounds are done.
+        asked: What the run was asked for, JSON values; another run's file is refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> None:
+        self._path = Path(path)
+        self._asked = json.loads(json.dumps(dict(asked), default=str))
+
+    def save(
+        self, weights: Mapping[str, Tensor], masks: Masks, history: list[dict[str, Any]]
+    ) -> None:
+        """Write the state after a round."""
+        from safetensors.torch import save_file
+
+        tensors = {f"weight:{n}": p.detach().cpu().contiguous() for n, p in weights.items()}
+        tensors |= {f"mask:{n}": m.to(torch.uint8) for n, m in masks.items()}
+        header = {
+            "format": _FORMAT,
+            "asked": self._asked,
+            "start": self._start,
+            "history": history,
+            "recipe": masks.recipe,
+        }
+        with atomic_path(self._path) as temporary:
+            save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
+
+    def resume(
+        self, parameters: Mapping[str, nn.Parameter], original: Mapping[str, Tensor]
+    ) -> tuple[Masks | None, list[dict[str, Any]]]:
+        """Bring parameters to the state of the file, if there is one.
+
+        Returns:
+            Masks and history; None and nothing if there is no file.
+
+        Raises:
+            FileFormatError: The file is damaged, or of another run or model.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self._start = _digest(original)
+        if not self._path.exists():
+            return None, []
+        try:
+            with safe_open(os.fspath(self._path), framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+                if header.get("format") != _FORMAT:
+                    raise FileFormatError(f"checkpoint: {self._path} is no checkpoint of prune")
+                if header["start"] != self._start:
+                    raise FileFormatError(
+                        f"checkpoint: {self._path} began from other weights; give another file"
+                    )
+                if header["asked"] != self._asked:
+                    other = sorted(k for k, v in self._asked.items() if header["asked"].get(k) != v)
+                    raise FileFormatError(
+                        f"checkpoint: {self._path} is of a run with other {', '.join(other)}; "
+                        "give the same arguments, or another file"
+                    )
+                weights = {n: file.get_tensor(f"weight:{n}") for n in parameters}
+                masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise FileFormatError(f"checkpoint: {self._path} cannot be read: {error}") from error
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(weights[name])
+        return Masks(masks, header["recipe"]), header["history"]
+
+    def remove(self) -> None:
+        """All rounds are done."""
+        self._path.unlink(missing_ok=True)
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, w in weights.items():
+        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""Samples that statistics do not see, so that choices can be tested on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastsal.errors import InvalidArgument
+
+# One sample in so many is held out for the choice of damping, at most so many in all.
+HELD_OUT_EVERY = 8
+HELD_OUT_MOST = 1024
+
+Pair = tuple[Tensor, Tensor | None]
+
+
+def holding_out(
+    batches: Iterable[Pair],
+    held: list[Pair],
+    every: int = HELD_OUT_EVERY,
+) -> Iterator[Pair]:
+    """Keep one sample in `every` in `held` and pass the others on."""
+    start = 0
+    for images, labels in batches:
+        at = torch.arange(start, start + images.shape[0])
+        start += images.shape[0]
+        out = at % every == every - 1
+        if out.any():
+            held.append((images[out], None if labels is None else labels[out]))
+        if not out.all():
+            yield images[~out], None if labels is None else labels[~out]
+
+
+def limited(held: list[Pair]) -> list[Pair]:
+    """Return the first of them, enough for a choice.
+
+    Raises:
+        InvalidArgument: There are none.
+    """
+    if not held:
+        raise InvalidArgument(
+            f"damping: 'auto' (and recalibrate) hold one sample in {HELD_OUT_EVERY} out; takes "
+            f"{HELD_OUT_EVERY} samples or more, or a number"
+        )
+    some: list[Pair] = []
+    left = HELD_OUT_MOST
+    for images, labels in held:
+        if left > 0:
+            some.append((images[:left], None if labels is None else labels[:left]))
+            left -= images.shape[0]
+    return some

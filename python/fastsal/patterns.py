@@ -1,0 +1,149 @@
+"""Patterns that hardware likes: N of every M along the input axis, or whole groups of M.
+
+From second-order statistics a group is judged by its joint cost: removing the set `P` and moving
+the other weights costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` (Kurtic et al. 2022, oBERT, eq. 5), which the
+costs of single weights do not add up to where gradients are correlated.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastsal import _core
+from fastsal.criteria.block_fisher import raise_failed
+from fastsal.criteria.scoring import model_parameters
+from fastsal.errors import InvalidArgument
+from fastsal.fisher import BlockFisher, check_damping
+from fastsal.masks import Masks
+
+LARGEST_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """`"N:M"` keeps N of every M; `"1xM"` keeps or prunes M neighbours together.
+
+    Groups lie along axis 1, the input axis; the last of a row may be short. A short group of r
+    keeps `ceil(r N / M)` of N:M.
+    """
+
+    n: int
+    m: int
+    is_whole: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read a pattern.
+
+        Raises:
+            InvalidArgument: It is none.
+        """
+        clean = str(text).strip()
+        match = re.fullmatch(r"(\d+):(\d+)", clean)
+        if match and 0 < int(match[1]) <= int(match[2]):
+            return cls(int(match[1]), int(match[2]), False)
+        match = re.fullmatch(r"1[x×](\d+)", clean)
+        if match and int(match[1]) > 0:
+            return cls(0, int(match[1]), True)
+        raise InvalidArgument(
+            f"pattern: got {text!r}; takes 'N:M' with 0 < N <= M, as '2:4', or '1xM', as '1x4'"
+        )
+
+    def __str__(self) -> str:
+        return f"1x{self.m}" if self.is_whole else f"{self.n}:{self.m}"
+
+
+def rank_pattern(
+    model: nn.Module,
+    fisher: BlockFisher,
+    pattern: str,
+    sparsity: float | None = None,
+    damping: float = 1e-5,
+    *,
+    scope: str = "global",
+    floor: float = 0.0,
+) -> Masks:
+    """Choose masks of a pattern by the joint cost of each group.
+
+    Args:
+        model: The model that the statistics were collected on.
+        fisher: Statistics from `collect`.
+        pattern: `"N:M"`, M up to 8: in each group those N stay whose complement costs least.
+            `"1xM"`: whole groups go, those that cost least.
+        sparsity: Fraction of the groups that goes, for `"1xM"`; N:M fixes it.
+        damping: `λ`, above zero.
+        scope: Where groups compete, as for `rank`; for `"1xM"`.
+        floor: Least kept fraction of any parameter's groups; for `"1xM"`.
+
+    Raises:
+        InvalidArgument: Bad pattern, sparsity or damping.
+        FactorizationError: A damped block is not positive definite.
+    """
+    from fastsal.ranking import check_pattern_sparsity, rank
+
+    check_damping(damping)
+    wanted = Pattern.parse(pattern)
+    if wanted.m > LARGEST_GROUP:
+        raise InvalidArgument(
+            f"pattern: got {pattern!r}; by joint cost takes groups of up to {LARGEST_GROUP}; "
+            "rank(scores, pattern=...) takes any"
+        )
+    owned = model_parameters(model, fisher.shapes)
+    parameters, block_size = fisher._borrow_all(None)
+    weights = [p.detach().cpu().reshape(-1).float().contiguous().numpy() for p in owned.values()]
+    axes = [input_axes(p.shape) for p in owned.values()]
+    kept: dict[str, Tensor] = {}
+    if wanted.is_whole:
+        found = _core.group_costs(parameters, weights, axes, block_size, wanted.m, damping)
+        costs = {}
+        for (name, p), (values, failed) in zip(owned.items(), found, strict=True):
+            raise_failed(name, failed, damping)
+            # Every member has the cost of its group.
+            costs[name] = reduce_groups(
+                torch.from_numpy(values).reshape(p.shape), wanted.m, "first"
+            )
+        groups = rank(costs, sparsity, scope=scope, floor=floor)
+        for name, p in owned.items():
+            kept[name] = expand_groups(groups[name], p.shape, wanted.m)
+        return Masks(kept, {**groups.recipe, "pattern": str(wanted), "joint": True})
+    check_pattern_sparsity(sparsity, wanted)
+    chosen = _core.n_of_m_joint(parameters, weights, axes, block_size, wanted.n, wanted.m, damping)
+    for (name, p), (mask, failed) in zip(owned.items(), chosen, strict=True):
+        raise_failed(name, failed, damping)
+        kept[name] = torch.from_numpy(mask).reshape(p.shape)
+    return Masks(kept, {"pattern": str(wanted), "joint": True})
+
+
+def input_axes(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
+    """Return `[outer, width, inner]` around the input axis; a vector is one row."""
+    if len(shape) < 2:
+        return 1, math.prod(shape), 1
+    return shape[0], shape[1], math.prod(shape[2:])
+
+
+def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:
+    """Return a value for each group, the `"sum"` or the `"first"` member; `[outer, G, inner]`."""
+    outer, width, inner = input_axes(values.shape)
+    flat = values.reshape(outer, width, inner)
+    if how == "first":
+        return flat[:, ::m].contiguous()
+    missing = -width % m
+    padded = torch.nn.functional.pad(flat, (0, 0, 0, missing))
+    return padded.reshape(outer, -1, m, inner).sum(2)
+
+
+def expand_groups(groups: Tensor, shape: torch.Size | tuple[int, ...], m: int) -> Tensor:
+    """Give every member what its group has."""
+    _, width, _ = input_axes(shape)
+    return groups.repeat_interleave(m, 1)[:, :width].reshape(shape).contiguous()
+
+
+def group_scores(scores: Mapping[str, Tensor], m: int) -> dict[str, Tensor]:
+    """Return the summed scores of each group, from scores of single weights."""
+    return {name: reduce_groups(values.float(), m, "sum") for name, values in scores.items()}

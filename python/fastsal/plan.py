@@ -1,0 +1,221 @@
+"""What one step of pruning does: score, rank, compensate, mask; with a damping that is chosen."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.collection import Batches, as_batches, collect
+from fastsal.compensation import compensate as compensate_model
+from fastsal.criteria import CRITERIA, score
+from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
+from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.fisher import BlockFisher, check_damping
+from fastsal.holdout import Pair
+from fastsal.masks import Masks
+from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
+from fastsal.ranking import rank
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to prune: what is the same in every round and for every sparsity.
+
+    Attributes:
+        criterion: One of `CRITERIA`.
+        needs_fisher: Whether statistics are needed, for scores or compensation.
+        needs_damping: Whether `λ` is.
+        compensate: Whether kept weights move.
+        damping: `λ`, or `"auto"`.
+        ranking: Arguments of `rank` but scores and sparsity.
+        parameters: Names or patterns.
+        block_size: Of the statistics.
+        seed: Of everything with chance in it.
+    """
+
+    criterion: str
+    needs_fisher: bool
+    needs_damping: bool
+    compensate: bool
+    damping: float | str
+    ranking: Mapping[str, Any]
+    parameters: str | Sequence[str] | None
+    block_size: int | None
+    seed: int
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether `λ` is chosen here."""
+        return self.needs_damping and self.damping == "auto"
+
+    @property
+    def joins_groups(self) -> bool:
+        """Whether groups of a pattern are judged by their joint cost."""
+        pattern = self.ranking["pattern"]
+        if pattern is None or not CRITERIA[self.criterion].needs_damping:
+            return False
+        return Pattern.parse(pattern).m <= LARGEST_GROUP
+
+    def check(self, rounds: int, batches: Batches | None, *, recalibrate: bool) -> None:
+        """Raise InvalidArgument for what does not fit together."""
+        if not isinstance(rounds, int) or rounds < 1:
+            raise InvalidArgument(f"rounds: got {rounds!r}; takes 1 or more")
+        if rounds > 1 and self.ranking["pattern"] is not None:
+            raise InvalidArgument("rounds: a pattern is reached in one; takes rounds=1 with it")
+        if isinstance(self.damping, str) and self.damping != "auto":
+            raise InvalidArgument(f"damping: got {self.damping!r}; takes a number or 'auto'")
+        if self.needs_damping and not isinstance(self.damping, str):
+            check_damping(self.damping)
+        if self.needs_fisher and batches is None:
+            raise InvalidArgument(
+                f"batches: is None; {self.criterion!r} or compensation needs labelled images"
+            )
+        if recalibrate and not self.needs_fisher:
+            raise InvalidArgument(
+                "recalibrate: is tested on images held out of the statistics, and there are none; "
+                "takes a criterion with statistics, or compensate=True"
+            )
+        if (rounds > 1 or recalibrate) and isinstance(batches, Iterator):
+            raise InvalidArgument(
+                "batches: is an iterator, which gives its images once; with several rounds or "
+                "recalibrate=True takes a list, a DataLoader or anything else that can be iterated "
+                "again"
+            )
+
+    def step(
+        self,
+        model: nn.Module,
+        fisher: BlockFisher | None,
+        masks: Masks | None,
+        goal: float | None,
+        damping: float,
+    ) -> tuple[dict[str, Tensor], Masks, float | None]:
+        """Score, rank and prune in place."""
+        named = {} if fisher is not None else {"parameters": self.parameters}
+        scores = score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
+        if fisher is not None and self.joins_groups:
+            new = rank_pattern(model, fisher, sparsity=goal, damping=damping, **self.ranking)
+        else:
+            new = rank(scores, goal, **self.ranking)
+        increase = None
+        if self.compensate and fisher is not None:
+            increase = compensate_model(model, fisher, new, damping, before=masks).total
+        new.apply(model)
+        return scores, new, increase
+
+    def choose(
+        self,
+        model: nn.Module,
+        fisher: BlockFisher | None,
+        masks: Masks | None,
+        goal: float | None,
+        chosen: Mapping[str, nn.Parameter],
+        held_out: HeldOut | None,
+    ) -> DampingChoice:
+        """The damping of a round; the model is as before."""
+        if not isinstance(self.damping, str):
+            return DampingChoice(self.damping, [])
+        if held_out is None or fisher is None:
+            return DampingChoice(1.0, [])  # nothing that is used depends on it
+        start = {name: p.detach().clone() for name, p in chosen.items()}
+
+        def prune_with(damping: float) -> None:
+            restore(chosen, start)
+            with warnings.catch_warnings():
+                # Said for the damping that is taken, not for those that are tried.
+                warnings.simplefilter("ignore", PrecisionWarning)
+                self.step(model, fisher, masks, goal, damping)
+
+        try:
+            return choose_damping(candidates(fisher), prune_with, lambda: held_out.mean_loss(model))
+        finally:
+            restore(chosen, start)
+
+    def entry(
+        self,
+        number: int,
+        masks: Masks,
+        fisher: BlockFisher | None,
+        choice: DampingChoice,
+        increase: float | None,
+        seconds: dict[str, float],
+    ) -> dict[str, Any]:
+        """Return the history's line of a round."""
+        return {
+            "round": number,
+            "sparsity": masks.sparsity,
+            "samples": 0 if fisher is None else fisher.samples,
+            "damping": choice.damping if self.needs_damping else None,
+            "damping_evidence": choice.evidence,
+            "predicted_increase": increase,
+            "seconds": seconds,
+        }
+
+    def sign(self, masks: Masks, history: list[dict[str, Any]]) -> None:
+        """Write into the masks how they came about."""
+        masks.recipe.update(
+            criterion=self.criterion,
+            rounds=len(history),
+            compensate=self.compensate,
+            damping=[entry["damping"] for entry in history],
+            samples=history[-1]["samples"],
+            block_size=self.block_size,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its images, and how to prune it.
+
+    Attributes:
+        model: To be pruned in place.
+        batches: What `prune` was given.
+        samples: Samples of each round; None takes all.
+        plan: How.
+        chosen: Name to parameter.
+        statistics: Arguments of `collect` but model, batches, samples and seed.
+        loss: `(outputs, labels)` to losses `[n]`.
+    """
+
+    model: nn.Module
+    batches: Batches | None
+    samples: int | None
+    plan: Plan
+    chosen: Mapping[str, nn.Parameter]
+    statistics: dict[str, Any]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    def source(self) -> Iterable[Pair]:
+        """The images, checked; nothing without any."""
+        if self.batches is None:
+            return ()
+        return as_batches(self.batches, self.samples, self.statistics["labels"])
+
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
+        """Statistics of some images."""
+        more = {"progress": False} if quiet else {}
+        return collect(self.model, source, seed=seed, **{**self.statistics, **more})
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[dict[str, Tensor]]:
+        """Give the weights back if anything goes wrong; yields a copy of them."""
+        original = {name: p.detach().clone() for name, p in self.chosen.items()}
+        try:
+            yield original
+        except BaseException:
+            restore(self.chosen, original)
+            raise
+
+
+def restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    """Copy weights back."""
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
