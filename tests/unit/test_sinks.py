@@ -113,7 +113,7 @@ def test_gathered_rows_keep_within_the_budget():
     parameters = {"weight": layer.weight}
     fisher = fastsal.BlockFisher({"weight": (100, 100)}, block_size=64)
     row = 100 * 100 * 4
-    assert RowGatherer(fisher, parameters, 4).capacity == 16  # half of the statistics
+    assert RowGatherer(fisher, parameters, 4).capacity == 24  # three quarters of the statistics
     assert RowGatherer(fisher, parameters, 4, spare=9 * row).capacity == 8
     assert RowGatherer(fisher, parameters, 4, spare=7 * row).capacity == 0
     assert RowGatherer(fisher, parameters, 32).capacity == 0

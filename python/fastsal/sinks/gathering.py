@@ -16,9 +16,9 @@ from fastsal.gradients.workspace import empty_pages
 
 # More rows a pass save little: the kernel adds 64 at a time.
 _MOST_ROWS = 32
-_MOST_BYTES = 2 * 2**30
+_MOST_BYTES = 5 * 2**29
 # Of the statistics' own size.
-_SHARE = 0.5
+_SHARE = 0.75
 
 
 class RowGatherer:

@@ -203,24 +203,21 @@ impl Group {
         let mut factor = [[0.0f64; LARGEST]; LARGEST];
         let mut solved = [0.0f64; LARGEST];
         let mut cost = 0.0;
-        let mut count = 0;
-        for i in (0..self.len).filter(|i| out & 1 << i != 0) {
+        let members = |end: usize| (0..end).filter(|i| out & 1 << i != 0).enumerate();
+        for (row, i) in members(self.len) {
             let mut value = self.theta[i];
             let mut pivot = self.inverse[i][i];
-            let mut column = 0;
-            for j in (0..i).filter(|j| out & 1 << j != 0) {
-                let known: f64 = (0..column).map(|k| factor[count][k] * factor[column][k]).sum();
+            for (column, j) in members(i) {
+                let known: f64 = (0..column).map(|k| factor[row][k] * factor[column][k]).sum();
                 let entry = (self.inverse[i][j] - known) / factor[column][column];
-                factor[count][column] = entry;
+                factor[row][column] = entry;
                 value -= entry * solved[column];
                 pivot -= entry * entry;
-                column += 1;
             }
             let root = pivot.max(f64::MIN_POSITIVE).sqrt();
-            factor[count][count] = root;
-            solved[count] = value / root;
-            cost += solved[count] * solved[count];
-            count += 1;
+            factor[row][row] = root;
+            solved[row] = value / root;
+            cost += solved[row] * solved[row];
         }
         cost / 2.0
     }

@@ -11,6 +11,8 @@ use crate::factor::{borrow, with_statistics, Either, Parameter};
 
 /// `[outer, width, inner]` around the axis that is cut.
 type Shape = (usize, usize, usize);
+/// An array of a parameter, and the blocks that failed.
+type Found<'py, T> = (Bound<'py, PyArray1<T>>, Vec<usize>);
 
 /// Keep `n` of every `m` along the middle axis by joint cost: masks and failed blocks.
 #[pyfunction]
@@ -24,7 +26,7 @@ pub fn n_of_m_joint<'py>(
     n: usize,
     m: usize,
     damping: f64,
-) -> PyResult<Vec<(Bound<'py, PyArray1<bool>>, Vec<usize>)>> {
+) -> PyResult<Vec<Found<'py, bool>>> {
     let results = each(py, &parameters, &weights, shapes, block_size, m, |s, weights, groups| {
         let mut kept = vec![false; weights.len()];
         with_statistics!(s, s => patterns::n_of_m(s, weights, groups, n, damping, &mut kept))
@@ -43,7 +45,7 @@ pub fn group_costs<'py>(
     block_size: usize,
     m: usize,
     damping: f64,
-) -> PyResult<Vec<(Bound<'py, PyArray1<f32>>, Vec<usize>)>> {
+) -> PyResult<Vec<Found<'py, f32>>> {
     let results = each(py, &parameters, &weights, shapes, block_size, m, |s, weights, groups| {
         let mut costs = vec![0.0; weights.len()];
         with_statistics!(s, s => patterns::group_costs(s, weights, groups, damping, &mut costs))
