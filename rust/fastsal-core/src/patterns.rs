@@ -256,8 +256,9 @@ mod tests {
         for c in 0..n {
             for r in c + 1..n {
                 let f = a[r][c] / a[c][c];
-                for k in c..=n {
-                    a[r][k] -= f * a[c][k];
+                let above = a[c].clone();
+                for (x, y) in a[r].iter_mut().zip(&above).skip(c) {
+                    *x -= f * y;
                 }
             }
         }
