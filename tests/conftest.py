@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from fastsal.errors import FileFormatError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,6 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Matrices and layers as small as those of most tests only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +45,52 @@ def shared_data() -> Path:
 def resnet20_spec() -> str:
     """The example model, as the command line names it."""
     return f"{ROOT / 'examples' / 'resnet20.py'}:resnet20"
+
+
+@pytest.fixture(scope="module")
+def resnet20(shared_data: Path) -> torch.nn.Module:
+    """The published CIFAR ResNet-20, a copy for each test module."""
+    spec = importlib.util.spec_from_file_location("resnet20", ROOT / "examples" / "resnet20.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.resnet20().eval()
+    model.load_state_dict(load_file(shared_data / "resnet20_cifar10.safetensors"))
+    return model
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared_data: Path) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Opens `"train"` or `"test"`: images normalised as ImageNet's are, and labels."""
+
+    def images_and_labels(part: str, count: int | None = None):
+        with np.load(shared_data / f"cifar10_{part}.npz") as data:
+            x, y = data["x"][:count], data["y"][:count]
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        images = ((torch.from_numpy(x) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+        return images, torch.from_numpy(y).long()
+
+    return images_and_labels
+
+
+@pytest.fixture
+def read_flipped() -> Callable[..., Iterator[tuple[int, object]]]:
+    """Flips bits of a file, one at a time; yields `(place, what was read)` where that went well."""
+
+    def flips(path: Path, read: Callable[[Path], object], places: Iterable[tuple[int, int]]):
+        whole = path.read_bytes()
+        for at, bit in places:
+            changed = bytearray(whole)
+            changed[at] ^= 1 << bit
+            path.write_bytes(changed)
+            try:
+                found = read(path)
+            except FileFormatError:
+                continue
+            # Only where it says nothing: white space around the header.
+            assert chr(whole[at]).isspace(), (at, bit)
+            yield at, found
+
+    return flips
 
 
 TINY_MODEL = """

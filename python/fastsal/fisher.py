@@ -171,18 +171,18 @@ class BlockFisher:
                 f"gradients: got {sorted(counts)} samples; takes the same number, 1 or more, "
                 "for every parameter"
             )
-        # Sums of nothing can be thrown away if the rows turn out bad; others are checked before.
-        is_empty = all(p.is_empty for p in self._parameters.values())
-        if not is_empty:
+        if all(p.is_empty for p in self._parameters.values()):
+            # Sums of nothing can be thrown away; they need no check beforehand.
+            try:
+                self._add_all(prepared)
+            except NonFiniteGradient:
+                for p in self._parameters.values():
+                    p.clear()
+                raise
+        else:
             for name, (rows, dtype) in prepared.items():
                 self._named(name, partial(_core.check_finite, rows, dtype))
-        try:
-            for name, (rows, dtype) in prepared.items():
-                self._named(name, partial(self._parameters[name].add, rows, dtype))
-        except NonFiniteGradient:
-            for p in self._parameters.values():
-                p.clear()
-            raise
+            self._add_all(prepared)
         self._count(counts.pop())
 
     def blocks(self, name: str) -> Tensor:
@@ -364,6 +364,10 @@ class BlockFisher:
         rows, dtype = as_rows(gradients)
         p = self._parameters[name]
         self._named(name, partial(p.add, rows, dtype, expected=expected))
+
+    def _add_all(self, prepared: Mapping[str, tuple[NDArray[Any], str]]) -> None:
+        for name, (rows, dtype) in prepared.items():
+            self._named(name, partial(self._parameters[name].add, rows, dtype))
 
     def _count(self, n: int) -> None:
         self._samples += n

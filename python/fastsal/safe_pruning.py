@@ -62,15 +62,20 @@ class Examination:
         if not self._batches:
             raise InvalidArgument("samples: none are left to test the limit on; takes more")
         self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
+        self._losses = [
+            losses_of(loss, dense, labels.cpu())
+            for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
+        ]
         self.images = sum(len(out) for out in self._dense)
         self.cap = loss_cap(self._dense[0]) if limit.kind == "loss" else None
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """Measure a pruned model."""
         increases, rises = [], []
-        for (images, labels), dense in zip(self._batches, self._dense, strict=True):
+        known = zip(self._batches, self._dense, self._losses, strict=True)
+        for (images, labels), dense, losses in known:
             out, target = outputs(model, images).cpu(), labels.cpu()
-            both = losses_of(self._loss, dense, target), losses_of(self._loss, out, target)
+            both = losses, losses_of(self._loss, out, target)
             values, low, high = differences(self.limit, dense, out, both, target)
             increases.append(values)
             rises.append((both[1] - both[0]).double())

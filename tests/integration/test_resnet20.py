@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fastsal
 from fastsal.errors import PrecisionWarning
@@ -18,42 +16,22 @@ from fastsal.errors import PrecisionWarning
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Layers this small mostly wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def open_images(path, count=None):
-    """Images normalised by the mean and the standard deviation of ImageNet, and labels."""
-    with np.load(path) as data:
-        x, y = data["x"][:count], data["y"][:count]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    images = ((torch.from_numpy(x) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
-    return images, torch.from_numpy(y).long()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def dense(shared_data):
-    spec = importlib.util.spec_from_file_location("resnet20", ROOT / "examples" / "resnet20.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.resnet20().eval()
-    model.load_state_dict(load_file(shared_data / "resnet20_cifar10.safetensors"))
-    return model
+def dense(resnet20):
+    return resnet20
 
 
 @pytest.fixture(scope="module")
-def test_set(shared_data):
-    return open_images(shared_data / "cifar10_test.npz")
+def test_set(cifar10):
+    return cifar10("test")
 
 
 @pytest.fixture(scope="module")
-def fisher(dense, shared_data):
-    images, labels = open_images(shared_data / "cifar10_train.npz", 1024)
+def fisher(dense, cifar10):
+    images, labels = cifar10("train", 1024)
     batches = zip(images.split(256), labels.split(256), strict=True)
     return fastsal.collect(dense, batches, samples=1024, block_size=64)
 

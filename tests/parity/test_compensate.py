@@ -17,13 +17,7 @@ from fastsal.errors import FactorizationError, InvalidArgument, MaskError, Unkno
 SHAPES = {"a": (4, 3, 3, 3), "b": (7,), "c": (3, 50)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Holder(nn.Module):

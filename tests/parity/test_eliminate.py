@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import nn
 
 import fastsal
@@ -21,13 +19,7 @@ from fastsal.masks import Masks
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def eliminate(a, theta, kept=None):
@@ -207,26 +199,16 @@ def test_zero_weights_go_first():
 
 
 @pytest.fixture(scope="module")
-def resnet20(shared_data):
-    spec = importlib.util.spec_from_file_location("resnet20", ROOT / "examples" / "resnet20.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.resnet20()
-    model.load_state_dict(load_file(shared_data / "resnet20_cifar10.safetensors"))
-    with np.load(shared_data / "cifar10_train.npz") as data:
-        x, y = data["x"][:128], data["y"][:128]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    images = ((torch.from_numpy(x) / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+def collected(resnet20, cifar10):
     names = ["conv1.weight", "layer2.0.conv1.weight", "linear.weight"]
-    labels = torch.from_numpy(y).long()
-    fisher = fastsal.collect(model.eval(), [(images, labels)], parameters=names)
-    owned = dict(model.named_parameters())
+    fisher = fastsal.collect(resnet20, [cifar10("train", 128)], parameters=names)
+    owned = dict(resnet20.named_parameters())
     return fisher, {name: owned[name].detach() for name in names}
 
 
 @pytest.mark.parametrize(("damping", "masked"), [(1e-5, False), (1e-3, True)])
-def test_real_blocks(resnet20, damping, masked):
-    fisher, weights = resnet20
+def test_real_blocks(collected, damping, masked):
+    fisher, weights = collected
     kept = None
     if masked:
         generator = torch.Generator().manual_seed(0)

@@ -16,13 +16,7 @@ from fastsal.errors import FactorizationError, InvalidArgument, PrecisionWarning
 DAMPINGS = [1e-8, 1e-6, 1e-4, 1e-2, 1.0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def gradients(n, shape, *, scale="even", rank=None, seed=0):
