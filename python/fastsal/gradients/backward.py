@@ -37,6 +37,15 @@ class Record:
         self.version = call.input._version
         self.output_shape = output.shape
 
+    def check_input(self) -> None:
+        """Raise UnsupportedLayer if the input was changed in place after the call."""
+        if self.call.input._version != self.version:
+            raise UnsupportedLayer(
+                f"{self.name}: the input of its {self.operation.name} call was modified in place "
+                "after the call, so the gradient of the weight is lost; "
+                "make that operation out of place (inplace=False)"
+            )
+
     def fill(self, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
         """Write the rows [n, *shape] of this call into `out`.
 
@@ -44,13 +53,8 @@ class Record:
             UnsupportedLayer: The input was changed in place, or its first axis does not hold
                 the samples.
         """
+        self.check_input()
         x = self.call.input
-        if x._version != self.version:
-            raise UnsupportedLayer(
-                f"{self.name}: the input of its {self.operation.name} call was modified in place "
-                "after the call, so the gradient of the weight is lost; "
-                "make that operation out of place (inplace=False)"
-            )
         leading = x.shape[0] if self.call.samples_first else math.prod(x.shape[:-1])
         if leading % out.shape[0]:
             raise UnsupportedLayer(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsal.gradients.registry import REGISTRY, Call, Operation, UnreadCallError
@@ -23,7 +23,7 @@ class Capture(TorchFunctionMode):
         unsupported: Parameter name to the reason why its uses have no rule.
     """
 
-    def __init__(self, tracked: Mapping[str, nn.Parameter], on_call: OnCall) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor], on_call: OnCall) -> None:
         super().__init__()
         self._names = {id(value): name for name, value in tracked.items()}
         self._on_call = on_call

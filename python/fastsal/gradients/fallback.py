@@ -103,41 +103,48 @@ class Fallback:
         for i in range(images.shape[0]):
             image, label = images[i : i + 1], labels[i : i + 1]
 
-            def loss(image: Tensor = image, label: Tensor = label) -> Tensor:
-                return self._losses(self._model(image), label).sum()
+            def gradients(
+                copies: Mapping[str, Tensor], image: Tensor = image, label: Tensor = label
+            ) -> dict[str, Tensor | None]:
+                loss = self._losses(self._model(image), label).sum()
+                if not loss.requires_grad:
+                    return dict.fromkeys(copies)
+                found = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)
+                return dict(zip(copies, found, strict=True))
 
-            for name, gradient in differentiate(self._model, self._parameters, loss).items():
+            for name, gradient in differentiate(self._model, self._parameters, gradients).items():
                 if gradient is not None:
                     rows[name][i].copy_(gradient)
         return rows
 
 
+# gradients(copies of the parameters) -> gradients, found by running the model that has them
+Gradients = Callable[[Mapping[str, Tensor]], dict[str, Tensor | None]]
+
+
 class _Whole(nn.Module):
     """Runs forward and backward in one call, so that both see the parameters swapped in."""
 
-    def __init__(self, model: nn.Module, value: Callable[[], Tensor]) -> None:
+    def __init__(self, model: nn.Module, gradients: Gradients) -> None:
         super().__init__()
         self.model = model
-        self._value = value
+        self._gradients = gradients
 
-    def forward(self, *parameters: Tensor) -> tuple[Tensor | None, ...]:
-        value = self._value()
-        if not value.requires_grad:
-            return (None,) * len(parameters)
-        return torch.autograd.grad(value, parameters, allow_unused=True)
+    def forward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        return self._gradients(parameters)
 
 
 def differentiate(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], value: Callable[[], Tensor]
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], gradients: Gradients
 ) -> dict[str, Tensor | None]:
-    """Gradient of a scalar, which `value` computes by running the model, as autograd has it.
+    """Call `gradients` while copies of the parameters, which need gradients, stand in for them.
 
-    By way of copies of the parameters, so that flags and hooks of the caller's stay out of it.
+    So flags and hooks of the caller's stay out of it.
     """
     copies = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     swapped: dict[str, Tensor] = {f"model.{name}": copy for name, copy in copies.items()}
-    gradients = functional_call(_Whole(model, value), swapped, tuple(copies.values()))
-    return dict(zip(parameters, gradients, strict=True))
+    found: dict[str, Tensor | None] = functional_call(_Whole(model, gradients), swapped, (copies,))
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,14 @@
 """Two samples through the model, once, to find out which parameters a rule may serve.
 
-A rule reads the first axis of a call as the sample axis. That is so exactly if the loss of one
-sample leaves the other sample's part of the gradient at zero, in both directions. The rule of
-F.linear also takes samples as the last of the leading axes, as nn.MultiheadAttention has them.
-What the rules give is then held against autograd, so that a use that no rule saw cannot go
-unnoticed.
+A rule reads the first axis of a call as the sample axis. That is so if the loss of one sample
+leaves the other sample's part of the gradient as it is: the first loss alone must leave the second
+part at zero, and both losses together must leave the first part where the first loss put it. The
+rule of F.linear also takes samples as the last of the leading axes, as nn.MultiheadAttention has
+them. What the rules give for both losses is held against autograd, so that a use that no rule saw
+cannot go unnoticed.
+
+It takes one forward pass and two backward passes, of which only the second forms the gradients of
+weights.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.backward import Record
@@ -27,6 +32,8 @@ from fastsal.gradients.workspace import Workspace
 # Relative difference between rules and autograd, above which a use must have been missed.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _COARSE_TOLERANCE = 0.2
+# Relative difference between a sample's gradient with and without the other sample's loss.
+_SAME = 1e-3
 
 _MIXED = (
     "its first axis is not the sample axis (a sequence-first layout, or a table that all samples "
@@ -58,29 +65,39 @@ class Findings:
 
 @dataclass
 class _Seen:
+    """One call, and its output gradient under the first loss and under the sum of both."""
+
     record: Record
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    edge: GradientEdge
+    first: Tensor | None = None
+    both: Tensor | None = None
 
 
 class _Recorder:
-    """Keeps the output gradients of every call, per sample whose loss they come from."""
+    """Keeps the output gradients of every call."""
 
     def __init__(self) -> None:
         self.seen: list[_Seen] = []
-        self.slot = 0
+        self.both = False
         self.checkpointed = False
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
         self.checkpointed = self.checkpointed or saves_tensors_elsewhere()
-        entry = _Seen(Record(name, operation, call, output))
+        record = Record(name, operation, call, output)
         if not output.requires_grad:
             output = make_root(output)
+        root = hookable(output)
+        entry = _Seen(record, get_gradient_edge(root))
 
         def hook(grad_output: Tensor | None) -> None:
-            if grad_output is not None:
-                entry.gradients[self.slot] = grad_output.detach()
+            if grad_output is None:
+                return
+            if self.both:
+                entry.both = grad_output.detach()
+            else:
+                entry.first = grad_output.detach()
 
-        hookable(output).register_hook(hook)  # type: ignore[no-untyped-call]
+        root.register_hook(hook)  # type: ignore[no-untyped-call]
         self.seen.append(entry)
         return output
 
@@ -112,24 +129,25 @@ def probe(
     """
     images = images.detach().clone().requires_grad_()
     recorder = _Recorder()
-    capture = Capture(parameters, recorder.on_call)
-    with context():
-        with capture:
-            values = losses(lambda: model(images))
-        if values.requires_grad:
-            for slot in (0, 1):
-                recorder.slot = slot
-                torch.autograd.backward(values[slot], retain_graph=slot == 0)
-                _check_independent(images, slot)
+    captures: list[Capture] = []
 
-    reasons = dict(capture.unsupported)
+    def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+        capture = Capture(copies, recorder.on_call)
+        captures.append(capture)
+        with context():
+            with capture:
+                values = losses(lambda: model(images))
+            return _two_backward_passes(values, images, copies, recorder)
+
+    truth = differentiate(model, parameters, gradients)
+    reasons = dict(captures[0].unsupported)
     layouts: dict[str, bool] = {}
     rows: dict[str, Tensor] = {}
     operations: dict[str, str] = {}
     workspace = Workspace()
     for entry in recorder.seen:
         name = entry.record.name
-        if not entry.gradients:
+        if entry.both is None:
             continue
         kind = entry.record.operation.name
         operations.setdefault(name, kind)
@@ -144,11 +162,10 @@ def probe(
         known = operations[name]
         if kind not in known.split("+"):
             operations[name] = f"{known}+{kind}"
-        total = _rows(entry, parameters[name], workspace)
-        entry.gradients.clear()
+        total = _rows(entry.record, entry.both, parameters[name], workspace)
+        entry.first = entry.both = None
         rows[name] = rows[name] + total if name in rows else total
 
-    truth = _autograd(model, parameters, images, losses, context)
     _compare(parameters, rows, truth, reasons, coarse=coarse)
     missing = [name for name in parameters if truth[name] is None and name not in operations]
     if missing:
@@ -162,17 +179,43 @@ def probe(
     return Findings(served, reasons, samples_last, recorder.checkpointed)
 
 
-def _check_independent(images: Tensor, slot: int) -> None:
-    gradient, images.grad = images.grad, None
-    if gradient is None:
-        return
-    other = torch.nan_to_num(gradient[1 - slot], nan=0.0)
-    if other.any():
+def _two_backward_passes(
+    values: Tensor, images: Tensor, copies: Mapping[str, Tensor], recorder: _Recorder
+) -> dict[str, Tensor | None]:
+    """Gradients of both losses together, after those of the first alone went to the recorder."""
+    if not values.requires_grad:
+        return dict.fromkeys(copies)
+    # The edges make a pass reach every call, also where no path leads on to the images.
+    edges: list[GradientEdge | Tensor] = [entry.edge for entry in recorder.seen]
+    try:
+        first, *_ = _grad(values[0], [images, *edges], retain_graph=True)
+        recorder.both = True
+        both, *found = _grad(values.sum(), [images, *copies.values(), *edges])
+    except RuntimeError as error:
+        for entry in recorder.seen:
+            entry.record.check_input()
+        raise UnsupportedLayer(
+            f"autograd cannot differentiate the model by {', '.join(copies)}: {error}"
+        ) from error
+    if first is not None and both is not None and not _separate(first, both, (2, -1), 0):
         raise UnsupportedLayer(
             "the loss of one sample depends on the other samples of its batch, so there is no "
             "per-sample gradient: a module computes batch statistics (BatchNorm without running "
             "statistics, or forced into train mode), or the model mixes samples"
         )
+    return dict(zip(copies, found, strict=False))
+
+
+def _grad(
+    value: Tensor, by: list[GradientEdge | Tensor], *, retain_graph: bool = False
+) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        value,
+        by,  # type: ignore[arg-type]
+        retain_graph=retain_graph,
+        allow_unused=True,
+    )
+    return found
 
 
 def _samples_first(entry: _Seen) -> bool | None:
@@ -187,37 +230,28 @@ def _samples_first(entry: _Seen) -> bool | None:
 
 
 def _separates(entry: _Seen, shape: tuple[int, ...], axis: int) -> bool:
-    for slot, gradient in entry.gradients.items():
-        other = gradient.reshape(shape).select(axis, 1 - slot)
-        if torch.nan_to_num(other, nan=0.0).any():
-            return False
-    return True
+    return entry.both is None or _separate(entry.first, entry.both, shape, axis)
 
 
-def _rows(entry: _Seen, parameter: nn.Parameter, workspace: Workspace) -> Tensor:
+def _separate(first: Tensor | None, both: Tensor, shape: tuple[int, ...], axis: int) -> bool:
+    """Say whether each loss leaves the other sample's part of a gradient as it is."""
+    both = torch.nan_to_num(both.detach().reshape(shape).select(axis, 0), nan=0.0)
+    if first is None:
+        return not both.any()
+    mine, other = torch.nan_to_num(first.detach().reshape(shape), nan=0.0).unbind(axis)
+    if other.any():
+        return False
+    # The same products in the same order, as a rule; the kernels of a GPU may add otherwise.
+    return float((mine - both).norm()) <= _SAME * float(mine.norm())
+
+
+def _rows(
+    record: Record, gradient: Tensor, parameter: nn.Parameter, workspace: Workspace
+) -> Tensor:
     """Sum over both samples what the rule gives for a call."""
-    # Each loss reaches its own sample only, so that the sum holds both.
-    gradient = sum(entry.gradients.values(), start=torch.zeros(()).to(parameter))
     out = workspace.take("probe", (2, *parameter.shape), parameter)
-    entry.record.fill(gradient, out, workspace)
+    record.fill(gradient, out, workspace)
     return out.sum(0)
-
-
-def _autograd(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    images: Tensor,
-    losses: Losses,
-    context: Callable[[], contextlib.AbstractContextManager[None]],
-) -> dict[str, Tensor | None]:
-    try:
-        with context():
-            # The images still need gradients: with equal flags the same kernels run.
-            return differentiate(model, parameters, lambda: losses(lambda: model(images)).sum())
-    except RuntimeError as error:
-        raise UnsupportedLayer(
-            f"autograd cannot differentiate the model by {', '.join(parameters)}: {error}"
-        ) from error
 
 
 def _compare(
