@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "ROWS_PER_STEP",
     "NanScoreError",
     "NonFiniteRowError",
     "accumulate",
@@ -27,6 +28,9 @@ __all__ = [
     "prune_smallest",
     "set_num_threads",
 ]
+
+# Rows that `accumulate` sums before it adds them to the statistics.
+ROWS_PER_STEP: int
 
 _Floats = NDArray[np.float32] | NDArray[np.float64]
 # packed sums, number of weights, samples, kept weights or None for all

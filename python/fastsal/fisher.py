@@ -85,7 +85,7 @@ class BlockFisher:
         self._precision = precision
         self._samples = 0.0
         self._rows_seen = 0
-        # Additions to the sums, of up to 64 rows each; their rounding grows with these.
+        # Additions to the sums, of up to ROWS_PER_STEP rows each; rounding grows with these.
         self._steps = 0
         dtype = np.dtype(precision)
         self._parameters = {
@@ -223,9 +223,9 @@ class BlockFisher:
     ) -> dict[str, InverseDiagonal]:
         """Return `diag((F_b + λI)⁻¹)` of every parameter, with a bound of its relative error.
 
-        The bound: summed in `S` steps of up to 64 samples (`N/64`, more for smaller updates) with
+        The bound: summed in `S` steps of up to 128 samples (`N/128`, more for smaller updates) with
         unit roundoff `u` (2⁻²⁴ for float32), an entry `F_ij` has an error of at most
-        `ε √(F_ii F_jj)`, `ε = u (√64 + √S)`, with high probability (Higham & Mary, 2019,
+        `ε √(F_ii F_jj)`, `ε = u (√128 + √S)`, with high probability (Higham & Mary, 2019,
         section 2: independent roundings grow with the root of their number). Such errors move
         `diag(A⁻¹)` by at most `ε max_i F_ii ‖A⁻¹‖` relatively. Float64 itself adds
         `B 2⁻⁵³ max_i F_ii ‖A⁻¹‖`.
@@ -372,7 +372,7 @@ class BlockFisher:
     def _count(self, n: int) -> None:
         self._samples += n
         self._rows_seen += n
-        self._steps += -(-n // 64)
+        self._steps += -(-n // _core.ROWS_PER_STEP)
 
     def _named(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -422,7 +422,7 @@ class BlockFisher:
     def _rounding(self) -> float:
         """`ε` of `inverse_diagonals`: bound of the relative error of the sums."""
         unit = 2.0**-24 if self._precision == "float32" else 2.0**-53
-        return unit * (8 + math.sqrt(self._steps))
+        return unit * (math.sqrt(_core.ROWS_PER_STEP) + math.sqrt(self._steps))
 
     def _check_samples(self) -> None:
         if self._samples <= 0:

@@ -10,11 +10,14 @@ use rayon::prelude::*;
 use crate::dense::{cholesky, subtract_row, zeros, Scratch};
 use crate::error::{check_length, Error, Result};
 use crate::factor::{check_damping, Report};
-use crate::gram::{add_gram, padded, CHUNK};
+use crate::gram::{add_gram, padded};
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
 use crate::rows::Rows;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+
+/// Weights whose gradients are copied side by side at a time.
+const WEIGHTS: usize = 64;
 
 /// Parts in which a block's columns are summed; fixed, so that sums do not depend on the threads.
 const PARTS: usize = 16;
@@ -108,20 +111,20 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
     /// `GGᵀ`, packed.
     fn gram(&self, isa: Isa, size: usize) -> Vec<f64> {
         let n = self.rows.n();
-        let part = size.div_ceil(PARTS).next_multiple_of(CHUNK);
+        let part = size.div_ceil(PARTS).next_multiple_of(WEIGHTS);
         let partial: Vec<Vec<f64>> = (0..size.div_ceil(part))
             .into_par_iter()
             .map(|p| {
                 let mut packed = vec![0.0; triangle(n)];
                 let (mut panel, mut strip) = (Vec::new(), Vec::new());
-                for first in (p * part..size.min((p + 1) * part)).step_by(CHUNK) {
-                    let width = CHUNK.min(size - first);
-                    self.gather(&mut strip, first, width, CHUNK);
+                for first in (p * part..size.min((p + 1) * part)).step_by(WEIGHTS) {
+                    let width = WEIGHTS.min(size - first);
+                    self.gather(&mut strip, first, width, WEIGHTS);
                     // The kernel sums over rows of its panel, here the weights.
                     let panel = zeros(&mut panel, width * padded(n));
                     for r in 0..n {
                         for c in 0..width {
-                            panel[c * padded(n) + r] = strip[r * CHUNK + c];
+                            panel[c * padded(n) + r] = strip[r * WEIGHTS + c];
                         }
                     }
                     add_gram(isa, panel, width, n, padded(n), &mut packed);

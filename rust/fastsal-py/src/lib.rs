@@ -32,6 +32,8 @@ mod core {
     #[pymodule_export]
     use crate::gram::{accumulate, check_finite, packed_len};
     #[pymodule_export]
+    const ROWS_PER_STEP: usize = fastsal_core::gram::CHUNK;
+    #[pymodule_export]
     use crate::parallel::{build_info, num_threads, set_num_threads};
     #[pymodule_export]
     use crate::patterns::{group_costs, n_of_m_joint};
