@@ -3,7 +3,8 @@
 //! In each block: remove the weight with the least cost `θ_j² / (2 H_jj)`, `H = A⁻¹`; move the others
 //! by `-H e_j θ_j / H_jj`; strike row and column `j` from `H` (a rank-one downdate); repeat. The
 //! downdates are those of a Cholesky factorisation of `H` whose pivots the costs choose, so the
-//! current column `j` is `H_:j - sum_s v_s v_s[j]` with `v_s` the scaled columns of the steps before.
+//! current column `j` is `h_j = H_:j - sum_s h_s h_s[j] / p_s`, with `h_s` the columns of the steps before
+//! and `p_s` their pivots.
 //! A few steps' columns are kept apart and then taken off `H` together, by the Gram kernel; weights
 //! that are out leave the matrix when they are many.
 
@@ -18,7 +19,12 @@ use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
 
 /// Steps whose columns are taken off the matrix together.
-const STEPS: usize = 32;
+const STEPS: usize = 24;
+
+/// Blocks that are walked through side by side: each step waits for the one before it, and another
+/// block's step fills the wait. Larger blocks keep the processor busy, and fill the cache, alone.
+const ABREAST: usize = 2;
+const ABREAST_UP_TO: usize = 128;
 
 /// Costs and turns of all weights of a parameter.
 ///
@@ -43,21 +49,67 @@ pub fn eliminate<T: Real>(
     check_length("scores", scores.len(), layout.len)?;
     check_length("turns", turns.len(), layout.len)?;
     let isa = Isa::best();
-    let blocks: Vec<Option<f64>> = parallel::run(|| {
+    let block = layout.block;
+    let abreast = if block <= ABREAST_UP_TO { ABREAST } else { 1 };
+    let mut blocks: Vec<Option<f64>> = vec![None; layout.blocks()];
+    parallel::run(|| {
         scores
-            .par_chunks_mut(layout.block)
-            .zip(turns.par_chunks_mut(layout.block))
-            .zip(weights.par_chunks(layout.block))
+            .par_chunks_mut(abreast * block)
+            .zip(turns.par_chunks_mut(abreast * block))
+            .zip(weights.par_chunks(abreast * block))
+            .zip(blocks.par_chunks_mut(abreast))
             .enumerate()
-            .map_init(Scratch::default, |scratch, (b, ((scores, turns), weights))| {
-                dispatch(isa, Block { statistics, b, weights, damping, scores, turns, scratch })
-            })
-            .collect()
+            .for_each_init(
+                Scratches::default,
+                |scratch, (i, (((scores, turns), weights), out))| {
+                    let chunks = scores.chunks_mut(block).zip(turns.chunks_mut(block));
+                    let jobs = std::array::from_fn(|_| None);
+                    let mut group = Group { jobs, scratch, out };
+                    for (k, ((scores, turns), weights)) in
+                        chunks.zip(weights.chunks(block)).enumerate()
+                    {
+                        let b = i * abreast + k;
+                        group.jobs[k] =
+                            Some(Block { statistics, b, weights, damping, scores, turns });
+                    }
+                    dispatch(isa, group);
+                },
+            );
     });
     Ok(blocks.into())
 }
 
-/// One block; its sensitivity, or `None` when it cannot be factored.
+type Scratches = [Scratch; ABREAST];
+
+/// Blocks that are walked through side by side; `out` gets their sensitivities, `None` for a block
+/// that cannot be factored.
+struct Group<'a, T> {
+    jobs: [Option<Block<'a, T>>; ABREAST],
+    scratch: &'a mut Scratches,
+    out: &'a mut [Option<f64>],
+}
+
+impl<T: Real> Kernel<f64> for Group<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) {
+        let Self { jobs, scratch, out } = self;
+        let mut walks: [Option<Walk<'_>>; ABREAST] = std::array::from_fn(|_| None);
+        let parts = walks.iter_mut().zip(jobs).zip(scratch).zip(out);
+        for (((walk, job), scratch), out) in parts {
+            *walk = job.and_then(|job| job.start::<S>(scratch, out));
+        }
+        let mut busy = true;
+        while busy {
+            busy = false;
+            for walk in walks.iter_mut().flatten() {
+                busy |= walk.step::<S>();
+            }
+        }
+    }
+}
+
 struct Block<'a, T> {
     statistics: Statistics<'a, T>,
     b: usize,
@@ -65,15 +117,17 @@ struct Block<'a, T> {
     damping: f64,
     scores: &'a mut [f32],
     turns: &'a mut [u32],
-    scratch: &'a mut Scratch,
 }
 
-impl<T: Real> Kernel<f64> for Block<'_, T> {
-    type Output = Option<f64>;
-
+impl<'a, T: Real> Block<'a, T> {
+    /// Invert the block and set its sensitivity; `None` when it cannot be factored.
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> Option<f64> {
-        let Self { statistics, b, weights, damping, scores, turns, scratch } = self;
+    fn start<S: Simd<T = f64>>(
+        self,
+        scratch: &'a mut Scratch,
+        out: &mut Option<f64>,
+    ) -> Option<Walk<'a>> {
+        let Self { statistics, b, weights, damping, scores, turns } = self;
         let size = weights.len();
         let a = room(&mut scratch.upper, size * padded(size));
         let m = room(&mut scratch.lower, size * padded(size));
@@ -86,7 +140,7 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
         let inverse = room(&mut scratch.packed, triangle(size));
         inverse_packed(S::ISA, m, size, inverse);
         let trace = (0..size).map(|j| inverse[row_base(size, j) + j]).sum();
-        let sensitivity = statistics.sensitivity(b, damping, largest, trace);
+        *out = Some(statistics.sensitivity(b, damping, largest, trace));
         // Negated, so that the Gram kernel, which adds, takes columns off it.
         inverse.iter_mut().for_each(|x| *x = -*x);
 
@@ -100,41 +154,72 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
                 turn += 1;
             }
         }
-        // The factors are used up: their memory takes the scaled columns.
-        let columns = a;
-        columns[..STEPS.min(size) * padded(size)].fill(0.0);
-        let (mut highest, mut steps) = (0.0f64, 0);
-        while turn < size {
-            let (cost, at) = left.cheapest();
-            let j = left.index[at];
-            highest = highest.max(cost);
-            scores[j] = highest as f32;
-            turns[j] = turn as u32;
-            turn += 1;
+        // The factors are used up: their memory takes the columns.
+        let len = STEPS.min(size) * padded(size);
+        let (columns, scaled) = (&mut a[..len], &mut m[..len]);
+        columns.fill(0.0);
+        scaled.fill(0.0);
+        let (pivots, steps, highest) = ([0.0; STEPS], 0, 0.0);
+        Some(Walk { left, inverse, columns, scaled, pivots, steps, turn, highest, scores, turns })
+    }
+}
 
-            let stride = padded(left.index.len());
-            let (earlier, column) = columns.split_at_mut(steps * stride);
-            let column = &mut column[..stride];
-            left.column(at, inverse, column);
-            subtract_row::<S>(
-                column,
-                earlier,
-                stride,
-                steps,
-                &earlier[at.min(earlier.len())..],
-                stride,
-            );
-            left.remove(at, column);
-            steps += 1;
-            if steps == STEPS && turn < size {
-                left.compact(inverse, &mut columns[..steps * stride]);
-                let m = left.index.len();
-                let packed = &mut inverse[..triangle(m)];
-                add_gram(S::ISA, columns, steps, m, padded(m), packed);
-                steps = 0;
-            }
+/// A block on its way: weights go out one at a time.
+struct Walk<'a> {
+    left: Left<'a>,
+    /// `-H`, as it was when columns were last taken off.
+    inverse: &'a mut [f64],
+    /// The columns of the `steps` since then.
+    columns: &'a mut [f64],
+    /// The same, each divided by its pivot.
+    scaled: &'a mut [f64],
+    /// One over their pivots.
+    pivots: [f64; STEPS],
+    steps: usize,
+    turn: usize,
+    highest: f64,
+    scores: &'a mut [f32],
+    turns: &'a mut [u32],
+}
+
+impl Walk<'_> {
+    /// Remove a weight; says whether any was left.
+    #[inline(always)]
+    fn step<S: Simd<T = f64>>(&mut self) -> bool {
+        let Self { left, inverse, columns, scaled, pivots, steps, turn, highest, scores, turns } =
+            self;
+        let size = scores.len();
+        if *turn == size {
+            return false;
         }
-        Some(sensitivity)
+        let (cost, at) = left.cheapest::<S>();
+        let j = left.index[at];
+        *highest = highest.max(cost);
+        scores[j] = *highest as f32;
+        turns[j] = *turn as u32;
+        *turn += 1;
+
+        let stride = padded(left.index.len());
+        let (earlier, column) = columns.split_at_mut(*steps * stride);
+        let (factors, scaled_column) = scaled.split_at_mut(*steps * stride);
+        let (column, scaled_column) = (&mut column[..stride], &mut scaled_column[..stride]);
+        left.column(at, inverse, column);
+        let factors = &factors[at.min(factors.len())..];
+        subtract_row::<S>(column, earlier, stride, *steps, factors, stride);
+        pivots[*steps] = left.remove(at, column, scaled_column);
+        *steps += 1;
+        if *steps == STEPS && *turn < size {
+            for (column, inverse) in columns.chunks_mut(stride).zip(pivots.iter()) {
+                let root = inverse.sqrt();
+                column.iter_mut().for_each(|h| *h *= root);
+            }
+            left.compact(inverse, &mut columns[..STEPS * stride]);
+            let m = left.index.len();
+            let packed = &mut inverse[..triangle(m)];
+            add_gram(S::ISA, columns, STEPS, m, padded(m), packed);
+            *steps = 0;
+        }
+        true
     }
 }
 
@@ -172,7 +257,7 @@ impl<'a> Left<'a> {
 
     /// The least cost and the first place that has it.
     #[inline(always)]
-    fn cheapest(&mut self) -> (f64, usize) {
+    fn cheapest<S: Simd<T = f64>>(&mut self) -> (f64, usize) {
         const LANES: usize = 8;
         let n = padded(self.index.len());
         let parts = self.theta[..n].iter().zip(&self.diagonal[..n]).zip(&self.out[..n]);
@@ -197,15 +282,14 @@ impl<'a> Left<'a> {
         // Costs that overflow are all alike: any weight that is not out will do.
         let (wanted, value) =
             if least < f64::INFINITY { (&self.costs[..n], least) } else { (&self.out[..n], 0.0) };
-        let lanes_with = |lanes: &[f64; LANES]| {
-            let bit = |(lane, x): (usize, &f64)| u32::from(*x == value) << lane;
-            lanes.iter().enumerate().map(bit).fold(0, |bits, bit| bits | bit)
-        };
         let mut found = 0;
-        for (chunk, lanes) in wanted.as_chunks::<LANES>().0.iter().enumerate() {
-            let bits = lanes_with(lanes);
+        for lanes in (0..n).step_by(S::W) {
+            // SAFETY: `wanted` holds whole vectors up to `n`; the instruction set is here.
+            let bits = unsafe {
+                S::equal(S::load(wanted[lanes..lanes + S::W].as_ptr()), S::splat(&raw const value))
+            };
             if bits != 0 {
-                found = chunk * LANES + bits.trailing_zeros() as usize;
+                found = lanes + bits.trailing_zeros() as usize;
                 break;
             }
         }
@@ -228,19 +312,21 @@ impl<'a> Left<'a> {
         column[n..].fill(0.0);
     }
 
-    /// Move the other weights, scale the column for the downdate of `H`, and the downdated diagonal.
+    /// Move the other weights, and downdate the diagonal; `scaled` becomes the column over its pivot.
+    /// Returns one over the pivot.
     #[inline(always)]
-    fn remove(&mut self, at: usize, column: &mut [f64]) {
-        let pivot = column[at].max(f64::MIN_POSITIVE);
-        let (move_by, scale) = (self.theta[at] / pivot, 1.0 / pivot.sqrt());
+    fn remove(&mut self, at: usize, column: &[f64], scaled: &mut [f64]) -> f64 {
+        let inverse = 1.0 / column[at].max(f64::MIN_POSITIVE);
+        let theta_at = self.theta[at];
         let rows = self.theta.iter_mut().zip(self.diagonal.iter_mut());
-        for ((theta, diagonal), h) in rows.zip(column) {
-            *theta -= move_by * *h;
-            *h *= scale;
-            let left = *diagonal - *h * *h;
+        for ((theta, diagonal), (h, scaled)) in rows.zip(column.iter().zip(scaled)) {
+            *scaled = *h * inverse;
+            *theta -= theta_at * *scaled;
+            let left = *diagonal - *h * *scaled;
             *diagonal = if left > f64::MIN_POSITIVE { left } else { f64::MIN_POSITIVE };
         }
         self.strike(at);
+        inverse
     }
 
     /// Leave out of the matrix and the columns the weights that are out, if they are a quarter.

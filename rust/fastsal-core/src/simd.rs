@@ -93,6 +93,8 @@ pub trait Simd: Copy {
     /// `a * b + c`
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// Bit `i` says whether lane `i` is the same in both.
+    unsafe fn equal(a: Self::V, b: Self::V) -> u32;
     unsafe fn store(p: *mut Self::T, v: Self::V);
     /// Lanes `lo..hi`; the others are zero.
     unsafe fn load_lanes(p: *const Self::T, lo: usize, hi: usize) -> Self::V;
@@ -142,6 +144,10 @@ macro_rules! portable {
                 std::array::from_fn(|i| a[i] + b[i])
             }
             #[inline(always)]
+            unsafe fn equal(a: Self::V, b: Self::V) -> u32 {
+                (0..$w).fold(0, |bits, i| bits | u32::from(a[i] == b[i]) << i)
+            }
+            #[inline(always)]
             unsafe fn store(p: *mut $t, v: Self::V) {
                 // SAFETY: valid for W elements by contract.
                 unsafe { std::ptr::write_unaligned(p.cast(), v) }
@@ -177,7 +183,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! avx2 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident) => {
+        ($name:ident, $t:ty, $v:ty, $w:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $equal:ident, $mask:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name;
             impl Simd for $name {
@@ -211,6 +217,11 @@ mod x86 {
                 unsafe fn add(a: $v, b: $v) -> $v {
                     // SAFETY: the processor has AVX2 by contract.
                     unsafe { $add(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn equal(a: $v, b: $v) -> u32 {
+                    // SAFETY: the processor has AVX2 by contract.
+                    unsafe { $mask($equal::<_CMP_EQ_OQ>(a, b)) as u32 }
                 }
                 #[inline(always)]
                 unsafe fn store(p: *mut $t, v: $v) {
@@ -250,7 +261,9 @@ mod x86 {
         _mm256_set1_ps,
         _mm256_fmadd_ps,
         _mm256_add_ps,
-        _mm256_storeu_ps
+        _mm256_storeu_ps,
+        _mm256_cmp_ps,
+        _mm256_movemask_ps
     );
     avx2!(
         Avx2F64,
@@ -262,11 +275,13 @@ mod x86 {
         _mm256_set1_pd,
         _mm256_fmadd_pd,
         _mm256_add_pd,
-        _mm256_storeu_pd
+        _mm256_storeu_pd,
+        _mm256_cmp_pd,
+        _mm256_movemask_pd
     );
 
     macro_rules! avx512 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $mload:ident, $mstore:ident) => {
+        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $mload:ident, $mstore:ident, $equal:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name;
             impl Simd for $name {
@@ -302,6 +317,11 @@ mod x86 {
                     unsafe { $add(a, b) }
                 }
                 #[inline(always)]
+                unsafe fn equal(a: $v, b: $v) -> u32 {
+                    // SAFETY: the processor has AVX-512F by contract.
+                    unsafe { u32::from($equal::<_CMP_EQ_OQ>(a, b)) }
+                }
+                #[inline(always)]
                 unsafe fn store(p: *mut $t, v: $v) {
                     // SAFETY: AVX-512F and a valid pointer by contract.
                     unsafe { $store(p, v) }
@@ -335,7 +355,8 @@ mod x86 {
         _mm512_add_ps,
         _mm512_storeu_ps,
         _mm512_maskz_loadu_ps,
-        _mm512_mask_storeu_ps
+        _mm512_mask_storeu_ps,
+        _mm512_cmp_ps_mask
     );
     avx512!(
         Avx512F64,
@@ -351,7 +372,8 @@ mod x86 {
         _mm512_add_pd,
         _mm512_storeu_pd,
         _mm512_maskz_loadu_pd,
-        _mm512_mask_storeu_pd
+        _mm512_mask_storeu_pd,
+        _mm512_cmp_pd_mask
     );
 }
 
