@@ -154,6 +154,7 @@ impl<'a, T: Real> Block<'a, T> {
                 turn += 1;
             }
         }
+        left.price::<S>();
         // The factors are used up: their memory takes the columns.
         let len = STEPS.min(size) * padded(size);
         let (columns, scaled) = (&mut a[..len], &mut m[..len]);
@@ -206,14 +207,14 @@ impl Walk<'_> {
         left.column(at, inverse, column);
         let factors = &factors[at.min(factors.len())..];
         subtract_row::<S>(column, earlier, stride, *steps, factors, stride);
-        pivots[*steps] = left.remove(at, column, scaled_column);
+        pivots[*steps] = left.remove::<S>(at, column, scaled_column);
         *steps += 1;
         if *steps == STEPS && *turn < size {
             for (column, inverse) in columns.chunks_mut(stride).zip(pivots.iter()) {
                 let root = inverse.sqrt();
                 column.iter_mut().for_each(|h| *h *= root);
             }
-            left.compact(inverse, &mut columns[..STEPS * stride]);
+            left.compact::<S>(inverse, &mut columns[..STEPS * stride]);
             let m = left.index.len();
             let packed = &mut inverse[..triangle(m)];
             add_gram(S::ISA, columns, STEPS, m, padded(m), packed);
@@ -233,6 +234,21 @@ struct Left<'a> {
     /// Added to the costs: zero, or infinity for a weight that is out.
     out: &'a mut [f64],
     costs: &'a mut [f64],
+    /// The least cost of each lane.
+    least: [f64; LANES],
+}
+
+/// The most lanes of a vector.
+const LANES: usize = 8;
+
+/// The smaller one, or `b` if that cannot be said: a single instruction.
+#[inline(always)]
+fn smaller(a: f64, b: f64) -> f64 {
+    if a < b {
+        a
+    } else {
+        b
+    }
 }
 
 impl<'a> Left<'a> {
@@ -248,37 +264,32 @@ impl<'a> Left<'a> {
         }
         diagonal[size..].fill(1.0);
         out[size..].fill(f64::INFINITY);
-        Self { index: (0..size).collect(), theta, diagonal, out, costs }
+        let least = [f64::INFINITY; LANES];
+        Self { index: (0..size).collect(), theta, diagonal, out, costs, least }
     }
 
     fn strike(&mut self, at: usize) {
         self.out[at] = f64::INFINITY;
     }
 
+    /// Price all weights, where no step has.
+    #[inline(always)]
+    fn price<S: Simd<T = f64>>(&mut self) {
+        self.update::<S>(0.0, None);
+    }
+
     /// The least cost and the first place that has it.
     #[inline(always)]
-    fn cheapest<S: Simd<T = f64>>(&mut self) -> (f64, usize) {
-        const LANES: usize = 8;
-        let n = padded(self.index.len());
-        let parts = self.theta[..n].iter().zip(&self.diagonal[..n]).zip(&self.out[..n]);
-        for (cost, ((theta, diagonal), out)) in self.costs[..n].iter_mut().zip(parts) {
-            *cost = theta * theta / (2.0 * diagonal) + out;
-        }
-        let mut least = [f64::INFINITY; LANES];
-        for costs in self.costs[..n].as_chunks::<LANES>().0 {
-            for (least, cost) in least.iter_mut().zip(costs) {
-                *least = if cost < least { *cost } else { *least };
-            }
-        }
+    fn cheapest<S: Simd<T = f64>>(&self) -> (f64, usize) {
+        let mut least = self.least;
         let mut width = LANES / 2;
         while width > 0 {
             for lane in 0..width {
-                let other = least[lane + width];
-                least[lane] = if other < least[lane] { other } else { least[lane] };
+                least[lane] = smaller(least[lane + width], least[lane]);
             }
             width /= 2;
         }
-        let least = least[0];
+        let (n, least) = (padded(self.index.len()), least[0]);
         // Costs that overflow are all alike: any weight that is not out will do.
         let (wanted, value) =
             if least < f64::INFINITY { (&self.costs[..n], least) } else { (&self.out[..n], 0.0) };
@@ -312,25 +323,65 @@ impl<'a> Left<'a> {
         column[n..].fill(0.0);
     }
 
-    /// Move the other weights, and downdate the diagonal; `scaled` becomes the column over its pivot.
-    /// Returns one over the pivot.
+    /// Move the other weights, downdate the diagonal, and price what is left; `scaled` becomes the
+    /// column over its pivot. Returns one over the pivot.
     #[inline(always)]
-    fn remove(&mut self, at: usize, column: &[f64], scaled: &mut [f64]) -> f64 {
-        let inverse = 1.0 / column[at].max(f64::MIN_POSITIVE);
-        let theta_at = self.theta[at];
-        let rows = self.theta.iter_mut().zip(self.diagonal.iter_mut());
-        for ((theta, diagonal), (h, scaled)) in rows.zip(column.iter().zip(scaled)) {
-            *scaled = *h * inverse;
-            *theta -= theta_at * *scaled;
-            let left = *diagonal - *h * *scaled;
-            *diagonal = if left > f64::MIN_POSITIVE { left } else { f64::MIN_POSITIVE };
-        }
+    fn remove<S: Simd<T = f64>>(
+        &mut self,
+        at: usize,
+        column: &mut [f64],
+        scaled: &mut [f64],
+    ) -> f64 {
         self.strike(at);
+        let inverse = 1.0 / column[at].max(f64::MIN_POSITIVE);
+        self.update::<S>(self.theta[at], Some((column, scaled, inverse)));
         inverse
     }
 
+    /// One pass over the weights: in registers each is moved and priced at once.
+    #[inline(always)]
+    fn update<S: Simd<T = f64>>(
+        &mut self,
+        theta_at: f64,
+        column: Option<(&mut [f64], &mut [f64], f64)>,
+    ) {
+        let n = padded(self.index.len());
+        let (theta, diagonal) = (&mut self.theta[..n], &mut self.diagonal[..n]);
+        let (out, costs) = (&self.out[..n], &mut self.costs[..n]);
+        // SAFETY: all slices hold `n` elements, a whole number of vectors; the instruction set is
+        // here.
+        unsafe {
+            let splat = |x: f64| S::splat(&raw const x);
+            let mut least = splat(f64::INFINITY);
+            let (tiny, minus_theta) = (splat(f64::MIN_POSITIVE), splat(-theta_at));
+            let column = column.map(|(column, scaled, inverse)| {
+                let (column, scaled) = (&mut column[..n], &mut scaled[..n]);
+                (column.as_ptr(), scaled.as_mut_ptr(), splat(inverse), splat(-1.0))
+            });
+            for i in (0..n).step_by(S::W) {
+                let mut t = S::load(theta.as_ptr().add(i));
+                let mut d = S::load(diagonal.as_ptr().add(i));
+                if let Some((column, scaled, inverse, minus)) = column {
+                    let h = S::load(column.add(i));
+                    let s = S::mul(h, inverse);
+                    S::store(scaled.add(i), s);
+                    t = S::mul_add(minus_theta, s, t);
+                    S::store(theta.as_mut_ptr().add(i), t);
+                    d = S::max(S::mul_add(S::mul(h, minus), s, d), tiny);
+                    S::store(diagonal.as_mut_ptr().add(i), d);
+                }
+                let cost = S::div(S::mul(t, t), S::add(d, d));
+                let cost = S::add(cost, S::load(out.as_ptr().add(i)));
+                S::store(costs.as_mut_ptr().add(i), cost);
+                least = S::min(cost, least);
+            }
+            self.least = [f64::INFINITY; LANES];
+            S::store(self.least.as_mut_ptr(), least);
+        }
+    }
+
     /// Leave out of the matrix and the columns the weights that are out, if they are a quarter.
-    fn compact(&mut self, negated: &mut [f64], columns: &mut [f64]) {
+    fn compact<S: Simd<T = f64>>(&mut self, negated: &mut [f64], columns: &mut [f64]) {
         let n = self.index.len();
         let stay: Vec<usize> = (0..n).filter(|j| self.out[*j] == 0.0).collect();
         let m = stay.len();
@@ -362,5 +413,6 @@ impl<'a> Left<'a> {
         self.diagonal[m..].fill(1.0);
         self.out[m..].fill(f64::INFINITY);
         self.index = stay.iter().map(|j| self.index[*j]).collect();
+        self.price::<S>();
     }
 }

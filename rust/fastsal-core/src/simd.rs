@@ -93,6 +93,12 @@ pub trait Simd: Copy {
     /// `a * b + c`
     unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller one; `b` where either is NaN.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// The larger one; `b` where either is NaN.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// Bit `i` says whether lane `i` is the same in both.
     unsafe fn equal(a: Self::V, b: Self::V) -> u32;
     unsafe fn store(p: *mut Self::T, v: Self::V);
@@ -144,6 +150,22 @@ macro_rules! portable {
                 std::array::from_fn(|i| a[i] + b[i])
             }
             #[inline(always)]
+            unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|i| a[i] * b[i])
+            }
+            #[inline(always)]
+            unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|i| a[i] / b[i])
+            }
+            #[inline(always)]
+            unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+            }
+            #[inline(always)]
+            unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+                std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+            }
+            #[inline(always)]
             unsafe fn equal(a: Self::V, b: Self::V) -> u32 {
                 (0..$w).fold(0, |bits, i| bits | u32::from(a[i] == b[i]) << i)
             }
@@ -183,7 +205,7 @@ mod x86 {
     use std::arch::x86_64::*;
 
     macro_rules! avx2 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $equal:ident, $mask:ident) => {
+        ($name:ident, $t:ty, $v:ty, $w:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $div:ident, $min:ident, $max:ident, $store:ident, $equal:ident, $mask:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name;
             impl Simd for $name {
@@ -217,6 +239,26 @@ mod x86 {
                 unsafe fn add(a: $v, b: $v) -> $v {
                     // SAFETY: the processor has AVX2 by contract.
                     unsafe { $add(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn mul(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX2 by contract.
+                    unsafe { $mul(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn div(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX2 by contract.
+                    unsafe { $div(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn min(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX2 by contract.
+                    unsafe { $min(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn max(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX2 by contract.
+                    unsafe { $max(a, b) }
                 }
                 #[inline(always)]
                 unsafe fn equal(a: $v, b: $v) -> u32 {
@@ -261,6 +303,10 @@ mod x86 {
         _mm256_set1_ps,
         _mm256_fmadd_ps,
         _mm256_add_ps,
+        _mm256_mul_ps,
+        _mm256_div_ps,
+        _mm256_min_ps,
+        _mm256_max_ps,
         _mm256_storeu_ps,
         _mm256_cmp_ps,
         _mm256_movemask_ps
@@ -275,13 +321,17 @@ mod x86 {
         _mm256_set1_pd,
         _mm256_fmadd_pd,
         _mm256_add_pd,
+        _mm256_mul_pd,
+        _mm256_div_pd,
+        _mm256_min_pd,
+        _mm256_max_pd,
         _mm256_storeu_pd,
         _mm256_cmp_pd,
         _mm256_movemask_pd
     );
 
     macro_rules! avx512 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $store:ident, $mload:ident, $mstore:ident, $equal:ident) => {
+        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $div:ident, $min:ident, $max:ident, $store:ident, $mload:ident, $mstore:ident, $equal:ident) => {
             #[derive(Clone, Copy)]
             pub struct $name;
             impl Simd for $name {
@@ -315,6 +365,26 @@ mod x86 {
                 unsafe fn add(a: $v, b: $v) -> $v {
                     // SAFETY: the processor has AVX-512F by contract.
                     unsafe { $add(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn mul(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX-512F by contract.
+                    unsafe { $mul(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn div(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX-512F by contract.
+                    unsafe { $div(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn min(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX-512F by contract.
+                    unsafe { $min(a, b) }
+                }
+                #[inline(always)]
+                unsafe fn max(a: $v, b: $v) -> $v {
+                    // SAFETY: the processor has AVX-512F by contract.
+                    unsafe { $max(a, b) }
                 }
                 #[inline(always)]
                 unsafe fn equal(a: $v, b: $v) -> u32 {
@@ -353,6 +423,10 @@ mod x86 {
         _mm512_set1_ps,
         _mm512_fmadd_ps,
         _mm512_add_ps,
+        _mm512_mul_ps,
+        _mm512_div_ps,
+        _mm512_min_ps,
+        _mm512_max_ps,
         _mm512_storeu_ps,
         _mm512_maskz_loadu_ps,
         _mm512_mask_storeu_ps,
@@ -370,6 +444,10 @@ mod x86 {
         _mm512_set1_pd,
         _mm512_fmadd_pd,
         _mm512_add_pd,
+        _mm512_mul_pd,
+        _mm512_div_pd,
+        _mm512_min_pd,
+        _mm512_max_pd,
         _mm512_storeu_pd,
         _mm512_maskz_loadu_pd,
         _mm512_mask_storeu_pd,
