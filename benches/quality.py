@@ -43,6 +43,14 @@ def load(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, 
     return model.eval(), sets[0], sets[1]
 
 
+def draw(train: tuple[Tensor, Tensor], seed: int, n: int) -> tuple[Tensor, Tensor]:
+    """`n` training images; seed 0 takes the first ones."""
+    order = torch.arange(len(train[1]))
+    if seed:
+        order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
+    return train[0][order[:n]], train[1][order[:n]]
+
+
 def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
     """Top-1 on the test images."""
     with torch.no_grad():
@@ -108,7 +116,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--samples", type=int, nargs="+", default=[1024])
     parser.add_argument("--rounds", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    parser.add_argument("--no-peers", action="store_true", help="the rows of `prune` only")
     parser.add_argument("--damping", type=float, default=1e-5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -116,14 +126,11 @@ def main() -> None:
     table: dict[tuple[str, float], list[float]] = {}
     start = time.perf_counter()
     for n in given.samples:
-        for seed in range(given.seeds):
-            order = torch.arange(len(train[1]))
-            if seed:
-                order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
-            images = (train[0][order[:n]], train[1][order[:n]])
-            jobs = [one_shot(model, images, test, given.damping)]
+        for seed in given.seeds:
+            images = draw(train, seed, n)
+            jobs = [] if given.no_peers else [one_shot(model, images, test, given.damping)]
             for count in given.rounds:
-                wanted = SPARSITIES if count == 1 else SPARSITIES[1:]
+                wanted = [s for s in given.sparsities if count == 1 or s > SPARSITIES[0]]
                 jobs.append(rounds(model, images, test, count, wanted))
             for job in jobs:
                 for name, sparsity, value in job:

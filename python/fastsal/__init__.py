@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         InvalidArgument,
         MaskError,
         NonFiniteGradient,
+        NonFiniteLoss,
         PrecisionWarning,
         UnknownParameter,
         UnsupportedLayer,
     )
+    from fastsal.finetuning import FinetuneResult, finetune
     from fastsal.fisher import BlockFisher
     from fastsal.gradients import per_sample_gradients, select_parameters
     from fastsal.masks import Masks
@@ -48,9 +50,12 @@ _HOME = {
     "InvalidArgument": "errors",
     "MaskError": "errors",
     "NonFiniteGradient": "errors",
+    "NonFiniteLoss": "errors",
     "PrecisionWarning": "errors",
     "UnknownParameter": "errors",
     "UnsupportedLayer": "errors",
+    "FinetuneResult": "finetuning",
+    "finetune": "finetuning",
     "BlockFisher": "fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
@@ -75,10 +80,12 @@ __all__ = [
     "FactorizationError",
     "FastsalError",
     "FileFormatError",
+    "FinetuneResult",
     "InvalidArgument",
     "MaskError",
     "Masks",
     "NonFiniteGradient",
+    "NonFiniteLoss",
     "PrecisionWarning",
     "PruneResult",
     "SafetyReport",
@@ -89,6 +96,7 @@ __all__ = [
     "collect",
     "compensate",
     "evaluate",
+    "finetune",
     "fit_heads",
     "get_num_threads",
     "per_sample_gradients",

@@ -29,7 +29,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> None:
         self._path = Path(path)
-        self._asked = json.loads(json.dumps(dict(asked), default=str))
+        self._asked = as_asked(asked)
 
     def save(
         self, weights: Mapping[str, Tensor], masks: Masks, history: list[dict[str, Any]]
@@ -62,26 +62,17 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        self._start = _digest(original)
+        self._start = digest(original)
         if not self._path.exists():
             return None, []
         try:
             with safe_open(os.fspath(self._path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
-                if header.get("format") != _FORMAT:
-                    raise FileFormatError(f"checkpoint: {self._path} is no checkpoint of prune")
-                if header["start"] != self._start:
-                    raise FileFormatError(
-                        f"checkpoint: {self._path} began from other weights; give another file"
-                    )
-                if header["asked"] != self._asked:
-                    other = sorted(k for k, v in self._asked.items() if header["asked"].get(k) != v)
-                    raise FileFormatError(
-                        f"checkpoint: {self._path} is of a run with other {', '.join(other)}; "
-                        "give the same arguments, or another file"
-                    )
+                check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
                 weights = {n: file.get_tensor(f"weight:{n}") for n in parameters}
                 masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
+        except FileFormatError:
+            raise
         except (SafetensorError, KeyError, ValueError) as error:
             raise FileFormatError(f"checkpoint: {self._path} cannot be read: {error}") from error
         with torch.no_grad():
@@ -94,9 +85,46 @@ class Checkpoint:
         self._path.unlink(missing_ok=True)
 
 
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, w in weights.items():
-        digest.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def check_origin(
+    path: Path,
+    call: str,
+    found: Mapping[str, Any],
+    kind: str,
+    start: str,
+    asked: Mapping[str, Any],
+) -> None:
+    """Raise FileFormatError unless what a checkpoint says of itself is what this run is.
+
+    Args:
+        path: The checkpoint.
+        call: The function that goes on from it.
+        found: Its `format`, `start` and `asked`.
+        kind: The format that it is to have.
+        start: Digest of what the run began from.
+        asked: What the run is asked for.
+    """
+    if found.get("format") != kind:
+        raise FileFormatError(f"checkpoint: {path} is no checkpoint of {call}")
+    if found["start"] != start:
+        raise FileFormatError(f"checkpoint: {path} began from other weights; give another file")
+    if found["asked"] != asked:
+        other = sorted(k for k, v in asked.items() if found["asked"].get(k) != v)
+        raise FileFormatError(
+            f"checkpoint: {path} is of a run with other {', '.join(other)}; "
+            "give the same arguments, or another file"
+        )
+
+
+def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments as JSON gives them back, which can be compared with a file's."""
+    return dict(json.loads(json.dumps(dict(arguments), default=str)))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes, types and values."""
+    sha = hashlib.sha256()
+    for name, w in tensors.items():
+        sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+        flat = w.detach().cpu().contiguous().reshape(-1)  # a single number has no bytes to view
+        sha.update(flat.view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -2,6 +2,11 @@
 
 One set of statistics serves all candidates; each costs a score, a mask, a compensation and a
 forward pass over the held-out images, together less than one more round of statistics.
+
+Where much is pruned at once the outcome is rough in `λ` and in the samples: the same `λ` with a few
+more samples may come out far worse. So it is the pruned model that was measured which is kept, not
+the `λ` alone. And an image that is worse than guessed counts as guessed: there a few images that
+are wrong with great confidence would decide by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.losses import cross_entropy
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
@@ -69,7 +75,10 @@ class HeldOut:
         return sum(images.shape[0] for images, _ in self.batches)
 
     def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of a model on these images."""
+        """Return the mean loss of a model on these images.
+
+        A cross-entropy counts at most what guessing costs, `log C`.
+        """
         total = 0.0
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
             out = outputs(model, images)
@@ -77,6 +86,8 @@ class HeldOut:
                 losses = self.loss(out, labels.to(out.device))
             elif target is not None:
                 losses = F.cross_entropy(out, target, reduction="none")
+            if labels is None or self.loss is cross_entropy:
+                losses = losses.clamp(max=loss_of_guessing(out))
             total += float(losses.double().sum())
         return total / self.samples
 
@@ -93,6 +104,11 @@ def outputs(model: nn.Module, images: Tensor) -> Tensor:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def loss_of_guessing(outputs: Tensor) -> float:
+    """Return the cross-entropy of equal logits `[n, C]`: `log C`."""
+    return math.log(max(2, outputs.shape[1]))
 
 
 def candidates(fisher: BlockFisher) -> list[float]:

@@ -30,6 +30,10 @@ class NonFiniteGradient(FastsalError, ArithmeticError, ValueError):
     """A per-sample gradient holds NaN or infinity; nothing was accumulated."""
 
 
+class NonFiniteLoss(FastsalError, ArithmeticError, ValueError):
+    """Training gave a loss or a weight that is NaN or infinite; the model is as it was."""
+
+
 class UnsupportedLayer(FastsalError, TypeError):
     """The per-sample gradient of a weight cannot be formed; the message says which and why."""
 

@@ -10,18 +10,24 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastsal.atomic import atomic_path
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
+from fastsal.holding import hold
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
+# What DistributedDataParallel, averaged models and torch.compile put before ordinary names.
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 class Masks(Mapping[str, Tensor]):
@@ -94,7 +100,7 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             MaskError: The model lacks a parameter or has it in another shape; nothing is changed.
         """
-        parameters = self._parameters(model)
+        parameters = self.parameters(model)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 # Not a product: zero times infinity is not zero.
@@ -107,7 +113,7 @@ class Masks(Mapping[str, Tensor]):
             MaskError: Some are not (names the parameter and counts them), or the model does not
                 fit the masks.
         """
-        for name, parameter in self._parameters(model).items():
+        for name, parameter in self.parameters(model).items():
             alive = (parameter.detach() != 0) & ~self[name].to(parameter.device)
             count = int(alive.sum())
             if count:
@@ -115,6 +121,61 @@ class Masks(Mapping[str, Tensor]):
                 raise MaskError(
                     f"model: {count} pruned weights of {name!r} are not zero, the first at {at}"
                 )
+
+    def hold(
+        self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    ) -> AbstractContextManager[None]:
+        """Keep the pruned weights of a model zero while it is trained, inside a `with` block.
+
+        When the block begins the model is masked, and so are its gradients and the optimiser's
+        state. Inside it gradients of pruned weights are zero, so that clipping and loss scaling do
+        not see them, and weights are zeroed about every step and after `load_state_dict`. When it
+        ends nothing is left on the model, on success and on an error, and the zeros are proven.
+
+        Parameters keep their names and types: a `state_dict` is an ordinary one. A copy that is
+        made inside the block, by `copy.deepcopy` or for an average, has its zeros and is not held:
+        averages of zeros are zero, but an optimiser of its own may move them. An average that began
+        before the model was masked forgets dense weights as slowly as it forgets all others.
+        `load_state_dict(assign=True)` gives the model other parameters: begin another block then.
+
+        Args:
+            model: The model, or what wraps it: `torch.compile`, `DistributedDataParallel`.
+            optimizer: What trains it: one or several. None holds gradients and what is loaded
+                only, which is enough for an optimiser that starts inside the block and moves
+                each weight by its own gradients.
+
+        Raises:
+            MaskError: The masks are of another model. At the end: something else wrote to pruned
+                weights (they are zero again); the training has seen them.
+            InvalidArgument: The optimiser holds none of the masked parameters.
+        """
+        return hold(self, model, optimizer)
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters of a model that these masks are of, by the masks' names.
+
+        The model may be wrapped, by `torch.compile`, `DistributedDataParallel` or an average: the
+        prefixes `_orig_mod.` and `module.` do not count where a name is not there with them.
+
+        Raises:
+            MaskError: The model lacks a parameter or has it in another shape.
+        """
+        owned = dict(model.named_parameters(remove_duplicate=False))
+        plain = {_WRAPPED.sub("", name): p for name, p in owned.items()}
+        found = {}
+        for name, shape in self.shapes.items():
+            parameter = owned.get(name, plain.get(_WRAPPED.sub("", name)))
+            if parameter is None:
+                raise MaskError(
+                    f"model: has no parameter {name!r}; these masks are of another model"
+                )
+            if tuple(parameter.shape) != shape:
+                raise MaskError(
+                    f"model: parameter {name!r} has shape {tuple(parameter.shape)}, its mask "
+                    f"{shape}; these masks are of another model"
+                )
+            found[name] = parameter
+        return found
 
     def save(self, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None = None) -> None:
         """Write packed bits and the recipe to a safetensors file, whole or not at all.
@@ -170,20 +231,6 @@ class Masks(Mapping[str, Tensor]):
             flat = np.unpackbits(bits[name], count=math.prod(shape))
             masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
         return cls(masks, header["recipe"])
-
-    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        owned = dict(model.named_parameters(remove_duplicate=False))
-        for name, shape in self.shapes.items():
-            if name not in owned:
-                raise MaskError(
-                    f"model: has no parameter {name!r}; these masks are of another model"
-                )
-            if tuple(owned[name].shape) != shape:
-                raise MaskError(
-                    f"model: parameter {name!r} has shape {tuple(owned[name].shape)}, its mask "
-                    f"{shape}; these masks are of another model"
-                )
-        return {name: owned[name] for name in self}
 
 
 def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:

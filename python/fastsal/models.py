@@ -138,23 +138,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         loaded: Any = _read_safetensors(path)
     else:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError:
-            raise
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            OSError,
-            EOFError,
-            LookupError,
-            ValueError,
-        ) as error:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FileFormatError(
-                f"weights: {path} cannot be read as plain tensors ({why}); "
-                "takes an undamaged state dict, without other objects"
-            ) from None
+        loaded = read_pickle(path, "weights", "an undamaged state dict, without other objects")
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -171,6 +155,31 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in loaded):
         loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
     return dict(loaded)
+
+
+def read_pickle(path: Path, argument: str, takes: str) -> Any:
+    """Read what `torch.save` wrote: tensors, containers and numbers, never code.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, or holds something else; the message names
+            `argument` and what it takes.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+    ) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(
+            f"{argument}: {path} cannot be read as plain tensors ({why}); takes {takes}"
+        ) from None
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -24,6 +24,36 @@ from fastsal.ranking import rank
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What a step of pruning came to.
+
+    Attributes:
+        scores: Name to float32.
+        masks: True = kept.
+        increase: Predicted loss increase after compensation; None without.
+    """
+
+    scores: dict[str, Tensor]
+    masks: Masks
+    increase: float | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A step that was measured on held-out images, and can be taken up again.
+
+    Attributes:
+        outcome: What it came to.
+        weights: Name to the weights after it.
+        loss: Held-out loss.
+    """
+
+    outcome: Outcome
+    weights: dict[str, Tensor]
+    loss: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to prune: what is the same in every round and for every sparsity.
 
@@ -95,7 +125,7 @@ class Plan:
         masks: Masks | None,
         goal: float | None,
         damping: float,
-    ) -> tuple[dict[str, Tensor], Masks, float | None]:
+    ) -> Outcome:
         """Score, rank and prune in place."""
         named = {} if fisher is not None else {"parameters": self.parameters}
         scores = score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
@@ -107,7 +137,7 @@ class Plan:
         if self.compensate and fisher is not None:
             increase = compensate_model(model, fisher, new, damping, before=masks).total
         new.apply(model)
-        return scores, new, increase
+        return Outcome(scores, new, increase)
 
     def choose(
         self,
@@ -117,43 +147,55 @@ class Plan:
         goal: float | None,
         chosen: Mapping[str, nn.Parameter],
         held_out: HeldOut | None,
-    ) -> DampingChoice:
-        """The damping of a round; the model is as before."""
+    ) -> tuple[DampingChoice, Attempt | None]:
+        """The damping of a round and, where some were tried, the best try.
+
+        The model is as before.
+        """
         if not isinstance(self.damping, str):
-            return DampingChoice(self.damping, [])
+            return DampingChoice(self.damping, []), None
         if held_out is None or fisher is None:
-            return DampingChoice(1.0, [])  # nothing that is used depends on it
-        start = {name: p.detach().clone() for name, p in chosen.items()}
+            return DampingChoice(1.0, []), None  # nothing that is used depends on it
+        start = copies(chosen)
+        outcome: Outcome | None = None
+        best: Attempt | None = None
 
         def prune_with(damping: float) -> None:
+            nonlocal outcome
             restore(chosen, start)
             with warnings.catch_warnings():
                 # Said for the damping that is taken, not for those that are tried.
                 warnings.simplefilter("ignore", PrecisionWarning)
-                self.step(model, fisher, masks, goal, damping)
+                outcome = self.step(model, fisher, masks, goal, damping)
+
+        def measure() -> float:
+            nonlocal best
+            loss = held_out.mean_loss(model)
+            if outcome is not None and (best is None or loss < best.loss):
+                best = Attempt(outcome, copies(chosen), loss)
+            return loss
 
         try:
-            return choose_damping(candidates(fisher), prune_with, lambda: held_out.mean_loss(model))
+            return choose_damping(candidates(fisher), prune_with, measure), best
         finally:
             restore(chosen, start)
 
     def entry(
         self,
         number: int,
-        masks: Masks,
         fisher: BlockFisher | None,
         choice: DampingChoice,
-        increase: float | None,
+        outcome: Outcome,
         seconds: dict[str, float],
     ) -> dict[str, Any]:
         """Return the history's line of a round."""
         return {
             "round": number,
-            "sparsity": masks.sparsity,
+            "sparsity": outcome.masks.sparsity,
             "samples": 0 if fisher is None else fisher.samples,
             "damping": choice.damping if self.needs_damping else None,
             "damping_evidence": choice.evidence,
-            "predicted_increase": increase,
+            "predicted_increase": outcome.increase,
             "seconds": seconds,
         }
 
@@ -203,19 +245,29 @@ class Job:
         more = {"progress": False} if quiet else {}
         return collect(self.model, source, seed=seed, **{**self.statistics, **more})
 
-    @contextlib.contextmanager
-    def all_or_nothing(self) -> Iterator[dict[str, Tensor]]:
+    def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Give the weights back if anything goes wrong; yields a copy of them."""
-        original = {name: p.detach().clone() for name, p in self.chosen.items()}
-        try:
-            yield original
-        except BaseException:
-            restore(self.chosen, original)
-            raise
+        return all_or_nothing(self.chosen)
 
 
-def restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Copy weights back."""
+@contextlib.contextmanager
+def all_or_nothing(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Give parameters and buffers their values back if anything goes wrong; yields a copy."""
+    original = copies(tensors)
+    try:
+        yield original
+    except BaseException:
+        restore(tensors, original)
+        raise
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of values, to go back to."""
+    return {name: p.detach().clone() for name, p in tensors.items()}
+
+
+def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values back."""
     with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(weights[name])
+        for name, p in tensors.items():
+            p.copy_(values[name])

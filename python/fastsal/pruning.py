@@ -33,9 +33,10 @@ class PruneResult:
         masks: True = kept; the model is zero elsewhere.
         scores: The scores of the last round, name to float32.
         history: One entry a round: `round`, `sparsity` reached, `samples`, `damping`,
-            `damping_evidence` (pairs of λ and held-out loss), `predicted_increase` of the loss
-            (with compensation) and `seconds` of each step; the last one has `recalibration`, if
-            that was asked for: held-out loss `before` and `after`, and whether it was `kept`.
+            `damping_evidence` (pairs of λ and held-out loss), `held_out_joined` (see `damping`),
+            `predicted_increase` of the loss (with compensation) and `seconds` of each step; the
+            last one has `recalibration`, if that was asked for: held-out loss `before` and `after`,
+            and whether it was `kept`.
         safety: With `max_loss_increase` or `max_accuracy_drop`: what was tested.
     """
 
@@ -88,8 +89,10 @@ def prune(
         criterion: One of `CRITERIA`.
         rounds: Rounds, 1 or more.
         compensate: Whether kept weights move to make up for the pruned ones.
-        damping: `λ`, or `"auto"`: one sample in eight is held out, the λ that leaves the least loss
-            on them is taken, and they are added to the statistics then.
+        damping: `λ`, or `"auto"`: one sample in eight is held out, and the λ that leaves the least
+            loss on them is taken. They join the statistics then; where that makes the loss worse,
+            the pruned model that was measured without them stays. A cross-entropy counts at most
+            what guessing costs.
         samples: Samples of each round; None takes all.
         block_size: As for `collect`.
         scope: As for `rank`; so are `pattern` and `floor`.

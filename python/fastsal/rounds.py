@@ -14,7 +14,7 @@ from fastsal.damping import HeldOut
 from fastsal.errors import InvalidArgument
 from fastsal.holdout import Pair, holding_out, limited
 from fastsal.masks import Masks
-from fastsal.plan import Job
+from fastsal.plan import Job, restore
 from fastsal.recalibration import recalibrate_if_better
 
 
@@ -59,13 +59,20 @@ def prune_in_rounds(
                     rest = job.collect(held, plan.seed + len(goals) + number, quiet=True)
                     tuned = HeldOut.of(model, some, job.loss)
             clock.lap("statistics")
-            choice = plan.choose(model, fisher, masks, goal, job.chosen, tuned)
+            choice, best = plan.choose(model, fisher, masks, goal, job.chosen, tuned)
             clock.lap("damping")
             if fisher is not None and rest is not None:
                 fisher.merge(rest)
-            scores, masks, increase = plan.step(model, fisher, masks, goal, choice.damping)
+            outcome = plan.step(model, fisher, masks, goal, choice.damping)
+            has_joined = True
+            if best is not None and tuned is not None and tuned.mean_loss(model) > best.loss:
+                has_joined = False
+                restore(job.chosen, best.weights)
+                outcome = best.outcome
+            scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")
-            history.append(plan.entry(number, masks, fisher, choice, increase, clock.laps))
+            entry = plan.entry(number, fisher, choice, outcome, clock.laps)
+            history.append(entry | {"held_out_joined": has_joined} if plan.is_auto else entry)
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)
         if recalibrate and tuned is not None:

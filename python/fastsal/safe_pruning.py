@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fastsal.collection import Batches, as_batches
 from fastsal.compensation import compensate
 from fastsal.criteria import score
-from fastsal.damping import HeldOut, outputs
+from fastsal.damping import HeldOut, loss_of_guessing, outputs
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.holdout import Pair, holding_out, limited
 from fastsal.masks import Masks
-from fastsal.plan import Job, restore
+from fastsal.plan import Job, Outcome, copies, restore
 from fastsal.ranking import rank
 from fastsal.rounds import Clock
 from fastsal.safety import (
@@ -25,7 +25,6 @@ from fastsal.safety import (
     SafetyReport,
     differences,
     is_below,
-    loss_cap,
     losses_of,
     trusted_until,
     upper_bound,
@@ -67,7 +66,7 @@ class Examination:
             for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
         ]
         self.images = sum(len(out) for out in self._dense)
-        self.cap = loss_cap(self._dense[0]) if limit.kind == "loss" else None
+        self.cap = loss_of_guessing(self._dense[0]) if limit.kind == "loss" else None
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """Measure a pruned model."""
@@ -123,24 +122,24 @@ def prune_safely(
         examination = Examination(model, tested, limit, job.loss)
         clock.lap("statistics")
         tuned = HeldOut.of(model, limited(held), job.loss) if plan.is_auto else None
-        choice = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
+        choice, _ = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
         if fisher is not None and held:
             fisher.merge(job.collect(held, plan.seed + 1, quiet=True))
         clock.lap("damping")
-        masks, scores, increase, report = _search(job, fisher, examination, choice.damping)
+        outcome, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
-    history = [plan.entry(1, masks, fisher, choice, increase, clock.laps)]
-    plan.sign(masks, history)
-    masks.recipe["limit"] = vars(limit)
-    return masks, scores, history, report
+    history = [plan.entry(1, fisher, choice, outcome, clock.laps)]
+    plan.sign(outcome.masks, history)
+    outcome.masks.recipe["limit"] = vars(limit)
+    return outcome.masks, outcome.scores, history, report
 
 
 def _search(
     job: Job, fisher: BlockFisher | None, examination: Examination, damping: float
-) -> tuple[Masks, dict[str, Tensor], float | None, SafetyReport]:
+) -> tuple[Outcome, SafetyReport]:
     """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
     plan, model = job.plan, job.model
-    start = {name: p.detach().clone() for name, p in job.chosen.items()}
+    start = copies(job.chosen)
     names = None if fisher is not None else list(job.chosen)
     scores = score(model, fisher, plan.criterion, damping, parameters=names, seed=plan.seed)
 
@@ -173,4 +172,4 @@ def _search(
     report = SafetyReport(
         examination.limit, safe, examination.images, examination.cap, curve, trusted_until(curve)
     )
-    return masks, scores, predicted, report
+    return Outcome(scores, masks, predicted), report

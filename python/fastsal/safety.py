@@ -20,6 +20,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from fastsal.damping import loss_of_guessing
 from fastsal.errors import InvalidArgument
 
 # Coarse where nothing is at stake, fine where it is. Fixed beforehand: the order may not depend on
@@ -166,14 +167,9 @@ def differences(
     if limit.kind == "accuracy":
         right = [(out.argmax(1) == labels).double() for out in (dense, pruned)]
         return right[0] - right[1], -1.0, 1.0
-    cap = loss_cap(dense)
+    cap = loss_of_guessing(dense)
     before, after = (values.double().clamp(max=cap) for values in losses)
     return after - before, -cap, cap
-
-
-def loss_cap(outputs: Tensor) -> float:
-    """Return the cross-entropy of guessing: what a loss above it counts as."""
-    return math.log(max(2, outputs.shape[1]))
 
 
 def trusted_until(curve: list[dict[str, Any]]) -> float | None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -172,15 +171,13 @@ def test_a_folder_of_images(model, weights, tiny_npz, tmp_path):
     assert json.loads(result.stdout)["samples"] == 60
 
 
-def test_the_command_starts_quickly(python_env):
+def test_the_command_starts_without_torch(python_env):
     code = "import sys, fastsal.cli; sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=python_env, check=False).returncode == 0
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "fastsal", "--help"],
         env=python_env, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert time.perf_counter() - start < 3  # a busy machine; 0.2 s on an idle one
     for name in ("prune", "score", "rank", "eval", "verify", "demo"):
         assert f"\n  {name} " in done.stdout
 

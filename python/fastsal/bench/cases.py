@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -116,6 +118,9 @@ def cases(size: Size) -> Iterator[Case]:
         "times as fast",
         1.0,
         partial(_gradients, "resnet18"),
+    )
+    yield Case(
+        "the command line's start (--help)", "of import torch's time", 0.25, _start, at_least=False
     )
     for name in size.models:
         yield Case(
@@ -267,6 +272,15 @@ def _gradients(name: str) -> Comparison:
         _faster,
         3,
     )
+
+
+def _start() -> Comparison:
+    def python(*arguments: str) -> Callable[[], object]:
+        command = [sys.executable, *arguments]
+        return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+    ours, peer = python("-m", "fastsal", "--help"), python("-c", "import torch")
+    return Comparison(ours, peer, "import torch", _longer, 3)
 
 
 def _collect(size: Size, name: str) -> Comparison:

@@ -8,6 +8,7 @@ from fastsal.cli.bench import bench
 from fastsal.cli.compensate import compensate
 from fastsal.cli.demo import demo
 from fastsal.cli.evaluate import evaluate
+from fastsal.cli.finetune import finetune
 from fastsal.cli.group import Group
 from fastsal.cli.prune import prune
 from fastsal.cli.rank import rank
@@ -29,5 +30,5 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (prune, score, rank, compensate, evaluate, verify, bench, demo):
+for _command in (prune, score, rank, compensate, finetune, evaluate, verify, bench, demo):
     main.add_command(_command)

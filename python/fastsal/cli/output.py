@@ -57,6 +57,19 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
     return table
 
 
+def run_summary(report: Mapping[str, Any]) -> str:
+    """Return one line on what the report of a run says."""
+    total = sum(math.prod(p["shape"]) for p in report["parameters"].values())
+    kept = sum(p["kept"] for p in report["parameters"].values())
+    text = f"{kept:,} of {total:,} weights kept, sparsity {report['sparsity']:.4f}"
+    if report["accuracy"]:
+        before, after = report["accuracy"]["before"], report["accuracy"]["after"]
+        text += f"; accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}"
+    seconds = sum(report["seconds"].values())
+    memory = report["peak_memory_mib"]
+    return text + f"; {seconds:.1f} s" + (f", peak {memory} MiB" if memory else "")
+
+
 def bar(share: float) -> str:
     """Return a bar of up to 20 characters, in eighths."""
     eighths = round(min(max(share, 0.0), 1.0) * _BAR * 8)

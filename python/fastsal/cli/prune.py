@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,6 +9,8 @@ import click
 from fastsal.cli import options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from fastsal.data import Batches
@@ -69,8 +70,8 @@ def prune(**given: Any) -> None:
 
     Example: fastsal prune resnet18 --weights pretrained --data images --sparsity 0.7 --out run
     """
-    from fastsal.cli.output import console, emit, kept_table
-    from fastsal.cli.runfolder import check_target, write_run
+    from fastsal.cli.output import console, emit, kept_table, run_summary
+    from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.cli.setup import (
         Clock,
         check_test,
@@ -80,8 +81,7 @@ def prune(**given: Any) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.cli.versions import versions
-    from fastsal.progress import peak_memory, reporter
+    from fastsal.progress import reporter
     from fastsal.safety import summary
     from fastsal.transfer.evaluation import measure
 
@@ -108,25 +108,17 @@ def prune(**given: Any) -> None:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
     masks.verify(model)
-    peak = peak_memory()
-    arguments = {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")}
     result = {
-        "command": ["fastsal", *sys.argv[1:]],
-        "arguments": arguments,
-        "versions": versions(),
+        **run_facts(given, masks),
         "samples": batches.samples if batches else 0,
-        "sparsity": masks.sparsity,
-        "parameters": {
-            name: {"shape": list(masks.shapes[name]), "kept": masks.kept[name]} for name in masks
-        },
         "history": history,
         "safety": safety.as_dict() if safety else None,
         "accuracy": accuracy,
         "seconds": clock.seconds,
-        "peak_memory_mib": round(peak / 2**20) if peak else None,
     }
     recipe = {"model": given["model"], **ranked}
     write_run(given["out"], model, masks, recipe, result)
+    has_picture = safety is not None and _draw(safety, given["out"])
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
@@ -140,7 +132,9 @@ def prune(**given: Any) -> None:
             screen.print(
                 f"prediction and measurement agree up to sparsity {safety.trusted_until:g}"
             )
-    screen.print(f"\n[bold]{_summary(result)}[/bold]")
+        if not has_picture:
+            screen.print("for a picture of it: pip install 'fastsal[report]'")
+    screen.print(f"\n[bold]{run_summary(result)}[/bold]")
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
 
@@ -175,6 +169,17 @@ def _pruned(
     return result.masks, list(result.history), result.safety
 
 
+def _draw(safety: SafetyReport, folder: Path) -> bool:
+    """Draw what was tested into the run's folder, if matplotlib is here."""
+    from fastsal.report.safety_figure import draw
+
+    try:
+        draw(safety, folder / "safety.svg")
+    except ImportError:
+        return False
+    return True
+
+
 def _curve(safety: SafetyReport) -> Any:
     """Table of what was tested."""
     from rich.table import Table
@@ -195,21 +200,3 @@ def _curve(safety: SafetyReport) -> Any:
             style=None if point["sparsity"] <= safety.sparsity else "dim",
         )
     return table
-
-
-def _summary(result: dict[str, Any]) -> str:
-    total = sum(_product(p["shape"]) for p in result["parameters"].values())
-    kept = sum(p["kept"] for p in result["parameters"].values())
-    text = f"{kept:,} of {total:,} weights kept, sparsity {result['sparsity']:.4f}"
-    if result["accuracy"]:
-        before, after = result["accuracy"]["before"], result["accuracy"]["after"]
-        text += f"; accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}"
-    seconds = sum(result["seconds"].values())
-    memory = result["peak_memory_mib"]
-    return text + f"; {seconds:.1f} s" + (f", peak {memory} MiB" if memory else "")
-
-
-def _product(shape: list[int]) -> int:
-    import math
-
-    return math.prod(shape)

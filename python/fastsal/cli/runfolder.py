@@ -6,12 +6,15 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsal.cli.output import to_json
+from fastsal.cli.versions import versions
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.progress import peak_memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,6 +83,20 @@ def write_run(
             os.replace(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
+    """Return what every report tells: the command, what it ran on, and what is kept."""
+    peak = peak_memory()
+    kept, shapes = masks.kept, masks.shapes
+    return {
+        "command": ["fastsal", *sys.argv[1:]],
+        "arguments": {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")},
+        "versions": versions(),
+        "sparsity": masks.sparsity,
+        "parameters": {name: {"shape": list(shapes[name]), "kept": kept[name]} for name in masks},
+        "peak_memory_mib": round(peak / 2**20) if peak else None,
+    }
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:

@@ -111,17 +111,21 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
     )
 
 
-def check_test(data: Batches | None, test: Batches) -> None:
-    """Check that `--data` and `--test` number their classes alike; tell if they share images."""
+def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
+    """Check that `--data` and `--test` number their classes alike; tell if they share images.
+
+    `name` is the option that `test` was given by.
+    """
     if data is None:
         return
     if data.images.classes != test.images.classes:
         raise DataError(
-            f"test: {test.images.source} has classes {_shortened(test.images.classes)}; --data "
+            f"{name}: {test.images.source} has classes {_shortened(test.images.classes)}; --data "
             f"has {_shortened(data.images.classes)}"
         )
     if data.images.source == test.images.source:
-        click.echo("note: --test holds images that pruning sees: --data is the same", err=True)
+        option = name.replace("_", "-")
+        click.echo(f"note: --{option} holds images that are used: --data is the same", err=True)
 
 
 def collect_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use crate::dense::{cholesky, room, solve, Scratch};
 use crate::error::{check_length, Result};
 use crate::factor::{check_damping, Statistics};
-use crate::gram::padded;
 use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+use crate::tiles::padded;
 
 /// What compensation says of one parameter.
 #[derive(Debug, Clone, Default, PartialEq)]

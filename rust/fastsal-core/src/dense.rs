@@ -9,9 +9,9 @@
 
 use std::ops::Range;
 
-use crate::gram::{gram_of_lower, padded};
 use crate::layout::{row_base, triangle};
 use crate::simd::{dispatch, Isa, Kernel, Simd};
+use crate::tiles::{gram_of_lower, padded};
 
 /// Vectors of a row that are built at a time.
 const VECTORS: usize = 8;

@@ -10,11 +10,11 @@ use rayon::prelude::*;
 use crate::dense::{cholesky, subtract_row, zeros, Scratch};
 use crate::error::{check_length, Error, Result};
 use crate::factor::{check_damping, Report};
-use crate::gram::{add_gram, padded};
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
 use crate::rows::Rows;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+use crate::tiles::{add_gram, padded};
 
 /// Weights whose gradients are copied side by side at a time.
 const WEIGHTS: usize = 64;

@@ -10,13 +10,13 @@
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, inverse_packed, invert, room, subtract_row, zeros, Scratch};
+use crate::dense::{subtract_row, zeros, Scratch};
 use crate::error::{check_length, Result};
 use crate::factor::{check_damping, Report, Statistics};
-use crate::gram::{add_gram, padded};
 use crate::layout::{row_base, triangle};
 use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+use crate::tiles::{add_gram, padded};
 
 /// Steps whose columns are taken off the matrix together.
 const STEPS: usize = 24;
@@ -129,18 +129,12 @@ impl<'a, T: Real> Block<'a, T> {
     ) -> Option<Walk<'a>> {
         let Self { statistics, b, weights, damping, scores, turns } = self;
         let size = weights.len();
-        let a = room(&mut scratch.upper, size * padded(size));
-        let m = room(&mut scratch.lower, size * padded(size));
-        let largest = statistics.damped(b, damping, a);
-        if !cholesky(S::ISA, a, size) {
+        *out = statistics.inverse_of(S::ISA, b, damping, scratch);
+        if out.is_none() {
             scores.fill(f32::NAN);
             return None;
         }
-        invert(S::ISA, a, m, size);
-        let inverse = room(&mut scratch.packed, triangle(size));
-        inverse_packed(S::ISA, m, size, inverse);
-        let trace = (0..size).map(|j| inverse[row_base(size, j) + j]).sum();
-        *out = Some(statistics.sensitivity(b, damping, largest, trace));
+        let inverse = &mut scratch.packed[..triangle(size)];
         // Negated, so that the Gram kernel, which adds, takes columns off it.
         inverse.iter_mut().for_each(|x| *x = -*x);
 
@@ -157,7 +151,7 @@ impl<'a, T: Real> Block<'a, T> {
         left.price::<S>();
         // The factors are used up: their memory takes the columns.
         let len = STEPS.min(size) * padded(size);
-        let (columns, scaled) = (&mut a[..len], &mut m[..len]);
+        let (columns, scaled) = (&mut scratch.upper[..len], &mut scratch.lower[..len]);
         columns.fill(0.0);
         scaled.fill(0.0);
         let (pivots, steps, highest) = ([0.0; STEPS], 0, 0.0);

@@ -7,10 +7,10 @@ use rayon::prelude::*;
 
 use crate::dense::{cholesky, inverse_packed, invert, room, unpack, Scratch};
 use crate::error::{check_length, Error, Result};
-use crate::gram::padded;
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+use crate::tiles::padded;
 
 /// The statistics of one parameter, borrowed.
 #[derive(Debug, Clone, Copy)]
@@ -103,6 +103,47 @@ impl<'a, T: Real> Statistics<'a, T> {
             row[0] += damping;
         }
         largest
+    }
+}
+
+impl<T: Real> Statistics<'_, T> {
+    /// `M = U⁻ᵀ` of `A_b = UᵀU` into `scratch.lower`; `max_i F_ii`, or `None` when `A_b` cannot be
+    /// factored.
+    #[inline(always)]
+    pub(crate) fn factor_of(
+        &self,
+        isa: Isa,
+        b: usize,
+        damping: f64,
+        scratch: &mut Scratch,
+    ) -> Option<f64> {
+        let size = self.layout.size(b);
+        let a = room(&mut scratch.upper, size * padded(size));
+        let m = room(&mut scratch.lower, size * padded(size));
+        let largest = self.damped(b, damping, a);
+        if !cholesky(isa, a, size) {
+            return None;
+        }
+        invert(isa, a, m, size);
+        Some(largest)
+    }
+
+    /// `A_b⁻¹`, packed, into `scratch.packed`; its sensitivity, or `None` when `A_b` cannot be
+    /// factored.
+    #[inline(always)]
+    pub(crate) fn inverse_of(
+        &self,
+        isa: Isa,
+        b: usize,
+        damping: f64,
+        scratch: &mut Scratch,
+    ) -> Option<f64> {
+        let largest = self.factor_of(isa, b, damping, scratch)?;
+        let size = self.layout.size(b);
+        let packed = room(&mut scratch.packed, triangle(size));
+        inverse_packed(isa, &scratch.lower, size, packed);
+        let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
+        Some(self.sensitivity(b, damping, largest, trace))
     }
 }
 
@@ -236,34 +277,25 @@ impl<T: Real> Kernel<f64> for Block<'_, T> {
     fn run<S: Simd<T = f64>>(self) -> Option<f64> {
         let Self { statistics, b, damping, want, out, scratch } = self;
         let size = statistics.layout.size(b);
-        let a = room(&mut scratch.upper, size * padded(size));
-        let m = room(&mut scratch.lower, size * padded(size));
-        let largest = statistics.damped(b, damping, a);
-        if !cholesky(S::ISA, a, size) {
-            out.fill(f64::NAN);
-            return None;
-        }
-        invert(S::ISA, a, m, size);
-        let inverse_trace: f64;
-        match want {
-            Want::Diagonal => {
+        let sensitivity = match want {
+            Want::Diagonal => statistics.factor_of(S::ISA, b, damping, scratch).map(|largest| {
                 out.fill(0.0);
-                for (i, row) in m.chunks(padded(size)).take(size).enumerate() {
+                for (i, row) in scratch.lower.chunks(padded(size)).take(size).enumerate() {
                     for (d, x) in out[..=i].iter_mut().zip(row) {
                         *d += x * x;
                     }
                 }
-                inverse_trace = out.iter().sum();
-            }
-            Want::Inverse => {
-                let packed = room(&mut scratch.packed, triangle(size));
-                inverse_packed(S::ISA, m, size, packed);
-                inverse_trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
+                statistics.sensitivity(b, damping, largest, out.iter().sum())
+            }),
+            Want::Inverse => statistics.inverse_of(S::ISA, b, damping, scratch).inspect(|_| {
                 out.fill(0.0);
-                unpack(packed, size, out, statistics.layout.block);
-            }
+                unpack(&scratch.packed[..triangle(size)], size, out, statistics.layout.block);
+            }),
+        };
+        if sensitivity.is_none() {
+            out.fill(f64::NAN);
         }
-        Some(statistics.sensitivity(b, damping, largest, inverse_trace))
+        sensitivity
     }
 }
 

@@ -8,16 +8,14 @@
 //! tiles. A tile is summed from zero and added once, so rounding grows with `CHUNK + N / CHUNK`
 //! additions rather than with `N`.
 
-// Loops over registers index several arrays at once; iterators would hide that.
-#![allow(clippy::needless_range_loop, non_upper_case_globals)]
-
 use rayon::prelude::*;
 
 use crate::error::{check_length, Error, Result};
-use crate::layout::{row_base, triangle, Layout};
+use crate::layout::{triangle, Layout};
 use crate::parallel;
 use crate::rows::{Element, Rows};
-use crate::simd::{dispatch, prefetch, Isa, Kernel, Real, Simd, WIDEST};
+use crate::simd::{dispatch, Isa, Kernel, Real, Simd, WIDEST};
+use crate::tiles::{padded, AddGram, Ahead, Between, Reads};
 
 /// Samples that a panel holds: two panels of blocks of 64 fit a second-level cache many times over,
 /// and the ends of a tile, its loads and stores, cost a tenth of its products.
@@ -25,11 +23,6 @@ pub const CHUNK: usize = 128;
 
 /// Weights that one task covers at least: the first panel of a task has to be waited for.
 const TASK: usize = 2048;
-
-/// Round up to whole vectors.
-pub(crate) const fn padded(block: usize) -> usize {
-    block.next_multiple_of(WIDEST)
-}
 
 /// Add the statistics of `rows` to `packed` (all blocks of the parameter) and to `sums` (`[d]`).
 ///
@@ -199,44 +192,6 @@ fn steps(n: usize, size: usize) -> usize {
     n.div_ceil(tiles).next_multiple_of(4)
 }
 
-/// What is done between two tiles, while the processor still works on the first.
-pub(crate) trait Between {
-    /// Does a part; says what memory the next part reads.
-    fn step(&mut self) -> Ahead;
-}
-
-/// Lines of memory to ask for one at a time, between products: a burst would stall on the few
-/// requests that a core has under way.
-pub(crate) struct Ahead {
-    at: *const u8,
-    /// Cache lines of a row, and how many of the present row are left.
-    lines: usize,
-    left: usize,
-    /// From the end of a row's lines to the next row, in bytes.
-    skip: usize,
-    rows: usize,
-}
-
-const LINE: usize = 64;
-
-impl Ahead {
-    const NOTHING: Self = Self { at: std::ptr::null(), lines: 0, left: 0, skip: 0, rows: 0 };
-
-    #[inline(always)]
-    fn step(&mut self) {
-        if self.rows > 0 {
-            prefetch(self.at);
-            self.at = self.at.wrapping_add(LINE);
-            self.left -= 1;
-            if self.left == 0 {
-                self.left = self.lines;
-                self.at = self.at.wrapping_add(self.skip);
-                self.rows -= 1;
-            }
-        }
-    }
-}
-
 /// Copies the columns of one block, of up to [`CHUNK`] rows, into a contiguous panel.
 struct Packer<'a, E, T> {
     isa: Isa,
@@ -270,7 +225,6 @@ impl<E: Element, T: Real> Packer<'_, E, T> {
 impl<E: Element, T: Real> Between for Packer<'_, E, T> {
     fn step(&mut self) -> Ahead {
         self.pack(self.step);
-        let lines = (self.sums.len() * size_of::<E>()).div_ceil(LINE);
         let (row, column) = if self.row < self.n {
             (self.row, self.column)
         } else if std::mem::replace(&mut self.looks_on, false) {
@@ -279,14 +233,9 @@ impl<E: Element, T: Real> Between for Packer<'_, E, T> {
         } else {
             return Ahead::NOTHING;
         };
-        Ahead {
-            // Addresses past the end do no harm: nothing is read.
-            at: self.rows.address(row, column).cast(),
-            lines,
-            left: lines,
-            skip: (self.rows.stride() * size_of::<E>()).wrapping_sub(lines * LINE),
-            rows: self.step.min(self.n - row),
-        }
+        // Addresses past the end do no harm: nothing is read.
+        let at = self.rows.address(row, column);
+        Ahead::rows(at, self.sums.len(), self.rows.stride(), self.step.min(self.n - row))
     }
 }
 
@@ -349,270 +298,6 @@ fn pack<E: Element, T: Real, const R: usize>(
         }
     }
     R
-}
-
-/// `packed += panelᵀ panel`, the upper triangle of `size × size`; `panel` is `[n, stride]`.
-pub(crate) fn add_gram<T: Real>(
-    isa: Isa,
-    panel: &[T],
-    n: usize,
-    size: usize,
-    stride: usize,
-    packed: &mut [T],
-) {
-    let (first, fresh, between) = (Reads::All, false, None);
-    dispatch(isa, AddGram { panel, n, size, stride, packed, first, fresh, between });
-}
-
-/// `packed = panelᵀ panel` of a square lower triangular panel: row `k` is zero beyond column `k`.
-pub(crate) fn gram_of_lower<T: Real>(
-    isa: Isa,
-    panel: &[T],
-    size: usize,
-    stride: usize,
-    packed: &mut [T],
-) {
-    let (first, fresh, between) = (Reads::FromDiagonal, true, None);
-    dispatch(isa, AddGram { panel, n: size, size, stride, packed, first, fresh, between });
-}
-
-/// Which rows of a panel are not zero in a column.
-#[derive(Clone, Copy, PartialEq)]
-enum Reads {
-    All,
-    FromDiagonal,
-}
-
-/// The arguments of [`add_gram`]: a kernel of its own, as many others use it.
-struct AddGram<'a, T> {
-    panel: &'a [T],
-    n: usize,
-    size: usize,
-    stride: usize,
-    packed: &'a mut [T],
-    first: Reads,
-    /// Whether `packed` is overwritten.
-    fresh: bool,
-    between: Option<&'a mut dyn Between>,
-}
-
-impl<T: Real> Kernel<T> for AddGram<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd<T = T>>(self) {
-        add_tiles::<S>(self);
-    }
-}
-
-#[inline(always)]
-fn add_tiles<S: Simd>(block: AddGram<'_, S::T>) {
-    let AddGram { panel, n, size, stride, packed, first, fresh, between } = block;
-    assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
-    let mut tiles = Tiles::<'_, S> {
-        panel: panel.as_ptr(),
-        n,
-        size,
-        stride,
-        soon: packed.as_ptr().wrapping_add(2 * packed.len()),
-        packed: packed.as_mut_ptr(),
-        first,
-        fresh,
-        between,
-    };
-    // Rows of a vector of columns' diagonal square that need the whole vector; the others need its
-    // second half.
-    let whole = if S::HALVES { S::W / 2 } else { S::W };
-    let mut j0 = 0;
-    while j0 < size {
-        // Two vectors of columns share the rows above the first one's diagonal end; the second
-        // vector alone has W rows more.
-        let (j1, j2) = (j0 + S::W, j0 + 2 * S::W);
-        // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`).
-        unsafe {
-            if j1 < size {
-                tiles.strip::<2, false>(0, j0 + whole, j0);
-                tiles.strip::<1, true>(j0 + whole, j1, j1);
-                tiles.strip::<1, false>(j1, size.min(j1 + whole), j1);
-                tiles.strip::<0, true>(j1 + whole, size.min(j2), j2);
-            } else {
-                tiles.strip::<1, false>(0, size.min(j0 + whole), j0);
-                tiles.strip::<0, true>(j0 + whole, size, j1);
-            }
-        }
-        j0 = j2;
-    }
-}
-
-/// Repeat a block for `r` in `0..R`, `R <= 8`, each time with `r` a constant: sums that only
-/// constants index stay in registers.
-macro_rules! unroll {
-    ($r:ident < $n:ident, $body:block) => {
-        unroll!(@ $r, $n, $body, 0, 1, 2, 3, 4, 5, 6, 7)
-    };
-    (@ $r:ident, $n:ident, $body:block, $($value:literal),*) => {
-        $({
-            const $r: usize = $value;
-            if $r < $n $body
-        })*
-    };
-}
-
-struct Tiles<'a, S: Simd> {
-    panel: *const S::T,
-    n: usize,
-    size: usize,
-    stride: usize,
-    packed: *mut S::T,
-    /// What to ask memory for next: the statistics of the block after the next.
-    soon: *const S::T,
-    first: Reads,
-    /// Whether `packed` is overwritten.
-    fresh: bool,
-    between: Option<&'a mut dyn Between>,
-}
-
-impl<S: Simd> Tiles<'_, S> {
-    /// Rows `i0..i1` of the columns of `NV` vectors from `j0` on and, with `HALF`, of half a vector
-    /// before them.
-    #[inline(always)]
-    unsafe fn strip<const NV: usize, const HALF: bool>(&mut self, i0: usize, i1: usize, j0: usize) {
-        let mut i = i0;
-        while i < i1 {
-            // SAFETY: rows i..i + rows and columns from j0 on lie inside the block.
-            i += unsafe {
-                match S::ROWS.min(i1 - i) {
-                    1 => self.tile::<1, NV, HALF>(i, j0),
-                    2..4 => self.tile::<2, NV, HALF>(i, j0),
-                    4..6 => self.tile::<4, NV, HALF>(i, j0),
-                    6..8 => self.tile::<6, NV, HALF>(i, j0),
-                    _ => self.tile::<8, NV, HALF>(i, j0),
-                }
-            };
-        }
-    }
-
-    /// `R` rows from `i0`, `NV` vectors of columns from `j0` and half a vector before, all samples;
-    /// `R`.
-    ///
-    /// Reads columns below `padded(size) <= stride` of `n` panel rows; writes only entries with
-    /// `i <= j < size`.
-    #[inline(always)]
-    unsafe fn tile<const R: usize, const NV: usize, const HALF: bool>(
-        &mut self,
-        i0: usize,
-        j0: usize,
-    ) -> usize {
-        let half = S::Half::W;
-        let mut ahead = self.between.as_mut().map_or(Ahead::NOTHING, |between| between.step());
-        // SAFETY: see the reads and writes above.
-        unsafe {
-            let mut sum = [[S::zero(); NV]; R];
-            let mut half_sum = [S::Half::zero(); R];
-            let start = match self.first {
-                Reads::All => 0,
-                Reads::FromDiagonal => j0 - if HALF { half } else { 0 },
-            };
-            let panel = self.panel.add(start * self.stride);
-            let (mut left, mut right) = (panel.add(i0), panel.wrapping_add(j0));
-            // A closure would not inherit the instruction set.
-            macro_rules! sample {
-                () => {{
-                    let columns: [S::V; NV] =
-                        std::array::from_fn(|v| S::load(right.wrapping_add(v * S::W)));
-                    let half_columns = if HALF {
-                        S::Half::load(right.wrapping_sub(half))
-                    } else {
-                        S::Half::zero()
-                    };
-                    for r in 0..R {
-                        if NV > 0 {
-                            let row = S::splat(left.add(r));
-                            for v in 0..NV {
-                                sum[r][v] = S::mul_add(row, columns[v], sum[r][v]);
-                            }
-                        }
-                        if HALF {
-                            let row = S::Half::splat(left.add(r));
-                            half_sum[r] = S::Half::mul_add(row, half_columns, half_sum[r]);
-                        }
-                    }
-                    left = left.wrapping_add(self.stride);
-                    right = right.wrapping_add(self.stride);
-                }};
-            }
-            let samples = self.n - start;
-            // As much of later statistics as this tile covers of these, spread over the samples.
-            let soon = (R * (NV * S::W + half) * size_of::<S::T>()).div_ceil(LINE);
-            let soon_step = soon.div_ceil((samples / 4).max(1));
-            for _ in 0..samples / 4 {
-                ahead.step();
-                ahead.step();
-                for _ in 0..soon_step {
-                    prefetch(self.soon);
-                    self.soon = self.soon.wrapping_add(LINE / size_of::<S::T>());
-                }
-                sample!();
-                sample!();
-                sample!();
-                sample!();
-            }
-            for _ in 0..samples % 4 {
-                sample!();
-            }
-            let row = |r: usize| self.packed.wrapping_add(row_base(self.size, i0 + r) + j0);
-            // Lanes lo..hi of W from column j on that lie in row i of the triangle.
-            let lanes = |r: usize, j: usize, w: usize| {
-                let lo = (i0 + r).saturating_sub(j).min(w);
-                (lo, self.size.saturating_sub(j).clamp(lo, w))
-            };
-            let is_new = self.fresh;
-            // All loads before all stores: a row's end and the next row's start share a cache line.
-            if HALF {
-                unroll!(r < R, {
-                    let (lo, hi) = lanes(r, j0 - half, half);
-                    if !is_new {
-                        let old = S::Half::load_lanes(row(r).wrapping_sub(half), lo, hi);
-                        half_sum[r] = S::Half::add(old, half_sum[r]);
-                    }
-                });
-                unroll!(r < R, {
-                    let (lo, hi) = lanes(r, j0 - half, half);
-                    S::Half::store_lanes(row(r).wrapping_sub(half), half_sum[r], lo, hi);
-                });
-            }
-            if i0 + R <= j0 + 1 && j0 + NV * S::W <= self.size {
-                unroll!(r < R, {
-                    for v in 0..NV {
-                        if !is_new {
-                            sum[r][v] = S::add(S::load(row(r).wrapping_add(v * S::W)), sum[r][v]);
-                        }
-                    }
-                });
-                unroll!(r < R, {
-                    for v in 0..NV {
-                        S::store(row(r).wrapping_add(v * S::W), sum[r][v]);
-                    }
-                });
-                return R;
-            }
-            unroll!(r < R, {
-                for v in 0..NV {
-                    if !is_new {
-                        let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
-                        let old = S::load_lanes(row(r).wrapping_add(v * S::W), lo, hi);
-                        sum[r][v] = S::add(old, sum[r][v]);
-                    }
-                }
-            });
-            unroll!(r < R, {
-                for v in 0..NV {
-                    let (lo, hi) = lanes(r, j0 + v * S::W, S::W);
-                    S::store_lanes(row(r).wrapping_add(v * S::W), sum[r][v], lo, hi);
-                }
-            });
-        }
-        R
-    }
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ pub mod patterns;
 pub mod rows;
 pub mod select;
 mod simd;
+mod tiles;
 
 pub use error::{Error, Result};
 pub use layout::Layout;

@@ -7,10 +7,9 @@
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, inverse_packed, invert, room, Scratch};
+use crate::dense::Scratch;
 use crate::error::{check_length, Error, Result};
 use crate::factor::{check_damping, Statistics};
-use crate::gram::padded;
 use crate::layout::{row_base, triangle};
 use crate::parallel;
 use crate::simd::{Isa, Real};
@@ -54,11 +53,10 @@ impl Groups {
         (first..last).map(move |w| w * inner + at)
     }
 
-    /// Which member of its group the weight at place `at` of a row is, and where the first one lies.
-    fn place(&self, at: usize) -> (usize, usize) {
+    /// Where the first member of the group of the weight at place `at` of a row lies.
+    fn first(&self, at: usize) -> usize {
         let (w, i) = (at / self.inner, at % self.inner);
-        let first = w / self.size * self.size;
-        (w - first, first * self.inner + i)
+        w / self.size * self.size * self.inner + i
     }
 }
 
@@ -148,20 +146,15 @@ fn neighbours<T: Real>(
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, table)| {
                 let (start, size) = (b * layout.block, layout.size(b));
-                let a = room(&mut scratch.upper, size * padded(size));
-                let lower = room(&mut scratch.lower, size * padded(size));
-                statistics.damped(b, damping, a);
-                if !cholesky(isa, a, size) {
+                if statistics.inverse_of(isa, b, damping, scratch).is_none() {
                     table.fill(f64::NAN);
                     return false;
                 }
-                invert(isa, a, lower, size);
-                let inverse = room(&mut scratch.packed, triangle(size));
-                inverse_packed(isa, lower, size, inverse);
+                let inverse = &scratch.packed[..triangle(size)];
                 for i in 0..size {
                     let place = start + i;
                     let base = place / row * row;
-                    let (_, first) = groups.place(place - base);
+                    let first = groups.first(place - base);
                     for k in 0..m {
                         // Members in other blocks stay at zero.
                         let other = base + first + k * groups.inner;

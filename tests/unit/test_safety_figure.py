@@ -1,0 +1,61 @@
+"""The picture of a safe threshold says what its report says."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+import pytest
+
+from fastsal.safety import Limit, SafetyReport
+
+pytest.importorskip("matplotlib", reason="needs the report extra")
+
+CURVE = [
+    {
+        "sparsity": s,
+        "increase": s / 50,
+        "upper": s / 50 + 0.01,
+        "predicted": s**4,
+        "loss_increase": s**3,
+        "loss_error": 0.01,
+    }
+    for s in (0.2, 0.4, 0.6, 0.8)
+]
+
+
+def text_of(path):
+    root = ElementTree.parse(path).getroot()
+    return " ".join("".join(e.itertext()) for e in root.iter())
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+@pytest.mark.parametrize("predicts", [True, False])
+def test_the_picture_says_what_the_report_says(tmp_path, kind, predicts):
+    from fastsal.report.safety_figure import draw
+
+    curve = [p | ({} if predicts else {"predicted": None}) for p in CURVE]
+    trusted = 0.4 if predicts else None
+    report = SafetyReport(Limit(kind, 0.02, 0.9), 0.6, 500, None, curve, trusted)
+    text = text_of(draw(report, tmp_path / "safety.svg"))
+    assert "Safe up to 60 %" in text
+    assert "confidence 0.9" in text
+    assert "500 held-out images" in text
+    assert ("predicted" in text) is predicts
+    assert ("agree up to 40 %" in text) is predicts
+    assert ("top-1 accuracy" in text) is (kind == "accuracy")
+
+
+def test_the_command_draws_it(tmp_path, tiny_file, tiny_npz):
+    from click.testing import CliRunner
+
+    from fastsal.cli import main
+
+    out = tmp_path / "run"
+    options = ["--block-size", "8", "--max-accuracy-drop", "0.3", "--confidence", "0.8"]
+    result = CliRunner().invoke(
+        main,
+        ["prune", f"{tiny_file}:tiny", "--data", str(tiny_npz), *options, "--out", str(out)],
+        prog_name="fastsal",
+    )
+    assert result.exit_code == 0, result.output
+    assert "held-out images" in text_of(out / "safety.svg")
