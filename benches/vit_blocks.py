@@ -26,8 +26,8 @@ import fastsal
 from fastsal.gradients import per_sample_gradients, select_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-SPARSITIES = (0.5, 0.6, 0.7, 0.8)
-DAMPING = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
+SPARSITIES = (0.8, 0.9, 0.95)
+DAMPING = (1e-6, 1e-5, 1e-4, 1e-3)
 BLOCK = 64
 HALF = BLOCK // 2
 
@@ -215,7 +215,7 @@ def main() -> None:
     for draw in range(given.draws):
         generator = torch.Generator().manual_seed(draw)
         order = torch.randperm(len(training[1]), generator=generator)
-        some, held = order[: given.samples], order[given.samples : given.samples + 1024]
+        some, held = order[: given.samples], order[given.samples : given.samples + 512]
         ways = {name: Rearranged(model, way, size) for name, way, size in sizes}
         for part in some.split(64):
             rows = per_sample_gradients(model, training[0][part], training[1][part])

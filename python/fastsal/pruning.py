@@ -90,9 +90,9 @@ def prune(
         rounds: Rounds, 1 or more.
         compensate: Whether kept weights move to make up for the pruned ones.
         damping: `λ`, or `"auto"`: one sample in eight is held out, and the λ that leaves the least
-            loss on them is taken. They join the statistics then; where that makes the loss worse,
-            the pruned model that was measured without them stays. A cross-entropy counts at most
-            what guessing costs.
+            loss on them is taken, a cross-entropy counting at most what guessing costs. They join
+            the statistics then; where that makes the loss worse, the pruned model that was measured
+            without them stays. With several rounds it is chosen once, by steps to the last goal.
         samples: Samples of each round; None takes all.
         block_size: As for `collect`.
         scope: As for `rank`; so are `pattern` and `floor`.

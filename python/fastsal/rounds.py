@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
-from fastsal.damping import HeldOut
+from fastsal.damping import DampingChoice, HeldOut
 from fastsal.errors import InvalidArgument
+from fastsal.fisher import BlockFisher
 from fastsal.holdout import Pair, holding_out, limited
 from fastsal.masks import Masks
-from fastsal.plan import Job, restore
+from fastsal.plan import Attempt, Job, restore
 from fastsal.recalibration import recalibrate_if_better
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Statistics of a round.
+
+    Attributes:
+        fisher: Of the images that are not held out; None where none are needed.
+        rest: Of those that are; None where none are.
+        tuned: Those to measure on.
+    """
+
+    fisher: BlockFisher | None = None
+    rest: BlockFisher | None = None
+    tuned: HeldOut | None = None
+
+    def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
+        """Whether the model is no worse than the best that was tried."""
+        return best is None or self.tuned is None or self.tuned.mean_loss(model) <= best.loss
+
+
+def _collect(job: Job, number: int, rounds: int, *, holds_out: bool) -> _Found:
+    plan = job.plan
+    if not plan.needs_fisher or job.batches is None:
+        return _Found()
+    seed = plan.seed + number - 1
+    if not holds_out:
+        return _Found(job.collect(job.source(), seed))
+    held: list[Pair] = []
+    fisher = job.collect(holding_out(job.source(), held), seed)
+    some = limited(held)
+    # Before they are used, as this checks them.
+    rest = job.collect(held, plan.seed + rounds + number, quiet=True)
+    return _Found(fisher, rest, HeldOut.of(job.model, some, job.loss))
 
 
 def prune_in_rounds(
@@ -26,6 +62,10 @@ def prune_in_rounds(
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Masks, dict[str, Tensor], list[dict[str, Any]]]:
     """Prune to each goal in turn; what is pruned stays pruned.
+
+    A `λ` that is to be chosen is chosen once, before the first round, by steps to the last goal: in
+    the small steps of rounds the candidates differ by less than the noise of the held-out loss, and
+    gradients grow with the damage, so that the scale of the candidates would too.
 
     Args:
         job: Model, images and how.
@@ -40,44 +80,41 @@ def prune_in_rounds(
     masks: Masks | None = None
     history: list[dict[str, Any]] = []
     scores: dict[str, Tensor] = {}
-    tuned: HeldOut | None = None
+    found = _Found()
     with job.all_or_nothing() as original:
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.chosen, original)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
-            fisher = rest = tuned = None
-            if plan.needs_fisher and job.batches is not None:
-                held: list[Pair] = []
-                source = job.source()
-                if plan.is_auto or recalibrate:
-                    source = holding_out(source, held)
-                fisher = job.collect(source, plan.seed + number - 1)
-                if plan.is_auto or recalibrate:
-                    some = limited(held)
-                    # Before they are used, as this checks them.
-                    rest = job.collect(held, plan.seed + len(goals) + number, quiet=True)
-                    tuned = HeldOut.of(model, some, job.loss)
+            chooses = plan.is_auto and not history
+            found = _collect(
+                job, number, len(goals), holds_out=chooses or (recalibrate and number == len(goals))
+            )
             clock.lap("statistics")
-            choice, best = plan.choose(model, fisher, masks, goal, job.chosen, tuned)
+            best: Attempt | None = None
+            if plan.is_auto and history:
+                choice = DampingChoice(history[0]["damping"], [])
+            else:
+                choice, best = plan.choose(
+                    model, found.fisher, masks, goals[-1], job.chosen, found.tuned
+                )
             clock.lap("damping")
-            if fisher is not None and rest is not None:
-                fisher.merge(rest)
-            outcome = plan.step(model, fisher, masks, goal, choice.damping)
-            has_joined = True
-            if best is not None and tuned is not None and tuned.mean_loss(model) > best.loss:
-                has_joined = False
+            if found.fisher is not None and found.rest is not None:
+                found.fisher.merge(found.rest)
+            outcome = plan.step(model, found.fisher, masks, goal, choice.damping)
+            joined = len(goals) > 1 or found.keeps(model, best)
+            if best is not None and not joined:
                 restore(job.chosen, best.weights)
                 outcome = best.outcome
             scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")
-            entry = plan.entry(number, fisher, choice, outcome, clock.laps)
-            history.append(entry | {"held_out_joined": has_joined} if plan.is_auto else entry)
+            entry = plan.entry(number, found.fisher, choice, outcome, clock.laps)
+            history.append(entry | {"held_out_joined": joined} if chooses else entry)
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)
-        if recalibrate and tuned is not None:
+        if recalibrate and found.tuned is not None:
             clock = Clock()
-            measured = partial(tuned.mean_loss, model)
+            measured = partial(found.tuned.mean_loss, model)
             source = holding_out(job.source(), [])
             history[-1]["recalibration"] = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")

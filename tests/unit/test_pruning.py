@@ -15,7 +15,7 @@ import fastsal
 import fastsal.plan
 from fastsal import collect, prune, rank, score
 from fastsal.criteria import CRITERIA
-from fastsal.damping import HeldOut, candidates, choose_damping
+from fastsal.damping import _MULTIPLES, HeldOut, candidates, choose_damping
 from fastsal.errors import (
     DataError,
     FactorizationError,
@@ -291,11 +291,34 @@ def test_damping_auto_takes_the_least_held_out_loss():
 
 def test_damping_auto_in_rounds():
     result = prune(trained(), BATCHES, 0.8, rounds=3)
-    for entry in result.history:
-        best = min((loss, damping) for damping, loss in entry["damping_evidence"])
-        assert entry["damping"] == best[1]
-        assert entry["samples"] == 64
-    assert result.masks.recipe["damping"] == [e["damping"] for e in result.history]
+    first, *others = result.history
+    best = min((loss, damping) for damping, loss in first["damping_evidence"])
+    assert first["damping"] == best[1]
+    assert [e["damping_evidence"] for e in others] == [[], []]
+    assert {e["damping"] for e in result.history} == {best[1]}
+    assert {e["samples"] for e in result.history} == {64}
+    assert result.masks.recipe["damping"] == [best[1]] * 3
+    # It is chosen for the last goal, not for the first step.
+    (once,) = prune(trained(), BATCHES, 0.8).history
+    assert first["damping_evidence"] == once["damping_evidence"]
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_what_was_measured_stays_where_more_images_make_it_worse(worse, monkeypatch):
+    calls = []
+    true_loss = HeldOut.mean_loss
+
+    def loss(held, model):
+        calls.append(state(model))
+        # The last call, after the candidates, is on the statistics of all images.
+        return true_loss(held, model) + (len(calls) > len(_MULTIPLES)) * (1 if worse else -1)
+
+    monkeypatch.setattr(HeldOut, "mean_loss", loss)
+    model = trained()
+    (entry,) = prune(model, BATCHES, 0.6).history
+    dampings = [damping for damping, _ in entry["damping_evidence"]]
+    assert entry["held_out_joined"] is not worse
+    assert_same(model, calls[dampings.index(entry["damping"])] if worse else calls[-1])
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor"])
