@@ -41,7 +41,7 @@ def test_the_picture_says_what_the_report_says(tmp_path, kind, predicts):
     assert "confidence 0.9" in text
     assert "500 held-out images" in text
     assert ("predicted" in text) is predicts
-    assert ("agree up to 40 %" in text) is predicts
+    assert ("within the error, up to 40 %" in text) is predicts
     assert ("top-1 accuracy" in text) is (kind == "accuracy")
 
 

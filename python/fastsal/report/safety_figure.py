@@ -44,9 +44,9 @@ def draw(report: SafetyReport, path: Path) -> Path:
         below.set_xlabel("weights pruned, %")
         figure.text(
             0.11, 0.955,
-            f"Safe up to {100 * report.sparsity:g} % (shaded), with confidence "
-            f"{limit.confidence:g}, by {report.images} held-out images",
-            fontsize=13, fontweight="bold", color=_INK,
+            f"Safe up to {100 * report.sparsity:g} % (shaded): confidence "
+            f"{limit.confidence:g}, {report.images:,} held-out images",
+            fontsize=12, fontweight="bold", color=_INK,
         )  # fmt: skip
         description = "Loss increase and limit over sparsity of a pruned model"
         with atomic_path(path) as temporary:
@@ -76,11 +76,11 @@ def _losses(axes: Any, report: SafetyReport) -> None:
         at = 100 * report.trusted_until
         axes.axvline(at, color=_FAINT, linewidth=1.2, linestyle=(0, (1, 2)))
         axes.annotate(
-            f"they agree up to {at:g} %", (at, 0.97), xycoords=("data", "axes fraction"),
+            f"agree, within the error, up to {at:g} %", (at, 0.97), xycoords=("data", "axes fraction"),
             xytext=(-6, 0), textcoords="offset points", ha="right", va="top", color="#555555",
         )  # fmt: skip
     axes.set_title("Increase of the mean loss", loc="left", fontsize=11, color=_INK)
-    axes.legend(frameon=False, loc="center left")
+    axes.legend(frameon=False, loc="upper left")
 
 
 def _limit(axes: Any, report: SafetyReport) -> None:
