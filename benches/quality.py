@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
 import json
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
+from fastsal.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,20 +27,15 @@ SPARSITIES = (0.6, 0.7, 0.8, 0.9)
 
 def load(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The model, the training and the test images."""
-    from safetensors.torch import load_file
-
-    spec = importlib.util.spec_from_file_location("resnet20", ROOT / "examples" / "resnet20.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.resnet20()
-    model.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"))
+    spec = f"{ROOT / 'examples' / 'resnet20.py'}:resnet20"
+    model = load_model(spec, weights=folder / "resnet20_cifar10.safetensors")
     sets = []
     for part in ("train", "test"):
         with np.load(folder / f"cifar10_{part}.npz", allow_pickle=False) as file:
             x = torch.from_numpy(file["x"]).permute(0, 3, 1, 2).float() / 255
             x = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
             sets.append((x, torch.from_numpy(file["y"]).long()))
-    return model.eval(), sets[0], sets[1]
+    return model, sets[0], sets[1]
 
 
 def draw(train: tuple[Tensor, Tensor], seed: int, n: int) -> tuple[Tensor, Tensor]:

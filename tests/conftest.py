@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fastsal.errors import FileFormatError
+from fastsal.models import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -48,14 +47,10 @@ def resnet20_spec() -> str:
 
 
 @pytest.fixture(scope="module")
-def resnet20(shared_data: Path) -> torch.nn.Module:
+def resnet20(shared_data: Path, resnet20_spec: str) -> torch.nn.Module:
     """The published CIFAR ResNet-20, a copy for each test module."""
-    spec = importlib.util.spec_from_file_location("resnet20", ROOT / "examples" / "resnet20.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    model = module.resnet20().eval()
-    model.load_state_dict(load_file(shared_data / "resnet20_cifar10.safetensors"))
-    return model
+    weights = shared_data / "resnet20_cifar10.safetensors"
+    return load_model(resnet20_spec, weights=weights)
 
 
 @pytest.fixture(scope="session")

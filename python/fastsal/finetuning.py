@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastsal.collection import Batches, Loss
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import trained_parameters, training_only
+from fastsal.gradients.losses import check_autocast
 from fastsal.masks import Masks
 from fastsal.plan import all_or_nothing, copies, restore
 from fastsal.progress import Report, reporter
@@ -223,10 +224,7 @@ def _check_numbers(
             raise InvalidArgument(f"{name}: got {value!r}; takes 1 or more")
     if not 0 < lr < math.inf:
         raise InvalidArgument(f"lr: got {lr!r}; takes a number above 0")
-    if autocast not in (None, torch.bfloat16, torch.float16):
-        raise InvalidArgument(
-            f"autocast: takes torch.bfloat16, torch.float16 or None, got {autocast}"
-        )
+    check_autocast(autocast)
 
 
 def _check_batches(

@@ -7,18 +7,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastsal.cli import main
 from fastsal.models import load_model, read_weights, save_weights
 
+from .commands import failed, run
+
 CRITERIA = ["magnitude", "random", "taylor", "diag-fisher", "block-fisher", "obs-greedy"]
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="fastsal")
 
 
 @pytest.fixture
@@ -43,16 +40,6 @@ def pruned(model, weights, tiny_npz, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     return out
-
-
-def failed(result, message):
-    """Check for one line on stderr, status 2, and no traceback."""
-    assert result.exit_code == 2, result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    assert message in errors[0], errors[0]
-    assert "Traceback" not in result.output
-    assert result.stdout == ""
 
 
 # ------------------------------------------------------------------------------- what works

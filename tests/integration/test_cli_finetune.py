@@ -7,18 +7,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import fastsal
-from fastsal.cli import main
 from fastsal.models import load_model, read_weights, save_weights
 
+from .commands import failed, run
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def run(*arguments):
-    return CliRunner().invoke(main, [str(a) for a in arguments], prog_name="fastsal")
 
 
 @pytest.fixture
@@ -45,15 +41,6 @@ def command(model, pruned, tiny_npz, tmp_path):
         "finetune", model, "--weights", pruned, "--data", tiny_npz, "--batch-size", 16,
         "--lr", 0.1, "--epochs", 4, "--quiet", "--out", tmp_path / "tuned",
     ]  # fmt: skip
-
-
-def failed(result, message):
-    """Check for one line on stderr, status 2, and no traceback."""
-    assert result.exit_code == 2, result.output
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
-    assert message in errors[0], errors[0]
-    assert "Traceback" not in result.output
 
 
 def test_a_run_folder_is_whole_and_verifies(command, pruned, model, tiny_npz, tmp_path):

@@ -63,10 +63,7 @@ class GradientEngine:
             raise InvalidArgument(f"labels: takes 'true' or 'sampled', got {labels!r}")
         if micro_batch is not None and micro_batch < 1:
             raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise InvalidArgument(
-                f"autocast: takes torch.bfloat16, torch.float16 or None, got {autocast}"
-            )
+        checks.check_autocast(autocast)
         if not parameters:
             raise InvalidArgument("parameters: there is nothing to differentiate by")
         owned = dict(model.named_parameters())

@@ -34,6 +34,14 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def check_autocast(autocast: torch.dtype | None) -> None:
+    """Refuse types that passes are not run in."""
+    if autocast not in (None, torch.bfloat16, torch.float16):
+        raise InvalidArgument(
+            f"autocast: takes torch.bfloat16, torch.float16 or None, got {autocast}"
+        )
+
+
 def check_images(images: Any) -> None:
     """Refuse what would be misread rather than fail."""
     if not isinstance(images, Tensor):
