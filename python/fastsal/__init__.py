@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastsal.collection import collect
     from fastsal.compensation import CompensationReport, compensate
+    from fastsal.corruptions import corrupt
     from fastsal.criteria import CRITERIA, score
     from fastsal.errors import (
         DataError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fastsal.finetuning import FinetuneResult, finetune
     from fastsal.fisher import BlockFisher
     from fastsal.gradients import per_sample_gradients, select_parameters
+    from fastsal.imbalance import imbalanced
     from fastsal.masks import Masks
     from fastsal.patterns import rank_pattern
     from fastsal.pruning import PruneResult, prune
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
     from fastsal.safety import SafetyReport
     from fastsal.threads import get_num_threads, set_num_threads
     from fastsal.transfer import Task, evaluate, fit_heads
+    from fastsal.transfer.overlap import fisher_overlap
 
 _HOME = {
     "collect": "collection",
     "CompensationReport": "compensation",
     "compensate": "compensation",
+    "corrupt": "corruptions",
     "CRITERIA": "criteria",
     "score": "criteria",
     "DataError": "errors",
@@ -59,6 +63,7 @@ _HOME = {
     "BlockFisher": "fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
+    "imbalanced": "imbalance",
     "Masks": "masks",
     "PruneResult": "pruning",
     "rank_pattern": "patterns",
@@ -70,6 +75,7 @@ _HOME = {
     "Task": "transfer",
     "evaluate": "transfer",
     "fit_heads": "transfer",
+    "fisher_overlap": "transfer.overlap",
 }
 
 __all__ = [
@@ -95,10 +101,13 @@ __all__ = [
     "__version__",
     "collect",
     "compensate",
+    "corrupt",
     "evaluate",
     "finetune",
+    "fisher_overlap",
     "fit_heads",
     "get_num_threads",
+    "imbalanced",
     "per_sample_gradients",
     "prune",
     "rank",

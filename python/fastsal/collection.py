@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.feature_matching import without_classifier
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import GradientEngine, select_parameters
 from fastsal.progress import reporter
@@ -38,19 +40,31 @@ def collect(
 
     The model is in evaluation mode for it, and is left exactly as it was found.
 
+    With `labels="features"` no labels are needed, nor a classifier. The features `f_θ(x)` `[F]`
+    that a classifier is given are taken for the mean of a Gaussian: a target `y = f(x) + √F ε`,
+    `ε ~ N(0, I)`, is drawn for each image, the loss is `½ ‖f_θ(x) − y‖² / F`, and the gradient is
+    `−J_f(x)ᵀ ε / √F`. Its outer products sum to the Gauss–Newton matrix `JᵀJ / F` (Martens, 2020,
+    section 9), which is exactly the Hessian, at these weights, of half the mean squared change of
+    the features, `½ ‖f_θ(x) − f(x)‖² / F`: the loss that distils the dense model's features. The
+    scale is `F`, no variance measured on images, so that statistics of any two image sets, batches
+    or machines can be merged; `λ` and increases have the unit of a squared feature.
+
     Args:
         model: Takes images `[n, C, H, W]`, puts out logits `[n, classes]` (or what `loss` takes).
         batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised,
-            `[n]` integer. With `labels="sampled"` the labels may be missing.
+            `[n]` integer. With `labels="sampled"` and `"features"` the labels may be missing:
+            None, or images alone.
         block_size: Weights of a block; None takes each parameter as one block.
         samples: Stop after so many; None takes all.
         loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
         labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
-            softmax, for the true Fisher.
-        parameters: Names or patterns; None takes the weights of Linear and ConvNd.
+            softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
+        parameters: Names or patterns; None takes the weights of Linear and ConvNd. With
+            `labels="features"` the classifier's are left out unless they are named exactly, as
+            features do not depend on them.
         memory_budget: Bytes that the statistics and the rows gathered for them may take.
         progress: True shows a bar; a function is called with `(samples, total or None)`.
-        seed: Seed of sampled labels.
+        seed: Seed of what is drawn; what a sample gets does not depend on batches.
         precision: `"float32"` or `"float64"`, in which sums are kept.
         micro_batch: Samples of one forward and backward pass; None chooses by memory.
         autocast: Run the passes in this type, `torch.bfloat16` say; sums stay as they are.
@@ -63,6 +77,11 @@ def collect(
     """
     check_samples(samples)
     chosen = select_parameters(model, parameters)
+    checked = as_batches(batches, samples, labels)
+    if labels == "features":
+        first = next(checked)
+        checked = itertools.chain([first], checked)
+        chosen = without_classifier(model, chosen, parameters, first[0])
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
     fisher = BlockFisher(shapes, block_size=block_size, precision=precision)
     spare = _spare(fisher, memory_budget)
@@ -82,7 +101,7 @@ def collect(
         # A micro-batch at a time, so that an error can name the sample.
         step = engine.micro_batch
         sink = choose_sink(fisher, chosen, step, samples=samples, spare=spare)
-        for images, targets in as_batches(batches, samples, labels):
+        for images, targets in checked:
             if samples is None:
                 sink.expect(total + images.shape[0])
             for start in range(0, images.shape[0], step):
@@ -130,8 +149,11 @@ def check_samples(samples: int | None) -> None:
 
 
 def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None]:
-    if isinstance(batch, Tensor) and labels == "sampled":
-        batch = (batch, None)
+    if labels in ("sampled", "features"):
+        if isinstance(batch, Tensor):
+            batch = (batch, None)
+        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as a TensorDataset gives
+            batch = (batch[0], None)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise DataError(
             f"batches: batch {number} is {type(batch).__name__}; takes pairs (images, labels)"
@@ -141,6 +163,8 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
         raise DataError(
             f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1"
         )
+    if labels == "features" and not isinstance(targets, Tensor):
+        targets = None  # whatever it is, it is not used
     if targets is not None:
         try:
             targets = torch.as_tensor(targets)

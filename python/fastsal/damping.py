@@ -94,13 +94,19 @@ class HeldOut:
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:
     """What a model puts out in evaluation mode; its modes are restored."""
+    return in_evaluation(model, images, lambda model, images: model(images))
+
+
+def in_evaluation(
+    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor]
+) -> Tensor:
+    """What `call(model, images)` returns in evaluation mode, float32; its modes are restored."""
     first = next(model.parameters())
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
-            result: Tensor = model(images.to(first.device, first.dtype))
-            return result.float()
+            return call(model, images.to(first.device, first.dtype)).float()
     finally:
         for module, mode in modes:
             module.training = mode

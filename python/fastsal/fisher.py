@@ -95,7 +95,11 @@ class BlockFisher:
 
     @property
     def samples(self) -> int | float:
-        """Samples summed; the sum of the weights where statistics were merged with weights."""
+        """Samples summed: the sum of their weights, a fraction after `decay` or a weighted `merge`.
+
+        It is what sums are divided by, so that `F_b` stays a mean. The gradients that were summed
+        are as many or more, and their spread is that of fewer where weights differ.
+        """
         return int(self._samples) if self._samples.is_integer() else self._samples
 
     @property
@@ -287,6 +291,33 @@ class BlockFisher:
         self._samples += float(weight) * other._samples
         self._rows_seen += other._rows_seen
         self._steps += other._steps + 1
+
+    def decay(self, factor: float) -> None:
+        """Let the samples so far count `factor` times: statistics of a stream that forget.
+
+        `fisher.decay(0.9); fisher.merge(collect(model, new))` for each new part of a stream is the
+        exponentially weighted sum, in which a part of k steps ago counts `0.9^k`. `samples` shrinks
+        by the same factor; `blocks` and everything else that is a mean stay as they are until more
+        samples come.
+
+        Args:
+            factor: Above zero, to 1.
+
+        Raises:
+            InvalidArgument: `factor` is out of range, or so small that the samples come to nothing;
+                the statistics are as they were.
+        """
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not (is_number and 0 < factor <= 1):
+            raise InvalidArgument(f"factor: got {factor!r}; takes a number above zero, to 1")
+        left = self._samples * factor
+        # Sums that would sink below what the type holds.
+        if self._samples > 0 and left < np.finfo(self._precision).tiny:
+            raise InvalidArgument(f"factor: {factor!r} leaves {left:g} samples; start afresh")
+        for p in self._parameters.values():
+            p.scale(float(factor))
+        self._samples = left
+        self._steps += 1
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a safetensors file, whole or not at all."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
 
@@ -14,6 +15,17 @@ HELD_OUT_EVERY = 8
 HELD_OUT_MOST = 1024
 
 Pair = tuple[Tensor, Tensor | None]
+
+
+class Measured(Protocol):
+    """Images to measure a model on; `fastsal.damping.HeldOut` is one."""
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Mean loss of a model on them."""
 
 
 def holding_out(

@@ -16,8 +16,9 @@ from fastsal.compensation import compensate as compensate_model
 from fastsal.criteria import CRITERIA, score
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.feature_matching import HeldOutFeatures
 from fastsal.fisher import BlockFisher, check_damping
-from fastsal.holdout import Pair
+from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
@@ -146,7 +147,7 @@ class Plan:
         masks: Masks | None,
         goal: float | None,
         chosen: Mapping[str, nn.Parameter],
-        held_out: HeldOut | None,
+        held_out: Measured | None,
     ) -> tuple[DampingChoice, Attempt | None]:
         """The damping of a round and, where some were tried, the best try.
 
@@ -224,6 +225,8 @@ class Job:
         chosen: Name to parameter.
         statistics: Arguments of `collect` but model, batches, samples and seed.
         loss: `(outputs, labels)` to losses `[n]`.
+        dense: Name to the weights whose features are to be matched, with `labels="features"`; None
+            where the model has them.
     """
 
     model: nn.Module
@@ -233,12 +236,26 @@ class Job:
     chosen: Mapping[str, nn.Parameter]
     statistics: dict[str, Any]
     loss: Callable[[Tensor, Tensor], Tensor]
+    dense: Mapping[str, Tensor] | None = None
 
     def source(self) -> Iterable[Pair]:
         """The images, checked; nothing without any."""
         if self.batches is None:
             return ()
         return as_batches(self.batches, self.samples, self.statistics["labels"])
+
+    def held_out(self, images: list[Pair]) -> Measured:
+        """Images to measure a model on, by its loss or, with `labels="features"`, its features."""
+        if self.statistics["labels"] != "features":
+            return HeldOut.of(self.model, images, self.loss)
+        if self.dense is None:
+            return HeldOutFeatures.of(self.model, images)
+        present = copies(self.chosen)
+        restore(self.chosen, self.dense)
+        try:
+            return HeldOutFeatures.of(self.model, images)
+        finally:
+            restore(self.chosen, present)
 
     def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
         """Statistics of some images."""

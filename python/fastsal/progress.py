@@ -14,16 +14,17 @@ _LINE_EVERY = 10.0  # seconds between two plain lines
 
 
 @contextlib.contextmanager
-def reporter(progress: bool | Report, description: str) -> Iterator[Report]:
+def reporter(progress: bool | Report, description: str, unit: str = "samples") -> Iterator[Report]:
     """Give a function `report(done, total)` to call as a loop goes on.
 
     Args:
         progress: True shows a bar on stderr, or a line now and then where stderr is no terminal;
             False shows nothing; a function is called itself.
         description: what is being done, a word or two.
+        unit: what is counted.
 
     Yields:
-        `report(done, total)`: samples done so far, and samples in all or None.
+        `report(done, total)`: units done so far, and units in all or None.
 
     Raises:
         InvalidArgument: `progress` is something else.
@@ -33,7 +34,8 @@ def reporter(progress: bool | Report, description: str) -> Iterator[Report]:
     elif progress is False:
         yield _nothing
     elif progress is True:
-        shown = _bar(description) if sys.stderr.isatty() else _lines(description)
+        show = _bar if sys.stderr.isatty() else _lines
+        shown = show(description, unit)
         with shown as report:
             yield report
     else:
@@ -57,7 +59,7 @@ def _nothing(done: int, total: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _lines(description: str) -> Iterator[Report]:
+def _lines(description: str, unit: str) -> Iterator[Report]:
     """Write a line to stderr every few seconds, and one at the end if the loop took as long."""
     start = last = time.monotonic()
     state: tuple[int, int | None] = (0, None)
@@ -70,7 +72,8 @@ def _lines(description: str) -> Iterator[Report]:
         rate = done / seconds if seconds > 0 else 0.0
         left = f", {_clock((total - done) / rate)} left" if total and rate and done < total else ""
         of = f"/{total}" if total else ""
-        text = f"{description}: {done}{of} samples, {rate:.0f}/s, {_clock(seconds)}{left}{_peak()}"
+        speed = _rate(rate, unit)
+        text = f"{description}: {done}{of} {unit}, {speed}, {_clock(seconds)}{left}{_peak()}"
         print(text, file=sys.stderr, flush=True)
         written = True
 
@@ -88,7 +91,7 @@ def _lines(description: str) -> Iterator[Report]:
 
 
 @contextlib.contextmanager
-def _bar(description: str) -> Iterator[Report]:
+def _bar(description: str, unit: str) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -115,11 +118,16 @@ def _bar(description: str) -> Iterator[Report]:
                 completed=done,
                 total=total,
                 count=f"{done}/{total}" if total else f"{done}",
-                rate=f"{done / seconds:.0f} samples/s",
+                rate=_rate(done / seconds, unit),
                 peak=_peak().removeprefix(", "),
             )
 
         yield report
+
+
+def _rate(rate: float, unit: str) -> str:
+    """Say how fast it goes: by the second, or by the minute where that is slow."""
+    return f"{rate:.0f} {unit}/s" if rate >= 1 or rate == 0 else f"{60 * rate:.1f} {unit}/min"
 
 
 def _clock(seconds: float) -> str:

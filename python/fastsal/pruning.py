@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
-from fastsal.collection import Batches, Loss, check_samples
+from fastsal.collection import Batches, Loss, as_batches, check_samples
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.errors import InvalidArgument
+from fastsal.feature_matching import without_classifier
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
-from fastsal.plan import Job, Plan
+from fastsal.plan import Job, Plan, copies
 from fastsal.ranking import rank
 from fastsal.rounds import prune_in_rounds, rising_goals
 from fastsal.safe_pruning import prune_safely
@@ -100,7 +102,10 @@ def prune(
             by their joint cost (`rank_pattern`), M up to 8.
         floor: Least kept fraction of any parameter.
         loss: As for `collect`; so are all that follow.
-        labels: `"true"` or `"sampled"`.
+        labels: `"true"`, `"sampled"` or `"features"`. With the last, batches need no labels and the
+            model no classifier (its weights are not pruned unless they are named exactly), and the
+            held-out loss is that of matching the dense model's features, `½ ‖f_θ(x) − f(x)‖² / F`,
+            an image counting at most what the mean feature costs as a guess.
         parameters: Names or patterns.
         precision: Of the sums.
         micro_batch: Samples of one pass.
@@ -143,6 +148,12 @@ def prune(
     )
     plan.check(rounds, batches, recalibrate=recalibrate)
     check_samples(samples)
+    chosen = select_parameters(model, parameters)
+    if labels == "features":
+        images, batches = _first_images(batches, samples)
+        chosen = without_classifier(model, chosen, parameters, images)
+        parameters = list(chosen)
+        plan = replace(plan, parameters=parameters)
     statistics: dict[str, Any] = {
         "block_size": block_size,
         "loss": loss,
@@ -153,8 +164,9 @@ def prune(
         "autocast": autocast,
         "progress": progress,
     }
-    chosen = select_parameters(model, parameters)
-    job = Job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss))
+    # Only a later round that measures has weights that are not the dense ones.
+    dense = copies(chosen) if labels == "features" and recalibrate and rounds > 1 else None
+    job = Job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
     # Bad fractions are refused before anything is computed.
     blank = {name: torch.zeros(p.shape) for name, p in chosen.items()}
@@ -178,3 +190,18 @@ def prune(
     if batches is None and held_out is None:
         raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
     return PruneResult(*prune_safely(job, limit, held_out))
+
+
+def _first_images(
+    batches: Batches | None, samples: int | None
+) -> tuple[Tensor | None, Batches | None]:
+    """The first images, and batches that still give them."""
+    if batches is None:
+        return None, None
+    if isinstance(batches, Iterator):
+        first = list(itertools.islice(batches, 1))
+        batches = itertools.chain(first, batches)
+    else:
+        first = list(itertools.islice(batches, 1))
+    most = None if samples is None else 1
+    return next(as_batches(first, most, "features"))[0], batches

@@ -3,55 +3,70 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
-from fastsal.damping import DampingChoice, HeldOut
+from fastsal.damping import DampingChoice
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Pair, holding_out, limited
+from fastsal.holdout import Measured, Pair, holding_out, limited
 from fastsal.masks import Masks
 from fastsal.plan import Attempt, Job, restore
 from fastsal.recalibration import recalibrate_if_better
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """Statistics of a round.
 
     Attributes:
         fisher: Of the images that are not held out; None where none are needed.
-        rest: Of those that are; None where none are.
-        tuned: Those to measure on.
+        joined: Of all images; gives the same as `fisher` where none are held out.
+        tuned: Those that are, to measure on.
     """
 
     fisher: BlockFisher | None = None
-    rest: BlockFisher | None = None
-    tuned: HeldOut | None = None
+    joined: Callable[[], BlockFisher | None] = lambda: None
+    tuned: Measured | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
         """Whether the model is no worse than the best that was tried."""
         return best is None or self.tuned is None or self.tuned.mean_loss(model) <= best.loss
 
 
-def _collect(job: Job, number: int, rounds: int, *, holds_out: bool) -> _Found:
+class Finder(Protocol):
+    """Gives the statistics of a round, by its number from 1."""
+
+    def __call__(self, number: int, *, holds_out: bool) -> Found:
+        """With some images held out, or none."""
+
+
+def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> Found:
+    """Collect a job's statistics for one round, with some images held out or none."""
     plan = job.plan
     if not plan.needs_fisher or job.batches is None:
-        return _Found()
+        return Found()
     seed = plan.seed + number - 1
     if not holds_out:
-        return _Found(job.collect(job.source(), seed))
+        fisher = job.collect(job.source(), seed)
+        return Found(fisher, lambda: fisher)
     held: list[Pair] = []
     fisher = job.collect(holding_out(job.source(), held), seed)
     some = limited(held)
     # Before they are used, as this checks them.
     rest = job.collect(held, plan.seed + rounds + number, quiet=True)
-    return _Found(fisher, rest, HeldOut.of(job.model, some, job.loss))
+
+    def joined() -> BlockFisher:
+        # In place: what was held out is of use for nothing else.
+        fisher.merge(rest)
+        return fisher
+
+    return Found(fisher, joined, job.held_out(some))
 
 
 def prune_in_rounds(
@@ -60,6 +75,7 @@ def prune_in_rounds(
     *,
     recalibrate: bool,
     checkpoint: Checkpoint | None = None,
+    find: Finder | None = None,
 ) -> tuple[Masks, dict[str, Tensor], list[dict[str, Any]]]:
     """Prune to each goal in turn; what is pruned stays pruned.
 
@@ -72,24 +88,25 @@ def prune_in_rounds(
         goals: Sparsity after each round; None where a pattern fixes it.
         recalibrate: Whether batch normalisation is recalibrated at the end, where that helps.
         checkpoint: Where the state after each round is kept, and taken up again.
+        find: Gives the statistics of a round at the weights as they are, by its number; None
+            collects them from the job's images.
 
     Returns:
         Masks, scores of the last round, history.
     """
     plan, model = job.plan, job.model
+    find = find or partial(find_statistics, job, len(goals))
     masks: Masks | None = None
     history: list[dict[str, Any]] = []
     scores: dict[str, Tensor] = {}
-    found = _Found()
+    found = Found()
     with job.all_or_nothing() as original:
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.chosen, original)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = plan.is_auto and not history
-            found = _collect(
-                job, number, len(goals), holds_out=chooses or (recalibrate and number == len(goals))
-            )
+            found = find(number, holds_out=chooses or (recalibrate and number == len(goals)))
             clock.lap("statistics")
             best: Attempt | None = None
             if plan.is_auto and history:
@@ -99,16 +116,15 @@ def prune_in_rounds(
                     model, found.fisher, masks, goals[-1], job.chosen, found.tuned
                 )
             clock.lap("damping")
-            if found.fisher is not None and found.rest is not None:
-                found.fisher.merge(found.rest)
-            outcome = plan.step(model, found.fisher, masks, goal, choice.damping)
+            fisher = found.joined()
+            outcome = plan.step(model, fisher, masks, goal, choice.damping)
             joined = len(goals) > 1 or found.keeps(model, best)
             if best is not None and not joined:
                 restore(job.chosen, best.weights)
                 outcome = best.outcome
             scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")
-            entry = plan.entry(number, found.fisher, choice, outcome, clock.laps)
+            entry = plan.entry(number, fisher, choice, outcome, clock.laps)
             history.append(entry | {"held_out_joined": joined} if chooses else entry)
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsal.collection import Batches, as_batches
 from fastsal.compensation import compensate
 from fastsal.criteria import score
-from fastsal.damping import HeldOut, loss_of_guessing, outputs
+from fastsal.damping import loss_of_guessing, outputs
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.holdout import Pair, holding_out, limited
 from fastsal.masks import Masks
@@ -121,7 +121,7 @@ def prune_safely(
                 pass
         examination = Examination(model, tested, limit, job.loss)
         clock.lap("statistics")
-        tuned = HeldOut.of(model, limited(held), job.loss) if plan.is_auto else None
+        tuned = job.held_out(limited(held)) if plan.is_auto else None
         choice, _ = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
         if fisher is not None and held:
             fisher.merge(job.collect(held, plan.seed + 1, quiet=True))

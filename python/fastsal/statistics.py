@@ -166,6 +166,14 @@ class ParameterStatistics:
         if theirs is not None:
             packed += scale * theirs.astype(self.dtype, copy=False)
 
+    def scale(self, factor: float) -> None:
+        """Multiply the sums by `factor`."""
+        _multiply(self.sums, factor)
+        if self.packed is not None:
+            _multiply(self.packed, factor)
+        for rows in self.rows:
+            _multiply(rows, math.sqrt(factor))
+
     def gradients(self) -> Array:
         """All kept gradients as one array `[n, d]`."""
         if len(self.rows) != 1:
@@ -175,6 +183,11 @@ class ParameterStatistics:
 
     def _held(self) -> int:
         return sum(len(rows) for rows in self.rows)
+
+
+def _multiply(values: Array, factor: float) -> None:
+    # By the factor in float64: rounded to float32 it would not be the one that samples get.
+    np.multiply(values, factor, out=values, dtype=np.float64, casting="same_kind")
 
 
 def _converted(rows: Array, dtype: str, to: np.dtype[Any]) -> Array:

@@ -116,7 +116,6 @@ def test_blocks_of_one_move_nothing():
         assert report.increase[name] == pytest.approx(report.uncompensated[name])
 
 
-# 200 random blocks.
 @settings(max_examples=1000, deadline=None)
 @given(
     seed=st.integers(0, 10**6),

@@ -223,3 +223,35 @@ def test_classes_of_the_shared_data(shared_data):
     images = load_images(shared_data / "mnist_test.npz", classes=[3, 5])
     assert len(images) == 600
     assert set(images.y.tolist()) == {0, 1}
+
+
+def test_images_without_labels(tmp_path):
+    x, y = pixels(), np.array([0, 0, 0, 1, 1, 1])
+    flat = tmp_path / "flat"
+    (flat / "deeper").mkdir(parents=True)
+    for i in range(3):
+        Image.fromarray(x[i]).save(flat / f"{i}.png")
+        Image.fromarray(x[3 + i]).save(flat / "deeper" / f"{i}.png")
+    (flat / "note.txt").write_text("no image")
+    found = load_images(flat, labelled=False)
+    assert [p.relative_to(flat).as_posix() for p in found.x] == [
+        "0.png", "1.png", "2.png", "deeper/0.png", "deeper/1.png", "deeper/2.png"
+    ]  # fmt: skip
+    assert (found.classes, found.y.tolist()) == (("0",), [0] * 6)
+    assert load_images(flat / "deeper", labelled=False).y.tolist() == [0, 0, 0]
+    np.savez(tmp_path / "x.npz", x=x, classes=np.array(["a", "b"]))
+    assert np.array_equal(load_images(tmp_path / "x.npz", labelled=False).x, x)
+    # Labels are kept where there are some, so that positions are the same.
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    for path in (tmp_path / "d.npz", write_folder(tmp_path / "d", x, y)):
+        a, b = load_images(path), load_images(path, labelled=False)
+        assert a.classes == b.classes
+        assert np.array_equal(a.y, b.y)
+        assert list(map(str, a.x)) == list(map(str, b.x))
+    with pytest.raises(DataError, match="has no array y"):
+        load_images(tmp_path / "x.npz")
+    with pytest.raises(DataError, match="has one class only"):
+        load_images(flat)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image; takes .bmp"):
+        load_images(tmp_path / "empty", labelled=False)

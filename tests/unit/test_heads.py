@@ -8,9 +8,13 @@ from torch import nn
 from fastsal.data import ImageSet
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
 from fastsal.models import InputSpec, load_model
+from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.features import features
-from fastsal.transfer.heads import _solve, fit_heads
+from fastsal.transfer.heads import fit_heads
+from fastsal.transfer.ridge import solve_ridge
 from fastsal.transfer.tasks import Task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = InputSpec(3, None, (0.5,) * 3, (0.5,) * 3)
 
@@ -26,19 +30,20 @@ class Flat(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def task(n=90, seed=0, name="t", shift=60):
+def task(n=90, seed=0, name="t", shift=60, counts=None):
     rng = np.random.default_rng(seed)
-    y = np.sort(rng.integers(0, 3, n)) if seed else np.repeat([0, 1, 2], [n - 30, 20, 10])
+    y = np.sort(rng.integers(0, 3, n)) if seed else np.repeat([0, 1, 2], counts or [n - 30, 20, 10])
     x = rng.integers(0, 100, (n, 4, 4, 3))
     x[np.arange(n), :, :, y] += shift
     images = ImageSet(x.astype(np.uint8), y.astype(np.int64), ("a", "b", "c"))
     return Task.split(name, images, seed=seed)
 
 
+@pytest.mark.parametrize("counts", [[60, 20, 10], [30, 30, 30], [4, 4, 82]])
 @pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
-def test_head_equals_the_ridge_of_scikit_learn(ridge):
+def test_head_equals_the_ridge_of_scikit_learn(ridge, counts):
     linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
-    t = task()
+    t = task(counts=counts)
     head = fit_heads(Flat(), t, ridge=ridge, spec=SPEC, batch_size=7)["t"]
     x = np.concatenate([x.flatten(1).numpy() for x, _ in t.fit.batches(SPEC)]).astype(np.float64)
     y = t.fit.y
@@ -81,7 +86,7 @@ def test_left_out_outputs_are_those_of_a_head_fitted_without_the_image():
     x = torch.randn(20, 5, generator=rng)
     y = torch.arange(20) % 2
     counts = torch.bincount(y)
-    _, _, alpha, left_out = _solve(x, y, counts, 0.1)
+    _, _, alpha, left_out = solve_ridge(x, y, counts, 0.1)
     keep = torch.arange(20) != 3
     a = torch.cat([x, torch.ones(20, 1)], dim=1).double()[keep]
     penalty = alpha * torch.diag(torch.tensor([1.0] * 5 + [0.0], dtype=torch.float64))
@@ -123,8 +128,37 @@ def test_features_of_every_kind_of_model(tiny_file):
         features(nn.Conv2d(3, 4, 3), images)
 
 
+@pytest.mark.parametrize("kind", ["ridge", "knn", "probe"])
+def test_a_timm_model_may_come_without_a_classifier(kind):
+    rng = np.random.default_rng(0)
+    y = np.arange(40) % 2
+    x = rng.integers(0, 99, (40, 32, 32, 3)) + 100 * y[:, None, None, None]
+    t = Task.split("t", ImageSet(x.astype(np.uint8), y))
+    spec = InputSpec(3, None, (0.5,) * 3, (0.5,) * 3)
+    model = load_model("test_resnet")
+    whole = fit_heads(model, t, kind=kind, k=5, l2=0.1, spec=spec)["t"]
+    model.reset_classifier(0)
+    bare = fit_heads(model, t, kind=kind, k=5, l2=0.1, spec=spec)["t"]
+    x = torch.randn(3, bare.features)
+    assert torch.equal(bare(x), whole(x))
+    assert evaluate(model, t, {"t": bare})["t"] > 0.7
+    with pytest.raises(InvalidArgument, match="takes a model with a classifier; this ResNet has"):
+        fit_heads(model, t, kind="own", spec=spec)
+
+
 def test_bad_fits():
     t = task()
+    for given, message in (
+        ({"kind": "rigde"}, "kind: got 'rigde' .close: ridge.; takes ridge, knn, probe, own"),
+        ({"kind": "knn", "k": 0}, "k: got 0"),
+        ({"kind": "knn", "k": 2.5}, "k: got 2.5"),
+        ({"kind": "knn", "temperature": 0}, "temperature: got 0"),
+        ({"kind": "probe", "l2": 0}, "l2: got 0"),
+        ({"ridge": float("nan")}, "ridge: got nan"),
+        ({"columns": ["a"]}, "columns: got one for kind 'ridge'"),
+    ):
+        with pytest.raises(InvalidArgument, match=message):
+            fit_heads(Flat(), t, spec=SPEC, **given)
     with pytest.raises(InvalidArgument, match="ridge: got -1"):
         fit_heads(Flat(), t, ridge=-1, spec=SPEC)
     with pytest.raises(FactorizationError, match="ridge: 0"):
@@ -140,7 +174,9 @@ def test_bad_fits():
 
 def test_tasks_do_not_test_on_what_they_fit():
     t = task()
-    with pytest.raises(DataError, match=r"tests on \d+ images that its head is fitted on"):
+    with pytest.raises(
+        DataError, match=r"test: task 't' has \d+ images in part 'test' that are in part 'fit'"
+    ):
         Task("t", t.fit, t.fit)
     with pytest.raises(InvalidArgument, match="runs once"):
         Task("t", iter(t.fit.batches(SPEC)), t.test)

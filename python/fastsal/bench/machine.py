@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
     return {
         "fastsal": version,
         "instructions": isa,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": _core.num_threads(),
         "torch": torch.__version__,
@@ -44,7 +44,8 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -12,7 +12,10 @@ from fastsal.cli.finetune import finetune
 from fastsal.cli.group import Group
 from fastsal.cli.prune import prune
 from fastsal.cli.rank import rank
+from fastsal.cli.report import report
 from fastsal.cli.score import score
+from fastsal.cli.sweep import sweep
+from fastsal.cli.transfer import transfer
 from fastsal.cli.verify import verify
 from fastsal.cli.versions import fastsal_version
 
@@ -30,5 +33,9 @@ def main(debug: bool) -> None:
     """
 
 
-for _command in (prune, score, rank, compensate, finetune, evaluate, verify, bench, demo):
+_COMMANDS = (
+    prune, score, rank, compensate, finetune, evaluate, verify,
+    transfer, sweep, report, bench, demo,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)

@@ -100,7 +100,11 @@ input_options: Callable[[F], F] = group(
     click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images a pass."),
 )
 statistics_options: Callable[[F], F] = group(
-    click.option("--data", type=PATH, help="Labelled images that the statistics are taken from."),
+    click.option(
+        "--data",
+        type=PATH,
+        help="Labelled images that the statistics are taken from; any with --labels features.",
+    ),
     click.option(
         "--samples",
         type=COUNT,
@@ -110,10 +114,10 @@ statistics_options: Callable[[F], F] = group(
     click.option("--block-size", type=COUNT, help="Weights a Fisher block. [default: 64]"),
     click.option(
         "--labels",
-        type=click.Choice(["true", "sampled"]),
+        type=click.Choice(["true", "sampled", "features"]),
         default="true",
         show_default=True,
-        help="Labels of the data, or drawn from the model.",
+        help="Labels of the data, or drawn from the model, or none: features are matched.",
     ),
     click.option(
         "--parameters",

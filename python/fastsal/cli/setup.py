@@ -78,13 +78,17 @@ def open_batches(
     *,
     samples: int | None = None,
     shuffle: bool = False,
+    labelled: bool = True,
 ) -> Batches:
-    """Open labelled images and check that the model has a class for each label."""
+    """Open labelled images and check that the model has a class for each label.
+
+    Without `labelled` images need no labels, and those that they have are not looked at.
+    """
     from fastsal.data import load_images
     from fastsal.models import class_count
 
-    images = load_images(path)
-    count = class_count(model)
+    images = load_images(path, labelled=labelled)
+    count = class_count(model) if labelled else None
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
             f"labels: {path} has label {int(images.y.max())}; the model has {count} classes, "
@@ -101,8 +105,16 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
     Images that are sorted by class are shuffled by `--seed`.
     """
     if given["data"] is not None:
+        limits = ("max_accuracy_drop", "max_loss_increase")  # tested on labels
+        labelled = given.get("labels") != "features" or any(given.get(n) for n in limits)
         return open_batches(
-            given, model, spec, given["data"], samples=given["samples"], shuffle=True
+            given,
+            model,
+            spec,
+            given["data"],
+            samples=given["samples"],
+            shuffle=True,
+            labelled=labelled,
         )
     if given.get("criterion") in WITHOUT_DATA:
         return None
@@ -118,7 +130,8 @@ def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
     """
     if data is None:
         return
-    if data.images.classes != test.images.classes:
+    is_labelled = len(data.images.classes) > 1
+    if is_labelled and data.images.classes != test.images.classes:
         raise DataError(
             f"{name}: {test.images.source} has classes {_shortened(test.images.classes)}; --data "
             f"has {_shortened(data.images.classes)}"

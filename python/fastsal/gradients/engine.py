@@ -14,7 +14,7 @@ from fastsal.errors import DataError, InvalidArgument, UnknownParameter
 from fastsal.gradients import losses as checks
 from fastsal.gradients.backward import Pass, Sink
 from fastsal.gradients.capture import Capture
-from fastsal.gradients.fallback import Fallback
+from fastsal.gradients.fallback import Call, Fallback
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.probe import probe
 from fastsal.gradients.selection import select_parameters
@@ -37,8 +37,10 @@ class GradientEngine:
         parameters: Canonical name to parameter, from `select_parameters`.
         loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
         labels: `"true"` takes the labels that come with the images, `"sampled"` draws them from
-            the softmax of the logits.
-        seed: Seed of the labels that are drawn.
+            the softmax of the logits. `"features"` needs none: `f_θ(x)`, what the classifier is
+            given, is the mean of a Gaussian from which a target `y = f(x) + √F ε` is drawn, and the
+            loss is `½ ‖f_θ(x) − y‖² / F` with the gradient `−J_f(x)ᵀ ε / √F`, `F` features.
+        seed: Seed of what is drawn.
         autocast: Run the model under `torch.autocast` in this dtype.
         micro_batch: Samples a pass; None chooses by memory.
 
@@ -59,8 +61,12 @@ class GradientEngine:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
     ) -> None:
-        if labels not in ("true", "sampled"):
-            raise InvalidArgument(f"labels: takes 'true' or 'sampled', got {labels!r}")
+        if labels not in ("true", "sampled", "features"):
+            raise InvalidArgument(f"labels: takes 'true', 'sampled' or 'features', got {labels!r}")
+        if labels == "features" and loss != "cross-entropy":
+            raise InvalidArgument(
+                "loss: labels='features' has its own, that of matching features; leave loss out"
+            )
         if micro_batch is not None and micro_batch < 1:
             raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
         checks.check_autocast(autocast)
@@ -75,9 +81,13 @@ class GradientEngine:
                 )
         self._model = model
         self._parameters = dict(parameters)
-        self._classify = loss == "cross-entropy"
-        self._loss = checks.resolve_loss(loss)
         self._sampled = labels == "sampled"
+        self._by_features = labels == "features"
+        self._classify = loss == "cross-entropy" and not self._by_features
+        self._loss: LossFunction = (
+            checks.feature_matching if self._by_features else checks.resolve_loss(loss)
+        )
+        self._call = _feature_call() if self._by_features else _plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
         self._micro_batch = micro_batch or self._choose_micro_batch()
@@ -138,7 +148,7 @@ class GradientEngine:
 
         Args:
             images: `[n, C, H, W]`, normalised floating point.
-            labels: `[n]`; may be None with `labels="sampled"`.
+            labels: `[n]`; may be None with `labels="sampled"`, and are ignored with `"features"`.
             sink: Called as `sink(name, rows)` once a parameter and micro-batch, during the
                 backward pass. `rows` `[n, *shape]` is contiguous, in the parameter's dtype, and
                 valid during the call only: the memory is used again.
@@ -156,7 +166,9 @@ class GradientEngine:
         checks.check_images(images)
         n = images.shape[0]
         uniforms: Tensor | None = None
-        if self._sampled:
+        if self._by_features:
+            labels = None
+        elif self._sampled:
             # For the whole batch at once: labels do not depend on the micro-batch.
             uniforms = torch.rand(n, dtype=torch.float64, generator=self._generator)
             labels = None
@@ -204,7 +216,10 @@ class GradientEngine:
             if self._classify and labels is not None:
                 checks.check_classes(labels, self._classes, self.samples_seen)
             # Any labels do here; those of the generator are for the run itself.
-            target = outputs.detach().argmax(1) if targets is None else targets
+            if self._by_features:
+                target = checks.draw_noise(outputs, torch.Generator().manual_seed(0))
+            else:
+                target = outputs.detach().argmax(1) if targets is None else targets
             values = self._loss(outputs, target)
             checks.check_losses(values, 2)
             checks.check_finite(values, self.samples_seen)
@@ -216,6 +231,7 @@ class GradientEngine:
             pair,
             losses,
             self._private,
+            self._call,
             coarse=self._autocast is not None,
         )
         self._operations, reasons = found.operations, found.reasons
@@ -228,6 +244,7 @@ class GradientEngine:
                 reasons,
                 self._loss,
                 self._fallback_context,
+                self._call,
             )
 
     @contextlib.contextmanager
@@ -255,9 +272,11 @@ class GradientEngine:
             images = images.detach().requires_grad_()
         with self._randomness.active(keep=True):
             with Capture(self._fast, hooks.on_call):
-                outputs = self._forward(lambda: self._model(images))
+                outputs = self._forward(lambda: self._call(self._model, images))
                 self._check_outputs(outputs, n)
-                if uniforms is not None:
+                if self._by_features:
+                    labels = checks.draw_noise(outputs, self._generator)
+                elif uniforms is not None:
                     labels = checks.sample_labels(outputs, uniforms)
                 values = self._loss(outputs, labels)
             checks.check_losses(values, n)
@@ -267,10 +286,21 @@ class GradientEngine:
         hooks.flush()
         if self._fallback is not None:
             if labels is None:
-                raise DataError("labels: None is taken only with labels='sampled'")
+                raise DataError("labels: None is taken only with labels='sampled' or 'features'")
             self._fallback.rows(images.detach(), labels, sink)
         self.samples_seen += n
         return values.detach().float()
+
+
+def _plain_call(model: nn.Module, images: Tensor) -> Any:
+    return model(images)
+
+
+def _feature_call() -> Call:
+    # Here, as the package `transfer` needs this one.
+    from fastsal.transfer.features import feature_outputs
+
+    return feature_outputs
 
 
 def _usable(tensor: Tensor) -> Tensor:

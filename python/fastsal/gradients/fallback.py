@@ -29,6 +29,22 @@ class _Inert(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+# call(model, images) -> outputs
+Call = Callable[[nn.Module, Tensor], Any]
+
+
+class _Called(nn.Module):
+    """A model that is run by a function of it and of images."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.model = model
+        self._call = call
+
+    def forward(self, images: Tensor) -> Any:
+        return self._call(self.model, images)
+
+
 class Fallback:
     """Forms rows for some parameters of a model.
 
@@ -44,8 +60,10 @@ class Fallback:
         reasons: Mapping[str, str],
         losses: Callable[[Any, Any], Tensor],
         context: Callable[[], contextlib.AbstractContextManager[Any]],
+        call: Call,
     ) -> None:
         self._model = model
+        self._called = _Called(model, call)
         self._parameters = dict(parameters)
         self.reasons = dict(reasons)
         self._losses = losses
@@ -87,7 +105,8 @@ class Fallback:
             ) from error
 
     def _loss(self, parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        outputs = functional_call(self._model, parameters, (image.unsqueeze(0),))
+        swapped = {f"model.{name}": value for name, value in parameters.items()}
+        outputs = functional_call(self._called, swapped, (image.unsqueeze(0),))
         return self._losses(outputs, label.unsqueeze(0)).sum()
 
     def _vmapped(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -106,7 +125,7 @@ class Fallback:
             def gradients(
                 copies: Mapping[str, Tensor], image: Tensor = image, label: Tensor = label
             ) -> dict[str, Tensor | None]:
-                loss = self._losses(self._model(image), label).sum()
+                loss = self._losses(self._called(image), label).sum()
                 if not loss.requires_grad:
                     return dict.fromkeys(copies)
                 found = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)

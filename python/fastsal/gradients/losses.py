@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,22 @@ def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(_at_least_float32(outputs), labels, reduction="none")
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
+    """Loss of each sample under the Gaussian model of its features, see `GradientEngine`.
+
+    `½ ‖f_θ − y‖² / F` with the target `y = f + √F ε`; both are divided by `√F` here, so that `f_θ`
+    and `f` cancel exactly.
+
+    Args:
+        outputs: `f_θ` `[n, F]`, at the weights that targets are drawn from.
+        noise: `ε` `[n, F]`.
+    """
+    f = _at_least_float32(outputs)
+    return ((f - f.detach()) / math.sqrt(f.shape[1]) - noise).square().sum(dim=1) / 2
+
+
+def _at_least_float32(outputs: Tensor) -> Tensor:
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def check_autocast(autocast: torch.dtype | None) -> None:
@@ -60,7 +75,7 @@ def check_images(images: Any) -> None:
 def check_labels(labels: Any, n: int) -> None:
     """Check what can be known before the model has run."""
     if labels is None:
-        raise DataError("labels: None is taken only with labels='sampled'")
+        raise DataError("labels: None is taken only with labels='sampled' or 'features'")
     if not isinstance(labels, Tensor):
         raise DataError(f"labels: takes a tensor, got {type(labels).__name__}")
     if labels.dim() == 0 or labels.shape[0] != n:
@@ -122,3 +137,16 @@ def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = outputs.detach().to("cpu", torch.float64).softmax(dim=1).cumsum(dim=1)
     drawn = (cumulative <= uniforms.unsqueeze(1)).sum(dim=1)
     return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)
+
+
+def draw_noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw standard normal numbers like `outputs` `[n, F]`, by inversion of uniform ones.
+
+    Those are drawn one after the other, sample by sample, so that what a sample gets does not
+    depend on how samples are cut into batches (it would by `torch.randn`), nor on the device.
+    """
+    uniforms = torch.rand(outputs.shape, dtype=torch.float64, generator=generator)
+    # The generator may give 0, whose inverse is infinite.
+    noise: Tensor = torch.special.ndtri(uniforms.clamp_(min=2.0**-54))
+    dtype = _at_least_float32(outputs.detach()[:0]).dtype
+    return noise.to(outputs.device, dtype)

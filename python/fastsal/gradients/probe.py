@@ -25,6 +25,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.backward import Record
 from fastsal.gradients.capture import Capture, hookable, make_root, saves_tensors_elsewhere
+from fastsal.gradients.fallback import Call as RunModel
 from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.registry import Call, Operation
 from fastsal.gradients.workspace import Workspace
@@ -108,6 +109,7 @@ def probe(
     images: Tensor,
     losses: Losses,
     context: Callable[[], contextlib.AbstractContextManager[None]],
+    call: RunModel,
     *,
     coarse: bool,
 ) -> Findings:
@@ -119,6 +121,7 @@ def probe(
         images: Two samples `[2, ...]`.
         losses: Takes a function that runs the model, returns the checked losses `[2]`.
         context: Entered around each pass; the same random numbers every time.
+        call: Runs the model on images.
         coarse: Whether the model runs in less than float32.
 
     Returns:
@@ -136,7 +139,7 @@ def probe(
         captures.append(capture)
         with context():
             with capture:
-                values = losses(lambda: model(images))
+                values = losses(lambda: call(model, images))
             return _two_backward_passes(values, images, copies, recorder)
 
     truth = differentiate(model, parameters, gradients)

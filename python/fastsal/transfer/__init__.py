@@ -1,7 +1,25 @@
 """Transfer: tasks, their frozen heads, and the accuracy of a pruned backbone on each."""
 
-from fastsal.transfer.evaluation import Measurement, accuracy, evaluate, measure
-from fastsal.transfer.heads import Head, fit_heads
+from fastsal.transfer.evaluation import Measurement, accuracy, evaluate, measure, measure_tasks
+from fastsal.transfer.head_cache import HeadCache, load_head, save_head
+from fastsal.transfer.heads import AnyHead, Head, KnnHead, OwnHead, fit_heads
+from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task
 
-__all__ = ["Head", "Measurement", "Task", "accuracy", "evaluate", "fit_heads", "measure"]
+__all__ = [
+    "AnyHead",
+    "Head",
+    "HeadCache",
+    "KnnHead",
+    "Measurement",
+    "OwnHead",
+    "Shares",
+    "Task",
+    "accuracy",
+    "evaluate",
+    "fit_heads",
+    "load_head",
+    "measure",
+    "measure_tasks",
+    "save_head",
+]

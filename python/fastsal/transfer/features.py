@@ -34,13 +34,18 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
             have another shape.
     """
     with torch.no_grad():
-        if hasattr(model, "forward_features"):
-            found = model.forward_features(images)  # type: ignore[operator]
-            head = getattr(model, "forward_head", None)
-            if head is not None and "pre_logits" in inspect.signature(head).parameters:
-                found = head(found, pre_logits=True)
-        else:
-            found = _last_linear_input(model, images)
+        return feature_outputs(model, images)
+
+
+def feature_outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the same as `features`, with a graph for gradients where they are asked for."""
+    if hasattr(model, "forward_features"):
+        found = model.forward_features(images)  # type: ignore[operator]
+        head = getattr(model, "forward_head", None)
+        if head is not None and "pre_logits" in inspect.signature(head).parameters:
+            found = head(found, pre_logits=True)
+    else:
+        found = _last_linear_input(model, images)
     if isinstance(found, Tensor) and found.ndim == 4:
         found = found.mean(dim=(2, 3))
     elif isinstance(found, Tensor) and found.ndim == 3:

@@ -1,0 +1,135 @@
+"""What `fastsal sweep` and `fastsal transfer` share: run a study, report, and say what came out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastsal.cli.group import STATUS_INTERRUPTED
+
+if TYPE_CHECKING:
+    from fastsal.study.settings import Study
+
+STATUS_FAILED_CELLS = 1
+
+
+def run_and_report(
+    ctx: click.Context,
+    study: Study,
+    out: Path,
+    *,
+    command: str,
+    retry: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run a study to its end, write its report, and print what it came to."""
+    from fastsal.cli.output import console, emit
+    from fastsal.study.runner import run_study
+
+    try:
+        done = run_study(study, out, command=command, retry=retry, progress=not quiet)
+    except KeyboardInterrupt:
+        click.echo("interrupted: cells that were done are kept; the same command goes on", err=True)
+        ctx.exit(STATUS_INTERRUPTED)
+    page = _report(out)
+    if as_json:
+        emit(
+            {
+                "study": study.name,
+                "out": str(out),
+                "report": None if page is None else str(page),
+                "cells": done.cells,
+                "done_now": done.done,
+                "failed": done.failed,
+                "rows": done.rows,
+                "seconds": done.seconds,
+            }
+        )
+    else:
+        screen = console()
+        screen.print(_table(done.rows))
+        screen.print(
+            f"\n[bold]{done.cells} cells, {done.done} of them now in {done.seconds:.0f} s; "
+            f"{len(done.failed)} failed[/bold]"
+        )
+        for key, error in list(done.failed.items())[:10]:
+            screen.print(f"  {key}: {error}", soft_wrap=True, markup=False)
+        if done.warned:
+            first = f"cells/{done.warned[0]}.json"
+            screen.print(f"{len(done.warned)} cells warned of something, see {first}", style="dim")
+        screen.print(f"Written to {page or out}", soft_wrap=True)
+        if page is None:
+            screen.print("for a page of it: pip install 'fastsal[report]'")
+    if done.failed:
+        ctx.exit(STATUS_FAILED_CELLS)
+
+
+def print_cells(study: Study, out: Path, *, as_json: bool) -> None:
+    """List the cells of a study; nothing is opened or written."""
+    from fastsal.cli.output import emit
+    from fastsal.study.cells import cells_of
+
+    cells = [cell.facts() for cell in cells_of(study)]
+    for cell in cells:
+        del cell["cell"]  # depends on the files too, which are not opened here
+    if as_json:
+        emit({"study": study.name, "out": str(out), "cells": cells})
+        return
+    for cell in cells:
+        click.echo("  ".join(f"{key}={value}" for key, value in cell.items()))
+    click.echo(f"{len(cells)} cells, {len(study.tasks)} tasks each; results go to {out}")
+
+
+def _report(out: Path) -> Path | None:
+    """Write the page, if what it is made with is here."""
+    from importlib.util import find_spec
+
+    from fastsal.atomic import write_text
+
+    if find_spec("jinja2") is None:
+        return None
+    from fastsal.report import html
+    from fastsal.report.results import read_results
+
+    path = out / "report.html"
+    write_text(path, html.page(read_results(out)))
+    return path
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Any:
+    """Mean accuracy on the source and on the other tasks, before and after fine-tuning."""
+    from rich.table import Table
+
+    done = [row for row in rows if row["status"] == "done"]
+    has_tuned = any(row["tuned"] is not None for row in done)
+    columns = ("dense", "pruned", "tuned") if has_tuned else ("dense", "pruned")
+    roles = ("source", "transfer")
+    names = ("model", "source", "criterion", "rounds", "sparsity")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in done:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    # What is the same in every row is said by the study's name.
+    shown = [
+        i for i, name in enumerate(names) if name == "sparsity" or len({k[i] for k in groups}) > 1
+    ]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i in shown:
+        is_number = names[i] in ("rounds", "sparsity")
+        table.add_column(names[i], justify="right" if is_number else "left", no_wrap=is_number)
+    for role in roles:
+        for column in columns:
+            table.add_column(f"{role}\n{column}", justify="right", no_wrap=True)
+    for key, mine in groups.items():
+        values = []
+        for role in roles:
+            for column in columns:
+                some = [r[column] for r in mine if r["role"] == role and r[column] is not None]
+                values.append(f"{statistics.mean(some):.3f}" if some else "")
+        words = [f"{key[i]:g}" if isinstance(key[i], float) else str(key[i]) for i in shown]
+        table.add_row(*words, *values)
+    return table

@@ -1,0 +1,132 @@
+"""Images of Hugging Face's `datasets`: from its cache, from the Hub, or saved to disk."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastsal.data import ImageSet
+from fastsal.datasets import DataName, missing
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.image_items import stack_items
+
+_KEYS = ("split", "image", "label", "config", "revision", "download")
+_ON_DISK = ("state.json", "dataset_dict.json")
+
+
+def open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
+    """Open what `hf:NAME?split=...` names; see `fastsal.open_images`."""
+    for key in name.query:
+        if key not in _KEYS:
+            close = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f" (close: {close[0]})" if close else ""
+            raise InvalidArgument(
+                f"data: {name.spec!r} has key {key!r}{hint}; takes {', '.join(_KEYS)}"
+            )
+    try:
+        import datasets as library
+    except ImportError:
+        raise missing(name.spec, "datasets") from None
+    split = name.query.get("split")
+    if split is None and train is not None:
+        split = "train" if train else "test"
+    found, place = _load(library, name, split)
+    if isinstance(found, Mapping):
+        if split is None and len(found) > 1:
+            raise DataError(
+                f"data: {name.spec!r} has splits {', '.join(map(str, found))}; say which, "
+                "with split="
+            )
+        split = next(iter(found)) if split is None else split
+        if split not in found:
+            raise DataError(
+                f"data: {name.spec!r} has no split {split!r}; it has {', '.join(map(str, found))}"
+            )
+        found = found[split]
+    image, label = _columns(found, name)
+    told = {
+        "split": split,
+        **{key: name.query.get(key) for key in ("config", "revision")},
+        "image": image,
+        "label": label,
+    }
+    words = "&".join(f"{key}={value}" for key, value in told.items() if value is not None)
+    if hasattr(found, "select_columns"):
+        found = found.select_columns([image, label])  # others are not even decoded
+    names = getattr(_features(found).get(label), "names", None) or []
+    items = ((row[image], row[label]) for row in found)
+    return stack_items(items, len(found), names, f"hf:{place}?{words}")
+
+
+def _load(library: Any, name: DataName, split: str | None) -> tuple[Any, str]:
+    """Return a data set or a mapping of splits, and where it came from."""
+    path = name.path(name.name)
+    is_path = name.name.startswith(("/", ".", "~"))
+    if is_path and not path.is_dir():
+        raise DataError(f"data: {name.spec!r}: there is no folder {path}")
+    is_saved = path.is_dir() and any((path / file).is_file() for file in _ON_DISK)
+    try:
+        if is_path or is_saved:
+            return library.load_from_disk(str(path)), str(path.resolve())
+        options = {"name": name.query.get("config"), "revision": name.query.get("revision")}
+        options = {key: value for key, value in options.items() if value is not None}
+        with contextlib.nullcontext() if name.may_download else _offline(library):
+            return library.load_dataset(name.name, split=split, **options), name.name
+    except Exception as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        hint = "" if name.may_download or is_path else (
+            " (nothing is downloaded without download=true)"
+        )  # fmt: skip
+        raise DataError(f"data: {name.spec!r} cannot be opened: {lines[0]}{hint}") from error
+
+
+@contextlib.contextmanager
+def _offline(library: Any) -> Iterator[None]:
+    """Keep the library from the network inside the block."""
+    places = [getattr(library, "config", None)]
+    hub = sys.modules.get("huggingface_hub")
+    places.append(getattr(hub, "constants", None))
+    before = [
+        (place, attribute, getattr(place, attribute))
+        for place in places
+        for attribute in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+        if hasattr(place, attribute)
+    ]
+    for place, attribute, _ in before:
+        setattr(place, attribute, True)
+    try:
+        yield
+    finally:
+        for place, attribute, value in before:
+            setattr(place, attribute, value)
+
+
+def _columns(found: Any, name: DataName) -> tuple[str, str]:
+    """Return the names of the columns of images and of labels."""
+    features = _features(found)
+    chosen = []
+    for key, kind, usual in (("image", "Image", "image"), ("label", "ClassLabel", "label")):
+        wanted = name.query.get(key)
+        if wanted is not None and features and wanted not in features:
+            raise DataError(
+                f"data: {name.spec!r} has no column {wanted!r}; it has {', '.join(features)}"
+            )
+        fitting = [column for column, of in features.items() if type(of).__name__ == kind]
+        if wanted is None and len(fitting) == 1:
+            wanted = fitting[0]
+        if wanted is None and usual in features:
+            wanted = usual
+        if wanted is None:
+            raise DataError(
+                f"data: {name.spec!r} has columns {', '.join(features) or 'without names'}; say "
+                f"which holds the {key}, with {key}="
+            )
+        chosen.append(wanted)
+    return chosen[0], chosen[1]
+
+
+def _features(found: Any) -> Mapping[str, Any]:
+    return getattr(found, "features", None) or {}

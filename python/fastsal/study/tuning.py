@@ -1,0 +1,103 @@
+"""Fine-tuning on a source: the tasks of a mixture side by side, each behind its own head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastsal.data import Batches
+from fastsal.finetuning import FinetuneResult, finetune
+from fastsal.masks import Masks
+from fastsal.study.images import few
+from fastsal.study.settings import FinetuneSettings
+from fastsal.study.sources import Source
+from fastsal.transfer.headed import Headed, SegmentedCrossEntropy
+
+
+@dataclass(frozen=True)
+class TuningImages:
+    """Batches of several tasks in one order, labels shifted to the place of their task's logits.
+
+    Attributes:
+        parts: batches of each task.
+        shifts: of their labels.
+        batch_size: images a batch; all of one task.
+        shuffled: whether each pass has an order of its own, from torch's random numbers.
+    """
+
+    parts: Sequence[Batches]
+    shifts: Sequence[int]
+    batch_size: int
+    shuffled: bool = True
+
+    @property
+    def samples(self) -> int:
+        """Images in all."""
+        return sum(part.samples for part in self.parts)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        pieces: list[tuple[int, npt.NDArray[np.int64]]] = []
+        for i, part in enumerate(self.parts):
+            order = part.order
+            if self.shuffled:
+                order = order[torch.randperm(len(order)).numpy()]
+            cuts = range(self.batch_size, len(order), self.batch_size)
+            pieces += [(i, piece) for piece in np.split(order, cuts)]
+        turns = torch.randperm(len(pieces)).tolist() if self.shuffled else range(len(pieces))
+        for turn in turns:
+            i, piece = pieces[turn]
+            for images, labels in replace(self.parts[i], order=piece):
+                yield images, labels + self.shifts[i]
+
+
+def tune(source: Source, masks: Masks, settings: FinetuneSettings) -> FinetuneResult:
+    """Train the pruned backbone of a source on its tasks; heads and normalisation stay.
+
+    Where the source counts as unlabelled, labels are what the dense model says of its images.
+
+    Args:
+        source: its backbone, pruned.
+        masks: by the names of `Headed`.
+        settings: of the training.
+    """
+    backbone = source.backbone
+    heads = [backbone.sources[part.task] for part in source.parts]
+    model = Headed(backbone.model, heads)
+    sizes = [len(part.tune.classes) for part in source.parts]
+    shifts = [int(n) for n in np.cumsum([0, *sizes[:-1]])]
+    size = source.study.batch_size
+    rng = np.random.default_rng(source.seed)
+    kept: list[Batches] = []
+    held: list[Batches] = []
+    for part, labels in zip(source.parts, source.labels, strict=True):
+        images = replace(part.tune, y=labels)
+        if settings.images is not None:
+            chosen = few(part.tune, settings.images // len(source.parts))
+            images = images.subset(np.flatnonzero(np.isin(images.index, chosen.index)))
+        order = rng.permutation(len(images))
+        cut = round(settings.held_out * len(images))
+        held.append(Batches(images, backbone.spec, order[:cut], size))
+        kept.append(Batches(images, backbone.spec, order[cut:], size))
+    return finetune(
+        model,
+        TuningImages(kept, shifts, size),
+        masks,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        optimizer=settings.optimizer,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        schedule=settings.schedule,
+        held_out=TuningImages(held, shifts, size, shuffled=False) if settings.held_out else None,
+        patience=settings.patience,
+        loss="cross-entropy" if len(sizes) == 1 else SegmentedCrossEntropy(sizes),
+        seed=source.seed,
+    )

@@ -1,0 +1,74 @@
+"""Closed-form heads: ridge regression from features to one-hot labels.
+
+Axes: n images, f features, k classes. With balanced weights `v_n = n / (k · n_class)`, the head
+minimises `sum_n v_n ‖y_n − W x_n − b‖² + α ‖W‖²`. Centred at the weighted means, the bias drops out
+and `W = Y_cᵀ V X_c (X_cᵀ V X_c + α I)⁻¹`, `b = ȳ − W x̄`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsal.errors import FactorizationError
+
+_CHUNK = 1024  # images whose features are held in float64 at a time
+_MOST_MARGIN = 10.0  # mean margin, in nats, that a scale may give where more would never hurt
+
+
+def solve_ridge(
+    x: Tensor, y: Tensor, counts: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Solve the weighted normal equations in float64.
+
+    Returns:
+        W `[k, f]`, b `[k]`, α, and what the head fitted without image n puts out for it, `[n, k]`:
+        `y_n − (y_n − W x_n − b) / (1 − h_n)` with the leverage
+        `h_n = v_n (x_cn (X_cᵀ V X_c + α I)⁻¹ x_cnᵀ + 1 / sum v)`.
+    """
+    n, k = len(x), len(counts)
+    v = n / (k * counts.double())[y]
+    target = torch.nn.functional.one_hot(y, k).double()
+    pieces = [slice(i, i + _CHUNK) for i in range(0, n, _CHUNK)]
+    x_mean = sum((v[i] @ x[i].double() for i in pieces), torch.zeros(())) / v.sum()
+    y_mean = (v @ target) / v.sum()
+    gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    cross = torch.zeros(x.shape[1], k, dtype=torch.float64)
+    for i in pieces:
+        centred = x[i].double() - x_mean
+        weighted = (centred * v[i, None]).T
+        gram += weighted @ centred
+        cross += weighted @ (target[i] - y_mean)
+    alpha = ridge * float(gram.trace()) / len(gram)
+    gram.diagonal().add_(alpha)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info):
+        raise FactorizationError(
+            f"ridge: {ridge} leaves the normal equations of {n} images and {len(gram)} features "
+            "singular; give a larger ridge"
+        )
+    weight = torch.cholesky_solve(cross, factor).T.contiguous()
+    left_out = []
+    for i in pieces:
+        centred = x[i].double() - x_mean
+        half = torch.linalg.solve_triangular(factor, centred.T, upper=False)
+        leverage = v[i] * (half.square().sum(dim=0) + 1 / v.sum())
+        error = target[i] - y_mean - centred @ weight.T
+        left_out.append(target[i] - error / (1 - leverage).clamp_min(1e-6)[:, None])
+    return weight, y_mean - weight @ x_mean, alpha, torch.cat(left_out)
+
+
+def best_scale(logits: Tensor, y: Tensor, counts: Tensor) -> float:
+    """Minimise the balanced cross-entropy over one factor on `logits [n, k]`: convex, bisection."""
+    v = 1 / counts.double()[y]
+    own = logits.gather(1, y[:, None])[:, 0]
+    others = logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
+    low, high = 0.0, _MOST_MARGIN / max(float((own - others).abs().mean()), 1e-9)
+    for _ in range(60):
+        scale = (low + high) / 2
+        expected = (torch.softmax(scale * logits, dim=1) * logits).sum(dim=1)
+        if float(v @ (expected - own)) > 0:  # the slope of the cross-entropy
+            high = scale
+        else:
+            low = scale
+    return scale

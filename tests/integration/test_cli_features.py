@@ -1,0 +1,55 @@
+"""Commands with `--labels features`: images alone, and models without a classifier."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from .commands import failed, run
+
+
+@pytest.fixture
+def flat(tiny_npz, tmp_path):
+    """A folder of images without classes."""
+    path = tmp_path / "flat"
+    path.mkdir()
+    with np.load(tiny_npz) as data:
+        for i, x in enumerate(data["x"]):
+            Image.fromarray(x).save(path / f"{i:02}.png")
+    return path
+
+
+def test_prune_with_images_alone(tiny_file, flat, tmp_path, tiny_npz):
+    out = tmp_path / "run"
+    result = run(
+        "prune", f"{tiny_file}:tiny", "--data", flat, "--labels", "features", "--sparsity", 0.5,
+        "--test", tiny_npz, "--quiet", "--json", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["parameters"]) == {"conv.weight"}
+    assert report["samples"] == 60
+    assert report["history"][0]["damping"] > 0
+    assert set(report["accuracy"]) == {"before", "after"}
+
+
+def test_score_with_labels_of_other_classes(tiny_file, tiny_npz, tmp_path):
+    with np.load(tiny_npz) as data:
+        np.savez(tmp_path / "other.npz", x=data["x"], y=data["y"] + 40)
+    given = ("score", f"{tiny_file}:tiny", "--data", tmp_path / "other.npz", "--quiet")
+    result = run(*given, "--labels", "features", "--out", tmp_path / "scores.safetensors")
+    assert result.exit_code == 0, result.output
+    assert set(load_file(tmp_path / "scores.safetensors")) == {"conv.weight"}
+    failed(run(*given, "--out", tmp_path / "no"), "has label 42; the model has 3 classes")
+
+
+def test_a_limit_needs_labels(tiny_file, flat, tmp_path):
+    result = run(
+        "prune", f"{tiny_file}:tiny", "--data", flat, "--labels", "features",
+        "--max-accuracy-drop", 0.1, "--quiet", "--out", tmp_path / "run",
+    )  # fmt: skip
+    failed(result, "has no folders; takes one folder of images per class")

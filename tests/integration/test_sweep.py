@@ -1,0 +1,398 @@
+"""Studies from their file to their tables, on a model and images that take no time."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastsal
+from fastsal.models import load_model
+from fastsal.study import load_study, run_study
+
+from .commands import failed, run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STUDY = """
+name = "tiny"
+sparsities = [0.0, 0.5, 0.75]
+seeds = [0, 1]
+samples = 16
+block_size = 16
+batch_size = 16
+
+[[models]]
+name = "tiny"
+model = "tiny.py:tiny"
+
+[[tasks]]
+name = "colours"
+data = "tiny.npz"
+
+[[tasks]]
+name = "bars"
+data = "bars.npz"
+
+[[sources]]
+tasks = "colours"
+
+[[criteria]]
+criterion = "obs-greedy"
+
+[[criteria]]
+criterion = "magnitude"
+
+[[criteria]]
+criterion = "random"
+
+[split]
+prune = 0.4
+fit = 0.3
+tune = 0.3
+
+[finetune]
+epochs = 1
+lr = 0.05
+"""
+TIMES = ("seconds_statistics", "seconds_prune", "seconds_evaluate", "seconds_finetune")
+
+
+@pytest.fixture
+def study_file(tmp_path: Path, tiny_file: Path, tiny_npz: Path) -> Path:
+    """A study of two tasks; `tiny_file` and `tiny_npz` lie beside it."""
+    assert tiny_file.parent == tiny_npz.parent == tmp_path
+    rng = np.random.default_rng(1)
+    y = np.arange(60) % 2
+    x = rng.integers(0, 90, (60, 8, 8, 3))
+    x[y == 0, :, ::2] += 100
+    x[y == 1, ::2] += 100
+    np.savez(tmp_path / "bars.npz", x=x.astype(np.uint8), y=y)
+    path = tmp_path / "tiny.toml"
+    path.write_text(STUDY)
+    return path
+
+
+def edited(path: Path, *changes: tuple[str, str]) -> Path:
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    path.write_text(text)
+    return path
+
+
+def rows_of(folder: Path, name: str = "results") -> list[dict[str, str]]:
+    with (folder / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def but_for_times(folder: Path) -> list[list[str]]:
+    return [
+        [value for column, value in row.items() if column not in TIMES] for row in rows_of(folder)
+    ]
+
+
+def test_every_cell_is_measured_on_every_task(study_file, tmp_path):
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--quiet", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["cells"], said["done_now"], said["failed"]) == (18, 18, {})
+    rows = rows_of(out)
+    assert len(rows) == 18 * 2
+    assert {r["role"] for r in rows if r["task"] == "colours"} == {"source"}
+    assert {r["role"] for r in rows if r["task"] == "bars"} == {"transfer"}
+    for row in rows:
+        assert row["status"] == "done"
+        assert float(row["sparsity_reached"]) == pytest.approx(float(row["sparsity"]), abs=0.01)
+        assert float(row["tuned"]) >= 0
+        assert (row["damping"] == "") == (row["criterion"] != "obs-greedy")
+        if float(row["sparsity"]) == 0:
+            assert row["pruned"] == row["dense"]
+            assert abs(float(row["measured_increase"])) < 1e-6
+    # The classifier that the model came with is not pruned: tasks have heads of their own.
+    assert {row["layer"] for row in rows_of(out, "layers")} == {"conv.weight"}
+    assert (out / "report.html").stat().st_size > 1000
+    facts = json.loads((out / "study.json").read_text())
+    assert facts["cells"] == 18
+    assert facts["models"]["tiny"]["prunable"] == 8 * 27
+
+
+def test_one_set_of_statistics_serves_all_cells_of_a_seed(study_file, tmp_path, monkeypatch):
+    import fastsal.study.sources as sources
+
+    seen = []
+    true_collect = sources.collect
+
+    def counted(model, batches, **more):
+        seen.append(more["seed"])
+        return true_collect(model, batches, **more)
+
+    monkeypatch.setattr(sources, "collect", counted)
+    run_study(load_study(study_file), tmp_path / "out")
+    # For each of two draws: what λ is chosen with, and what was held out for it.
+    assert len(seen) == 4
+
+
+def test_the_numbers_are_those_of_the_steps_taken_by_hand(study_file, tmp_path):
+    edited(study_file, ('criterion = "magnitude"', 'criterion = "magnitude"\ndamping = 1e-3'))
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    from fastsal.study.images import open_tasks
+
+    model = load_model(f"{tmp_path / 'tiny.py'}:tiny")
+    tasks = list(open_tasks(load_study(study_file)).values())
+    heads = fastsal.fit_heads(model, tasks, batch_size=16)
+    dense = fastsal.evaluate(model, tasks, heads)
+    scores = fastsal.score(model, None, "magnitude", parameters=["conv.weight"])
+    fastsal.rank(scores, 0.75).apply(model)
+    pruned = fastsal.evaluate(model, tasks, heads)
+    found = {
+        row["task"]: row
+        for row in rows_of(out)
+        if (row["criterion"], row["sparsity"], row["seed"]) == ("magnitude", "0.75", "1")
+    }
+    for name in dense:
+        assert float(found[name]["dense"]) == dense[name]
+        assert float(found[name]["pruned"]) == pruned[name]
+
+
+def test_parts_share_no_image(study_file, tmp_path):
+    run_study(load_study(study_file), tmp_path / "out")
+    splits = json.loads((tmp_path / "out" / "splits.json").read_text())
+    for parts in splits.values():
+        assert set(parts) == {"prune", "fit", "tune", "test"}
+        everything = [i for part in parts.values() for i in part]
+        assert sorted(everything) == list(range(60))
+
+
+def test_the_same_command_again_does_nothing_and_changes_nothing(study_file, tmp_path):
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    before = {p.name: p.read_bytes() for p in out.glob("*.csv")}
+    done = run_study(load_study(study_file), out)
+    assert (done.cells, done.done) == (18, 0)
+    assert {p.name: p.read_bytes() for p in out.glob("*.csv")} == before
+
+
+def test_a_study_that_grows_keeps_what_is_done(study_file, tmp_path):
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    before = but_for_times(out)
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.0, 0.5, 0.75, 0.9]"), ("[0, 1]", "[0, 1, 2]"))
+    done = run_study(load_study(study_file), out)
+    assert (done.cells, done.done) == (36, 18)
+    after = but_for_times(out)
+    assert all(row in after for row in before)
+
+
+def test_a_sweep_that_was_killed_goes_on_to_the_same_table(study_file, tmp_path, python_env):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "fastsal", "sweep", str(study_file), "--quiet", "--threads=1"]
+    subprocess.run([*command, "--out", str(whole)], check=True, env=python_env, timeout=300)
+    process = subprocess.Popen([*command, "--out", str(cut)], env=python_env)
+    deadline = time.monotonic() + 240
+    while len(list(cut.glob("cells/*.json"))) < 5:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    left = len(list(cut.glob("cells/*.json")))
+    assert 5 <= left < 18, "killed in the middle"
+    assert not (cut / "results.csv").exists()
+    subprocess.run([*command, "--out", str(cut)], check=True, env=python_env, timeout=300)
+    assert but_for_times(cut) == but_for_times(whole)
+    for name in ("layers.csv", "layers.parquet", "splits.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_cell_that_fails_is_recorded_and_the_others_are_done(study_file, tmp_path):
+    more = '\n[[sources]]\nname = "too many"\ntasks = "colours"\nsamples = 1000\n'
+    edited(study_file, ("[[criteria]]", more + "\n[[criteria]]"))
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--quiet")
+    assert result.exit_code == 1
+    assert "18 failed" in result.stdout
+    rows = rows_of(out)
+    bad = [row for row in rows if row["status"] == "failed"]
+    assert len(bad) == 18
+    assert {row["source"] for row in bad} == {"too many"}
+    assert all("takes 1000 images of 'colours'" in row["error"] for row in bad)
+    assert sum(row["status"] == "done" for row in rows) == 36
+    # They are not tried again unless that is asked for.
+    assert run_study(load_study(study_file), out).done == 0
+    assert run_study(load_study(study_file), out, retry=True).done == 18
+
+
+def test_sources_of_every_kind(study_file, tmp_path):
+    kinds = """
+[[sources]]
+name = "mixed"
+tasks = { colours = 1.0, bars = 0.5 }
+[[sources]]
+name = "stream"
+tasks = ["bars", "colours"]
+decay = 0.5
+[[sources]]
+name = "rare"
+tasks = "colours"
+imbalance = 0.5
+samples = 8
+[[sources]]
+name = "noisy"
+tasks = "colours"
+corruption = "gaussian-noise"
+[[sources]]
+name = "unlabelled"
+tasks = "colours"
+labels = "sampled"
+[[sources]]
+name = "features"
+tasks = "colours"
+labels = "features"
+"""
+    edited(study_file, ('[[sources]]\ntasks = "colours"\n', kinds), ("[0.0, 0.5, 0.75]", "[0.6]"))
+    edited(study_file, ('[[criteria]]\ncriterion = "magnitude"\n', ""), ("[0, 1]", "[0]"))
+    edited(study_file, ('[[criteria]]\ncriterion = "random"\n', ""))
+    out = tmp_path / "out"
+    done = run_study(load_study(study_file), out)
+    assert done.failed == {}
+    rows = {(r["source"], r["task"]): r for r in rows_of(out)}
+    assert rows["mixed", "bars"]["role"] == "source"
+    assert rows["rare", "bars"]["role"] == "transfer"
+    assert len({r["predicted_increase"] for r in rows.values()}) == 6
+    assert all(0 <= float(r["tuned"]) <= 1 for r in rows.values())
+
+
+def test_rounds_collect_statistics_again(study_file, tmp_path):
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.75]"), ("[0, 1]", "[0]\nrounds = [1, 3]"))
+    out = tmp_path / "out"
+    assert run_study(load_study(study_file), out).failed == {}
+    rows = [r for r in rows_of(out) if r["criterion"] == "obs-greedy" and r["role"] == "source"]
+    one, three = sorted(rows, key=lambda r: r["rounds"])
+    assert (one["rounds"], three["rounds"]) == ("1", "3")
+    assert one["predicted_increase"] != three["predicted_increase"]
+    assert one["sparsity_reached"] == three["sparsity_reached"]
+
+
+def test_models_are_kept_where_asked_for(study_file, tmp_path):
+    edited(study_file, ('name = "tiny"', 'save = "models"\nname = "tiny"'))
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    for row in rows_of(out):
+        masks = fastsal.Masks.load(out / "masks" / f"{row['cell']}.safetensors")
+        weights = out / "models" / f"{row['cell']}.safetensors"
+        model = load_model(f"{tmp_path / 'tiny.py'}:tiny", weights=weights)
+        masks.verify(model)
+        assert masks.sparsity == float(row["sparsity_reached"])
+
+
+def test_the_landscape_ends_where_the_table_says(study_file, tmp_path):
+    edited(study_file, ("[finetune]", "[landscape]\npoints = 3\nsparsities = [0.5]\n\n[finetune]"))
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    table = {(r["cell"], r["task"]): r for r in rows_of(out)}
+    points = rows_of(out, "landscape")
+    assert {p["t"] for p in points} == {"0.0", "0.5", "1.0"}
+    for point in points:
+        row = table[point["cell"], point["task"]]
+        assert (row["sparsity"], row["seed"]) == ("0.5", "0")
+        start, end = point["path"].split("-")
+        if point["t"] != "0.5":
+            # All test images are measured, so the ends are the table's own numbers.
+            assert float(point["accuracy"]) == float(row[start if point["t"] == "0.0" else end])
+    overlaps = rows_of(out, "overlap")
+    assert {r["task"] for r in overlaps} == {"colours", "bars"}
+    assert all(0 <= float(r["diagonal"]) <= 1 + 1e-9 for r in overlaps)
+
+
+def test_dry_run_lists_the_cells_and_writes_nothing(study_file, tmp_path):
+    result = run("sweep", study_file, "--out", tmp_path / "out", "--dry-run")
+    assert result.exit_code == 0
+    assert "18 cells, 2 tasks each" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def grey_cube(folder: Path) -> None:
+    np.savez(folder / "bars.npz", x=np.zeros((60, 8, 8, 5), np.uint8), y=np.arange(60) % 2)
+
+
+def lone_class(folder: Path) -> None:
+    y = np.r_[np.zeros(58, int), 1, 1]
+    np.savez(folder / "bars.npz", x=np.zeros((60, 8, 8, 3), np.uint8), y=y)
+
+
+def other_classes(folder: Path) -> None:
+    with np.load(folder / "bars.npz") as file:
+        np.savez(folder / "test.npz", x=file["x"][:30], y=np.zeros(30, int))
+
+
+BAD = [
+    ([("seeds", "seed")], None, "line 4: seed: is an unknown key (close: seeds)"),
+    ([("bars.npz", "bar.npz")], None, "task 'bars': data: there is no file or folder"),
+    ([('data = "bars.npz"', 'data = "bars.npz"\nclasses = [0, 7]')], None, "has no class 7"),
+    ([], lone_class, "class '1'"),
+    ([('"bars.npz"', '"bars.npz"\ntest = "test.npz"')], other_classes, "task 'bars'"),
+    ([('"tiny.py:tiny"', '"tiny.py:tiny"\nweights = "w.safetensors"')], None, "w.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("changes", "spoil", "message"), BAD)
+def test_bad_input_is_one_line_and_nothing_is_lost(changes, spoil, message, study_file, tmp_path):
+    edited(study_file, *changes)
+    if spoil:
+        spoil(tmp_path)
+    failed(run("sweep", study_file, "--out", tmp_path / "out", "--quiet"), message)
+    assert not list(tmp_path.glob("out/cells/*.json"))
+
+
+def test_images_of_the_wrong_channels_are_said(study_file, tmp_path):
+    grey_cube(tmp_path)
+    result = run("sweep", study_file, "--out", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "has 5 channels; the model takes 3" in result.stdout
+
+
+def test_the_results_of_another_study_are_left_alone(study_file, tmp_path):
+    out = tmp_path / "out"
+    run_study(load_study(study_file), out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    edited(study_file, ("epochs = 1", "epochs = 2"))
+    failed(run("sweep", study_file, "--out", out), "another study (it differs in finetune.epochs)")
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
+    del study_file
+    out = tmp_path / "out"
+    result = run(
+        "transfer", f"{tmp_path / 'tiny.py'}:tiny", "--task", f"colours={tmp_path / 'tiny.npz'}",
+        "--task", f"bars={tmp_path / 'bars.npz'}", "--source", "colours", "--sparsity", "0.5",
+        "--samples", "16", "--epochs", "1", "--quiet", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code in (0, 1), result.stderr
+    assert result.exit_code == 0, result.stdout
+    assert {r["criterion"] for r in rows_of(out)} == {"obs-greedy", "magnitude"}
+    assert "report.html" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "colours", "--source", "colours"], "task: got 'colours'; takes NAME=VALUE"),
+        (["--task", "a=x.npz", "--source", "b"], "there is no task 'b'; takes a"),
+        (["--task", "a=x.npz", "--source", "a", "--test", "b=y"], "test: there is no task 'b'"),
+    ],
+)
+def test_transfer_says_what_it_takes(arguments, message, tmp_path, tiny_file):
+    failed(run("transfer", f"{tiny_file}:tiny", *arguments, "--out", tmp_path / "out"), message)

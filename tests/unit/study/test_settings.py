@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.study.cells import cells_of
+from fastsal.study.settings import load_study
+
+SMALL = """
+name = "small"
+sparsities = [0.7, 0.5]
+seeds = [0, 1]
+
+[[models]]
+model = "file.py:net"
+
+[[tasks]]
+name = "a"
+data = "a.npz"
+
+[[tasks]]
+name = "b"
+data = "b.npz"
+classes = ["x", "y"]
+
+[[sources]]
+tasks = "a"
+
+[[criteria]]
+criterion = "obs-greedy"
+
+[[criteria]]
+criterion = "magnitude"
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def written(text: str) -> Path:
+        path = tmp_path / "small.toml"
+        path.write_text(text)
+        return path
+
+    return written
+
+
+def test_defaults_and_names(write):
+    study = load_study(write(SMALL))
+    assert study.sparsities == (0.5, 0.7)
+    assert study.models[0].name == "file.py:net"
+    assert study.sources[0].name == "a"
+    assert dict(study.sources[0].tasks) == {"a": 1.0}
+    assert [c.name for c in study.criteria] == ["obs-greedy", "magnitude"]
+    assert [c.compensate for c in study.criteria] == [True, False]
+    assert study.finetune is None
+    assert study.root == study.folder
+
+
+@pytest.mark.parametrize(
+    ("criterion", "compensate", "name"),
+    [
+        ("magnitude", "true", "magnitude + compensation"),
+        ("obs-greedy", "false", "obs-greedy alone"),
+        ("block-fisher", "true", "block-fisher"),
+        ("taylor", "false", "taylor"),
+    ],
+)
+def test_a_criterion_is_named_by_what_is_unusual_about_it(criterion, compensate, name, write):
+    text = SMALL + f'\n[[criteria]]\ncriterion = "{criterion}"\ncompensate = {compensate}\n'
+    text = text.replace('[[criteria]]\ncriterion = "obs-greedy"\n', "", 1)
+    text = text.replace('[[criteria]]\ncriterion = "magnitude"\n', "", 1)
+    assert load_study(write(text)).criteria[0].name == name
+
+
+def test_root_is_below_the_file_and_can_be_another(write, tmp_path):
+    path = write('root = "images"\n' + SMALL)
+    assert load_study(path).root == tmp_path / "images"
+    assert load_study(path, root=tmp_path / "b").root == tmp_path / "b"
+
+
+def test_the_grid_is_every_combination_once(write):
+    cells = cells_of(load_study(write(SMALL)))
+    grid = {(c.criterion.name, c.seed, c.sparsity) for c in cells}
+    assert len(cells) == len(grid) == 8
+    assert len({c.key for c in cells}) == 8
+    # Cells that share statistics stand together.
+    assert [c.seed for c in cells] == [0] * 4 + [1] * 4
+
+
+def test_a_key_depends_on_what_its_numbers_depend_on(write):
+    before = {c.key for c in cells_of(load_study(write(SMALL)))}
+
+    def keys(text, digests=None):
+        return {c.key for c in cells_of(load_study(write(text)), digests)}
+
+    assert keys(SMALL) == before
+    assert keys(SMALL.replace('"small"', '"another"')) == before
+    assert keys(SMALL.replace("[0.7, 0.5]", "[0.7, 0.5, 0.9]")) > before
+    assert keys(SMALL, {"model": "1"}).isdisjoint(before)
+    for line in ("block_size = 32", "ridge = 0.2", "samples = 8", "[split]\nseed = 1"):
+        changed = SMALL + line if line.startswith("[") else line + "\n" + SMALL
+        assert keys(changed).isdisjoint(before), line
+
+
+BAD = [
+    ('name = "small"', "nam = 1", "line 2: nam: is an unknown key (close: name)"),
+    ('name = "small"', "", "name: is missing"),
+    ("seeds = [0, 1]", "seeds = [0, 0]", "line 4: seeds: got [0, 0]; takes each once"),
+    ("seeds = [0, 1]", "seeds = 3", "line 4: seeds: got 3; takes a list of one or more"),
+    ("[0.7, 0.5]", "[70]", "line 3: sparsities: got 70; takes shares from 0 to 1"),
+    ("[0.7, 0.5]", "[true]", "line 3: sparsities: got True"),
+    ('data = "a.npz"', 'dat = "a.npz"', "line 11: tasks[0].dat: is an unknown key (close: data)"),
+    ('classes = ["x", "y"]', 'classes = ["x"]', "line 16: tasks[1].classes: got ['x']"),
+    ('name = "b"', 'name = "a"', "line 14: tasks[1].name: 'a' stands twice in [[tasks]]"),
+    ('tasks = "a"', 'tasks = "c"', "line 19: sources[0].tasks: there is no task 'c'; takes a, b"),
+    ('tasks = "a"', "tasks = {a = 0}", "sources[0].tasks.a: got 0; takes a weight above 0"),
+    ('tasks = "a"', 'tasks = "a"\ndecay = 0.5', "line 20: sources[0].decay: is for a list of two"),
+    ('tasks = "a"', 'tasks = "a"\nlabels = "none"', "takes true, sampled, features"),
+    ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "(close: blur)"),
+    ('tasks = "a"', 'tasks = "a"\nseverity = 6', "takes 1 to 5"),
+    ('"obs-greedy"', '"obs-gredy"', "line 22: criteria[0].criterion: got 'obs-gredy' (close: obs-"),
+    ('"magnitude"', '"magnitude"\ndamping = 0', "criteria[1].damping: got 0; takes a λ above 0"),
+    ('"magnitude"', '"magnitude"\npattern = "5:4"', "criteria[1].pattern: "),
+    ('"magnitude"', '"magnitude"\n[finetune]\nlr = 0.1', "finetune.epochs: is missing"),
+    ('"magnitude"', '"magnitude"\n[finetune]\nepochs=1\nlr=0.1\npatience=2', "give held_out"),
+    ('"magnitude"', '"magnitude"\n[split]\nprune = 0.5', "fit + tune is 1.2; takes a sum of 1"),
+    ('"magnitude"', '"magnitude"\n[landscape]\nsparsities = [0.6]', "0.6 is none of the study's"),
+    ('"magnitude"', '"magnitude"\n[[finetune]]', "finetune: takes a table, [finetune]"),
+    ("[[models]]", "[models]", "models: takes tables, [[models]]"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "message"), BAD)
+def test_bad_settings_name_the_key_the_line_and_what_is_taken(old, new, message, write):
+    assert SMALL.count(old) >= 1
+    with pytest.raises(InvalidArgument) as caught:
+        load_study(write(SMALL.replace(old, new, 1)))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("small.toml")
+
+
+def test_a_file_that_is_no_toml_names_the_line(write, tmp_path):
+    with pytest.raises(FileFormatError, match=r"no TOML.*line 3"):
+        load_study(write('name = "a"\n\nseeds = [\n'.replace("[\n", "]")))
+    with pytest.raises(InvalidArgument, match="there is no file"):
+        load_study(tmp_path / "absent.toml")
+
+
+def test_lines_are_right_within_strings_and_lists_of_many_lines(write):
+    text = SMALL.replace(
+        "seeds = [0, 1]",
+        'save = """none"""\nseeds = [\n  0,  # save = 1\n  "x",\n]',
+    )
+    with pytest.raises(InvalidArgument, match="line 5: seeds: got 'x'"):
+        load_study(write(text))
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "studies").glob("*.toml")))
+def test_the_studies_of_the_repository_are_right(path):
+    study = load_study(path)
+    assert cells_of(study)
+    for model in study.models:
+        file = model.model.rpartition(":")[0]
+        assert (study.folder / file).is_file()
