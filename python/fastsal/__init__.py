@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastsal.compensation import CompensationReport, compensate
     from fastsal.corruptions import corrupt
     from fastsal.criteria import CRITERIA, score
+    from fastsal.data import ImageSet
+    from fastsal.datasets import open_images
     from fastsal.errors import (
         DataError,
         FactorizationError,
@@ -36,11 +38,19 @@ if TYPE_CHECKING:
     from fastsal.pruning import PruneResult, prune
     from fastsal.ranking import rank
     from fastsal.safety import SafetyReport
+    from fastsal.study import Study, load_study, run_study
     from fastsal.threads import get_num_threads, set_num_threads
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.overlap import fisher_overlap
+    from fastsal.transfer.splits import Shares
 
 _HOME = {
+    "Study": "study",
+    "run_study": "study",
+    "load_study": "study",
+    "open_images": "datasets",
+    "Shares": "transfer.splits",
+    "ImageSet": "data",
     "collect": "collection",
     "CompensationReport": "compensation",
     "compensate": "compensation",
@@ -87,6 +97,7 @@ __all__ = [
     "FastsalError",
     "FileFormatError",
     "FinetuneResult",
+    "ImageSet",
     "InvalidArgument",
     "MaskError",
     "Masks",
@@ -95,6 +106,8 @@ __all__ = [
     "PrecisionWarning",
     "PruneResult",
     "SafetyReport",
+    "Shares",
+    "Study",
     "Task",
     "UnknownParameter",
     "UnsupportedLayer",
@@ -108,10 +121,13 @@ __all__ = [
     "fit_heads",
     "get_num_threads",
     "imbalanced",
+    "load_study",
+    "open_images",
     "per_sample_gradients",
     "prune",
     "rank",
     "rank_pattern",
+    "run_study",
     "score",
     "select_parameters",
     "set_num_threads",

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fastsal
-from fastsal.models import load_model
+from fastsal.models import input_spec, load_model
 from fastsal.study import load_study, run_study
 
 from .commands import failed, run
@@ -378,10 +379,10 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
     result = run(
         "transfer", f"{tmp_path / 'tiny.py'}:tiny", "--task", f"colours={tmp_path / 'tiny.npz'}",
         "--task", f"bars={tmp_path / 'bars.npz'}", "--source", "colours", "--sparsity", "0.5",
-        "--samples", "16", "--epochs", "1", "--quiet", "--out", out,
+        "--epochs", "1", "--quiet", "--out", out,
     )  # fmt: skip
-    assert result.exit_code in (0, 1), result.stderr
-    assert result.exit_code == 0, result.stdout
+    assert result.exit_code == 0, result.stdout + result.stderr
+    assert {r["samples"] for r in rows_of(out)} == {"0", "15"}
     assert {r["criterion"] for r in rows_of(out)} == {"obs-greedy", "magnitude"}
     assert "report.html" in result.stdout
 
@@ -396,3 +397,23 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
 )
 def test_transfer_says_what_it_takes(arguments, message, tmp_path, tiny_file):
     failed(run("transfer", f"{tiny_file}:tiny", *arguments, "--out", tmp_path / "out"), message)
+
+
+def test_the_models_own_classifier_is_a_head_too(study_file, tmp_path):
+    edited(study_file, ('data = "tiny.npz"', 'data = "tiny.npz"\nhead = "own"\nclasses = [2, 0]'))
+    edited(study_file, ("seeds = [0, 1]", "seeds = [0]"), ("samples = 16", "samples = 8"))
+    out = tmp_path / "out"
+    assert run_study(load_study(study_file), out).failed == {}
+    model = load_model(f"{tmp_path / 'tiny.py'}:tiny")
+    whole = fastsal.open_images(tmp_path / "tiny.npz")
+    places = json.loads((out / "splits.json").read_text())["colours"]["test"]
+    test = whole.subset(places)
+    right = 0
+    for x, y in test.batches(input_spec(model)):
+        with torch.no_grad():
+            right += int((model(x)[:, [2, 0]].argmax(1) == (y == 0).long()).sum())
+    rows = [r for r in rows_of(out) if r["task"] == "colours"]
+    assert {r["head"] for r in rows} == {"own"}
+    assert {r["dense"] for r in rows} == {str(right / len(places))}
+    # The classifier stays as it is.
+    assert {row["layer"] for row in rows_of(out, "layers")} == {"conv.weight"}

@@ -62,7 +62,9 @@ from fastsal.errors import InvalidArgument
     "--seeds", type=options.COUNT, default=1, show_default=True, help="Draws of the images."
 )
 @click.option(
-    "--samples", type=options.COUNT, default=1024, show_default=True, help="Of the statistics."
+    "--samples",
+    type=options.COUNT,
+    help="Images of the statistics. [default: what there is, at most 1024]",
 )
 @click.option("--block-size", type=options.COUNT, default=64, show_default=True, help="Weights.")
 @click.option(
@@ -151,7 +153,8 @@ def _table(given: dict[str, Any]) -> dict[str, Any]:
         "sparsities": given["sparsities"],
         "seeds": list(range(given["seeds"])),
         "rounds": [given["rounds"]],
-        **{k: given[k] for k in ("samples", "block_size", "batch_size", "head", "save")},
+        **({} if given["samples"] is None else {"samples": given["samples"]}),
+        **{k: given[k] for k in ("block_size", "batch_size", "head", "save")},
     }
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}

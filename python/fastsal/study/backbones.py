@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastsal.datasets import open_images
 from fastsal.errors import InvalidArgument
 from fastsal.models import InputSpec, input_spec, load_model
 from fastsal.plan import copies
-from fastsal.study.settings import ModelSettings, Study
+from fastsal.study.settings import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
 from fastsal.transfer.head_cache import HeadCache
 from fastsal.transfer.headed import backbone_parameters
@@ -88,17 +89,20 @@ def open_backbone(
     for task in study.tasks:
         kind = task.head or study.head
 
-        def fit(kind: str, name: str = task.name) -> AnyHead:
+        def fit(kind: str, task: TaskSettings = task) -> AnyHead:
+            # Of the model's own classes a task may have some: all names say which logits.
+            is_part = kind == "own" and task.classes is not None
             found = fit_heads(
                 model,
-                tasks[name],
+                tasks[task.name],
                 kind=kind,
+                columns=open_images(task.data, root=study.root).classes if is_part else None,
                 ridge=study.ridge,
                 spec=spec,
                 batch_size=study.batch_size,
                 cache=keeper,
             )
-            return found[name]
+            return found[task.name]
 
         heads[task.name] = fit(kind)
         if task.name in pruned_on or study.landscape is not None:

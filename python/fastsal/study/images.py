@@ -17,7 +17,7 @@ from fastsal.data import ImageSet
 from fastsal.datasets import open_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
 from fastsal.imbalance import imbalanced
-from fastsal.study.settings import SourceSettings, Study, TaskSettings
+from fastsal.study.settings import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task
 
@@ -126,14 +126,15 @@ def parts_of(source: SourceSettings, tasks: Mapping[str, Task], seed: int) -> li
     Raises:
         DataError: a task has fewer images than the source takes.
     """
-    each = source.samples // len(source.tasks)
-    if each < 1:
+    wanted = (source.samples or MOST_SAMPLES) // len(source.tasks)
+    if wanted < 1:
         raise InvalidArgument(
             f"samples: {source.samples} of source {source.name!r} are fewer than its tasks"
         )
     found = []
     for name, weight in source.tasks.items():
         prune, tune = (_spoiled(getattr(tasks[name], part), source, seed) for part in PARTS)
+        each = wanted if source.samples else min(wanted, len(prune))
         if len(prune) < each:
             raise DataError(
                 f"samples: source {source.name!r} takes {each} images of {name!r}, whose part "

@@ -15,6 +15,7 @@ from fastsal.study.toml_lines import read_toml
 
 HEADS = ("ridge", "knn", "probe", "own")
 CORRUPTIONS = ("gaussian-noise", "blur", "jpeg", "brightness", "contrast")
+MOST_SAMPLES = 1024  # images of statistics where none are asked for
 SAVES = ("none", "masks", "models")
 
 Named = TypeVar("Named", "ModelSettings", "TaskSettings", "SourceSettings", "CriterionSettings")
@@ -74,7 +75,8 @@ class SourceSettings:
     Attributes:
         name: in tables and figures.
         tasks: `{task: weight}`: statistics add, so a mixture is their weighted sum.
-        samples: images of the statistics, over all its tasks.
+        samples: images of the statistics, over all its tasks; None takes what there is, at most
+            `MOST_SAMPLES`.
         labels: `"true"`, `"sampled"` or `"features"`, as for `collect`. With the last two the
             images count as unlabelled: fine-tuning learns what the dense model says of them.
         corruption: done to its images, see `fastsal.corrupt`; None leaves them.
@@ -86,7 +88,7 @@ class SourceSettings:
 
     name: str
     tasks: Mapping[str, float]
-    samples: int
+    samples: int | None = None
     labels: str = "true"
     corruption: str | None = None
     severity: int = 3
@@ -274,7 +276,7 @@ def study_of(
     )  # fmt: skip
     own_root = folder / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
-    samples = top.count("samples", 1024)
+    samples = top.optional_count("samples")
     sparsities, seeds = top.shares("sparsities"), top.counts("seeds", [0])
     return Study(
         name=top.text("name"),
@@ -350,7 +352,7 @@ def _task(r: Reader) -> TaskSettings:
     )
 
 
-def _source(r: Reader, tasks: list[str], samples: int) -> SourceSettings:
+def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
     r.only(
         "name", "tasks", "samples", "labels", "corruption", "severity", "imbalance", "decay"
     )  # fmt: skip
@@ -381,7 +383,7 @@ def _source(r: Reader, tasks: list[str], samples: int) -> SourceSettings:
     return SourceSettings(
         name=r.text("name", " + ".join(weights)),
         tasks=weights,
-        samples=r.count("samples", samples),
+        samples=r.optional_count("samples") or samples,
         labels=r.choice("labels", ("true", "sampled", "features"), "true"),
         corruption=corruption,
         severity=severity,
