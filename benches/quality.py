@@ -96,13 +96,14 @@ def one_shot(model, images, test, damping):
             yield f"{criterion} + {update}", sparsity, accuracy(pruned, test)
 
 
-def rounds(model, images, test, count, sparsities):
+def rounds(model, images, test, count, sparsities, labels):
     """`prune` as users call it: greedy, joint, automatic damping."""
+    kind = "" if labels == "true" else f", labels={labels}"
     for sparsity in sparsities:
         pruned = copy.deepcopy(model)
-        result = fastsal.prune(pruned, [images], sparsity, rounds=count)
+        result = fastsal.prune(pruned, [images], sparsity, rounds=count, labels=labels)
         result.masks.verify(pruned)
-        yield f"prune, {count} round(s), auto", sparsity, accuracy(pruned, test)
+        yield f"prune, {count} round(s), auto{kind}", sparsity, accuracy(pruned, test)
 
 
 def main() -> None:
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--no-peers", action="store_true", help="the rows of `prune` only")
+    parser.add_argument("--labels", nargs="+", default=["true", "features"], help="of `prune`")
     parser.add_argument("--damping", type=float, default=1e-5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -126,7 +128,9 @@ def main() -> None:
             jobs = [] if given.no_peers else [one_shot(model, images, test, given.damping)]
             for count in given.rounds:
                 wanted = [s for s in given.sparsities if count == 1 or s > SPARSITIES[0]]
-                jobs.append(rounds(model, images, test, count, wanted))
+                jobs += [
+                    rounds(model, images, test, count, wanted, labels) for labels in given.labels
+                ]
             for job in jobs:
                 for name, sparsity, value in job:
                     table.setdefault((f"{name}, N={n}", sparsity), []).append(value)
