@@ -19,7 +19,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         The path to write to. It has the suffix of `path`.
 
     Raises:
-        OSError: the folder cannot be written. `path` keeps what it held.
+        OSError: the folder cannot be written, or the disk is full; names `path`, which keeps what
+            it held.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +28,11 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)) or not error.errno:
+            raise
+        # The name of the temporary file, or none, would say nothing to a reader.
+        raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

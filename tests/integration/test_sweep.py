@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastsal
 from fastsal.models import input_spec, load_model
@@ -357,11 +358,30 @@ def test_bad_input_is_one_line_and_nothing_is_lost(changes, spoil, message, stud
     assert not list(tmp_path.glob("out/cells/*.json"))
 
 
-def test_images_of_the_wrong_channels_are_said(study_file, tmp_path):
-    grey_cube(tmp_path)
+def two_sizes(folder: Path) -> None:
+    for name in "ab":
+        (folder / "bars" / name).mkdir(parents=True)
+        for i in range(20):
+            size = (8, 8) if i else (9, 9)
+            Image.new("RGB", size, (10 * i, 0, 0)).save(folder / "bars" / name / f"{i:02}.png")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (grey_cube, "has 5 channels; the model takes 3"),
+        (two_sizes, "a model of native size takes one size: give size"),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_said_once(spoil, message, study_file, tmp_path):
+    spoil(tmp_path)
+    if (tmp_path / "bars").is_dir():
+        edited(study_file, ('"bars.npz"', '"bars"'))
     result = run("sweep", study_file, "--out", tmp_path / "out", "--quiet")
     assert result.exit_code == 1
-    assert "has 5 channels; the model takes 3" in result.stdout
+    assert result.stdout.count(message) == 1
+    assert "18 cells: DataError: " in result.stdout
+    assert {row["status"] for row in rows_of(tmp_path / "out")} == {"failed"}
 
 
 def test_the_results_of_another_study_are_left_alone(study_file, tmp_path):

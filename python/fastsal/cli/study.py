@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,9 @@ def run_and_report(
             f"\n[bold]{done.cells} cells, {done.done} of them now in {done.seconds:.0f} s; "
             f"{len(done.failed)} failed[/bold]"
         )
-        for key, error in list(done.failed.items())[:10]:
-            screen.print(f"  {key}: {error}", soft_wrap=True, markup=False)
+        for error, count in Counter(done.failed.values()).most_common():
+            cells = f"{count} cells" if count > 1 else "1 cell"
+            screen.print(f"  {cells}: {error}", soft_wrap=True, markup=False)
         if done.warned:
             first = f"cells/{done.warned[0]}.json"
             screen.print(f"{len(done.warned)} cells warned of something, see {first}", style="dim")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,12 +86,8 @@ class Store:
         return identity
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        path = self.folder / name
-        try:
-            write_text(path, json.dumps(_json(value), indent=1, allow_nan=False) + "\n")
-        except OSError as error:
-            # The temporary name would say nothing to a reader.
-            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+        text = json.dumps(_json(value), indent=1, allow_nan=False)
+        write_text(self.folder / name, text + "\n")
 
 
 def differences(known: Any, asked: Any, name: str = "") -> list[str]:
