@@ -70,8 +70,8 @@ def test_a_full_disk_is_said_by_the_file_and_loses_nothing(tmp_path, monkeypatch
     store = Store(tmp_path, IDENTITY)
     store.write("c", {"status": "done"})
 
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/part")
+    def full(temporary, _):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary))
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*cells/d.json'"):
