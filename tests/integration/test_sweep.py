@@ -276,6 +276,18 @@ labels = "features"
     assert all(0 <= float(r["tuned"]) <= 1 for r in rows.values())
 
 
+def test_a_criterion_may_have_statistics_of_its_own(study_file, tmp_path):
+    more = '[[criteria]]\ncriterion = "obs-greedy"\nlabels = "features"\n\n[[criteria]]'
+    edited(study_file, ("[[criteria]]", more), ("[0.0, 0.5, 0.75]", "[0.75]"))
+    out = tmp_path / "out"
+    assert run_study(load_study(study_file), out).failed == {}
+    rows = rows_of(out)
+    names = {r["criterion"] for r in rows}
+    assert names == {"obs-greedy, features", "obs-greedy", "magnitude", "random"}
+    by_name = {r["criterion"]: r for r in rows if (r["task"], r["seed"]) == ("bars", "0")}
+    assert by_name["obs-greedy"]["damping"] != by_name["obs-greedy, features"]["damping"]
+
+
 def test_rounds_collect_statistics_again(study_file, tmp_path):
     edited(study_file, ("[0.0, 0.5, 0.75]", "[0.75]"), ("[0, 1]", "[0]\nrounds = [1, 3]"))
     out = tmp_path / "out"

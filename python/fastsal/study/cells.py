@@ -43,6 +43,11 @@ class Cell:
     sparsity: float
     key: str
 
+    @property
+    def labels(self) -> str:
+        """Of the statistics."""
+        return self.criterion.labels or self.source.labels
+
     def facts(self) -> dict[str, Any]:
         """Return the columns that say which cell it is."""
         return {

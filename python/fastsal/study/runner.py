@@ -138,10 +138,12 @@ def _with_sources(
             backbone = open_backbone(study, model, tasks, store.heads)
         except FastsalError as error:
             backbone = error
-        for (settings, seed), group in groupby(of_model, key=lambda c: (c.source, c.seed)):
+        for (settings, seed, labels), group in groupby(
+            of_model, key=lambda c: (c.source, c.seed, c.labels)
+        ):
             source: Source | FastsalError
             try:
-                source = _opened(study, backbone, settings, tasks, seed)
+                source = _opened(study, backbone, settings, tasks, seed, labels)
             except FastsalError as error:
                 source = error
             for cell in group:
@@ -154,10 +156,11 @@ def _opened(
     settings: SourceSettings,
     tasks: Mapping[str, Task],
     seed: int,
+    labels: str,
 ) -> Source:
     if isinstance(backbone, FastsalError):
         raise backbone
-    return Source(study, settings, backbone, parts_of(settings, tasks, seed), seed)
+    return Source(study, settings, backbone, parts_of(settings, tasks, seed), seed, labels)
 
 
 def _result(store: Store, source: Source | FastsalError, cell: Cell) -> dict[str, Any]:
@@ -216,7 +219,8 @@ def _run(store: Store, source: Source, cell: Cell) -> dict[str, Any]:
             cell.sparsity, cell.seed, study.seeds
         ):
             extra["landscape"] = landscape_of(source, states)
-            extra["overlap"] = overlap_of(source)
+            if source.labels == source.settings.labels:
+                extra["overlap"] = overlap_of(source)
     finally:
         restore(backbone.tensors, backbone.dense)
     facts = {**pruned.facts, **clock}

@@ -16,6 +16,7 @@ from fastsal.study.toml_lines import read_toml
 HEADS = ("ridge", "knn", "probe", "own")
 CORRUPTIONS = ("gaussian-noise", "blur", "jpeg", "brightness", "contrast")
 MOST_SAMPLES = 1024  # images of statistics where none are asked for
+LABELS = ("true", "sampled", "features")
 SAVES = ("none", "masks", "models")
 
 Named = TypeVar("Named", "ModelSettings", "TaskSettings", "SourceSettings", "CriterionSettings")
@@ -105,6 +106,8 @@ class CriterionSettings:
         criterion: one of `fastsal.CRITERIA`.
         compensate: whether kept weights move.
         damping: λ, or `"auto"`.
+        labels: of the statistics, `"true"`, `"sampled"` or `"features"`; None takes the source's.
+            Fine-tuning does not depend on it.
         rounds: None takes the study's.
         scope: as for `rank`; so are `floor` and `pattern`.
         floor: least kept share of a parameter.
@@ -115,6 +118,7 @@ class CriterionSettings:
     criterion: str
     compensate: bool = True
     damping: float | str = "auto"
+    labels: str | None = None
     rounds: tuple[int, ...] | None = None
     scope: str = "global"
     floor: float = 0.0
@@ -384,7 +388,7 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
         name=r.text("name", " + ".join(weights)),
         tasks=weights,
         samples=r.optional_count("samples") or samples,
-        labels=r.choice("labels", ("true", "sampled", "features"), "true"),
+        labels=r.choice("labels", LABELS, "true"),
         corruption=corruption,
         severity=severity,
         imbalance=r.number("imbalance", 1.0, lambda v: 0 < v <= 1, "a ratio above 0, to 1"),
@@ -396,7 +400,8 @@ def _criterion(r: Reader) -> CriterionSettings:
     from fastsal.criteria.registry import CRITERIA
 
     r.only(
-        "name", "criterion", "compensate", "damping", "rounds", "scope", "floor", "pattern"
+        "name", "criterion", "compensate", "damping", "labels", "rounds", "scope", "floor",
+        "pattern",
     )  # fmt: skip
     criterion = r.choice("criterion", tuple(CRITERIA), "")
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
@@ -407,6 +412,9 @@ def _criterion(r: Reader) -> CriterionSettings:
     name = criterion
     if compensate != CRITERIA[criterion].needs_damping:
         name += " + compensation" if compensate else " alone"
+    labels = r.choice("labels", LABELS, "") if "labels" in r.table else None
+    if labels is not None:
+        name += f", {labels}" if labels == "features" else f", {labels} labels"
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
     pattern = r.optional_text("pattern")
     if pattern is not None:
@@ -424,6 +432,7 @@ def _criterion(r: Reader) -> CriterionSettings:
         criterion=criterion,
         compensate=compensate,
         damping=damping,
+        labels=labels,
         rounds=rounds,
         scope=r.choice("scope", ("global", "layer", "erk"), "global"),
         floor=r.share("floor", 0.0),

@@ -39,10 +39,11 @@ class Source:
         backbone: the model, dense when this is made.
         parts: its tasks and their images.
         seed: of the draw.
+        labels: of the statistics, as for `collect`.
         models: the backbone with the head of each part.
         seconds: that the statistics of the first round took.
         shared: those statistics, at the dense weights.
-        labels: that fine-tuning learns, for each part.
+        targets: labels that fine-tuning learns, for each part.
         overlaps: rows of the table of that name, once they are known.
     """
 
@@ -51,8 +52,9 @@ class Source:
     backbone: Backbone
     parts: list[SourcePart]
     seed: int
+    labels: str
     models: list[Headed] = field(init=False)
-    labels: list[npt.NDArray[np.int64]] = field(init=False)
+    targets: list[npt.NDArray[np.int64]] = field(init=False)
     seconds: float = 0.0
     shared: Found | None = None
     overlaps: list[dict[str, Any]] | None = None
@@ -61,9 +63,9 @@ class Source:
         self.models = [
             Headed(self.backbone.model, [self.backbone.sources[part.task]]) for part in self.parts
         ]
-        self.labels = [part.tune.y for part in self.parts]
+        self.targets = [part.tune.y for part in self.parts]
         if self.settings.labels != "true" and self.study.finetune is not None:
-            self.labels = [
+            self.targets = [
                 predicted(model, part.tune, self.backbone.spec, self.study.batch_size)
                 for model, part in zip(self.models, self.parts, strict=True)
             ]
@@ -111,9 +113,9 @@ class Source:
 
     def _measured(self, model: nn.Module, held: list[Pair]) -> Measured:
         """What λ is chosen by: the loss that the statistics are of."""
-        if self.settings.labels == "features":
+        if self.labels == "features":
             return HeldOutFeatures.of(model, held)
-        known = [(x, y if self.settings.labels == "true" else None) for x, y in held]
+        known = [(x, y if self.labels == "true" else None) for x, y in held]
         return HeldOut.of(model, known, cross_entropy)
 
     def _add(self, sums: BlockFisher | None, more: BlockFisher, weight: float) -> BlockFisher:
@@ -132,7 +134,7 @@ class Source:
             model,
             images,
             block_size=self.study.block_size,
-            labels=self.settings.labels,
+            labels=self.labels,
             parameters=self.parameters,
             seed=seed,
         )

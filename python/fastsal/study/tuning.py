@@ -77,7 +77,7 @@ def tune(source: Source, masks: Masks, settings: FinetuneSettings) -> FinetuneRe
     rng = np.random.default_rng(source.seed)
     kept: list[Batches] = []
     held: list[Batches] = []
-    for part, labels in zip(source.parts, source.labels, strict=True):
+    for part, labels in zip(source.parts, source.targets, strict=True):
         images = replace(part.tune, y=labels)
         if settings.images is not None:
             chosen = few(part.tune, settings.images // len(source.parts))
