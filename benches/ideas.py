@@ -227,7 +227,8 @@ def main() -> None:
                     )
             print(f"| {name} | " + " | ".join(cells) + " |")
     if given.out:
-        given.out.write_text(json.dumps({"asked": vars(given), "found": found}, default=str) + "\n")
+        asked = {k: v for k, v in vars(given).items() if k not in ("data", "out")}
+        given.out.write_text(json.dumps({"asked": asked, "found": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def main() -> None:
     broken = sum(row["broken"] for row in rows)
     print(f"broken in {broken} of {len(rows)} draws; promised: at most {1 - given.confidence:.0%}")
     if given.out:
-        given.out.write_text(json.dumps({"asked": vars(given), "draws": rows}, default=str) + "\n")
+        asked = {k: v for k, v in vars(given).items() if k not in ("data", "out")}
+        given.out.write_text(json.dumps({"asked": asked, "draws": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
