@@ -10,6 +10,7 @@ mod dense;
 pub mod dual;
 pub mod eliminate;
 pub mod error;
+pub mod exchange;
 pub mod factor;
 pub mod gram;
 pub mod layout;
