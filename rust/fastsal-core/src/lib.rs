@@ -19,6 +19,7 @@ pub mod patterns;
 pub mod rows;
 pub mod select;
 mod simd;
+mod small;
 mod tiles;
 
 pub use error::{Error, Result};
