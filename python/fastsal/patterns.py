@@ -2,7 +2,9 @@
 
 From second-order statistics a group is judged by its joint cost: removing the set `P` and moving
 the other weights costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` (Kurtic et al. 2022, oBERT, eq. 5), which the
-costs of single weights do not add up to where gradients are correlated.
+costs of single weights do not add up to where gradients are correlated. The costs of groups do not
+add up either: of N:M, pruned and kept weights of a group are then exchanged while that lowers the
+joint cost of their whole block.
 """
 
 from __future__ import annotations
@@ -69,23 +71,25 @@ def rank_pattern(
     scope: str = "global",
     floor: float = 0.0,
 ) -> Masks:
-    """Choose masks of a pattern by the joint cost of each group.
+    """Choose masks of a pattern by joint costs.
 
     Args:
         model: The model that the statistics were collected on.
         fisher: Statistics from `collect`.
-        pattern: `"N:M"`, M up to 8: in each group those N stay whose complement costs least.
-            `"1xM"`: whole groups go, those that cost least.
+        pattern: `"N:M"`, M up to 8: in each group those N stay whose complement costs least; then
+            a pruned weight comes back for a kept one of its group and block, the best exchange
+            first, until none lowers what joint compensation of the block leaves. `"1xM"`: whole
+            groups go, those that cost least.
         sparsity: Fraction of the groups that goes, for `"1xM"`; N:M fixes it.
         damping: `λ`, above zero.
         scope: Where groups compete, as for `rank`; for `"1xM"`.
-        floor: Least kept fraction of any parameter's groups; for `"1xM"`.
+        floor: Least kept fraction of any parameter's groups; N:M keeps N of M anyway.
 
     Raises:
-        InvalidArgument: Bad pattern, sparsity or damping.
+        InvalidArgument: Bad pattern, sparsity, floor or damping.
         FactorizationError: A damped block is not positive definite.
     """
-    from fastsal.ranking import check_pattern_sparsity, rank
+    from fastsal.ranking import check_fixed, rank
 
     check_damping(damping)
     wanted = Pattern.parse(pattern)
@@ -112,7 +116,7 @@ def rank_pattern(
         for name, p in owned.items():
             kept[name] = expand_groups(groups[name], p.shape, wanted.m)
         return Masks(kept, {**groups.recipe, "pattern": str(wanted), "joint": True})
-    check_pattern_sparsity(sparsity, wanted)
+    check_fixed(wanted, sparsity, floor)
     chosen = _core.n_of_m_joint(parameters, weights, axes, block_size, wanted.n, wanted.m, damping)
     for (name, p), (mask, failed) in zip(owned.items(), chosen, strict=True):
         raise_failed(name, failed, damping)

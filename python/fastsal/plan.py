@@ -97,8 +97,10 @@ class Plan:
         """Raise InvalidArgument for what does not fit together."""
         if not isinstance(rounds, int) or rounds < 1:
             raise InvalidArgument(f"rounds: got {rounds!r}; takes 1 or more")
-        if rounds > 1 and self.ranking["pattern"] is not None:
-            raise InvalidArgument("rounds: a pattern is reached in one; takes rounds=1 with it")
+        if rounds > 1 and (pattern := self.ranking["pattern"]) is not None:
+            raise InvalidArgument(
+                f"rounds: got {rounds} with pattern {pattern!r}, which is reached in one; takes 1"
+            )
         if isinstance(self.damping, str) and self.damping != "auto":
             raise InvalidArgument(f"damping: got {self.damping!r}; takes a number or 'auto'")
         if self.needs_damping and not isinstance(self.damping, str):

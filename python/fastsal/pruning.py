@@ -98,8 +98,8 @@ def prune(
         samples: Samples of each round; None takes all.
         block_size: As for `collect`.
         scope: As for `rank`; so are `pattern` and `floor`.
-        pattern: `"N:M"` or `"1xM"`, one round only; with a second-order criterion groups are chosen
-            by their joint cost (`rank_pattern`), M up to 8.
+        pattern: `"N:M"` or `"1xM"`, one round only; with a second-order criterion weights are
+            chosen by joint costs (`rank_pattern`), M up to 8.
         floor: Least kept fraction of any parameter.
         loss: As for `collect`; so are all that follow.
         labels: `"true"`, `"sampled"` or `"features"`. With the last, batches need no labels and the

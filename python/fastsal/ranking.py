@@ -64,9 +64,7 @@ def rank(
         return Masks(whole, {**groups.recipe, "pattern": str(wanted)})
     if wanted is not None:
         n, m = wanted.n, wanted.m
-        check_pattern_sparsity(sparsity, wanted)
-        if floor > n / m:
-            raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {n / m:g} of a parameter")
+        check_fixed(wanted, sparsity, floor)
         recipe = {"pattern": pattern}
         kept = {}
         for name, values in flat.items():
@@ -156,14 +154,18 @@ def _erk(
     return {name: sizes[name] - kept[name] for name in sizes}
 
 
-def check_pattern_sparsity(sparsity: float | None, pattern: Pattern) -> None:
-    """Raise InvalidArgument for a sparsity that N:M does not have."""
+def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:
+    """Raise InvalidArgument for a sparsity or a floor that N:M does not have."""
     fixed = 1 - pattern.n / pattern.m
     if sparsity is not None and abs(sparsity - fixed) > 1e-9:
         raise InvalidArgument(
             f"sparsity: got {sparsity} with pattern {pattern}, which fixes it to {fixed:g}; "
             "leave one of them out"
         )
+    _check_fraction("floor", floor)
+    if floor > pattern.n / pattern.m:
+        kept = f"{pattern.n / pattern.m:g}"
+        raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {kept} of a parameter")
 
 
 def _check_fraction(name: str, value: float) -> None:

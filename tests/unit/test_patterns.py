@@ -1,4 +1,7 @@
-"""Patterns: groups chosen by joint cost are those that a try of all choices finds."""
+"""Patterns: whole groups by joint cost, and what is taken and refused.
+
+N:M by joint cost: `tests/parity/test_exchange.py`.
+"""
 
 from __future__ import annotations
 
@@ -59,28 +62,6 @@ def groups_of(shape, m):
             yield place[o, first : first + m, i].tolist()
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 2), (4, 8), (4, 4)])
-def test_the_complement_of_what_stays_costs_least(collected, n, m):
-    model, fisher = collected
-    damping = 1e-2
-    masks = fastsal.rank_pattern(model, fisher, f"{n}:{m}", damping=damping)
-    differs = 0
-    for name, p in ((k, dict(model.named_parameters())[k]) for k in fisher.names):
-        inverse = dense_inverse(fisher, name, damping)
-        theta, kept = p.detach().double().flatten(), masks[name].flatten()
-        for members in groups_of(p.shape, m):
-            stay = -(-len(members) * n // m)
-            choices = itertools.combinations(members, len(members) - stay)
-            least = min(cost(inverse, theta, list(out)) for out in choices)
-            out = [j for j in members if not kept[j]]
-            assert len(out) == len(members) - stay
-            assert cost(inverse, theta, out) == pytest.approx(least, rel=1e-6, abs=1e-12)
-            alone = sorted(members, key=lambda j: float(theta[j] ** 2 / inverse[j, j]))
-            differs += set(alone[: len(out)]) != set(out)
-    # The choice by single scores is another one, or this would test nothing.
-    assert differs > 0 or n == m or m == 2
-
-
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 1.0])
 def test_whole_groups_go_by_joint_cost(collected, sparsity):
     model, fisher = collected
@@ -133,6 +114,7 @@ def test_patterns_that_are_not(text):
     [
         ("8:16", {}, "up to 8"),
         ("2:4", {"sparsity": 0.7}, "fixes it to 0.5"),
+        ("2:4", {"floor": 0.6}, "keeps 0.5 of a parameter"),
         ("1x4", {}, "sparsity"),
         ("2:4", {"damping": 0.0}, "damping"),
     ],

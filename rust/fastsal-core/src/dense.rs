@@ -198,7 +198,7 @@ unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
     NV
 }
 
-/// `to -= sum_k factors[k * factor_stride] * rows[k]` over the first `count` rows of `stride` each.
+/// `to -= sum_k factors[k * factor_stride] * rows[k]` over the first `count` rows, `stride` apart.
 #[inline(always)]
 pub(crate) fn subtract_row<S: Simd<T = f64>>(
     to: &mut [f64],
@@ -211,13 +211,14 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
     if count == 0 {
         return;
     }
-    assert!(to.len() >= stride && rows.len() >= count * stride && stride.is_multiple_of(S::W));
+    let size = to.len();
+    assert!(size.is_multiple_of(S::W) && size <= stride && rows.len() >= count * stride);
     assert!(factors.len() > (count - 1) * factor_stride);
     let (rows, factors) = (rows.as_ptr(), factors.as_ptr());
     // SAFETY: the assertions make `to`, the rows and the factors valid.
     unsafe {
         let to = to.as_mut_ptr();
-        subtract_rows::<S>(to, 0, stride, rows, stride, 0..count, factors, factor_stride);
+        subtract_rows::<S>(to, 0, size, rows, stride, 0..count, factors, factor_stride);
     }
 }
 

@@ -6,7 +6,7 @@
 //! current column `j` is `h_j = H_:j - sum_s h_s h_s[j] / p_s`, with `h_s` the columns of the steps before
 //! and `p_s` their pivots.
 //! A few steps' columns are kept apart and then taken off `H` together, by the Gram kernel; weights
-//! that are out leave the matrix when they are many.
+//! that are out leave the matrix when they are many. Small blocks go their own way ([`small`]).
 
 use rayon::prelude::*;
 
@@ -16,6 +16,7 @@ use crate::factor::{check_damping, Report, Statistics};
 use crate::layout::{row_base, triangle};
 use crate::parallel;
 use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
+use crate::small::{self, smaller};
 use crate::tiles::{add_gram, padded};
 
 /// Steps whose columns are taken off the matrix together.
@@ -42,13 +43,23 @@ pub fn eliminate<T: Real>(
     scores: &mut [f32],
     turns: &mut [u32],
 ) -> Result<Report> {
+    eliminate_with(Isa::best(), statistics, weights, damping, scores, turns)
+}
+
+fn eliminate_with<T: Real>(
+    isa: Isa,
+    statistics: Statistics<'_, T>,
+    weights: &[f32],
+    damping: f64,
+    scores: &mut [f32],
+    turns: &mut [u32],
+) -> Result<Report> {
     statistics.check()?;
     check_damping(damping)?;
     let layout = statistics.layout;
     check_length("weights", weights.len(), layout.len)?;
     check_length("scores", scores.len(), layout.len)?;
     check_length("turns", turns.len(), layout.len)?;
-    let isa = Isa::best();
     let block = layout.block;
     let abreast = if block <= ABREAST_UP_TO { ABREAST } else { 1 };
     let mut blocks: Vec<Option<f64>> = vec![None; layout.blocks()];
@@ -94,6 +105,10 @@ impl<T: Real> Kernel<f64> for Group<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self) {
+        // The first block is the largest.
+        if self.jobs[0].as_ref().is_some_and(|job| job.weights.len() <= small::LARGEST) {
+            return self.small(S::ISA);
+        }
         let Self { jobs, scratch, out } = self;
         let mut walks: [Option<Walk<'_>>; ABREAST] = std::array::from_fn(|_| None);
         let parts = walks.iter_mut().zip(jobs).zip(scratch).zip(out);
@@ -107,6 +122,27 @@ impl<T: Real> Kernel<f64> for Group<'_, T> {
                 busy |= walk.step::<S>();
             }
         }
+    }
+}
+
+impl<T: Real> Group<'_, T> {
+    #[inline(always)]
+    fn small(self, isa: Isa) {
+        let Self { jobs, scratch, out } = self;
+        let mut blocks: [Option<small::Block<'_>>; ABREAST] = std::array::from_fn(|_| None);
+        let parts = blocks.iter_mut().zip(jobs).zip(scratch).zip(out);
+        for (((block, job), scratch), out) in parts {
+            let Some(job) = job else { continue };
+            let Block { statistics, b, weights, damping, scores, turns } = job;
+            *out = statistics.inverse_of(isa, b, damping, scratch);
+            if out.is_none() {
+                scores.fill(f32::NAN);
+                continue;
+            }
+            let kept = statistics.kept_in(b);
+            *block = Some(small::Block { scratch, weights, kept, scores, turns });
+        }
+        dispatch(isa, small::Abreast { blocks });
     }
 }
 
@@ -149,13 +185,12 @@ impl<'a, T: Real> Block<'a, T> {
             }
         }
         left.price::<S>();
-        // The factors are used up: their memory takes the columns.
+        // The factor is used up: its memory takes the columns.
         let len = STEPS.min(size) * padded(size);
-        let (columns, scaled) = (&mut scratch.upper[..len], &mut scratch.lower[..len]);
+        let columns = &mut scratch.upper[..len];
         columns.fill(0.0);
-        scaled.fill(0.0);
-        let (pivots, steps, highest) = ([0.0; STEPS], 0, 0.0);
-        Some(Walk { left, inverse, columns, scaled, pivots, steps, turn, highest, scores, turns })
+        let (steps, highest) = (0, 0.0);
+        Some(Walk { left, inverse, columns, steps, turn, highest, scores, turns })
     }
 }
 
@@ -164,12 +199,8 @@ struct Walk<'a> {
     left: Left<'a>,
     /// `-H`, as it was when columns were last taken off.
     inverse: &'a mut [f64],
-    /// The columns of the `steps` since then.
+    /// The columns of the `steps` since then, each over the root of its pivot.
     columns: &'a mut [f64],
-    /// The same, each divided by its pivot.
-    scaled: &'a mut [f64],
-    /// One over their pivots.
-    pivots: [f64; STEPS],
     steps: usize,
     turn: usize,
     highest: f64,
@@ -181,13 +212,13 @@ impl Walk<'_> {
     /// Remove a weight; says whether any was left.
     #[inline(always)]
     fn step<S: Simd<T = f64>>(&mut self) -> bool {
-        let Self { left, inverse, columns, scaled, pivots, steps, turn, highest, scores, turns } =
-            self;
+        let Self { left, inverse, columns, steps, turn, highest, scores, turns } = self;
         let size = scores.len();
         if *turn == size {
             return false;
         }
         let (cost, at) = left.cheapest::<S>();
+        left.strike(at);
         let j = left.index[at];
         *highest = highest.max(cost);
         scores[j] = *highest as f32;
@@ -196,18 +227,14 @@ impl Walk<'_> {
 
         let stride = padded(left.index.len());
         let (earlier, column) = columns.split_at_mut(*steps * stride);
-        let (factors, scaled_column) = scaled.split_at_mut(*steps * stride);
-        let (column, scaled_column) = (&mut column[..stride], &mut scaled_column[..stride]);
+        let column = &mut column[..stride];
         left.column(at, inverse, column);
-        let factors = &factors[at.min(factors.len())..];
-        subtract_row::<S>(column, earlier, stride, *steps, factors, stride);
-        pivots[*steps] = left.remove::<S>(at, column, scaled_column);
+        let factors = &earlier[at.min(earlier.len())..];
+        let n = left.index.len().next_multiple_of(S::W);
+        subtract_row::<S>(&mut column[..n], earlier, stride, *steps, factors, stride);
+        left.remove::<S>(at, column);
         *steps += 1;
         if *steps == STEPS && *turn < size {
-            for (column, inverse) in columns.chunks_mut(stride).zip(pivots.iter()) {
-                let root = inverse.sqrt();
-                column.iter_mut().for_each(|h| *h *= root);
-            }
             left.compact::<S>(inverse, &mut columns[..STEPS * stride]);
             let m = left.index.len();
             let packed = &mut inverse[..triangle(m)];
@@ -234,16 +261,6 @@ struct Left<'a> {
 
 /// The most lanes of a vector.
 const LANES: usize = 8;
-
-/// The smaller one, or `b` if that cannot be said: a single instruction.
-#[inline(always)]
-fn smaller(a: f64, b: f64) -> f64 {
-    if a < b {
-        a
-    } else {
-        b
-    }
-}
 
 impl<'a> Left<'a> {
     fn new(weights: &[f32], negated: &[f64], memory: &'a mut Vec<f64>) -> Self {
@@ -283,18 +300,22 @@ impl<'a> Left<'a> {
             }
             width /= 2;
         }
-        let (n, least) = (padded(self.index.len()), least[0]);
+        let (n, least) = (self.index.len().next_multiple_of(S::W), least[0]);
         // Costs that overflow are all alike: any weight that is not out will do.
         let (wanted, value) =
             if least < f64::INFINITY { (&self.costs[..n], least) } else { (&self.out[..n], 0.0) };
+        // Many lanes at a time: where the place is cannot be guessed, and a branch on it costs more.
         let mut found = 0;
-        for lanes in (0..n).step_by(S::W) {
-            // SAFETY: `wanted` holds whole vectors up to `n`; the instruction set is here.
-            let bits = unsafe {
-                S::equal(S::load(wanted[lanes..lanes + S::W].as_ptr()), S::splat(&raw const value))
-            };
+        for (part, wanted) in wanted.chunks(64).enumerate() {
+            let mut bits = 0u64;
+            for (v, lanes) in wanted.chunks_exact(S::W).enumerate() {
+                // SAFETY: `lanes` is a whole vector; the instruction set is here.
+                let equal =
+                    unsafe { S::equal(S::load(lanes.as_ptr()), S::splat(&raw const value)) };
+                bits |= u64::from(equal) << (v * S::W);
+            }
             if bits != 0 {
-                found = lanes + bits.trailing_zeros() as usize;
+                found = 64 * part + bits.trailing_zeros() as usize;
                 break;
             }
         }
@@ -317,29 +338,18 @@ impl<'a> Left<'a> {
         column[n..].fill(0.0);
     }
 
-    /// Move the other weights, downdate the diagonal, and price what is left; `scaled` becomes the
-    /// column over its pivot. Returns one over the pivot.
+    /// Move the other weights, downdate the diagonal, and price what is left; the column becomes
+    /// itself over the root of its pivot.
     #[inline(always)]
-    fn remove<S: Simd<T = f64>>(
-        &mut self,
-        at: usize,
-        column: &mut [f64],
-        scaled: &mut [f64],
-    ) -> f64 {
-        self.strike(at);
-        let inverse = 1.0 / column[at].max(f64::MIN_POSITIVE);
-        self.update::<S>(self.theta[at], Some((column, scaled, inverse)));
-        inverse
+    fn remove<S: Simd<T = f64>>(&mut self, at: usize, column: &mut [f64]) {
+        let inverse = 1.0 / self.diagonal[at].max(f64::MIN_POSITIVE);
+        self.update::<S>(self.theta[at], Some((column, inverse)));
     }
 
     /// One pass over the weights: in registers each is moved and priced at once.
     #[inline(always)]
-    fn update<S: Simd<T = f64>>(
-        &mut self,
-        theta_at: f64,
-        column: Option<(&mut [f64], &mut [f64], f64)>,
-    ) {
-        let n = padded(self.index.len());
+    fn update<S: Simd<T = f64>>(&mut self, theta_at: f64, column: Option<(&mut [f64], f64)>) {
+        let n = self.index.len().next_multiple_of(S::W);
         let (theta, diagonal) = (&mut self.theta[..n], &mut self.diagonal[..n]);
         let (out, costs) = (&self.out[..n], &mut self.costs[..n]);
         // SAFETY: all slices hold `n` elements, a whole number of vectors; the instruction set is
@@ -347,21 +357,20 @@ impl<'a> Left<'a> {
         unsafe {
             let splat = |x: f64| S::splat(&raw const x);
             let mut least = splat(f64::INFINITY);
-            let (tiny, minus_theta) = (splat(f64::MIN_POSITIVE), splat(-theta_at));
-            let column = column.map(|(column, scaled, inverse)| {
-                let (column, scaled) = (&mut column[..n], &mut scaled[..n]);
-                (column.as_ptr(), scaled.as_mut_ptr(), splat(inverse), splat(-1.0))
+            let tiny = splat(f64::MIN_POSITIVE);
+            let column = column.map(|(column, inverse)| {
+                let (slope, minus) = (splat(-theta_at * inverse), splat(-inverse));
+                (column[..n].as_mut_ptr(), splat(inverse.sqrt()), slope, minus)
             });
             for i in (0..n).step_by(S::W) {
                 let mut t = S::load(theta.as_ptr().add(i));
                 let mut d = S::load(diagonal.as_ptr().add(i));
-                if let Some((column, scaled, inverse, minus)) = column {
+                if let Some((column, root, slope, minus)) = column {
                     let h = S::load(column.add(i));
-                    let s = S::mul(h, inverse);
-                    S::store(scaled.add(i), s);
-                    t = S::mul_add(minus_theta, s, t);
+                    S::store(column.add(i), S::mul(h, root));
+                    t = S::mul_add(slope, h, t);
                     S::store(theta.as_mut_ptr().add(i), t);
-                    d = S::max(S::mul_add(S::mul(h, minus), s, d), tiny);
+                    d = S::max(S::mul_add(S::mul(h, minus), h, d), tiny);
                     S::store(diagonal.as_mut_ptr().add(i), d);
                 }
                 let cost = S::div(S::mul(t, t), S::add(d, d));
@@ -408,5 +417,78 @@ impl<'a> Left<'a> {
         self.out[m..].fill(f64::INFINITY);
         self.index = stay.iter().map(|j| self.index[*j]).collect();
         self.price::<S>();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::factor::inverse;
+    use crate::gram::accumulate;
+    use crate::rows::Rows;
+    use crate::tests::random;
+    use crate::Layout;
+
+    /// Scores and turns of one block from `H`, rows `block` apart.
+    fn slow(h: &[f64], block: usize, theta: &[f32], kept: &[bool]) -> (Vec<f32>, Vec<u32>) {
+        let size = theta.len();
+        let mut h: Vec<Vec<f64>> =
+            h.chunks(block).take(size).map(|row| row[..size].into()).collect();
+        let mut theta: Vec<f64> = theta.iter().map(|x| f64::from(*x)).collect();
+        let mut left: Vec<usize> = (0..size).filter(|j| kept[*j]).collect();
+        let (mut scores, mut turns) = (vec![f32::NEG_INFINITY; size], vec![0; size]);
+        let mut highest = 0.0f64;
+        while !left.is_empty() {
+            let cost = |j: &usize| theta[*j] * theta[*j] / (2.0 * h[*j][*j]);
+            let j = *left.iter().min_by(|a, b| cost(a).total_cmp(&cost(b))).expect("one is left");
+            highest = highest.max(cost(&j));
+            (scores[j], turns[j]) = (highest as f32, (size - left.len()) as u32);
+            left.retain(|i| *i != j);
+            let column = h[j].clone();
+            let at = theta[j];
+            for i in &left {
+                theta[*i] -= column[*i] * at / column[j];
+                for k in &left {
+                    h[*i][*k] -= column[*i] * column[*k] / column[j];
+                }
+            }
+        }
+        (scores, turns)
+    }
+
+    #[test]
+    fn every_instruction_set_takes_the_same_steps() {
+        let edges =
+            [1usize, 2, 5, 8, 9, 16, 17, 24, 31, 32, 33, 40, 41, 48, 49, 56, 64, 70, 100, 131];
+        for (block, share) in edges.into_iter().flat_map(|block| [(block, 1.0), (block, 0.2)]) {
+            // Two blocks side by side, then a short one alone.
+            let layout = Layout::new(2 * block + block.div_ceil(3), block);
+            let (samples, damping) = (2 * block + 3, 1e-2);
+            let data = random(5, samples * layout.len);
+            let weights: Vec<f32> = random(6, layout.len).iter().map(|x| *x as f32).collect();
+            let kept: Vec<bool> = random(7, layout.len).iter().map(|x| *x < share).collect();
+            let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; layout.len]);
+            let rows = Rows::new(&data, samples, layout.len, layout.len).expect("rows");
+            accumulate(layout, rows, &mut packed, &mut sums, true).expect("accumulate");
+            let samples = samples as f64;
+            let statistics = Statistics { layout, packed: &packed, samples, kept: Some(&kept) };
+            let mut full = vec![0.0; layout.blocks() * block * block];
+            inverse(statistics, damping, &mut full).expect("inverse");
+            for isa in Isa::available() {
+                let (mut scores, mut turns) = (vec![0.0; layout.len], vec![0; layout.len]);
+                let report =
+                    eliminate_with(isa, statistics, &weights, damping, &mut scores, &mut turns);
+                assert!(report.expect("report").failed.is_empty());
+                for b in 0..layout.blocks() {
+                    let part = b * block..b * block + layout.size(b);
+                    let h = &full[b * block * block..];
+                    let (want, order) = slow(h, block, &weights[part.clone()], &kept[part.clone()]);
+                    assert_eq!(turns[part.clone()], order, "{isa:?}, block {b} of {block}");
+                    for (got, want) in scores[part].iter().zip(&want) {
+                        assert!(got == want || (got / want - 1.0).abs() < 1e-5, "{got} {want}");
+                    }
+                }
+            }
+        }
     }
 }

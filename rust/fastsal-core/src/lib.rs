@@ -10,6 +10,7 @@ mod dense;
 pub mod dual;
 pub mod eliminate;
 pub mod error;
+pub mod exchange;
 pub mod factor;
 pub mod gram;
 pub mod layout;
@@ -18,6 +19,7 @@ pub mod patterns;
 pub mod rows;
 pub mod select;
 mod simd;
+mod small;
 mod tiles;
 
 pub use error::{Error, Result};

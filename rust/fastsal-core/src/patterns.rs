@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::dense::Scratch;
 use crate::error::{check_length, Error, Result};
+use crate::exchange;
 use crate::factor::{check_damping, Statistics};
 use crate::layout::{row_base, triangle};
 use crate::parallel;
@@ -31,7 +32,7 @@ pub struct Groups {
 }
 
 impl Groups {
-    fn check(&self, len: usize) -> Result<()> {
+    pub(crate) fn check(&self, len: usize) -> Result<()> {
         check_length("shape", self.outer * self.width * self.inner, len)?;
         if self.size == 0 || self.size > LARGEST {
             let got = self.size.to_string();
@@ -53,6 +54,14 @@ impl Groups {
         (first..last).map(move |w| w * inner + at)
     }
 
+    /// Places in the parameter of the later members of the group of the weight at `place`.
+    pub(crate) fn later(&self, place: usize) -> impl Iterator<Item = usize> {
+        let w = place / self.inner % self.width;
+        let left = self.width.min((w / self.size + 1) * self.size) - w;
+        let inner = self.inner;
+        (1..left).map(move |k| place + k * inner)
+    }
+
     /// Where the first member of the group of the weight at place `at` of a row lies.
     fn first(&self, at: usize) -> usize {
         let (w, i) = (at / self.inner, at % self.inner);
@@ -60,7 +69,7 @@ impl Groups {
     }
 }
 
-/// Keep `n` of every group, those whose complement costs least; ties keep the later members.
+/// Keep `n` of every group: those whose complement costs least by itself, then [`exchange::refine`].
 ///
 /// A short last group of `r` members keeps `ceil(r n / M)`. Returns the blocks that could not be
 /// factored; groups that reach into them lose their first members.
@@ -68,6 +77,21 @@ impl Groups {
 /// # Errors
 /// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
 pub fn n_of_m<T: Real>(
+    statistics: Statistics<'_, T>,
+    weights: &[f32],
+    groups: Groups,
+    n: usize,
+    damping: f64,
+    kept: &mut [bool],
+) -> Result<Vec<usize>> {
+    let failed = each_alone(statistics, weights, groups, n, damping, kept)?;
+    exchange::refine(statistics, weights, groups, damping, kept)?;
+    Ok(failed)
+}
+
+/// Keep `n` of every group, those whose complement costs least as if no other group lost any; ties
+/// keep the later members. Returns the blocks that could not be factored.
+fn each_alone<T: Real>(
     statistics: Statistics<'_, T>,
     weights: &[f32],
     groups: Groups,
@@ -264,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn the_cheapest_of_all_choices_stays_out() {
+    fn the_cheapest_choice_of_each_group_alone_stays_out() {
         for (outer, width, inner, block, m, n) in
             [(3, 8, 1, 8, 4, 2), (2, 10, 3, 7, 4, 2), (4, 6, 9, 64, 4, 1), (1, 17, 2, 16, 8, 4)]
         {
@@ -292,7 +316,7 @@ mod tests {
                 }
             }
             let mut kept = vec![false; layout.len];
-            assert!(n_of_m(statistics, &weights, groups, n, damping, &mut kept)
+            assert!(each_alone(statistics, &weights, groups, n, damping, &mut kept)
                 .expect("n of m")
                 .is_empty());
             let mut costs = vec![0.0; layout.len];
