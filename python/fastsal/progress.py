@@ -127,7 +127,9 @@ def _bar(description: str, unit: str) -> Iterator[Report]:
 
 def _rate(rate: float, unit: str) -> str:
     """Say how fast it goes: by the second, or by the minute where that is slow."""
-    return f"{rate:.0f} {unit}/s" if rate >= 1 or rate == 0 else f"{60 * rate:.1f} {unit}/min"
+    if 0 < rate < 1:
+        return f"{60 * rate:.1f} {unit}/min"
+    return f"{rate:.{0 if rate >= 10 or rate == 0 else 1}f} {unit}/s"
 
 
 def _clock(seconds: float) -> str:

@@ -70,7 +70,7 @@ def run_study(
         out: the folder of the results.
         command: to reproduce it, for the report.
         retry: whether cells that failed before are tried again.
-        progress: a bar, or a function of cells done and in all.
+        progress: a bar, or a function of cells done and those to do.
 
     Returns:
         What was done.
@@ -96,13 +96,12 @@ def run_study(
         return found is None or (retry and found["status"] == "failed")
 
     left = [cell for cell in cells if is_open(cell)]
+    # Cells that were there are not counted, so that the time that is left is right.
     with reporter(progress, study.name, "cells") as report:
-        done = len(cells) - len(left)
-        report(done, len(cells))
-        for source, cell in _with_sources(study, store, tasks, left):
+        report(0, len(left))
+        for done, (source, cell) in enumerate(_with_sources(study, store, tasks, left), start=1):
             results[cell.key] = _result(store, source, cell)
-            done += 1
-            report(done, len(cells))
+            report(done, len(left))
     failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == "failed"}
     rows = write_tables(
         store.folder, study.name, [(c, r) for c in cells if (r := results[c.key]) is not None]
