@@ -160,7 +160,7 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
             "batch normalisation recalibrated where it helps": with_options(recalibrate=True),
             "the same sparsity in every layer": with_options(scope="layer"),
             "sparsities by layer shape (ERK)": with_options(scope="erk"),
-            "at least a tenth of each layer kept": with_options(floor=0.1),
+            "at least a twentieth of each layer kept": with_options(floor=0.05),
             "λ in proportion to each layer's Fisher": relative_damping,
             "the gradient term, whole step": newton_target(1.0),
             "the gradient term, a tenth of the step": newton_target(0.1),
