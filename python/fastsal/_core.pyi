@@ -14,6 +14,7 @@ __all__ = [
     "build_info",
     "check_finite",
     "compensate",
+    "count_keys",
     "diagonal",
     "dual_inverse_diagonal",
     "eliminate",
@@ -21,11 +22,13 @@ __all__ = [
     "inverse",
     "inverse_diagonal",
     "kth_smallest",
+    "mask_below",
     "n_of_m",
     "n_of_m_joint",
     "num_threads",
     "packed_len",
     "prune_smallest",
+    "score_of_key",
     "set_num_threads",
 ]
 
@@ -107,3 +110,8 @@ def kth_smallest(scores: Sequence[NDArray[np.float32]], k: int) -> float | None:
 def n_of_m(
     scores: NDArray[np.float32], shape: tuple[int, int, int], n: int, m: int
 ) -> NDArray[np.bool_]: ...
+def count_keys(
+    scores: NDArray[np.float32], upper: int | None = None, below: int = ...
+) -> NDArray[np.uint64]: ...
+def mask_below(scores: NDArray[np.float32], key: int, ties: int) -> NDArray[np.bool_]: ...
+def score_of_key(key: int) -> float: ...

@@ -198,6 +198,33 @@ pub fn n_of_m(
     Ok(())
 }
 
+/// How many scores have each upper half of the key; or, of those with the upper half `upper`, each
+/// lower half. Keys from `below` on are not counted.
+///
+/// Such counts add up over arrays that lie on several machines: two of them find a threshold that
+/// nobody needs all scores for.
+///
+/// # Errors
+/// [`Error::NanScore`].
+pub fn count_keys(scores: &[f32], upper: Option<u32>, below: u64) -> Result<Vec<u64>> {
+    check_nan(&[scores])?;
+    let parts: Vec<Part<'_>> = scores.chunks(CHUNK).map(|scores| Part { scores, below }).collect();
+    Ok(parallel::run(|| match upper {
+        None => histogram(&parts, |k| Some((k >> 16) as usize)),
+        Some(upper) => histogram(&parts, |k| (k >> 16 == upper).then_some((k & 0xffff) as usize)),
+    }))
+}
+
+/// The threshold of one array: keys below `key` go, and the first `ties` of those equal to it.
+pub fn threshold(scores: &[f32], key: u32, ties: usize) -> Threshold {
+    Threshold { key, ties, equal: parallel::run(|| count_equal(scores, key)) }
+}
+
+/// The score that a key stands for.
+pub fn score_of(key: u32) -> f32 {
+    score(key)
+}
+
 struct AnyNan<'a> {
     part: &'a [f32],
 }
@@ -444,6 +471,27 @@ mod tests {
             let kept = fast(&arrays, k, &[]).expect("mask");
             assert_eq!(kept.iter().flatten().filter(|k| !**k).count(), k);
             assert!(kept == slow(&arrays, k, &[]));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn counts_find_the_threshold(
+            scores in prop::collection::vec(prop::sample::select(vec![-0.0f32, 0.0, -1.5, 1.0, 2.0, 1e-40, 3.25]), 1..60),
+            split in 0usize..60,
+            share in 0.0f64..=1.0,
+        ) {
+            let k = ((share * scores.len() as f64) as usize).max(1);
+            let (a, b) = scores.split_at(split.min(scores.len()));
+            let add = |upper| {
+                let (a, b) = (count_keys(a, upper, u64::MAX), count_keys(b, upper, u64::MAX));
+                let (a, b) = (a.expect("counts"), b.expect("counts"));
+                a.iter().zip(b).map(|(a, b)| a + b).collect::<Vec<u64>>()
+            };
+            let (upper, left) = find(&add(None), k as u64);
+            let (lower, ties) = find(&add(Some(upper as u32)), left);
+            let key = (upper << 16 | lower) as u32;
+            prop_assert_eq!(threshold(&scores, key, ties as usize), select(&[&scores], k, &[None]));
         }
     }
 

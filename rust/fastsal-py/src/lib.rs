@@ -38,5 +38,7 @@ mod core {
     #[pymodule_export]
     use crate::patterns::{group_costs, n_of_m_joint};
     #[pymodule_export]
-    use crate::select::{kth_smallest, n_of_m, prune_smallest};
+    use crate::select::{
+        count_keys, kth_smallest, mask_below, n_of_m, prune_smallest, score_of_key,
+    };
 }

@@ -45,6 +45,44 @@ pub fn prune_smallest<'py>(
     Ok((masks.into_iter().map(|m| to_numpy(py, m)).collect(), threshold))
 }
 
+/// Counts of the halves of keys (see the core's `count_keys`), `[65536]`.
+#[pyfunction]
+#[pyo3(signature = (scores, upper=None, below=u64::MAX))]
+pub fn count_keys<'py>(
+    py: Python<'py>,
+    scores: PyReadonlyArray1<'py, f32>,
+    upper: Option<u32>,
+    below: u64,
+) -> PyResult<Bound<'py, PyArray1<u64>>> {
+    let scores = slice("scores", &scores)?;
+    let counts = py.detach(|| select::count_keys(scores, upper, below)).map_err(to_python)?;
+    Ok(to_numpy(py, counts))
+}
+
+/// The mask (true = kept) of one array under a threshold: keys below `key` go, and the first `ties`
+/// of those equal to it.
+#[pyfunction]
+pub fn mask_below<'py>(
+    py: Python<'py>,
+    scores: PyReadonlyArray1<'py, f32>,
+    key: u32,
+    ties: usize,
+) -> PyResult<Bound<'py, PyArray1<bool>>> {
+    let scores = slice("scores", &scores)?;
+    let kept = py.detach(|| {
+        let mut kept = vec![false; scores.len()];
+        let cut = select::threshold(scores, key, ties);
+        select::write_mask(scores, cut, &mut kept).map(|()| kept)
+    });
+    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+}
+
+/// The score that a key stands for.
+#[pyfunction]
+pub fn score_of_key(key: u32) -> f32 {
+    select::score_of(key)
+}
+
 /// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.
 #[pyfunction]
 pub fn n_of_m<'py>(
