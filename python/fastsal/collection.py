@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.errors import DataError, InvalidArgument
-from fastsal.feature_matching import without_classifier
+from fastsal.batches import Batches
 from fastsal.fisher import BlockFisher
-from fastsal.gradients import GradientEngine, select_parameters
-from fastsal.progress import reporter
-from fastsal.sinks import choose_sink
+from fastsal.gathering import collected
 
-Batches = Iterable[Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -29,7 +24,9 @@ def collect(
     loss: str | Loss = "cross-entropy",
     labels: str = "true",
     parameters: str | Sequence[str] | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    scratch_budget: int | str | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
     seed: int = 0,
     precision: str = "float32",
@@ -62,7 +59,16 @@ def collect(
         parameters: Names or patterns; None takes the weights of Linear and ConvNd. With
             `labels="features"` the classifier's are left out unless they are named exactly, as
             features do not depend on them.
-        memory_budget: Bytes that the statistics and the rows gathered for them may take.
+        memory_budget: Bytes that this may add to the process, or text as `"8GiB"`: statistics,
+            rows, what a forward and backward pass takes. Where the statistics do not fit, the
+            images are gone over several times, each time for some of the parameters, so that
+            `batches` must give the same images every time. Samples are summed in the same steps as
+            without a budget, and so round alike; but where a smaller micro-batch makes PyTorch
+            choose another kernel, gradients differ in their last bits (as a rule below four
+            samples; `micro_batch` gives the most that are taken).
+        scratch: A folder for statistics that are larger than the budget: they lie in a file there,
+            which has no name and is gone with them.
+        scratch_budget: Bytes that they may take there.
         progress: True shows a bar; a function is called with `(samples, total or None)`.
         seed: Seed of what is drawn; what a sample gets does not depend on batches.
         precision: `"float32"` or `"float64"`, in which sums are kept.
@@ -70,122 +76,26 @@ def collect(
         autocast: Run the passes in this type, `torch.bfloat16` say; sums stay as they are.
 
     Raises:
+        InvalidArgument: An argument is not taken; the budget is too small, and what it takes.
         DataError: No batches, fewer samples than asked for, labels out of range, bad images.
         NonFiniteGradient: NaN or infinity; names parameter and sample.
         UnknownParameter: `parameters` matches nothing.
         UnsupportedLayer: A per-sample gradient cannot be formed.
     """
-    check_samples(samples)
-    chosen = select_parameters(model, parameters)
-    checked = as_batches(batches, samples, labels)
-    if labels == "features":
-        first = next(checked)
-        checked = itertools.chain([first], checked)
-        chosen = without_classifier(model, chosen, parameters, first[0])
-    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
-    fisher = BlockFisher(shapes, block_size=block_size, precision=precision)
-    spare = _spare(fisher, memory_budget)
-    total = 0
-    with (
-        GradientEngine(
-            model,
-            chosen,
-            loss=loss,
-            labels=labels,
-            seed=seed,
-            autocast=autocast,
-            micro_batch=micro_batch,
-        ) as engine,
-        reporter(progress, "statistics") as report,
-    ):
-        # A micro-batch at a time, so that an error can name the sample.
-        step = engine.micro_batch
-        sink = choose_sink(fisher, chosen, step, samples=samples, spare=spare)
-        for images, targets in checked:
-            if samples is None:
-                sink.expect(total + images.shape[0])
-            for start in range(0, images.shape[0], step):
-                part = slice(start, start + step)
-                some = None if targets is None else targets[part]
-                engine.run(images[part], some, sink)
-                sink.end_micro_batch(images[part].shape[0])
-                total += images[part].shape[0]
-                report(total, samples)
-        sink.flush()
-    return fisher
-
-
-def as_batches(
-    batches: Batches, samples: int | None, labels: str = "true"
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Check what users iterate and stop after `samples`.
-
-    Yields:
-        Images `[n, ...]`, n >= 1, and labels `[n]` or None.
-
-    Raises:
-        DataError: No batch, something else than pairs, fewer samples than asked for.
-    """
-    total = 0
-    for number, batch in enumerate(batches):
-        images, targets = _unpack(batch, number, labels)
-        if samples is not None and total + images.shape[0] > samples:
-            images = images[: samples - total]
-            targets = None if targets is None else targets[: samples - total]
-        total += images.shape[0]
-        yield images, targets
-        if total == samples:
-            return
-    if total == 0:
-        raise DataError("batches: is empty; takes at least one batch of (images, labels)")
-    if samples is not None:
-        raise DataError(f"samples: asked for {samples}, but batches gave {total}")
-
-
-def check_samples(samples: int | None) -> None:
-    """Raise InvalidArgument unless `samples` is 1 or more, or None."""
-    if samples is not None and samples < 1:
-        raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
-
-
-def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None]:
-    if labels in ("sampled", "features"):
-        if isinstance(batch, Tensor):
-            batch = (batch, None)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as a TensorDataset gives
-            batch = (batch[0], None)
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise DataError(
-            f"batches: batch {number} is {type(batch).__name__}; takes pairs (images, labels)"
-        )
-    images, targets = batch
-    if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
-        raise DataError(
-            f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1"
-        )
-    if labels == "features" and not isinstance(targets, Tensor):
-        targets = None  # whatever it is, it is not used
-    if targets is not None:
-        try:
-            targets = torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"labels: batch {number} has no tensor of labels: {error}") from error
-        if targets.dim() == 0 or targets.shape[0] != images.shape[0]:
-            raise DataError(
-                f"labels: batch {number} has {list(targets.shape)} for {images.shape[0]} images; "
-                "takes one an image"
-            )
-    return images, targets
-
-
-def _spare(fisher: BlockFisher, budget: int | None) -> int | None:
-    """Bytes of the budget that the statistics leave."""
-    if budget is None:
-        return None
-    needed = fisher.final_nbytes
-    if needed > budget:
-        raise InvalidArgument(
-            f"memory_budget: the statistics take {needed / 2**20:.0f} MiB, more than "
-            f"{budget / 2**20:.0f} MiB; take fewer parameters or a smaller block_size"
-        )
-    return budget - needed
+    return collected(
+        model,
+        batches,
+        block_size=block_size,
+        samples=samples,
+        loss=loss,
+        labels=labels,
+        parameters=parameters,
+        memory_budget=memory_budget,
+        scratch=scratch,
+        scratch_budget=scratch_budget,
+        progress=progress,
+        seed=seed,
+        precision=precision,
+        micro_batch=micro_batch,
+        autocast=autocast,
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +18,9 @@ from fastsal import _core
 from fastsal.criteria.block_fisher import raise_failed
 from fastsal.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.errors import MaskError
-from fastsal.fisher import BlockFisher, check_damping, flat_mask
-from fastsal.masks import Masks
+from fastsal.file_arrays import Shelf
+from fastsal.fisher import BlockFisher, check_damping
+from fastsal.parts import slices
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,48 @@ def compensate(
             raise MaskError(f"masks: {name!r} has no statistics; takes {', '.join(owned)}")
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
-    full = Masks({n: masks[n] if n in masks else torch.ones(p.shape) for n, p in owned.items()})
-    parameters, block_size = fisher._borrow_all(before)
-    weights = [p.detach().cpu().reshape(-1).float().contiguous().numpy() for p in owned.values()]
-    flat = [m for m in (flat_mask(full, name) for name in owned) if m is not None]
-    results = _core.compensate(parameters, weights, flat, block_size, damping)
-    for name, (*_, failed) in zip(owned, results, strict=True):
-        raise_failed(name, failed, damping)
-    increase, uncompensated = {}, {}
+    moved, report = moves(model, fisher, masks, damping, before=before)
     with torch.no_grad():
-        for (name, p), (moved, after, bare, _) in zip(owned.items(), results, strict=True):
-            if name in masks:
-                p.copy_(torch.from_numpy(moved).reshape(p.shape))
-            increase[name], uncompensated[name] = float(after.sum()), float(bare.sum())
-    return CompensationReport(increase, uncompensated)
+        for name, weights in moved.items():
+            owned[name].copy_(weights)
+    return report
+
+
+def moves(
+    model: nn.Module,
+    fisher: BlockFisher,
+    masks: Mapping[str, Tensor],
+    damping: float,
+    *,
+    before: Mapping[str, Tensor] | None = None,
+    shelf: Shelf | None = None,
+) -> tuple[dict[str, Tensor], CompensationReport]:
+    """What `compensate` does, without doing it: name to the weights afterwards, float32.
+
+    They are kept on the shelf, or in memory.
+    """
+    owned = model_parameters(model, fisher.shapes)
+    shelf = shelf or Shelf()
+    moved = shelf.room("moved", {name: p.shape for name, p in owned.items() if name in masks})
+    increase, uncompensated = dict.fromkeys(owned, 0.0), dict.fromkeys(owned, 0.0)
+    for statistics, parts in fisher._views():
+        parameters, block_size = statistics._borrow_all(slices(before or {}, parts) or None)
+        weights = [_flat(w).float().numpy() for w in slices(owned, parts).values()]
+        kept = slices(masks, parts)
+        flat = [
+            _flat(kept[key]).bool().numpy() if key in kept else np.ones(len(part), bool)
+            for key, part in parts.items()
+        ]
+        results = _core.compensate(parameters, weights, flat, block_size, damping)
+        for (key, part), (values, after, bare, failed) in zip(parts.items(), results, strict=True):
+            raise_failed(key, failed, damping)
+            if part.name in moved:
+                part.of(moved[part.name]).copy_(torch.from_numpy(values))
+            increase[part.name] += float(after.sum())
+            uncompensated[part.name] += float(bare.sum())
+        shelf.release()
+    return moved, CompensationReport(increase, uncompensated)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().reshape(-1).contiguous()

@@ -119,8 +119,11 @@ def loss_of_guessing(outputs: Tensor) -> float:
 
 def candidates(fisher: BlockFisher) -> list[float]:
     """Return dampings to try, rising: multiples of the mean squared gradient."""
-    diagonal = fisher.diagonal().values()
-    mean = sum(float(v.sum()) for v in diagonal) / sum(v.numel() for v in diagonal)
+    total, count = 0.0, 0
+    for statistics, _ in fisher._views():
+        for squares in statistics.diagonal().values():
+            total, count = total + float(squares.sum()), count + squares.numel()
+    mean = total / count
     smallest = 1e-30  # a model whose gradients are all zero still gets a damping
     return [float(f"{max(m * mean, smallest):.2g}") for m in _MULTIPLES]
 

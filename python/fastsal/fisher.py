@@ -9,14 +9,15 @@ Axes: n samples, d weights of a parameter, B weights of a block.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,10 +32,17 @@ from fastsal.errors import (
     NonFiniteGradient,
     UnknownParameter,
 )
+from fastsal.file_arrays import FileArrays
+from fastsal.parts import Part, Parts, by_key, cut, packed_bytes, whole
 from fastsal.statistics import ParameterStatistics, as_rows, is_supported
+
+if TYPE_CHECKING:
+    from fastsal.memory_plan import MemoryPlan
 
 _FORMAT = "fastsal.BlockFisher"
 _VERSION = 1
+# Sums that are worked on at a time: what is computed from them takes about as much again.
+VIEW_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,12 @@ class BlockFisher:
         self._rows_seen = 0
         # Additions to the sums, of up to ROWS_PER_STEP rows each; rounding grows with these.
         self._steps = 0
+        # The file that the sums lie in, or None for memory.
+        self._arrays: FileArrays | None = None
+        # How they were collected within a memory budget.
+        self._plan: MemoryPlan | None = None
+        # Packed sums that are worked on at a time.
+        self._view_bytes = VIEW_BYTES
         dtype = np.dtype(precision)
         self._parameters = {
             name: ParameterStatistics.empty(tuple(shape), block_size, dtype)
@@ -212,6 +226,7 @@ class BlockFisher:
             else:
                 flat = _core.diagonal(self._borrow(p), p.block_size)
             result[name] = torch.from_numpy(flat).reshape(p.shape)
+            self._release()
         return result
 
     def mean_gradient(self) -> dict[str, Tensor]:
@@ -288,6 +303,7 @@ class BlockFisher:
             )
         for name, p in self._parameters.items():
             p.merge(other._parameters[name], float(weight))
+            self._release()
         self._samples += float(weight) * other._samples
         self._rows_seen += other._rows_seen
         self._steps += other._steps + 1
@@ -415,6 +431,54 @@ class BlockFisher:
                 f"gradients: {name!r} is {value} for sample {self._rows_seen + row} at "
                 f"{[int(i) for i in at]}; takes finite gradients (nothing was accumulated)"
             ) from None
+
+    def _views(self, *, cuts: bool = True) -> Iterator[tuple[BlockFisher, Parts]]:
+        """The statistics in groups of parts, with which they share memory, in order.
+
+        Args:
+            cuts: Whether parameters that alone take more than a group are cut.
+        """
+        cost = partial(packed_bytes, block_size=self._block_size, itemsize=self._itemsize)
+        size = self._block_size if cuts else None
+        groups = cut(self.shapes, size, cost, self._view_bytes)
+        for parts in groups or [[part] for part in whole(self.shapes)]:
+            yield self._view(parts), by_key(parts)
+            self._release()
+
+    def _view(self, parts: Sequence[Part]) -> BlockFisher:
+        view = copy.copy(self)
+        view._parameters = {
+            part.key: self._parameters[part.name].part(part.start, part.stop) for part in parts
+        }
+        return view
+
+    def _release(self) -> None:
+        """Give back the memory of sums that lie in a file."""
+        if self._arrays is not None:
+            self._arrays.release()
+
+    def _move_to(self, arrays: FileArrays, samples: int | None) -> None:
+        """Keep the sums, of no samples yet, in a file."""
+        self._arrays = arrays
+        for p in self._parameters.values():
+            p.move_to(arrays, samples)
+
+    def _merge_parts(self, other: BlockFisher, parts: Parts) -> None:
+        """Add the sums of parts, by their keys; `_count_of` follows when all have been added."""
+        for key, part in parts.items():
+            self._parameters[part.name].merge_part(other._parameters[key], part.start, part.stop)
+            self._release()
+
+    def _count_of(self, other: BlockFisher) -> None:
+        for p in self._parameters.values():
+            p.awaits_rows = False
+        self._samples += other._samples
+        self._rows_seen += other._rows_seen
+        self._steps += other._steps + 1
+
+    @property
+    def _itemsize(self) -> int:
+        return np.dtype(self._precision).itemsize
 
     def _packed(self, name: str) -> ParameterStatistics:
         """The statistics of a parameter, folded into blocks without changing what is kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
@@ -43,6 +43,40 @@ def holding_out(
             held.append((images[out], None if labels is None else labels[out]))
         if not out.all():
             yield images[~out], None if labels is None else labels[~out]
+
+
+class Repeated:
+    """What a function gives, as often as it is iterated."""
+
+    def __init__(self, source: Callable[[], Iterable[Pair]]) -> None:
+        self._source = source
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Begin again."""
+        return iter(self._source())
+
+
+class Holding:
+    """The images that `holding_out` passes on, as often as their source can be iterated.
+
+    Args:
+        source: Gives all images.
+        held: Is filled with those held out whenever all have been passed on.
+        every: One sample in so many is held out.
+    """
+
+    def __init__(
+        self, source: Callable[[], Iterable[Pair]], held: list[Pair], every: int = HELD_OUT_EVERY
+    ) -> None:
+        self._source = source
+        self._held = held
+        self._every = every
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Pass images on."""
+        held: list[Pair] = []
+        yield from holding_out(self._source(), held, self._every)
+        self._held[:] = held
 
 
 def limited(held: list[Pair]) -> list[Pair]:

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.masks import Masks
+from fastsal.parts import slices
 
 LARGEST_GROUP = 8
 
@@ -99,29 +101,37 @@ def rank_pattern(
             "rank(scores, pattern=...) takes any"
         )
     owned = model_parameters(model, fisher.shapes)
-    parameters, block_size = fisher._borrow_all(None)
-    weights = [p.detach().cpu().reshape(-1).float().contiguous().numpy() for p in owned.values()]
-    axes = [input_axes(p.shape) for p in owned.values()]
     kept: dict[str, Tensor] = {}
     if wanted.is_whole:
-        found = _core.group_costs(parameters, weights, axes, block_size, wanted.m, damping)
         costs = {}
-        for (name, p), (values, failed) in zip(owned.items(), found, strict=True):
-            raise_failed(name, failed, damping)
-            # Every member has the cost of its group.
-            costs[name] = reduce_groups(
-                torch.from_numpy(values).reshape(p.shape), wanted.m, "first"
-            )
+        # Groups lie along rows, so that parameters are not cut.
+        for statistics, parts in fisher._views(cuts=False):
+            given = _inputs(statistics, slices(owned, parts))
+            found = _core.group_costs(*given, wanted.m, damping)
+            for name, (values, failed) in zip(parts, found, strict=True):
+                raise_failed(name, failed, damping)
+                every = torch.from_numpy(values).reshape(owned[name].shape)
+                # Every member has the cost of its group.
+                costs[name] = reduce_groups(every, wanted.m, "first")
         groups = rank(costs, sparsity, scope=scope, floor=floor)
         for name, p in owned.items():
             kept[name] = expand_groups(groups[name], p.shape, wanted.m)
         return Masks(kept, {**groups.recipe, "pattern": str(wanted), "joint": True})
     check_fixed(wanted, sparsity, floor)
-    chosen = _core.n_of_m_joint(parameters, weights, axes, block_size, wanted.n, wanted.m, damping)
-    for (name, p), (mask, failed) in zip(owned.items(), chosen, strict=True):
-        raise_failed(name, failed, damping)
-        kept[name] = torch.from_numpy(mask).reshape(p.shape)
+    for statistics, parts in fisher._views(cuts=False):
+        given = _inputs(statistics, slices(owned, parts))
+        chosen = _core.n_of_m_joint(*given, wanted.n, wanted.m, damping)
+        for name, (mask, failed) in zip(parts, chosen, strict=True):
+            raise_failed(name, failed, damping)
+            kept[name] = torch.from_numpy(mask).reshape(owned[name].shape)
     return Masks(kept, {"pattern": str(wanted), "joint": True})
+
+
+def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
+    """Statistics, weights, axes and block size, as the core takes them."""
+    parameters, block_size = fisher._borrow_all(None)
+    flat = [w.detach().cpu().reshape(-1).float().contiguous().numpy() for w in weights.values()]
+    return parameters, flat, [input_axes(w.shape) for w in weights.values()], block_size
 
 
 def input_axes(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Batches, as_batches, collect
-from fastsal.compensation import compensate as compensate_model
+from fastsal.batches import Batches, as_batches
+from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.feature_matching import HeldOutFeatures
+from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
+from fastsal.gathering import add_samples, collected
+from fastsal.gradients import choose_micro_batch
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
+from fastsal.passes import in_micro_batches
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
 
@@ -68,6 +72,7 @@ class Plan:
         parameters: Names or patterns.
         block_size: Of the statistics.
         seed: Of everything with chance in it.
+        shelf: Where copies of weights and scores are kept.
     """
 
     criterion: str
@@ -79,6 +84,7 @@ class Plan:
     parameters: str | Sequence[str] | None
     block_size: int | None
     seed: int
+    shelf: Shelf = field(default_factory=Shelf)
 
     @property
     def is_auto(self) -> bool:
@@ -138,7 +144,7 @@ class Plan:
             new = rank(scores, goal, **self.ranking)
         increase = None
         if self.compensate and fisher is not None:
-            increase = compensate_model(model, fisher, new, damping, before=masks).total
+            increase = compensate_with(self.shelf, model, fisher, new, damping, before=masks)
         new.apply(model)
         return Outcome(scores, new, increase)
 
@@ -159,23 +165,27 @@ class Plan:
             return DampingChoice(self.damping, []), None
         if held_out is None or fisher is None:
             return DampingChoice(1.0, []), None  # nothing that is used depends on it
-        start = copies(chosen)
+        start = self.shelf.put("start", chosen)
         outcome: Outcome | None = None
         best: Attempt | None = None
 
         def prune_with(damping: float) -> None:
             nonlocal outcome
             restore(chosen, start)
+            self.shelf.release()
             with warnings.catch_warnings():
                 # Said for the damping that is taken, not for those that are tried.
                 warnings.simplefilter("ignore", PrecisionWarning)
                 outcome = self.step(model, fisher, masks, goal, damping)
 
         def measure() -> float:
-            nonlocal best
+            nonlocal best, outcome
             loss = held_out.mean_loss(model)
             if outcome is not None and (best is None or loss < best.loss):
-                best = Attempt(outcome, copies(chosen), loss)
+                scores = self.shelf.put("scores", outcome.scores)
+                weights = self.shelf.put("best", chosen)
+                best = Attempt(replace(outcome, scores=scores), weights, loss)
+            outcome = None  # its scores are gone before the next are made
             return loss
 
         try:
@@ -246,33 +256,70 @@ class Job:
             return ()
         return as_batches(self.batches, self.samples, self.statistics["labels"])
 
-    def held_out(self, images: list[Pair]) -> Measured:
-        """Images to measure a model on, by its loss or, with `labels="features"`, its features."""
+    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
+        """Images to measure a model on, by its loss or, with `labels="features"`, its features.
+
+        They go through the model in micro-batches, of which the statistics know the size.
+        """
+        plan = None if fisher is None else fisher._plan
+        size = plan.micro_batch if plan is not None else choose_micro_batch(self.chosen)
+        images = list(in_micro_batches(images, size, size))
         if self.statistics["labels"] != "features":
             return HeldOut.of(self.model, images, self.loss)
         if self.dense is None:
             return HeldOutFeatures.of(self.model, images)
-        present = copies(self.chosen)
+        present = self.plan.shelf.put("present", self.chosen)
         restore(self.chosen, self.dense)
         try:
             return HeldOutFeatures.of(self.model, images)
         finally:
             restore(self.chosen, present)
 
-    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
+    def collect(self, source: Iterable[Pair], seed: int) -> BlockFisher:
         """Statistics of some images."""
-        more = {"progress": False} if quiet else {}
-        return collect(self.model, source, seed=seed, **{**self.statistics, **more})
+        if isinstance(self.batches, Iterator):
+            source = iter(source)  # so that it is known to give them once
+        return collected(self.model, source, seed=seed, **self.statistics)
+
+    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
+        """Return what adds the statistics of held-out images to others, in place.
+
+        They are collected at once, or, where memory is limited, when they are added. The model has
+        the same weights then.
+        """
+        options = {**self.statistics, "progress": False, "seed": seed}
+        if fisher._plan is not None:
+            return lambda: add_samples(fisher, self.model, held, **options)
+        rest = collected(self.model, held, **options)
+        return lambda: fisher.merge(rest)
 
     def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Give the weights back if anything goes wrong; yields a copy of them."""
-        return all_or_nothing(self.chosen)
+        return all_or_nothing(self.chosen, self.plan.shelf)
+
+
+def compensate_with(
+    shelf: Shelf,
+    model: nn.Module,
+    fisher: BlockFisher,
+    masks: Masks,
+    damping: float,
+    *,
+    before: Masks | None = None,
+) -> float:
+    """Compensate in place, with the weights that it finds on a shelf; the predicted increase."""
+    moved, report = moves(model, fisher, masks, damping, before=before, shelf=shelf)
+    restore(dict(model.named_parameters(remove_duplicate=False)), moved)
+    shelf.release()
+    return report.total
 
 
 @contextlib.contextmanager
-def all_or_nothing(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def all_or_nothing(
+    tensors: Mapping[str, Tensor], shelf: Shelf | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Give parameters and buffers their values back if anything goes wrong; yields a copy."""
-    original = copies(tensors)
+    original = (shelf or Shelf()).put("original", tensors)
     try:
         yield original
     except BaseException:
@@ -282,11 +329,11 @@ def all_or_nothing(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of values, to go back to."""
-    return {name: p.detach().clone() for name, p in tensors.items()}
+    return Shelf().put("copies", tensors)
 
 
 def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy values back."""
+    """Copy those values back that there are."""
     with torch.no_grad():
-        for name, p in tensors.items():
-            p.copy_(values[name])
+        for name, value in values.items():
+            tensors[name].copy_(value)

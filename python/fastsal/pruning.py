@@ -11,17 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal.batches import Batches, as_batches, check_samples
 from fastsal.checkpoint import Checkpoint
-from fastsal.collection import Batches, Loss, as_batches, check_samples
+from fastsal.collection import Loss
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
+from fastsal.file_arrays import Shelf
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
+from fastsal.memory_plan import kept_by_pruning
 from fastsal.plan import Job, Plan, copies
-from fastsal.ranking import rank
+from fastsal.ranking import check_ranking
 from fastsal.rounds import prune_in_rounds, rising_goals
 from fastsal.safe_pruning import prune_safely
 from fastsal.safety import Limit, SafetyReport
@@ -68,6 +71,9 @@ def prune(
     precision: str = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    scratch_budget: int | str | None = None,
     progress: bool | Callable[[int, int | None], None] = False,
     seed: int = 0,
     max_loss_increase: float | None = None,
@@ -110,6 +116,10 @@ def prune(
         precision: Of the sums.
         micro_batch: Samples of one pass.
         autocast: Type of the passes.
+        memory_budget: Bytes that all this may add to the process, or text as `"8GiB"`: statistics
+            and passes as for `collect`, scores, masks, and copies of weights.
+        scratch: A folder for the statistics and copies that the budget has no room for.
+        scratch_budget: Bytes that the statistics may take there.
         progress: A bar, or a function.
         seed: Of everything with chance in it.
         max_loss_increase: Instead of `sparsity`: prune to the highest that keeps the rise of the
@@ -145,6 +155,7 @@ def prune(
         parameters=parameters,
         block_size=block_size,
         seed=seed,
+        shelf=Shelf(scratch),
     )
     plan.check(rounds, batches, recalibrate=recalibrate)
     check_samples(samples)
@@ -164,19 +175,33 @@ def prune(
         "autocast": autocast,
         "progress": progress,
     }
+    if memory_budget is not None:
+        kept = kept_by_pruning(
+            chosen, is_auto=plan.is_auto, rounds=rounds, has_scratch=scratch is not None
+        )
+        statistics |= {
+            "memory_budget": memory_budget,
+            "scratch": scratch,
+            "scratch_budget": scratch_budget,
+            "kept": kept,
+            "joins": plan.is_auto or recalibrate,
+        }
+    elif scratch is not None or scratch_budget is not None:
+        raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
     # Only a later round that measures has weights that are not the dense ones.
     dense = copies(chosen) if labels == "features" and recalibrate and rounds > 1 else None
     job = Job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
     # Bad fractions are refused before anything is computed.
-    blank = {name: torch.zeros(p.shape) for name, p in chosen.items()}
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
     if limit is None:
         if held_out is not None:
             raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
-        rank(blank, sparsity, **plan.ranking)
+        check_ranking(shapes, sparsity, **plan.ranking)
         keeper = None
         if checkpoint is not None:
-            asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **vars(plan)}
+            how = {k: v for k, v in vars(plan).items() if k != "shelf"}
+            asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
             keeper = Checkpoint(checkpoint, {**asked, "precision": precision, "labels": labels})
         goals = rising_goals(sparsity, rounds)
         done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
@@ -186,7 +211,7 @@ def prune(
             "max_loss_increase, max_accuracy_drop: find the sparsity, in one round and without a "
             "pattern; leave sparsity, rounds, pattern, recalibrate and checkpoint out"
         )
-    rank(blank, 0.0, **plan.ranking)
+    check_ranking(shapes, 0.0, **plan.ranking)
     if batches is None and held_out is None:
         raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
     return PruneResult(*prune_safely(job, limit, held_out))

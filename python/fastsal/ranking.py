@@ -7,7 +7,7 @@ Among equal scores the first in the order of parameters and positions go.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,11 +48,10 @@ def rank(
         InvalidArgument: A fraction outside `[0, 1]`, a sparsity that the floor does not allow,
             an unknown scope or pattern, scores that are empty or NaN.
     """
-    _check_fraction("floor", floor)
-    if scope not in SCOPES:
-        raise InvalidArgument(f"scope: got {scope!r}; takes {', '.join(map(repr, SCOPES))}")
     scores = {name: torch.as_tensor(values) for name, values in scores.items()}
     flat = _flat(scores)
+    shapes = {name: tuple(values.shape) for name, values in scores.items()}
+    check_ranking(shapes, sparsity, scope, pattern, floor)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
@@ -62,44 +61,85 @@ def rank(
             for name, values in scores.items()
         }
         return Masks(whole, {**groups.recipe, "pattern": str(wanted)})
+    kept = {}
     if wanted is not None:
-        n, m = wanted.n, wanted.m
-        check_fixed(wanted, sparsity, floor)
         recipe = {"pattern": pattern}
-        kept = {}
         for name, values in flat.items():
-            kept[name] = _core.n_of_m(values.numpy(), input_axes(scores[name].shape), n, m)
-    else:
-        if sparsity is None:
-            raise InvalidArgument("sparsity: is missing; takes a fraction from 0 to 1")
-        _check_fraction("sparsity", sparsity)
+            axes = input_axes(shapes[name])
+            kept[name] = _core.n_of_m(values.numpy(), axes, wanted.n, wanted.m)
+    elif sparsity is not None:
         recipe["sparsity"] = sparsity
-        sizes = {name: values.numel() for name, values in flat.items()}
-        # Rounding of the product must not ask for one weight more: 0.07 * 100 > 7.
-        floors = {name: math.ceil(floor * size * (1 - 1e-12)) for name, size in sizes.items()}
         if scope == "global":
-            count = round(sparsity * sum(sizes.values()))
-            _check_floor(sparsity, floor, count, sum(sizes.values()) - sum(floors.values()))
+            count = global_count(shapes, sparsity)
+            floors = floor_counts(shapes, floor)
             arrays = [values.numpy() for values in flat.values()]
             needed = list(floors.values()) if floor > 0 else []
             masks, threshold = _core.prune_smallest(arrays, count, needed)
             kept = dict(zip(flat, masks, strict=True))
             recipe["threshold"] = threshold
         else:
-            counts = (
-                {name: round(sparsity * size) for name, size in sizes.items()}
-                if scope == "layer"
-                else _erk(scores, sparsity, floors)
-            )
-            kept = {}
+            counts = layer_counts(shapes, sparsity, scope, floor)
             for name, values in flat.items():
-                most = sizes[name] - floors[name]
-                _check_floor(sparsity, floor, counts[name], most)
                 kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
-    masks_ = {
-        name: torch.from_numpy(mask).reshape(scores[name].shape) for name, mask in kept.items()
-    }
+    masks_ = {name: torch.from_numpy(mask).reshape(shapes[name]) for name, mask in kept.items()}
     return Masks(masks_, recipe)
+
+
+def check_ranking(
+    shapes: Mapping[str, Sequence[int]],
+    sparsity: float | None,
+    scope: str = "global",
+    pattern: str | None = None,
+    floor: float = 0.0,
+) -> None:
+    """Raise InvalidArgument for what `rank` would refuse for scores of these shapes."""
+    _check_fraction("floor", floor)
+    if scope not in SCOPES:
+        raise InvalidArgument(f"scope: got {scope!r}; takes {', '.join(map(repr, SCOPES))}")
+    wanted = None if pattern is None else Pattern.parse(pattern)
+    if wanted is not None and wanted.is_whole:
+        groups = {}
+        for name, shape in shapes.items():
+            outer, width, inner = input_axes(tuple(shape))
+            groups[name] = (outer, -(-width // wanted.m), inner)
+        check_ranking(groups, sparsity, scope, None, floor)
+        return
+    if wanted is not None:
+        check_fixed(wanted, sparsity, floor)
+        return
+    if sparsity is None:
+        raise InvalidArgument("sparsity: is missing; takes a fraction from 0 to 1")
+    _check_fraction("sparsity", sparsity)
+    floors = floor_counts(shapes, floor)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    if scope == "global":
+        most = total - sum(floors.values())
+        _check_floor(sparsity, floor, global_count(shapes, sparsity), most)
+        return
+    for name, count in layer_counts(shapes, sparsity, scope, floor).items():
+        _check_floor(sparsity, floor, count, math.prod(shapes[name]) - floors[name])
+
+
+def global_count(shapes: Mapping[str, Sequence[int]], sparsity: float) -> int:
+    """Weights that go, of all parameters."""
+    return round(sparsity * sum(math.prod(shape) for shape in shapes.values()))
+
+
+def layer_counts(
+    shapes: Mapping[str, Sequence[int]], sparsity: float, scope: str, floor: float
+) -> dict[str, int]:
+    """Weights that go of each parameter, where each has a count of its own."""
+    if scope == "layer":
+        return {name: round(sparsity * math.prod(shape)) for name, shape in shapes.items()}
+    return _erk(shapes, sparsity, floor_counts(shapes, floor))
+
+
+def floor_counts(shapes: Mapping[str, Sequence[int]], floor: float) -> dict[str, int]:
+    """Least kept weights of each parameter."""
+    # Rounding of the product must not ask for one weight more: 0.07 * 100 > 7.
+    return {
+        name: math.ceil(floor * math.prod(shape) * (1 - 1e-12)) for name, shape in shapes.items()
+    }
 
 
 def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,15 +163,15 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _erk(
-    scores: Mapping[str, Tensor], sparsity: float, floors: Mapping[str, int]
+    shapes: Mapping[str, Sequence[int]], sparsity: float, floors: Mapping[str, int]
 ) -> dict[str, int]:
     """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1.
 
     Kept counts are rounded for one `ε` (Webster's method) rather than by largest remainders, so
     that no parameter gets weights back when the sparsity rises.
     """
-    sizes = {name: values.numel() for name, values in scores.items()}
-    dimensions = {name: max(sum(values.shape), 1) for name, values in scores.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    dimensions = {name: max(sum(shape), 1) for name, shape in shapes.items()}
     keep = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
     if sum(floors.values()) > keep:
         raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")

@@ -14,7 +14,7 @@ from fastsal.checkpoint import Checkpoint
 from fastsal.damping import DampingChoice
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Measured, Pair, holding_out, limited
+from fastsal.holdout import Holding, Measured, Pair, Repeated, holding_out, limited
 from fastsal.masks import Masks
 from fastsal.plan import Attempt, Job, restore
 from fastsal.recalibration import recalibrate_if_better
@@ -53,20 +53,20 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> F
         return Found()
     seed = plan.seed + number - 1
     if not holds_out:
-        fisher = job.collect(job.source(), seed)
+        fisher = job.collect(Repeated(job.source), seed)
         return Found(fisher, lambda: fisher)
     held: list[Pair] = []
-    fisher = job.collect(holding_out(job.source(), held), seed)
+    fisher = job.collect(Holding(job.source, held), seed)
     some = limited(held)
     # Before they are used, as this checks them.
-    rest = job.collect(held, plan.seed + rounds + number, quiet=True)
+    join = job.joining(fisher, held, plan.seed + rounds + number)
 
     def joined() -> BlockFisher:
         # In place: what was held out is of use for nothing else.
-        fisher.merge(rest)
+        join()
         return fisher
 
-    return Found(fisher, joined, job.held_out(some))
+    return Found(fisher, joined, job.held_out(some, fisher))
 
 
 def prune_in_rounds(
@@ -99,13 +99,14 @@ def prune_in_rounds(
     masks: Masks | None = None
     history: list[dict[str, Any]] = []
     scores: dict[str, Tensor] = {}
-    found = Found()
+    found, fisher = Found(), None
     with job.all_or_nothing() as original:
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.chosen, original)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = plan.is_auto and not history
+            found, fisher = Found(), None  # the statistics of two rounds need not be there at once
             found = find(number, holds_out=chooses or (recalibrate and number == len(goals)))
             clock.lap("statistics")
             best: Attempt | None = None

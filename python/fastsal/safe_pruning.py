@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Batches, as_batches
-from fastsal.compensation import compensate
+from fastsal.batches import Batches, as_batches
 from fastsal.criteria import score
 from fastsal.damping import loss_of_guessing, outputs
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.holdout import Pair, holding_out, limited
+from fastsal.holdout import Holding, Pair, Repeated, limited
 from fastsal.masks import Masks
-from fastsal.plan import Job, Outcome, copies, restore
+from fastsal.passes import in_micro_batches
+from fastsal.plan import Job, Outcome, compensate_with, restore
 from fastsal.ranking import rank
 from fastsal.rounds import Clock
 from fastsal.safety import (
@@ -107,24 +107,27 @@ def prune_safely(
         fisher = None
         tested: list[Pair] = []
         held: list[Pair] = []
-        source = job.source()
+        source: Iterable[Pair] = Repeated(job.source)
         if held_out is not None:
             tested = list(as_batches(held_out, None))
         else:
-            source = holding_out(source, tested, _TESTED_EVERY)
+            source = Holding(source.__iter__, tested, _TESTED_EVERY)
         if plan.needs_fisher:
             if plan.is_auto:
-                source = holding_out(source, held)
+                source = Holding(source.__iter__, held)
             fisher = job.collect(source, plan.seed)
         else:
             for _ in source:  # fills `tested`
                 pass
+        if fisher is not None and fisher._plan is not None:
+            size = fisher._plan.micro_batch
+            tested = list(in_micro_batches(tested, size, size))
         examination = Examination(model, tested, limit, job.loss)
         clock.lap("statistics")
-        tuned = job.held_out(limited(held)) if plan.is_auto else None
+        tuned = job.held_out(limited(held), fisher) if plan.is_auto else None
         choice, _ = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
         if fisher is not None and held:
-            fisher.merge(job.collect(held, plan.seed + 1, quiet=True))
+            job.joining(fisher, held, plan.seed + 1)()
         clock.lap("damping")
         outcome, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
@@ -139,7 +142,7 @@ def _search(
 ) -> tuple[Outcome, SafetyReport]:
     """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
     plan, model = job.plan, job.model
-    start = copies(job.chosen)
+    start = plan.shelf.put("start", job.chosen)
     names = None if fisher is not None else list(job.chosen)
     scores = score(model, fisher, plan.criterion, damping, parameters=names, seed=plan.seed)
 
@@ -148,7 +151,7 @@ def _search(
         masks = rank(scores, sparsity, **plan.ranking)
         predicted = None
         if plan.compensate and fisher is not None:
-            predicted = compensate(model, fisher, masks, damping).total
+            predicted = compensate_with(plan.shelf, model, fisher, masks, damping)
         masks.apply(model)
         return masks, predicted
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor
 
 from fastsal import _core
 
+if TYPE_CHECKING:
+    from fastsal.file_arrays import FileArrays
+
 Array = NDArray[Any]
+
+# Elements that are added at a time: what is made for them is small.
+_CHUNK = 2**22
 
 _DTYPES = {
     torch.float32: "float32",
@@ -61,6 +68,7 @@ class ParameterStatistics:
         sums: `sum_n g_n` `[d]`.
         packed: `sum_n g_nb g_nbᵀ` of all blocks, upper triangles by rows, or None.
         rows: Gradients that are not in `packed`, each `[n, d]`.
+        awaits_rows: Whether `rows` is memory that an addition is still to fill.
     """
 
     shape: tuple[int, ...]
@@ -69,6 +77,7 @@ class ParameterStatistics:
     sums: Array
     packed: Array | None = None
     rows: list[Array] = field(default_factory=list)
+    awaits_rows: bool = False
 
     @classmethod
     def empty(
@@ -164,7 +173,35 @@ class ParameterStatistics:
         self.rows += rows
         packed = self.fold()
         if theirs is not None:
-            packed += scale * theirs.astype(self.dtype, copy=False)
+            for start in range(0, len(packed), _CHUNK):
+                some = slice(start, start + _CHUNK)
+                packed[some] += scale * theirs[some].astype(self.dtype, copy=False)
+
+    def move_to(self, arrays: FileArrays, samples: int | None) -> None:
+        """Keep the sums in a file; they are of no samples yet.
+
+        Args:
+            arrays: The file.
+            samples: To come in one addition (by `merge_part`), if known; where the gradients
+                themselves take less than blocks, those are kept.
+        """
+        self.sums = arrays.take((self.d,), self.dtype)
+        if samples is not None and samples <= self.limit:
+            self.rows = [arrays.take((samples, self.d), self.dtype)]
+            self.awaits_rows = True
+        else:
+            self.packed = arrays.take((_core.packed_len(self.d, self.block_size),), self.dtype)
+
+    def merge_part(self, other: ParameterStatistics, start: int, stop: int) -> None:
+        """Add the sums of some weights, `start` a multiple of the block size."""
+        if self.awaits_rows:
+            self.sums[start:stop] = other.sums
+            self.rows[0][:, start:stop] = other.gradients()
+        elif stop - start == self.d:
+            self.merge(other, 1.0)
+        else:
+            self.fold()
+            self.part(start, stop).merge(other, 1.0)
 
     def scale(self, factor: float) -> None:
         """Multiply the sums by `factor`."""
@@ -173,6 +210,21 @@ class ParameterStatistics:
             _multiply(self.packed, factor)
         for rows in self.rows:
             _multiply(rows, math.sqrt(factor))
+
+    def part(self, start: int, stop: int) -> ParameterStatistics:
+        """The sums of some weights, which share memory with these where they are packed.
+
+        `start` is a multiple of the block size.
+        """
+        if stop - start == self.d:
+            return self
+        offset = partial(_core.packed_len, block_size=self.block_size)
+        packed = None if self.packed is None else self.packed[offset(start) : offset(stop)]
+        rows = [np.ascontiguousarray(rows[:, start:stop]) for rows in self.rows]
+        block = min(self.block_size, stop - start)
+        return ParameterStatistics(
+            (stop - start,), block, self.dtype, self.sums[start:stop], packed, rows
+        )
 
     def gradients(self) -> Array:
         """All kept gradients as one array `[n, d]`."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Batches, as_batches
+from fastsal.batches import Batches, as_batches
 from fastsal.damping import outputs
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks

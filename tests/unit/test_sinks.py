@@ -12,7 +12,15 @@ from torch import nn
 import fastsal
 from fastsal.errors import NonFiniteGradient
 from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
-from fastsal.sinks import DeviceTiles, RowGatherer, RowStream, choose_sink
+from fastsal.parts import Part, by_key, whole
+from fastsal.sinks import (
+    DeviceTiles,
+    PartSink,
+    RowGatherer,
+    RowStream,
+    choose_sink,
+    step_rows,
+)
 from fastsal.sinks.tiles import tile_bytes
 
 CPU = torch.device("cpu")
@@ -58,20 +66,52 @@ def collect(model, x, y, make, block_size=16):
     return fisher
 
 
+def gather(step, expected=None):
+    def make(fisher, parameters):
+        dtypes = {name: p.dtype for name, p in parameters.items()}
+        return RowGatherer(fisher, dtypes, step, expected=expected)
+
+    return make
+
+
+def halves(fisher, parameters):
+    """Statistics of two parts of each parameter, added to those of the whole."""
+    parts = {}
+    for part in whole(fisher.shapes):
+        cut = part.size // 2 // 16 * 16
+        for a, b in [(0, cut), (cut, part.size)] if cut else [(0, part.size)]:
+            piece = Part(part.name, a, b, part.size)
+            parts[piece.key] = piece
+    shapes = {key: (len(part),) for key, part in parts.items()}
+    some = fastsal.BlockFisher(shapes, block_size=fisher.block_size)
+    sink = PartSink(gather(8)(some, {key: parameters[p.name] for key, p in parts.items()}), parts)
+    flush = sink.flush
+
+    def finish():
+        flush()
+        fisher._merge_parts(some, parts)
+        fisher._count_of(some)
+
+    sink.flush = finish
+    return sink
+
+
 SINKS = {
-    "gather": lambda fisher, p: RowGatherer(fisher, p, 4),
-    "gather, 45 expected": lambda fisher, p: RowGatherer(fisher, p, 4, expected=45),
-    "at once": lambda fisher, p: RowGatherer(fisher, p, 4, spare=0),
+    "gather": gather(8),
+    "gather, 45 expected": gather(12, expected=45),
+    "at once": gather(4),
     "tiles": lambda fisher, p: DeviceTiles(fisher, CPU),
     "stream": lambda fisher, p: RowStream(fisher, CPU),
 }
 
 
-@pytest.mark.parametrize("block_size", [16, 64, None])
-@pytest.mark.parametrize("sink", SINKS)
+@pytest.mark.parametrize(
+    ("sink", "block_size"),
+    [*((sink, size) for sink in SINKS for size in (16, 64, None)), ("parts", 16)],
+)
 def test_sums_equal_dense_products(data, sink, block_size):
     model, x, y = data
-    fisher = collect(model, x, y, SINKS[sink], block_size)
+    fisher = collect(model, x, y, SINKS.get(sink, halves), block_size)
     rows = per_sample_gradients(model.double(), x.double(), y, parameters=NAMES)
     assert fisher.samples == 45
     means = fisher.mean_gradient()
@@ -90,9 +130,7 @@ def test_gathering_saves_passes(data):
     held = []
 
     def make(fisher, parameters):
-        sink = RowGatherer(fisher, parameters, 4, expected=45)
-        assert sink.capacity % 4 == 0
-        assert sink.capacity >= 8
+        sink = gather(12, expected=45)(fisher, parameters)
         add = fisher._add
 
         def count(name, rows, expected):
@@ -105,18 +143,17 @@ def test_gathering_saves_passes(data):
     collect(model, x, y, make, block_size=64)
     sizes = [n for name, n in held if name == "conv.weight"]
     assert sum(sizes) == 45
-    assert len(sizes) < 12
+    assert sizes == [12, 12, 12, 9]
 
 
-def test_gathered_rows_keep_within_the_budget():
-    layer = nn.Linear(100, 100)
-    parameters = {"weight": layer.weight}
-    fisher = fastsal.BlockFisher({"weight": (100, 100)}, block_size=64)
-    row = 100 * 100 * 4
-    assert RowGatherer(fisher, parameters, 4).capacity == 24  # three quarters of the statistics
-    assert RowGatherer(fisher, parameters, 4, spare=9 * row).capacity == 8
-    assert RowGatherer(fisher, parameters, 4, spare=7 * row).capacity == 0
-    assert RowGatherer(fisher, parameters, 32).capacity == 0
+def test_steps_go_by_the_model_alone():
+    layer = {"weight": nn.Linear(100, 100).weight}
+    statistics = fastsal.BlockFisher({"weight": (100, 100)}, block_size=64).final_nbytes
+    assert step_rows(layer, statistics, 4) == 24  # three quarters of the statistics
+    assert step_rows(layer, statistics, 16) == 16
+    assert step_rows(layer, statistics, 64) == 64
+    assert step_rows(layer, statistics, 4, expected=10) == 8
+    assert step_rows(layer, 100 * 2**30, 8) == 32
 
 
 def test_bfloat16_stream_is_close(data):
@@ -165,13 +202,13 @@ def test_choice_on_cuda_is_by_free_memory(monkeypatch, free, kind):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10)
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
-    assert type(choose_sink(fisher, somewhere, 4)) is kind
+    assert type(choose_sink(fisher, somewhere, by_key(whole(fisher.shapes)), 4)) is kind
     on_cpu = {"w": nn.Parameter(torch.zeros(100))}
-    assert type(choose_sink(fisher, on_cpu, 4)) is RowGatherer
+    assert type(choose_sink(fisher, on_cpu, by_key(whole(fisher.shapes)), 4)) is RowGatherer
 
 
 def test_float64_sums_are_never_tiles(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10, precision="float64")
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
-    assert type(choose_sink(fisher, somewhere, 4)) is RowStream
+    assert type(choose_sink(fisher, somewhere, by_key(whole(fisher.shapes)), 4)) is RowStream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastsal import _core
-from fastsal.criteria.block_fisher import raise_failed, warn_imprecise
+from fastsal.criteria.block_fisher import raise_failed
 from fastsal.criteria.registry import Inputs, Scores, criterion
 
 
@@ -19,18 +19,14 @@ def obs_greedy(inputs: Inputs) -> Scores:
 
     Raises:
         FactorizationError: Blocks are not positive definite in double precision; names them.
-
-    Warns:
-        PrecisionWarning: The error bound of the inverse passes one per cent; names the parameter.
     """
     parameters, block_size = inputs.fisher._borrow_all(inputs.kept)
     names = inputs.fisher.names
     weights = [inputs.weights[name].reshape(-1).float().numpy() for name in names]
     results = _core.eliminate(parameters, weights, block_size, inputs.damping)
-    scores, errors = {}, {}
+    scores = {}
     for name, (values, _, failed, sensitivity) in zip(names, results, strict=True):
         raise_failed(name, failed, inputs.damping)
         scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
-        errors[name] = inputs.fisher._error_bound(name, sensitivity)
-    warn_imprecise({name: errors[name] for name in inputs.weights}, inputs)
-    return {name: scores[name] for name in inputs.weights}
+        inputs.errors[name] = inputs.fisher._error_bound(name, sensitivity)
+    return scores

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
@@ -13,21 +16,23 @@ from fastsal.fisher import BlockFisher
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a criterion is computed from.
+    """What a criterion is computed from: some parameters of a model, or parts of them.
 
     Attributes:
         weights: Name to weights, detached, on the CPU, float64.
-        statistics: The Fisher, or None for criteria that need none.
+        statistics: The Fisher of these, or None for criteria that need none.
         damping: `λ`.
         kept: Name to mask, True = still in the model, or None for all.
-        seed: For criteria with chance in them.
+        generator: For criteria with chance in them; goes on from one part of the model to the next.
+        errors: Where a criterion puts bounds of its relative error, name to `[n_blocks]`.
     """
 
     weights: Mapping[str, Tensor]
     statistics: BlockFisher | None
     damping: float
     kept: Mapping[str, Tensor] | None
-    seed: int
+    generator: torch.Generator
+    errors: dict[str, NDArray[np.float64]]
 
     @property
     def fisher(self) -> BlockFisher:

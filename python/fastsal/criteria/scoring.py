@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.criteria.registry import CRITERIA, Inputs
-from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.errors import InvalidArgument, MaskError, PrecisionWarning, UnknownParameter
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import select_parameters
 from fastsal.masks import Masks
+from fastsal.parts import Parts, slices, whole
+
+_TOLERANCE = 0.01
 
 
 def score(
@@ -50,24 +56,28 @@ def score(
     Warns:
         PrecisionWarning: The error bound of scores passes one per cent; names the parameter.
     """
-    chosen = find_criterion(criterion)
-    entry = CRITERIA[chosen]
+    entry = CRITERIA[find_criterion(criterion)]
     if entry.needs_damping:
         check_damping(damping)
     if entry.needs_fisher and fisher is None:
         raise InvalidArgument(f"fisher: is None; {criterion!r} needs statistics from collect")
-    weights = _weights(model, fisher, parameters)
-    kept = None if masks is None else {name: masks[name] for name in weights if name in masks}
-    check_mask_shapes("masks", kept or {}, weights)
-    inputs = Inputs(weights, fisher, damping, kept, seed)
-    scores = entry.compute(inputs)
-    result = {}
-    for name, values in scores.items():
-        single = values.to(torch.float32)
-        if kept is not None and name in kept:
-            single = single.masked_fill(~kept[name], -math.inf)
-        result[name] = single.contiguous()
-    return result
+    chosen = _chosen(model, fisher, parameters)
+    kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
+    check_mask_shapes("masks", kept, chosen)
+    generator = torch.Generator().manual_seed(seed)
+    errors: dict[str, NDArray[np.float64]] = {}
+    scores = {name: torch.empty(p.shape) for name, p in chosen.items()}
+    for statistics, parts in _views(chosen, fisher if entry.needs_fisher else None):
+        weights = {key: _double(key, w) for key, w in slices(chosen, parts).items()}
+        some = slices(kept, parts) or None
+        inputs = Inputs(weights, statistics, damping, some, generator, errors)
+        for key, values in entry.compute(inputs).items():
+            parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+    if fisher is not None:
+        warn_imprecise(errors, fisher.precision, damping)
+    for name, mask in kept.items():
+        scores[name].masked_fill_(~mask, -math.inf)
+    return scores
 
 
 def find_criterion(criterion: str) -> str:
@@ -115,19 +125,48 @@ def check_mask_shapes(
             )
 
 
-def _weights(
+def warn_imprecise(
+    errors: Mapping[str, NDArray[np.float64]], precision: str, damping: float
+) -> None:
+    """Warn where the error bound of scores, name to `[n_blocks]`, passes one per cent."""
+    worst = {name: float(bounds.max(initial=0.0)) for name, bounds in errors.items()}
+    doubtful = {name: error for name, error in worst.items() if error > _TOLERANCE}
+    if doubtful:
+        name = max(doubtful, key=lambda n: doubtful[n])
+        blocks = int((errors[name] > _TOLERANCE).sum())
+        others = f" and {len(doubtful) - 1} other parameters" if len(doubtful) > 1 else ""
+        warnings.warn(
+            f"scores of {name!r}{others}: rounding of the {precision} sums may "
+            f"change them by up to {min(doubtful[name], 1):.0%} ({blocks} of its blocks pass 1 %) "
+            f"at damping {damping:g}; collect with precision='float64' or damp more",
+            PrecisionWarning,
+            stacklevel=3,
+        )
+
+
+def _views(
+    chosen: Mapping[str, nn.Parameter], fisher: BlockFisher | None
+) -> Iterator[tuple[BlockFisher | None, Parts]]:
+    """What is scored at a time: a group of parts with its statistics, or a parameter without."""
+    if fisher is not None:
+        yield from fisher._views()
+        return
+    for part in whole({name: p.shape for name, p in chosen.items()}):
+        yield None, {part.key: part}
+
+
+def _chosen(
     model: nn.Module, fisher: BlockFisher | None, parameters: str | Sequence[str] | None
-) -> dict[str, Tensor]:
+) -> dict[str, nn.Parameter]:
     if fisher is None:
-        chosen = select_parameters(model, parameters)
-    else:
-        if parameters is not None:
-            raise InvalidArgument("parameters: are those of the statistics; leave it out")
-        chosen = model_parameters(model, fisher.shapes)
-    weights = {}
-    for name, p in chosen.items():
-        w = p.detach().cpu().double()
-        if not bool(torch.isfinite(w).all()):
-            raise InvalidArgument(f"model: parameter {name!r} holds NaN or infinity")
-        weights[name] = w
-    return weights
+        return select_parameters(model, parameters)
+    if parameters is not None:
+        raise InvalidArgument("parameters: are those of the statistics; leave it out")
+    return model_parameters(model, fisher.shapes)
+
+
+def _double(name: str, weights: Tensor) -> Tensor:
+    w = weights.detach().cpu().double()
+    if not bool(torch.isfinite(w).all()):
+        raise InvalidArgument(f"model: parameter {name!r} holds NaN or infinity")
+    return w

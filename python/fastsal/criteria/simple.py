@@ -16,9 +16,8 @@ def magnitude(inputs: Inputs) -> Scores:
 @criterion("random", needs_fisher=False)
 def random(inputs: Inputs) -> Scores:
     """Seeded uniform numbers, the control that every other criterion has to beat."""
-    generator = torch.Generator().manual_seed(inputs.seed)
     return {
-        name: torch.rand(w.shape, dtype=torch.float32, generator=generator)
+        name: torch.rand(w.shape, dtype=torch.float32, generator=inputs.generator)
         for name, w in inputs.weights.items()
     }
 

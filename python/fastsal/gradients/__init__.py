@@ -10,9 +10,18 @@ P output positions of a convolution.
 
 from fastsal.gradients import conv as _conv  # register their rules
 from fastsal.gradients import linear as _linear
-from fastsal.gradients.engine import GradientEngine, per_sample_gradients
+from fastsal.gradients.engine import (
+    GradientEngine,
+    choose_micro_batch,
+    per_sample_gradients,
+)
 from fastsal.gradients.selection import select_parameters
 
 del _conv, _linear
 
-__all__ = ["GradientEngine", "per_sample_gradients", "select_parameters"]
+__all__ = [
+    "GradientEngine",
+    "choose_micro_batch",
+    "per_sample_gradients",
+    "select_parameters",
+]

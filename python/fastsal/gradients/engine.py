@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -90,7 +91,7 @@ class GradientEngine:
         self._call = _feature_call() if self._by_features else _plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
-        self._micro_batch = micro_batch or self._choose_micro_batch()
+        self._micro_batch = micro_batch or choose_micro_batch(self._parameters)
         first = next(iter(self._parameters.values()))
         self._device, self._dtype = first.device, first.dtype
         self._randomness = PrivateRandomness(self._device)
@@ -103,10 +104,6 @@ class GradientEngine:
         self._samples_last: set[str] = set()
         self._checkpointed = False
         self.samples_seen = 0
-
-    def _choose_micro_batch(self) -> int:
-        largest = max(p.numel() * p.element_size() for p in self._parameters.values())
-        return max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
 
     def __enter__(self) -> GradientEngine:
         if self._frozen is not None:
@@ -129,6 +126,11 @@ class GradientEngine:
     def micro_batch(self) -> int:
         """Samples of one forward and backward pass."""
         return self._micro_batch
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """Memory that the rules hold between layers."""
+        return self._workspace.nbytes
 
     @property
     def plan(self) -> dict[str, str]:
@@ -179,8 +181,7 @@ class GradientEngine:
         with differentiable():
             images = _usable(images)
             labels = None if labels is None else _usable(labels)
-            if not self._operations and self._fallback is None:
-                self._probe(images, labels)
+            self._probe_once(images, labels)
             parts = []
             for start in range(0, n, self._micro_batch):
                 part = slice(start, min(n, start + self._micro_batch))
@@ -193,6 +194,25 @@ class GradientEngine:
                     )
                 )
         return torch.cat(parts)
+
+    def prepare(self, images: Tensor, labels: Tensor | None) -> None:
+        """Find out how gradients are formed, from two samples; `run` does it with its first ones.
+
+        Worth a call where `run` is given single samples.
+        """
+        if self._frozen is None:
+            raise InvalidArgument("GradientEngine: prepare it inside `with engine:`")
+        checks.check_images(images)
+        if self._by_features or self._sampled:
+            labels = None
+        else:
+            checks.check_labels(labels, images.shape[0])
+        with differentiable():
+            self._probe_once(_usable(images), None if labels is None else _usable(labels))
+
+    def _probe_once(self, images: Tensor, labels: Tensor | None) -> None:
+        if not self._operations and self._fallback is None:
+            self._probe(images, labels)
 
     def _forward(self, call: Callable[[], Any]) -> Any:
         if self._autocast is None:
@@ -290,6 +310,13 @@ class GradientEngine:
             self._fallback.rows(images.detach(), labels, sink)
         self.samples_seen += n
         return values.detach().float()
+
+
+def choose_micro_batch(parameters: Mapping[str, nn.Parameter]) -> int:
+    """Samples of a pass, a power of two: as many as the rows of the largest parameter allow."""
+    largest = max(p.numel() * p.element_size() for p in parameters.values())
+    most = max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
+    return int(2 ** math.floor(math.log2(most)))
 
 
 def _plain_call(model: nn.Module, images: Tensor) -> Any:

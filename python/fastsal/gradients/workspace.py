@@ -45,6 +45,11 @@ class Workspace:
             self._buffers[key] = buffer
         return buffer[:size].view(tuple(shape))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(b.numel() * b.element_size() for b in self._buffers.values())
+
     def clear(self) -> None:
         """Give the memory back."""
         self._buffers.clear()

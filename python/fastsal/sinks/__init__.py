@@ -13,11 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
-from fastsal.sinks.gathering import RowGatherer
+from fastsal.gradients.workspace import empty_pages
+from fastsal.parts import Parts
+from fastsal.sinks.gathering import Allocate, RowGatherer, step_rows
+from fastsal.sinks.slicing import PartSink
 from fastsal.sinks.streaming import RowStream
 from fastsal.sinks.tiles import DeviceTiles, tile_bytes
 
-__all__ = ["DeviceTiles", "RowGatherer", "RowStream", "Sink", "choose_sink"]
+__all__ = [
+    "DeviceTiles",
+    "PartSink",
+    "RowGatherer",
+    "RowStream",
+    "Sink",
+    "choose_sink",
+    "step_rows",
+]
 
 # Of a GPU's free memory, what statistics may take: activations and rows need the rest.
 _GPU_SHARE = 0.6
@@ -42,10 +53,11 @@ class Sink(Protocol):
 def choose_sink(
     fisher: BlockFisher,
     parameters: Mapping[str, nn.Parameter],
-    micro_batch: int,
+    parts: Parts,
+    step: int,
     *,
     samples: int | None = None,
-    spare: int | None = None,
+    allocate: Allocate = empty_pages,
 ) -> Sink:
     """Choose by device and memory.
 
@@ -53,17 +65,26 @@ def choose_sink(
     fit into a part of its free memory, else rows stream to the core.
 
     Args:
-        fisher: The statistics that everything ends in.
+        fisher: The statistics that everything ends in, by the keys of `parts`.
         parameters: Name to parameter.
-        micro_batch: The most rows that come at a time.
+        parts: What there are statistics of.
+        step: Rows that are added at a time (`step_rows`).
         samples: Samples to come in all, if known.
-        spare: Bytes of main memory that buffers may take; None for no limit.
+        allocate: Gives memory for rows that are gathered.
     """
     device = next(iter(parameters.values())).device
+    sink: Sink
     if device.type == "cpu":
-        return RowGatherer(fisher, parameters, micro_batch, expected=samples, spare=spare)
-    if device.type == "cuda" and fisher.precision == "float32":
-        free, _ = torch.cuda.mem_get_info(device)
-        if tile_bytes(fisher) <= _GPU_SHARE * free:
-            return DeviceTiles(fisher, device)
-    return RowStream(fisher, device, expected=samples)
+        dtypes = {key: parameters[part.name].dtype for key, part in parts.items()}
+        sink = RowGatherer(fisher, dtypes, step, expected=samples, allocate=allocate)
+    elif device.type == "cuda" and fisher.precision == "float32" and _fits(fisher, device):
+        sink = DeviceTiles(fisher, device)
+    else:
+        sink = RowStream(fisher, device, expected=samples)
+    is_cut = not all(part.is_whole for part in parts.values())
+    return PartSink(sink, parts) if is_cut else sink
+
+
+def _fits(fisher: BlockFisher, device: torch.device) -> bool:
+    free, _ = torch.cuda.mem_get_info(device)
+    return tile_bytes(fisher) <= _GPU_SHARE * free

@@ -7,8 +7,9 @@ adds; with blocks of 64 and micro-batches of 8 that is eight times the rows them
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
@@ -20,37 +21,60 @@ _MOST_BYTES = 5 * 2**29
 # Of the statistics' own size.
 _SHARE = 0.75
 
+# allocate(size, dtype): flat memory for rows.
+Allocate = Callable[[int, torch.dtype], Tensor]
+
+
+def step_rows(
+    parameters: Mapping[str, nn.Parameter],
+    statistics: int,
+    micro_batch: int,
+    expected: int | None = None,
+) -> int:
+    """Samples that are gathered for one addition to the statistics; a multiple of `micro_batch`.
+
+    The sums depend on it by their rounding. So it goes by the whole model alone, and never by the
+    memory that there is: sums within a memory budget are the same as without.
+
+    Args:
+        parameters: Name to parameter, of the whole model.
+        statistics: Memory of their packed blocks and sums.
+        micro_batch: Samples of one pass where memory does not matter.
+        expected: Samples to come in all, if known.
+    """
+    row = sum(p.numel() * p.element_size() for p in parameters.values())
+    most = min(_MOST_BYTES, int(_SHARE * statistics))
+    rows = min(_MOST_ROWS, most // max(1, row), expected or _MOST_ROWS)
+    return max(1, rows // micro_batch) * micro_batch
+
 
 class RowGatherer:
     """Where the gradient engine puts its rows: a sink that lends the memory they are written to.
 
     Args:
         fisher: What the rows are added to.
-        parameters: Name to parameter.
-        micro_batch: The most rows that come at a time.
+        dtypes: Name to the type of its rows.
+        step: Rows that are added at a time; no micro-batch may lie across two steps.
         expected: Samples to come in all, if known.
-        spare: Bytes that the buffers may take besides the rules above; None for no limit.
-
-    Attributes:
-        capacity: Rows a parameter that are gathered; 0 where they go on at once.
+        allocate: Gives memory for rows.
     """
 
     def __init__(
         self,
         fisher: BlockFisher,
-        parameters: Mapping[str, nn.Parameter],
-        micro_batch: int,
+        dtypes: Mapping[str, torch.dtype],
+        step: int,
         *,
         expected: int | None = None,
-        spare: int | None = None,
+        allocate: Allocate = empty_pages,
     ) -> None:
         self._fisher = fisher
-        self._parameters = parameters
+        self._dtypes = dtypes
+        self._step = step
         self._expected = expected
+        self._allocate = allocate
         self._held = 0
-        self.capacity = _capacity(fisher, parameters, micro_batch, expected, spare)
         self._buffers: dict[str, Tensor] = {}
-        self._micro_batch = micro_batch
 
     def expect(self, samples: int) -> None:
         """At least so many samples come in all."""
@@ -58,12 +82,12 @@ class RowGatherer:
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return memory `[n, *shape]` for the next rows of a parameter, or None for "your own"."""
-        if self.capacity == 0:
-            return None
+        if self._held == 0 and shape[0] >= self._step:
+            return None  # a whole step goes on at once
         buffer = self._buffers.get(name)
         if buffer is None:
-            whole = (self.capacity, *shape[1:])
-            buffer = empty_pages(math.prod(whole), self._parameters[name].dtype).view(whole)
+            whole = (self._step, *shape[1:])
+            buffer = self._allocate(math.prod(whole), self._dtypes[name]).view(whole)
             self._buffers[name] = buffer
         return buffer[self._held : self._held + shape[0]]
 
@@ -77,11 +101,11 @@ class RowGatherer:
 
     def end_micro_batch(self, n: int) -> None:
         """All parameters have had their rows of `n` samples."""
-        if self.capacity == 0:
+        if self._held == 0 and n >= self._step:
             self._fisher._count(n)
             return
         self._held += n
-        if self._held + self._micro_batch > self.capacity:
+        if self._held >= self._step:
             self.flush()
 
     def flush(self) -> None:
@@ -92,19 +116,3 @@ class RowGatherer:
             self._fisher._add(name, buffer[: self._held], self._expected)
         self._fisher._count(self._held)
         self._held = 0
-
-
-def _capacity(
-    fisher: BlockFisher,
-    parameters: Mapping[str, nn.Parameter],
-    micro_batch: int,
-    expected: int | None,
-    spare: int | None,
-) -> int:
-    row = sum(p.numel() * p.element_size() for p in parameters.values())
-    most = min(_MOST_BYTES, int(_SHARE * fisher.final_nbytes))
-    if spare is not None:
-        most = min(most, spare)
-    rows = min(_MOST_ROWS, most // max(1, row), expected or _MOST_ROWS)
-    rows -= rows % micro_batch
-    return rows if rows >= 2 * micro_batch else 0

@@ -1,0 +1,186 @@
+"""Statistics from images: what is to be done, within what memory, and doing it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastsal.batches import Batches, Source, check_samples
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.feature_matching import without_classifier
+from fastsal.file_arrays import FileArrays, trim_heap
+from fastsal.fisher import BlockFisher
+from fastsal.gradients import choose_micro_batch, select_parameters
+from fastsal.gradients.losses import LossFunction
+from fastsal.holdout import Pair
+from fastsal.memory_plan import MemoryPlan, groups_within, parse_bytes, plan_within, unlimited
+from fastsal.parts import Part, by_key
+from fastsal.passes import Gradients, add_pass
+from fastsal.progress import Report, reporter
+from fastsal.sinks import step_rows
+
+
+@dataclass(frozen=True)
+class Work:
+    """Statistics that are to be collected.
+
+    Attributes:
+        how: How gradients are formed and summed.
+        plan: How memory is used.
+        fisher: Empty statistics, in their place.
+        source: The images.
+    """
+
+    how: Gradients
+    plan: MemoryPlan
+    fisher: BlockFisher
+    source: Source
+
+
+def prepare(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    block_size: int | None = 64,
+    samples: int | None = None,
+    loss: str | LossFunction = "cross-entropy",
+    labels: str = "true",
+    parameters: str | Sequence[str] | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    scratch_budget: int | str | None = None,
+    seed: int = 0,
+    precision: str = "float32",
+    micro_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    kept: int = 0,
+    joins: bool = False,
+) -> Work:
+    """Check what `collect` was given and plan it.
+
+    `kept` bytes are held beside the statistics; `joins` says that `add_samples` is to follow.
+    """
+    check_samples(samples)
+    if micro_batch is not None and micro_batch < 1:
+        raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
+    chosen = select_parameters(model, parameters)
+    source = Source(batches, samples, labels)
+    if labels == "features":
+        chosen = without_classifier(model, chosen, parameters, source.first()[0])
+    fisher = BlockFisher(
+        {name: tuple(p.shape) for name, p in chosen.items()},
+        block_size=block_size,
+        precision=precision,
+    )
+    size = micro_batch or choose_micro_batch(chosen)
+    step = step_rows(chosen, fisher.final_nbytes, size, samples)
+    how = Gradients(model, chosen, loss, labels, seed, autocast, size, step, samples)
+    if memory_budget is None:
+        if scratch is not None or scratch_budget is not None:
+            raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
+        return Work(how, unlimited(how, fisher), fisher, source)
+    plan = plan_within(
+        parse_bytes(memory_budget),
+        how,
+        fisher,
+        *source.first(),
+        scratch=scratch,
+        scratch_budget=None
+        if scratch_budget is None
+        else parse_bytes(scratch_budget, "scratch_budget"),
+        kept=kept,
+        joins=joins,
+        repeats=source.repeats,
+    )
+    fisher._view_bytes = plan.view
+    fisher._plan = plan
+    return Work(replace(how, micro_batch=plan.micro_batch), plan, fisher, source)
+
+
+def collected(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    progress: bool | Report = False,
+    **options: Any,
+) -> BlockFisher:
+    """What `collect` returns; the options are those of `prepare`."""
+    work = prepare(model, batches, **options)
+    with reporter(progress, "statistics") as report:
+        run(work, report)
+    return work.fisher
+
+
+def add_samples(
+    fisher: BlockFisher,
+    model: nn.Module,
+    batches: list[Pair],
+    *,
+    progress: bool | Report = False,
+    **options: Any,
+) -> None:
+    """Add more samples to statistics that were collected within a memory budget.
+
+    The sums are those of `fisher.merge(collect(...))`; they are made in groups, in the memory that
+    the statistics leave.
+    """
+    plan = fisher._plan
+    if plan is None or plan.budget is None:
+        raise InvalidArgument("fisher: was collected without a budget")  # a defect of ours
+    budgets = ("memory_budget", "scratch", "scratch_budget", "kept", "joins")
+    work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
+    samples = sum(len(images) for images, _ in batches)
+    how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)
+    groups = groups_within(plan.spare, how, fisher)
+    with reporter(progress, "statistics") as report:
+        add_in_groups(replace(work, how=how, fisher=fisher), groups, report)
+
+
+def run(work: Work, report: Report) -> None:
+    """Collect what was prepared."""
+    fisher, plan = work.fisher, work.plan
+    if plan.place == "memory":
+        add_pass(work.how, fisher, by_key(plan.groups[0]), work.source(), report)
+        return
+    room = plan.disk + 128 * len(fisher.names)  # arrays begin at multiples of 64 bytes
+    fisher._move_to(FileArrays(plan.scratch or ".", room), work.how.samples)
+    add_in_groups(work, plan.groups, report)
+
+
+def add_in_groups(work: Work, groups: Sequence[Sequence[Part]], report: Report) -> None:
+    """Go over the images once for each group of parts, and add its statistics to those there."""
+    fisher = work.fisher
+    counted: BlockFisher | None = None
+    total = None if work.how.samples is None else work.how.samples * len(groups)
+    for number, group in enumerate(groups):
+        parts = by_key(group)
+        some = BlockFisher(
+            {
+                key: fisher.shapes[part.name] if part.is_whole else (len(part),)
+                for key, part in parts.items()
+            },
+            block_size=fisher.block_size,
+            precision=fisher.precision,
+        )
+        before = 0 if counted is None else counted._rows_seen * number
+
+        def so_far(done: int, _: int | None, before: int = before) -> None:
+            report(before + done, total)
+
+        add_pass(work.how, some, parts, work.source(), so_far)
+        if counted is not None and counted._rows_seen != some._rows_seen:
+            raise DataError(
+                f"batches: gave {counted._rows_seen} samples, and {some._rows_seen} when they were "
+                "iterated again; within memory_budget takes what gives the same images every time"
+            )
+        fisher._merge_parts(some, parts)
+        some._parameters.clear()  # the sums; counts are compared with those of the next group
+        counted = some
+        trim_heap()
+    if counted is not None:
+        fisher._count_of(counted)

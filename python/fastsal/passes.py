@@ -1,0 +1,140 @@
+"""Passes over images: each adds the statistics of some parts of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastsal.fisher import BlockFisher
+from fastsal.gradients import GradientEngine
+from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.workspace import empty_pages
+from fastsal.holdout import Pair
+from fastsal.parts import Parts
+from fastsal.progress import Report
+from fastsal.sinks import choose_sink
+from fastsal.sinks.gathering import Allocate
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How the gradients of a model are formed and summed.
+
+    Attributes:
+        model: The model.
+        chosen: Name to parameter, of all that there are statistics of.
+        loss: As for `collect`.
+        labels: As for `collect`.
+        seed: Of what is drawn; the same in every pass.
+        autocast: Type of the passes, or None.
+        micro_batch: Samples of one forward and backward pass.
+        step: Samples that are gathered before they are added to the statistics.
+        samples: Samples in all, or None if not known.
+    """
+
+    model: nn.Module
+    chosen: Mapping[str, nn.Parameter]
+    loss: str | LossFunction
+    labels: str
+    seed: int
+    autocast: torch.dtype | None
+    micro_batch: int
+    step: int
+    samples: int | None
+
+    def engine(self, names: Iterable[str]) -> GradientEngine:
+        """The engine of a pass that forms the gradients of some parameters."""
+        wanted = set(names)
+        return GradientEngine(
+            self.model,
+            {name: p for name, p in self.chosen.items() if name in wanted},
+            loss=self.loss,
+            labels=self.labels,
+            seed=self.seed,
+            autocast=self.autocast,
+            micro_batch=self.micro_batch,
+        )
+
+
+def add_pass(
+    gradients: Gradients,
+    fisher: BlockFisher,
+    parts: Parts,
+    pairs: Iterable[Pair],
+    report: Report,
+    allocate: Allocate = empty_pages,
+) -> None:
+    """Go over images once and add their gradients to the statistics of some parts.
+
+    Args:
+        gradients: How.
+        fisher: Statistics by the keys of `parts`.
+        parts: What gradients are formed of.
+        pairs: Images and labels.
+        report: Is told of samples as they are done.
+        allocate: Gives memory for rows that are gathered.
+    """
+    with gradients.engine(part.name for part in parts.values()) as engine:
+        sink = choose_sink(
+            fisher,
+            gradients.chosen,
+            parts,
+            gradients.step,
+            samples=gradients.samples,
+            allocate=allocate,
+        )
+        total = 0
+        # A micro-batch at a time, so that an error can name the sample.
+        for images, targets in in_micro_batches(pairs, gradients.micro_batch, gradients.step):
+            if total == 0:
+                engine.prepare(images, targets)
+            total += images.shape[0]
+            if gradients.samples is None:
+                sink.expect(total)
+            engine.run(images, targets, sink)
+            sink.end_micro_batch(images.shape[0])
+            report(total, gradients.samples)
+        sink.flush()
+
+
+def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:
+    """Cut and join batches to micro-batches of one size, none of which lies across two steps.
+
+    So a sample is in the same step, and as a rule in a full micro-batch, whatever batches it came
+    in. Images of another shape than those before them are not joined with them.
+    """
+    total = 0
+    rest: Pair | None = None
+    for pair in pairs:
+        joined = pair if rest is None else _joined(rest, pair)
+        if joined is None and rest is not None:
+            yield rest
+            total += len(rest[0])
+            joined = pair
+        rest = joined
+        while rest is not None and len(rest[0]) >= (wanted := min(size, step - total % step)):
+            yield _slice(rest, 0, wanted)
+            total += wanted
+            rest = _slice(rest, wanted, None) if len(rest[0]) > wanted else None
+    if rest is not None:
+        yield rest
+
+
+def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
+    images, labels = pair
+    return images[start:stop], None if labels is None else labels[start:stop]
+
+
+def _joined(first: Pair, second: Pair) -> Pair | None:
+    """One batch of both; None where they do not fit together."""
+    (a, x), (b, y) = first, second
+    if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
+        return None
+    if x is None or y is None:
+        return None if x is not y else (torch.cat([a, b]), None)
+    if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype or x.device != y.device:
+        return None
+    return torch.cat([a, b]), torch.cat([x, y])

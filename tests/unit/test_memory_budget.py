@@ -1,0 +1,185 @@
+"""Statistics and pruning within a memory budget: the same results, by other ways."""
+
+from __future__ import annotations
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.gathering import prepare
+from fastsal.memory_plan import parse_bytes
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 8 * 8, 128),
+        nn.ReLU(),
+        nn.Linear(128, 10),
+    ).eval()
+
+
+def images(count=48):
+    torch.manual_seed(1)
+    return [(torch.randn(8, 3, 8, 8), torch.randint(0, 10, (8,))) for _ in range(count // 8)]
+
+
+# All of them go over the images more than once; the last one cuts a parameter.
+BUDGETS = ["100MiB", "92MiB", "89MiB"]
+
+
+def assert_equal(a, b):
+    assert a.samples == b.samples
+    for name in a.names:
+        assert torch.equal(a.blocks(name), b.blocks(name)), name
+    for x, y in zip(a.mean_gradient().values(), b.mean_gradient().values(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("samples", [None, 20, 48])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_sums_are_those_without_a_budget(tmp_path, budget, samples):
+    model = net()
+    how = {"micro_batch": 4, "samples": samples}
+    plan = prepare(model, images(), memory_budget=budget, scratch=tmp_path, **how).plan
+    assert plan.passes > 1
+    assert plan.place == "file"
+    assert plan.memory <= parse_bytes(budget)
+    limited = fastsal.collect(model, images(), memory_budget=budget, scratch=tmp_path, **how)
+    assert_equal(limited, fastsal.collect(model, images(), **how))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("labels", ["sampled", "features"])
+def test_what_is_drawn_is_the_same_in_every_pass(tmp_path, labels):
+    model, how = net(), {"micro_batch": 4, "labels": labels, "seed": 3}
+    limited = fastsal.collect(model, images(), memory_budget="92MiB", scratch=tmp_path, **how)
+    assert_equal(limited, fastsal.collect(model, images(), **how))
+
+
+@pytest.mark.parametrize("criterion", ["obs-greedy", "block-fisher", "diag-fisher", "taylor"])
+def test_scores_and_compensation_from_a_file(tmp_path, criterion):
+    how = {"micro_batch": 4}
+    models = net(), net()
+    budget = {"memory_budget": "89MiB", "scratch": tmp_path}
+    fishers = (
+        fastsal.collect(models[0], images(), **how),
+        fastsal.collect(models[1], images(), **how, **budget),
+    )
+    scores = [fastsal.score(m, f, criterion) for m, f in zip(models, fishers, strict=True)]
+    for name in scores[0]:
+        assert torch.equal(scores[0][name], scores[1][name])
+    masks = fastsal.rank(scores[0], 0.6)
+    reports = [fastsal.compensate(m, f, masks) for m, f in zip(models, fishers, strict=True)]
+    assert reports[0].increase == pytest.approx(reports[1].increase, rel=1e-12)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"damping": 1e-4},
+        {"damping": "auto"},
+        {"damping": "auto", "rounds": 3},
+        {"damping": "auto", "labels": "features", "recalibrate": True},
+        {"pattern": "2:4", "damping": 1e-4},
+        {"criterion": "block-fisher", "compensate": False, "damping": 1e-3},
+    ],
+)
+def test_pruning_is_the_same(tmp_path, how):
+    models = net(), net()
+    sparsity = None if "pattern" in how else 0.7
+    common = {"sparsity": sparsity, "micro_batch": 4, **how}
+    free = fastsal.prune(models[0], images(96), **common)
+    within = fastsal.prune(models[1], images(96), memory_budget="98MiB", scratch=tmp_path, **common)
+    assert free.masks == within.masks
+    assert free.history[0]["damping"] == within.history[0]["damping"]
+    for name in free.scores:
+        assert torch.equal(free.scores[name], within.scores[name])
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_limit_within_a_budget(tmp_path):
+    models = net(), net()
+    common = {"max_loss_increase": 1.0, "micro_batch": 4, "damping": 1e-3, "confidence": 0.5}
+    free = fastsal.prune(models[0], images(96), **common)
+    within = fastsal.prune(models[1], images(96), memory_budget="98MiB", scratch=tmp_path, **common)
+    assert free.masks == within.masks
+    assert free.safety.sparsity == within.safety.sparsity
+
+
+def test_a_budget_that_is_large_enough_changes_nothing():
+    model = net()
+    assert_equal(
+        fastsal.collect(model, images(), memory_budget="4GiB"), fastsal.collect(model, images())
+    )
+
+
+def test_large_blocks_keep_gradients_in_the_file(tmp_path):
+    model, how = net(), {"micro_batch": 4, "samples": 24, "block_size": 512}
+    limited = fastsal.collect(model, images(), memory_budget="96MiB", scratch=tmp_path, **how)
+    assert_equal(limited, fastsal.collect(model, images(), **how))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"memory_budget": "10MiB"}, "memory_budget: got 10 MiB; takes at least"),
+        ({"memory_budget": "90MiB"}, "memory_budget: the statistics take .*scratch=FOLDER"),
+        ({"memory_budget": -1}, "memory_budget: got -1; takes bytes"),
+        ({"memory_budget": "much"}, "memory_budget: got 'much'; takes bytes"),
+        ({"scratch": "."}, "scratch: is for statistics within memory_budget"),
+        ({"memory_budget": "90MiB", "scratch": "nowhere"}, "scratch: there is no folder 'nowhere'"),
+        (
+            {"memory_budget": "90MiB", "scratch": ".", "scratch_budget": "1MB"},
+            "scratch_budget: got 977 KiB; the statistics take",
+        ),
+    ],
+)
+@pytest.mark.parametrize("call", ["collect", "prune"])
+def test_budgets_that_are_not_taken(call, how, message):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    more = {} if call == "collect" else {"sparsity": 0.5, "damping": 1e-3}
+    with pytest.raises(InvalidArgument, match=message):
+        getattr(fastsal, call)(model, images(), **how, **more)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_images_that_come_once(tmp_path):
+    with pytest.raises(InvalidArgument, match="batches: is an iterator.*gone over .* times"):
+        fastsal.collect(net(), iter(images()), memory_budget="92MiB", scratch=tmp_path)
+    assert fastsal.collect(net(), iter(images()), memory_budget="1GiB").samples == 48
+
+
+def test_images_that_change(tmp_path):
+    class Growing:
+        def __init__(self):
+            self.count = 48
+
+        def __iter__(self):
+            self.count += 8
+            return iter(images(self.count))
+
+    with pytest.raises(DataError, match="batches: gave .* samples, and .* when"):
+        fastsal.collect(net(), Growing(), memory_budget="92MiB", scratch=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 g", 3 << 29), (1000, 1000), ("2048", 2048)],
+)
+def test_bytes_of_text(text, value):
+    assert parse_bytes(text) == value
