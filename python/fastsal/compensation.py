@@ -78,7 +78,7 @@ def compensate(
             raise MaskError(f"masks: {name!r} has no statistics; takes {', '.join(owned)}")
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
-    moved, report = moves(model, fisher, masks, damping, before=before)
+    moved, report = moves(owned, fisher, masks, damping, before=before)
     with torch.no_grad():
         for name, weights in moved.items():
             owned[name].copy_(weights)
@@ -86,7 +86,7 @@ def compensate(
 
 
 def moves(
-    model: nn.Module,
+    tensors: Mapping[str, Tensor],
     fisher: BlockFisher,
     masks: Mapping[str, Tensor],
     damping: float,
@@ -94,17 +94,16 @@ def moves(
     before: Mapping[str, Tensor] | None = None,
     shelf: Shelf | None = None,
 ) -> tuple[dict[str, Tensor], CompensationReport]:
-    """What `compensate` does, without doing it: name to the weights afterwards, float32.
+    """What `compensate` does to weights by the names of the statistics, without doing it.
 
-    They are kept on the shelf, or in memory.
+    Returns name to the weights afterwards, float32, on the shelf or in memory.
     """
-    owned = model_parameters(model, fisher.shapes)
     shelf = shelf or Shelf()
-    moved = shelf.room("moved", {name: p.shape for name, p in owned.items() if name in masks})
-    increase, uncompensated = dict.fromkeys(owned, 0.0), dict.fromkeys(owned, 0.0)
+    moved = shelf.room("moved", {name: p.shape for name, p in tensors.items() if name in masks})
+    increase, uncompensated = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
     for statistics, parts in fisher._views():
         parameters, block_size = statistics._borrow_all(slices(before or {}, parts) or None)
-        weights = [_flat(w).float().numpy() for w in slices(owned, parts).values()]
+        weights = [_flat(w).float().numpy() for w in slices(tensors, parts).values()]
         kept = slices(masks, parts)
         flat = [
             _flat(kept[key]).bool().numpy() if key in kept else np.ones(len(part), bool)

@@ -119,11 +119,12 @@ def loss_of_guessing(outputs: Tensor) -> float:
 
 def candidates(fisher: BlockFisher) -> list[float]:
     """Return dampings to try, rising: multiples of the mean squared gradient."""
-    total, count = 0.0, 0
-    for statistics, _ in fisher._views():
-        for squares in statistics.diagonal().values():
-            total, count = total + float(squares.sum()), count + squares.numel()
-    mean = total / count
+    total, count = fisher._squares()
+    return candidates_of(total / count)
+
+
+def candidates_of(mean: float) -> list[float]:
+    """Return dampings to try, rising, for a mean squared gradient."""
     smallest = 1e-30  # a model whose gradients are all zero still gets a damping
     return [float(f"{max(m * mean, smallest):.2g}") for m in _MULTIPLES]
 

@@ -99,6 +99,8 @@ class BlockFisher:
         self._arrays: FileArrays | None = None
         # How they were collected within a memory budget.
         self._plan: MemoryPlan | None = None
+        # Parts of every rank of a job, where these are statistics of one of them.
+        self._shares: list[list[Part]] | None = None
         # Packed sums that are worked on at a time.
         self._view_bytes = VIEW_BYTES
         dtype = np.dtype(precision)
@@ -451,6 +453,14 @@ class BlockFisher:
             part.key: self._parameters[part.name].part(part.start, part.stop) for part in parts
         }
         return view
+
+    def _squares(self) -> tuple[float, int]:
+        """The sum of the mean squared gradients, and the number of weights."""
+        total, count = 0.0, 0
+        for statistics, _ in self._views():
+            for squares in statistics.diagonal().values():
+                total, count = total + float(squares.sum()), count + squares.numel()
+        return total, count
 
     def _release(self) -> None:
         """Give back the memory of sums that lie in a file."""

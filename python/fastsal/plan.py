@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastsal.batches import Batches, as_batches
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
+from fastsal.criteria.scoring import model_parameters
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.feature_matching import HeldOutFeatures
@@ -148,6 +149,10 @@ class Plan:
         new.apply(model)
         return Outcome(scores, new, increase)
 
+    def grid(self, fisher: BlockFisher) -> list[float]:
+        """Dampings to try."""
+        return candidates(fisher)
+
     def choose(
         self,
         model: nn.Module,
@@ -189,7 +194,7 @@ class Plan:
             return loss
 
         try:
-            return choose_damping(candidates(fisher), prune_with, measure), best
+            return choose_damping(self.grid(fisher), prune_with, measure), best
         finally:
             restore(chosen, start)
 
@@ -308,8 +313,9 @@ def compensate_with(
     before: Masks | None = None,
 ) -> float:
     """Compensate in place, with the weights that it finds on a shelf; the predicted increase."""
-    moved, report = moves(model, fisher, masks, damping, before=before, shelf=shelf)
-    restore(dict(model.named_parameters(remove_duplicate=False)), moved)
+    owned = model_parameters(model, fisher.shapes)
+    moved, report = moves(owned, fisher, masks, damping, before=before, shelf=shelf)
+    restore(owned, moved)
     shelf.release()
     return report.total
 

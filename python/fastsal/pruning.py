@@ -144,8 +144,79 @@ def prune(
         FactorizationError: A block cannot be factored with this damping.
         FileFormatError: `checkpoint` is damaged, or of another run.
     """
+    return pruned(
+        Plan,
+        Job,
+        model,
+        batches,
+        sparsity,
+        criterion=criterion,
+        rounds=rounds,
+        compensate=compensate,
+        damping=damping,
+        samples=samples,
+        block_size=block_size,
+        scope=scope,
+        pattern=pattern,
+        floor=floor,
+        loss=loss,
+        labels=labels,
+        parameters=parameters,
+        precision=precision,
+        micro_batch=micro_batch,
+        autocast=autocast,
+        memory_budget=memory_budget,
+        scratch=scratch,
+        scratch_budget=scratch_budget,
+        progress=progress,
+        seed=seed,
+        max_loss_increase=max_loss_increase,
+        max_accuracy_drop=max_accuracy_drop,
+        confidence=confidence,
+        held_out=held_out,
+        recalibrate=recalibrate,
+        checkpoint=checkpoint,
+    )
+
+
+def pruned(
+    make_plan: Callable[..., Plan],
+    make_job: Callable[..., Job],
+    model: nn.Module,
+    batches: Batches | None,
+    sparsity: float | None = None,
+    *,
+    criterion: str = "obs-greedy",
+    rounds: int = 1,
+    compensate: bool = True,
+    damping: float | str = "auto",
+    samples: int | None = None,
+    block_size: int | None = 64,
+    scope: str = "global",
+    pattern: str | None = None,
+    floor: float = 0.0,
+    loss: str | Loss = "cross-entropy",
+    labels: str = "true",
+    parameters: str | Sequence[str] | None = None,
+    precision: str = "float32",
+    micro_batch: int | None = None,
+    autocast: torch.dtype | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    scratch_budget: int | str | None = None,
+    progress: bool | Callable[[int, int | None], None] = False,
+    seed: int = 0,
+    max_loss_increase: float | None = None,
+    max_accuracy_drop: float | None = None,
+    confidence: float = 0.95,
+    held_out: Batches | None = None,
+    recalibrate: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    keeper: Callable[..., Checkpoint] = Checkpoint,
+) -> PruneResult:
+    """What `prune` does, by a plan and a job that may be shared out."""
     entry = CRITERIA[find_criterion(criterion)]
-    plan = Plan(
+    plan = make_plan(
         criterion=criterion,
         needs_fisher=entry.needs_fisher or compensate,
         needs_damping=entry.needs_damping or compensate,
@@ -190,7 +261,7 @@ def prune(
         raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
     # Only a later round that measures has weights that are not the dense ones.
     dense = copies(chosen) if labels == "features" and recalibrate and rounds > 1 else None
-    job = Job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
+    job = make_job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
     # Bad fractions are refused before anything is computed.
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -198,13 +269,13 @@ def prune(
         if held_out is not None:
             raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
         check_ranking(shapes, sparsity, **plan.ranking)
-        keeper = None
+        kept_state = None
         if checkpoint is not None:
             how = {k: v for k, v in vars(plan).items() if k != "shelf"}
             asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
-            keeper = Checkpoint(checkpoint, {**asked, "precision": precision, "labels": labels})
+            kept_state = keeper(checkpoint, {**asked, "precision": precision, "labels": labels})
         goals = rising_goals(sparsity, rounds)
-        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
+        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=kept_state)
         return PruneResult(*done)
     if sparsity is not None or rounds != 1 or pattern is not None or recalibrate or checkpoint:
         raise InvalidArgument(

@@ -10,6 +10,7 @@ from fastsal.cli.demo import demo
 from fastsal.cli.evaluate import evaluate
 from fastsal.cli.finetune import finetune
 from fastsal.cli.group import Group
+from fastsal.cli.plan import plan
 from fastsal.cli.prune import prune
 from fastsal.cli.rank import rank
 from fastsal.cli.report import report
@@ -34,7 +35,7 @@ def main(debug: bool) -> None:
 
 
 _COMMANDS = (
-    prune, score, rank, compensate, finetune, evaluate, verify,
+    prune, plan, score, rank, compensate, finetune, evaluate, verify,
     transfer, sweep, report, bench, demo,
 )  # fmt: skip
 for _command in _COMMANDS:

@@ -132,6 +132,22 @@ statistics_options: Callable[[F], F] = group(
 )
 
 
+budget_options: Callable[[F], F] = group(
+    click.option(
+        "--memory-budget",
+        metavar="BYTES",
+        help="Most that may be added to the process, as 8GiB. [default: no limit]",
+    ),
+    click.option(
+        "--scratch",
+        type=PATH,
+        metavar="DIR",
+        help="Folder for what the budget has no room for; nothing is left in it.",
+    ),
+    click.option("--scratch-budget", metavar="BYTES", help="Most that statistics may take there."),
+)
+
+
 def criterion_option(default: str) -> Callable[[F], F]:
     """Return `--criterion`."""
     return click.option(

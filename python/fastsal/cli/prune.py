@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @options.criterion_option("obs-greedy")
 @options.damping_option("auto")
 @options.statistics_options
+@options.budget_options
 @click.option("--test", type=options.PATH, help="Labelled images to measure accuracy on.")
 @click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
 @click.option(
@@ -69,7 +70,18 @@ def prune(**given: Any) -> None:
     """Prune MODEL and write the pruned model, its masks and a report.
 
     Example: fastsal prune resnet18 --weights pretrained --data images --sparsity 0.7 --out run
+
+    Under torchrun every process works on its part of the images and holds its part of the sums:
+    torchrun --nproc-per-node 4 -m fastsal prune ...
     """
+    from fastsal.cli.ranks import joined
+
+    with joined() as rank:
+        _prune(given, rank)
+
+
+def _prune(given: dict[str, Any], rank: int) -> None:
+    """Do it; rank 0 writes."""
     from fastsal.cli.output import console, emit, kept_table, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.cli.setup import (
@@ -108,6 +120,8 @@ def prune(**given: Any) -> None:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
     masks.verify(model)
+    if rank:
+        return
     result = {
         **run_facts(given, masks),
         "samples": batches.samples if batches else 0,
@@ -147,9 +161,13 @@ def _pruned(
 ) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal
+    from fastsal.cli.ranks import world_size
     from fastsal.cli.setup import collect_options
 
-    result = fastsal.prune(
+    call: Any = fastsal.prune
+    if world_size() > 1:
+        from fastsal.distributed import prune as call
+    result = call(
         model,
         batches,
         criterion=given["criterion"],

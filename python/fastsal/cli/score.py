@@ -16,6 +16,7 @@ from fastsal.errors import InvalidArgument
 @options.criterion_option("block-fisher")
 @options.damping_option("1e-5")
 @options.statistics_options
+@options.budget_options
 @click.option(
     "--statistics", type=options.PATH, metavar="FILE", help="Use these instead of --data."
 )

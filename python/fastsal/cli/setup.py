@@ -51,21 +51,25 @@ def set_threads(threads: int | None) -> None:
 
 def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     """Load the model that MODEL, --weights and their kin describe, and say what it takes."""
+    import torch
+
     from fastsal.cli.runfolder import weights_file
     from fastsal.models import input_spec, load_model
 
     weights = given["weights"]
-    if weights is None:
+    if weights is None and not given.get("meta"):
         click.echo("note: no --weights: the weights are random", err=True)
-    elif weights != "pretrained":
+    elif weights is not None and weights != "pretrained":
         weights = weights_file(Path(weights))
-    model = load_model(
-        given["model"],
-        weights=weights,
-        num_classes=given["num_classes"],
-        in_chans=given["in_chans"],
-        seed=given["seed"],
-    )
+    where = torch.device("meta") if given.get("meta") else contextlib.nullcontext()
+    with where:
+        model = load_model(
+            given["model"],
+            weights=weights,
+            num_classes=given["num_classes"],
+            in_chans=given["in_chans"],
+            seed=given["seed"],
+        )
     spec = input_spec(model, size=given.get("size"), mean=given.get("mean"), std=given.get("std"))
     return model, spec
 
@@ -143,8 +147,11 @@ def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
 
 def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of `fastsal.collect` that were given; its defaults fill the rest."""
-    names = ("block_size", "labels", "precision", "micro_batch")
-    options = {name: given[name] for name in names if given[name] is not None}
+    names = (
+        *("block_size", "labels", "precision", "micro_batch"),
+        *("memory_budget", "scratch", "scratch_budget"),
+    )
+    options = {name: given[name] for name in names if given.get(name) is not None}
     if given["parameters"]:
         options["parameters"] = list(given["parameters"])
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.criteria.registry import CRITERIA, Inputs
+from fastsal.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.errors import InvalidArgument, MaskError, PrecisionWarning, UnknownParameter
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import select_parameters
@@ -64,11 +64,23 @@ def score(
     chosen = _chosen(model, fisher, parameters)
     kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
     check_mask_shapes("masks", kept, chosen)
+    return score_tensors(chosen, fisher, entry, damping, kept, seed)
+
+
+def score_tensors(
+    tensors: Mapping[str, Tensor],
+    fisher: BlockFisher | None,
+    entry: Criterion,
+    damping: float,
+    kept: Mapping[str, Tensor],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Score weights by the names of the statistics, of a whole model or some parts of it."""
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, NDArray[np.float64]] = {}
-    scores = {name: torch.empty(p.shape) for name, p in chosen.items()}
-    for statistics, parts in _views(chosen, fisher if entry.needs_fisher else None):
-        weights = {key: _double(key, w) for key, w in slices(chosen, parts).items()}
+    scores = {name: torch.empty(p.shape) for name, p in tensors.items()}
+    for statistics, parts in _views(tensors, fisher if entry.needs_fisher else None):
+        weights = {key: _double(key, w) for key, w in slices(tensors, parts).items()}
         some = slices(kept, parts) or None
         inputs = Inputs(weights, statistics, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
@@ -140,12 +152,12 @@ def warn_imprecise(
             f"change them by up to {min(doubtful[name], 1):.0%} ({blocks} of its blocks pass 1 %) "
             f"at damping {damping:g}; collect with precision='float64' or damp more",
             PrecisionWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
 def _views(
-    chosen: Mapping[str, nn.Parameter], fisher: BlockFisher | None
+    chosen: Mapping[str, Tensor], fisher: BlockFisher | None
 ) -> Iterator[tuple[BlockFisher | None, Parts]]:
     """What is scored at a time: a group of parts with its statistics, or a parameter without."""
     if fisher is not None:

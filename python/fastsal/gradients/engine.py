@@ -100,6 +100,7 @@ class GradientEngine:
         self._fast: dict[str, nn.Parameter] = {}
         self._fallback: Fallback | None = None
         self._classes: int | None = None
+        self._outputs: tuple[int, ...] | None = None
         self._operations: dict[str, str] = {}
         self._samples_last: set[str] = set()
         self._checkpointed = False
@@ -210,6 +211,20 @@ class GradientEngine:
         with differentiable():
             self._probe_once(_usable(images), None if labels is None else _usable(labels))
 
+    def skip(self, samples: int) -> None:
+        """Leave what would be drawn for so many samples to others; after `prepare`."""
+        if self._sampled:
+            torch.rand(samples, dtype=torch.float64, generator=self._generator)
+        elif self._by_features and self._outputs is not None:
+            checks.draw_noise(torch.empty(samples, *self._outputs), self._generator)
+
+    @contextlib.contextmanager
+    def rewinding(self) -> Iterator[None]:
+        """What is drawn inside the block is drawn again after it."""
+        state = self._generator.get_state()
+        yield
+        self._generator.set_state(state)
+
     def _probe_once(self, images: Tensor, labels: Tensor | None) -> None:
         if not self._operations and self._fallback is None:
             self._probe(images, labels)
@@ -277,6 +292,8 @@ class GradientEngine:
                     yield
 
     def _check_outputs(self, outputs: Any, n: int) -> None:
+        if isinstance(outputs, Tensor):
+            self._outputs = tuple(outputs.shape[1:])
         if self._classify or self._sampled:
             why = "the cross-entropy" if self._classify else "labels='sampled'"
             self._classes = checks.check_logits(outputs, n, why)

@@ -1,0 +1,133 @@
+"""Pruning within memory budgets: peak memory seen from outside, time, and the masks.
+
+Every run is a process of its own, whose resident memory this one reads from the system a hundred
+times a second between the call and its return. `python -m benches.memory --model resnet50`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+
+
+def child(args: argparse.Namespace) -> None:
+    """Prune once; say when, and what came out."""
+    import timm
+    import torch
+
+    import fastsal
+
+    torch.manual_seed(0)
+    model = timm.create_model(args.model)
+    images = torch.randn(args.samples, 3, args.size, args.size)
+    labels = torch.randint(0, 1000, (args.samples,))
+    batches = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, args.samples, 8)]
+    with torch.no_grad():  # what the libraries set up once
+        model.eval()(images[:2])
+    damping = args.damping if args.damping == "auto" else float(args.damping)
+    more: dict[str, Any] = {}
+    if args.budget:
+        more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch}
+    print("begin", flush=True)
+    start = time.perf_counter()
+    result = fastsal.prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
+    seconds = time.perf_counter() - start
+    print("end", flush=True)
+    sys.stdin.readline()
+    digest = hashlib.sha256()
+    for mask in result.masks.values():
+        digest.update(mask.numpy().tobytes())
+    weights = hashlib.sha256()
+    for p in model.parameters():
+        weights.update(p.detach().numpy().tobytes())
+    told = {
+        "seconds": seconds,
+        "masks": digest.hexdigest()[:16],
+        "weights": weights.hexdigest()[:16],
+        "damping": result.history[0]["damping"],
+    }
+    print(json.dumps(told), flush=True)
+
+
+def resident(pid: int) -> int:
+    """Resident memory of a process, bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def watched(command: list[str]) -> dict[str, Any]:
+    """Run a child; its peak above where it began, and what it told."""
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout.readline().strip() == "begin", "the child did not begin"
+    base = resident(process.pid)
+    peak = base
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    ended = process.stdout.readline().strip()
+    done.set()
+    thread.join()
+    assert ended == "end", "the child failed"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    told = json.loads(process.stdout.readline())
+    process.wait()
+    return {"base_gib": base / GIB, "added_gib": (peak - base) / GIB, **told}
+
+
+def main() -> None:
+    """Print a table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--budgets", type=float, nargs="*", default=[0, 8, 4, 2, 1], help="GiB")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--damping", default="1e-6")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--scratch", default=tempfile.gettempdir())
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--budget", type=float, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.budget is not None:
+        child(args)
+        return
+    rows = []
+    print("| budget, GiB | peak added, GiB | time, s | masks and weights as without |")
+    print("|---|---|---|---|")
+    for budget in args.budgets:
+        command = [sys.executable, "-m", "benches.memory", "--budget", str(budget)]
+        for name in ("model", "samples", "size", "damping", "rounds", "scratch"):
+            command += [f"--{name}", str(getattr(args, name))]
+        row = {"model": args.model, "budget_gib": budget or None, **watched(command)}
+        rows.append(row)
+        same = {k: row[k] == rows[0][k] for k in ("masks", "weights")}
+        told = ", ".join(f"{k} {'same' if v else 'differ'}" for k, v in same.items())
+        shown = f"{budget:g}" if budget else "none"
+        print(f"| {shown} | {row['added_gib']:.2f} | {row['seconds']:.0f} | {told} |", flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""`fastsal plan`: what pruning would take, before it is done."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fastsal.cli import options
+
+if TYPE_CHECKING:
+    from fastsal.memory_plan import MemoryPlan
+
+
+@click.command(short_help="Say what pruning would take: memory, disk, passes, time.")
+@options.model_options
+@options.criterion_option("obs-greedy")
+@options.damping_option("auto")
+@options.statistics_options
+@options.budget_options
+@click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
+@click.option(
+    "--compensate/--no-compensate", "compensate", default=True, help="Move the kept weights."
+)
+@click.option(
+    "--meta", is_flag=True, help="Without memory for the model: it is built on the meta device."
+)
+@click.option("--no-time", is_flag=True, help="Do not try how long it takes.")
+@options.input_options
+@options.run_options
+def plan(**given: Any) -> None:
+    """Say what `fastsal prune` with these options would take, and how it would go about it.
+
+    Memory is what is added to the process; `fastsal prune` then does what is said here. Time comes
+    from a trial of some ten seconds. Without --data, images of noise stand for yours.
+
+    Example: fastsal plan vit_large_patch16_224 --samples 1024 --memory-budget 8GiB --scratch /tmp
+    """
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.setup import collect_options, open_model, set_threads, training_batches
+    from fastsal.gradients import select_parameters
+    from fastsal.planning import plan_memory
+
+    set_threads(given["threads"])
+    model, spec = open_model(given)
+    batches: Any
+    if given["data"] is not None:
+        batches = training_batches(given, model, spec)
+        samples = batches.samples
+    else:
+        batches, samples = _noise(given, spec), given["samples"] or 1024
+    chosen = collect_options(given)
+    chosen.pop("progress")
+    found = plan_memory(
+        model,
+        batches,
+        samples=samples,
+        criterion=given["criterion"],
+        damping=given["damping"],
+        compensate=given["compensate"],
+        rounds=given["rounds"],
+        calibrate=not given["no_time"],
+        **chosen,
+    )
+    pruned = select_parameters(model, chosen.get("parameters"))
+    weights = sum(p.numel() for p in pruned.values())
+    if given["as_json"]:
+        emit({"model": given["model"], "weights": weights, "samples": samples, **found.as_dict()})
+        return
+    screen = console()
+    screen.print(
+        f"[bold]{given['model']}[/bold]: {weights:,} weights in {len(pruned)} parameters, "
+        f"{samples:,} samples"
+    )
+    screen.print(_table(found))
+
+
+def _noise(given: dict[str, Any], spec: Any) -> list[Any]:
+    """One batch of noise in the shape of images."""
+    import torch
+
+    height, width = spec.size or (224, 224)
+    generator = torch.Generator().manual_seed(given["seed"])
+    images = torch.randn(8, spec.channels, height, width, generator=generator)
+    return [(images, torch.zeros(8, dtype=torch.int64))]
+
+
+def _table(plan: MemoryPlan) -> Any:
+    from rich.table import Table
+
+    from fastsal.file_arrays import gib
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    where = "in memory" if plan.place == "memory" else "in a file of the scratch folder"
+    table.add_row("statistics", gib(plan.statistics), where)
+    how = "" if plan.passes == 1 else "each for some of the parameters"
+    table.add_row("passes over the images", str(plan.passes), how)
+    table.add_row("samples at a time", str(plan.micro_batch), f"summed by {plan.step}")
+    limit = "no limit" if plan.budget is None else f"of {gib(plan.budget)}"
+    table.add_row("[bold]memory added[/bold]", f"[bold]{gib(plan.memory)}[/bold]", limit)
+    table.add_row("  statistics of a pass", gib(plan.group))
+    table.add_row("  gathered rows", gib(plan.rows))
+    if plan.activations:
+        table.add_row("  forward and backward", gib(plan.activations))
+    else:
+        table.add_row("  forward and backward", "?", "measured with --memory-budget")
+    table.add_row("  scores, masks, copies", gib(plan.kept))
+    table.add_row(
+        "[bold]scratch file[/bold]", f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
+    )
+    for name, seconds in plan.seconds.items():
+        table.add_row(f"time, {name}", _duration(seconds))
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"

@@ -1,0 +1,121 @@
+"""Rows of gradients on their way to the ranks that own their sums.
+
+Rows travel, not partial sums: a rank's own sums of the whole model would take as many times the
+memory as there are ranks, and would round otherwise than those of one process. Rows are `4 d` bytes
+a sample, packed sums `2 (B + 1) d` once: up to `(B + 1) / 2` samples a rank rows are also less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsal.distributed.ranks import Ranks
+from fastsal.errors import DataError
+from fastsal.fisher import BlockFisher
+from fastsal.holdout import Pair
+from fastsal.parts import Part, by_key
+from fastsal.passes import Gradients, in_micro_batches
+from fastsal.progress import Report
+from fastsal.sinks import RowGatherer
+
+
+class OwnerSink:
+    """Sends the rows of each part to its owner, which puts them in the order of the samples.
+
+    Args:
+        sink: Takes rows of this rank's parts.
+        shares: Parts of every rank.
+        ranks: The processes.
+    """
+
+    def __init__(self, sink: RowGatherer, shares: Sequence[Sequence[Part]], ranks: Ranks) -> None:
+        self._sink = sink
+        self._ranks = ranks
+        self._owned: dict[str, list[tuple[int, Part]]] = {}
+        for owner, share in enumerate(shares):
+            for part in share:
+                self._owned.setdefault(part.name, []).append((owner, part))
+        self._counts = [0] * ranks.size
+        self._most = 0
+
+    def begin(self, counts: Sequence[int]) -> None:
+        """Samples of each rank in the micro-batch that comes."""
+        self._counts = list(counts)
+        self._most = max(counts)
+
+    def __call__(self, name: str, rows: Tensor) -> None:
+        """Take this rank's rows `[n, *shape]` of a parameter."""
+        flat = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+        missing = self._most - flat.shape[0]
+        for owner, part in self._owned[name]:
+            piece = flat[:, part.start : part.stop]
+            if missing > 0:
+                piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))
+            found = self._ranks.gather(piece[: self._most], owner)
+            if found is not None:
+                joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
+                self._sink(part.key, joined.cpu())
+
+    def end_micro_batch(self) -> None:
+        """All parameters have had their rows."""
+        self._sink.end_micro_batch(sum(self._counts))
+
+    def flush(self) -> None:
+        """Bring everything into the statistics."""
+        self._sink.flush()
+
+
+def add_sharded_pass(
+    gradients: Gradients,
+    fisher: BlockFisher,
+    shares: Sequence[Sequence[Part]],
+    ranks: Ranks,
+    pairs: Iterable[Pair],
+    report: Report,
+) -> None:
+    """Go over images once, each rank over its part of every micro-batch.
+
+    Args:
+        gradients: How; all ranks the same.
+        fisher: Statistics of this rank's parts, by their keys.
+        shares: Parts of every rank.
+        ranks: The processes.
+        pairs: Images and labels; all ranks give the same.
+        report: Is told of samples as they are done.
+
+    Raises:
+        DataError: Ranks were given different numbers of samples.
+    """
+    parts = by_key(shares[ranks.rank])
+    dtypes = {key: gradients.chosen[part.name].dtype for key, part in parts.items()}
+    gatherer = RowGatherer(fisher, dtypes, gradients.step, expected=gradients.samples)
+    sink = OwnerSink(gatherer, shares, ranks)
+    total = 0
+    with gradients.engine(gradients.chosen) as engine:
+        size = gradients.micro_batch * ranks.size
+        for images, labels in in_micro_batches(pairs, size, gradients.step):
+            n = len(images)
+            if total == 0:
+                engine.prepare(images, labels)
+            total += n
+            if gradients.samples is None:
+                gatherer.expect(total)
+            counts = [n // ranks.size + (rank < n % ranks.size) for rank in range(ranks.size)]
+            start = sum(counts[: ranks.rank])
+            # A rank without samples goes along with one that is dropped.
+            stop = max(start + counts[ranks.rank], start + 1)
+            some = slice(min(start, n - 1), stop)
+            sink.begin(counts)
+            with engine.rewinding():
+                engine.skip(start)
+                engine.run(images[some], None if labels is None else labels[some], sink)
+            engine.skip(n)
+            sink.end_micro_batch()
+            report(total, gradients.samples)
+        sink.flush()
+    seen = ranks.every(total)
+    if len(set(seen)) > 1:
+        raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")

@@ -1,0 +1,175 @@
+"""One threshold over scores of which no rank holds all: counts of their keys are added up.
+
+The order of scores as integers, and ties by position, are those of `fastsal._core`: the masks are
+those that `rank` gives for all scores in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastsal import _core
+from fastsal.distributed.ranks import Ranks
+from fastsal.masks import Masks
+from fastsal.parts import Part
+from fastsal.ranking import check_ranking, floor_counts, global_count, layer_counts
+
+Scores = Mapping[str, NDArray[np.float32]]
+_ALL = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keys below `key` go, and the first `ties` of those equal to it."""
+
+    key: int
+    ties: int
+
+
+def rank_shards(
+    scores: Mapping[str, Tensor],
+    shares: Sequence[Sequence[Part]],
+    shapes: Mapping[str, Sequence[int]],
+    ranks: Ranks,
+    sparsity: float | None,
+    *,
+    scope: str = "global",
+    floor: float = 0.0,
+) -> Masks:
+    """Turn the scores of all ranks into masks, the same on each.
+
+    Args:
+        scores: Key to the scores of this rank's parts.
+        shares: Parts of every rank.
+        shapes: Name to shape, of the whole model.
+        ranks: The processes.
+        sparsity: Fraction of the weights that goes.
+        scope: As for `rank`; so is `floor`.
+        floor: Least kept fraction of any parameter.
+
+    Raises:
+        InvalidArgument: As for `rank`.
+    """
+    check_ranking(shapes, sparsity, scope, None, floor)
+    assert sparsity is not None
+    mine = {key: s.reshape(-1).contiguous().numpy() for key, s in scores.items()}
+    everyone = [part for share in shares for part in share]
+    by_name = {name: [part for part in everyone if part.name == name] for name in shapes}
+    order = [part for parts in by_name.values() for part in parts]
+    recipe: dict[str, object] = {"scope": scope, "floor": floor, "sparsity": sparsity}
+    cuts: dict[str, Cut] = {}
+    if scope == "global":
+        floors = floor_counts(shapes, floor)
+        caps = {
+            name: _find(mine, by_name[name], part_size(by_name[name]) - least, ranks, {})
+            for name, least in floors.items()
+            if least > 0
+        }
+        cut = _find(mine, order, global_count(shapes, sparsity), ranks, caps)
+        cuts = _shared_out(mine, order, cut, ranks, caps)
+        recipe["threshold"] = _core.score_of_key(cut.key) if cut.ties else None
+    else:
+        for name, count in layer_counts(shapes, sparsity, scope, floor).items():
+            cut = _find(mine, by_name[name], count, ranks, {})
+            cuts |= _shared_out(mine, by_name[name], cut, ranks, {})
+    kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
+    return Masks(_assembled(kept, shares, shapes, ranks), recipe)
+
+
+def part_size(parts: Sequence[Part]) -> int:
+    """Weights of the parameter that parts are of."""
+    return parts[0].size
+
+
+def _find(
+    mine: Scores, parts: Sequence[Part], k: int, ranks: Ranks, caps: Mapping[str, Cut]
+) -> Cut:
+    """Where the `k` smallest scores of some parts end, each parameter capped."""
+    if k == 0:
+        return Cut(0, 0)
+    upper, left = _bin(mine, parts, None, k, ranks, caps)
+    lower, ties = _bin(mine, parts, upper, left, ranks, caps)
+    return Cut(upper << 16 | lower, ties)
+
+
+def _bin(
+    mine: Scores,
+    parts: Sequence[Part],
+    upper: int | None,
+    k: int,
+    ranks: Ranks,
+    caps: Mapping[str, Cut],
+) -> tuple[int, int]:
+    """The half of a key that the `k`-th has, and how many of the `k` have it too."""
+    counts = np.zeros(2**16, np.uint64)
+    for part in parts:
+        if part.key in mine:
+            below = caps[part.name].key if part.name in caps else _ALL
+            counts += _core.count_keys(mine[part.key], upper, below)
+    counts = ranks.add(counts)
+    for cap in caps.values():
+        if upper is None:
+            counts[cap.key >> 16] += np.uint64(cap.ties)
+        elif cap.key >> 16 == upper:
+            counts[cap.key & 0xFFFF] += np.uint64(cap.ties)
+    reached = np.cumsum(counts)
+    at = int(np.searchsorted(reached, k))
+    before = int(reached[at - 1]) if at else 0
+    return at, k - before
+
+
+def _shared_out(
+    mine: Scores, parts: Sequence[Part], cut: Cut, ranks: Ranks, caps: Mapping[str, Cut]
+) -> dict[str, Cut]:
+    """The cut of each part: equal scores go in the order of parts, as far as caps allow."""
+    lower = {name: cap for name, cap in caps.items() if cap.key < cut.key}
+    equal: dict[str, int] = {}
+    for part in parts:
+        if part.key in mine:
+            key = lower[part.name].key if part.name in lower else cut.key
+            equal[part.key] = int(_core.count_keys(mine[part.key], key >> 16, _ALL)[key & 0xFFFF])
+    for found in ranks.every(equal):
+        equal |= found
+    left = cut.ties
+    room = {name: cap.ties for name, cap in caps.items() if cap.key <= cut.key}
+    cuts = {}
+    for part in parts:
+        if part.name in lower:
+            ties = min(equal[part.key], room[part.name])
+            cuts[part.key] = Cut(lower[part.name].key, ties)
+        else:
+            ties = min(equal[part.key], left, room.get(part.name, equal[part.key]))
+            left -= ties
+            cuts[part.key] = Cut(cut.key, ties)
+        if part.name in room:
+            room[part.name] -= ties
+    return cuts
+
+
+def _assembled(
+    kept: Mapping[str, NDArray[np.bool_]],
+    shares: Sequence[Sequence[Part]],
+    shapes: Mapping[str, Sequence[int]],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    """Masks of all parameters, from the bits of every rank's parts."""
+    masks = {name: torch.empty(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
+    for owner, share in enumerate(shares):
+        count = sum(map(len, share))
+        if owner == ranks.rank and share:
+            bits = torch.from_numpy(np.packbits(np.concatenate([kept[p.key] for p in share])))
+        else:
+            bits = torch.empty(-(-count // 8), dtype=torch.uint8)
+        bits = ranks.give(bits, owner, "masks")
+        flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool))
+        start = 0
+        for part in share:
+            part.of(masks[part.name]).copy_(flat[start : start + len(part)])
+            start += len(part)
+    return masks

@@ -1,0 +1,232 @@
+"""What collecting or pruning would take: memory by the plan that is then followed, time by trial.
+
+A trial runs a few passes, sums and eliminations on this machine, some ten seconds in all, and
+multiplies. On the meta device nothing can be run: there the operations of a pass are counted, and
+divided by the rate of a matrix product here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastsal import _core
+from fastsal.batches import Batches
+from fastsal.criteria import CRITERIA
+from fastsal.criteria.scoring import find_criterion
+from fastsal.file_arrays import trim_heap
+from fastsal.gathering import Work, prepare
+from fastsal.gradients import select_parameters
+from fastsal.memory_plan import MemoryPlan, kept_by_pruning
+from fastsal.parts import Part
+from fastsal.passes import in_micro_batches
+
+# Weights on which sums and eliminations are tried.
+_TRIED = 2**18
+# Bytes that are written to the scratch folder to see how fast it is.
+_WRITTEN = 2**27
+# Tries of a damping, and the step with the one that is taken.
+_DAMPINGS = 8
+
+
+def plan_memory(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    samples: int | None = None,
+    prunes: bool = True,
+    criterion: str = "obs-greedy",
+    compensate: bool = True,
+    damping: float | str = "auto",
+    rounds: int = 1,
+    parameters: str | Sequence[str] | None = None,
+    memory_budget: int | str | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    calibrate: bool = True,
+    **options: Any,
+) -> MemoryPlan:
+    """Say beforehand how `collect` or `prune` with the same arguments would use memory and time.
+
+    Args:
+        model: As for `prune`; it may be on the meta device.
+        batches: As for `prune`; a few samples are enough where `samples` is given.
+        samples: Of a run; None counts those of `batches`.
+        prunes: Whether all of `prune` is planned, or `collect` alone.
+        criterion: As for `prune`; so are the next four.
+        compensate: Whether kept weights move.
+        damping: `λ`, or `"auto"`.
+        rounds: Rounds.
+        parameters: Names or patterns.
+        memory_budget: As for `collect`; None plans everything in memory.
+        scratch: As for `collect`.
+        calibrate: Whether time is estimated, by a trial of some ten seconds.
+        options: Others of `collect`.
+
+    Returns:
+        The plan. `seconds` names `"statistics"`, `"prune"` and their `"total"`.
+
+    Raises:
+        InvalidArgument: As for `collect`, the budget that is too small among them.
+    """
+    chosen = select_parameters(model, parameters)
+    is_auto = prunes and damping == "auto"
+    entry = CRITERIA[find_criterion(criterion)]
+    if memory_budget is not None and prunes:
+        options["kept"] = kept_by_pruning(
+            chosen, is_auto=is_auto, rounds=rounds, has_scratch=scratch is not None
+        )
+        options["joins"] = is_auto
+    work = prepare(
+        model,
+        batches,
+        samples=None if prunes else samples,
+        parameters=parameters,
+        memory_budget=memory_budget,
+        scratch=scratch,
+        **options,
+    )
+    if not calibrate:
+        return work.plan
+    count = samples or sum(len(images) for images, _ in work.source())
+    seconds = {"statistics": rounds * _statistics_seconds(work, count)}
+    if prunes:
+        steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
+        each = _step_seconds(work, entry.needs_damping, compensate=compensate)
+        seconds["prune"] = steps * each
+    seconds["total"] = sum(seconds.values())
+    return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
+
+
+def _statistics_seconds(work: Work, samples: int) -> float:
+    """Time of all passes over the images."""
+    how, plan = work.how, work.plan
+    groups = plan.groups
+    is_meta = next(iter(how.chosen.values())).device.type == "meta"
+    tried = sorted({0, len(groups) - 1})
+    times = {i: _counted(work, groups[i]) if is_meta else _timed(work, groups[i]) for i in tried}
+    steps = math.ceil(samples / how.step)
+    rows = _add_seconds(work, min(how.step, samples))
+    fresh = _fresh_seconds()
+    disk = _disk_seconds(plan) if plan.place == "file" else 0.0
+    total = 0.0
+    for i, group in enumerate(groups):
+        # Deep layers need less of the backward pass; between the tried groups it is about linear.
+        share = i / max(1, len(groups) - 1)
+        first, last = times[tried[0]], times[tried[-1]]
+        probe, micro = ((1 - share) * a + share * b for a, b in zip(first, last, strict=True))
+        weights = sum(map(len, group))
+        total += probe + samples / how.micro_batch * micro + steps * rows * weights
+        total += fresh * (plan.statistics / len(groups) + plan.rows)
+    return total + disk * plan.statistics
+
+
+def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
+    """Seconds of the probe and of a micro-batch with the gradients of some parts."""
+    how = work.how
+    images, labels = next(in_micro_batches(_first(work), how.micro_batch, how.micro_batch))
+    with how.engine({part.name for part in group}) as engine:
+        probe = _seconds(lambda: engine.prepare(images, labels))
+        engine.run(images, labels, _drop)
+        micro = _seconds(lambda: engine.run(images, labels, _drop))
+    trim_heap()
+    return probe, micro
+
+
+def _first(work: Work) -> list[tuple[Tensor, Tensor | None]]:
+    """The first batch, repeated to a micro-batch at least."""
+    images, labels = work.source.first()
+    at = torch.arange(max(len(images), work.how.micro_batch)) % len(images)
+    return [(images[at], None if labels is None else labels[at])]
+
+
+def _counted(work: Work, group: Sequence[Part]) -> tuple[float, float]:
+    """The same from the operations of a forward pass; a backward pass has twice as many."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    del group
+    images, _ = work.source.first()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work.how.model(images[:1].to("meta"))
+    a = torch.randn(1024, 1024)
+    rate = 2 * 1024**3 / min(_seconds(lambda: a @ a) for _ in range(5))
+    one = 3 * counter.get_total_flops() / rate
+    return 2.5 * one, one * work.how.micro_batch
+
+
+def _add_seconds(work: Work, rows: int) -> float:
+    """Seconds a weight of adding gathered rows to the sums."""
+    size = min(work.fisher.block_size or 64, _TRIED)
+    count = _TRIED // size * size
+    given = np.ones((rows, count), np.float32)
+    packed = np.zeros(_core.packed_len(count, size), np.float32)
+    sums = np.zeros(count, np.float32)
+
+    def add() -> None:
+        _core.accumulate(given, "float32", size, packed, sums)
+
+    add()
+    return min(_seconds(add) for _ in range(3)) / count
+
+
+def _fresh_seconds() -> float:
+    """Seconds a byte of memory that is touched for the first time."""
+    count = 2**25
+    return _seconds(lambda: np.empty(count, np.uint8).fill(1)) / count
+
+
+def _disk_seconds(plan: MemoryPlan) -> float:
+    """Seconds a byte of the scratch folder."""
+    piece = np.random.default_rng(0).bytes(2**22)
+    with tempfile.TemporaryFile(dir=plan.scratch) as file:
+
+        def write() -> None:
+            for _ in range(_WRITTEN // len(piece)):
+                file.write(piece)
+            os.fsync(file.fileno())
+
+        return _seconds(write) / _WRITTEN
+
+
+def _step_seconds(work: Work, is_second_order: bool, *, compensate: bool) -> float:
+    """Seconds of scoring, ranking and compensating the whole model once."""
+    size = min(work.fisher.block_size or 64, 512)
+    count = _TRIED // size * size
+    generator = np.random.default_rng(0)
+    given = generator.standard_normal((8, count), np.float32)
+    packed = np.zeros(_core.packed_len(count, size), np.float32)
+    sums = np.zeros(count, np.float32)
+    _core.accumulate(given, "float32", size, packed, sums)
+    weights = generator.standard_normal(count, np.float32)
+    parameter = [(packed, count, 8.0, None)]
+    total = 0.0
+    if is_second_order:
+        total += _seconds(lambda: _core.eliminate(parameter, [weights], size, 1e-3))
+    if compensate:
+        kept = np.arange(count) % 10 >= 7
+        total += _seconds(lambda: _core.compensate(parameter, [weights], [kept], size, 1e-3))
+    total += _seconds(lambda: _core.prune_smallest([weights], count // 2, []))
+    seconds = total / count * sum(p.numel() for p in work.how.chosen.values())
+    reads = 2 if compensate else 1
+    if work.plan.place == "file":
+        seconds += reads * work.plan.statistics * _fresh_seconds()
+    return seconds
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _drop(name: str, rows: Tensor) -> None:
+    """A sink that keeps nothing."""
+    del name, rows
