@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.workspace import empty_pages
 
 # More rows a pass save little: the kernel adds 64 at a time.
@@ -63,7 +64,7 @@ class RowGatherer:
         buffer = self._buffers.get(name)
         if buffer is None:
             whole = (self.capacity, *shape[1:])
-            buffer = empty_pages(math.prod(whole), self._parameters[name].dtype).view(whole)
+            buffer = empty_pages(math.prod(whole), row_dtype(self._parameters[name])).view(whole)
             self._buffers[name] = buffer
         return buffer[self._held : self._held + shape[0]]
 
@@ -101,7 +102,7 @@ def _capacity(
     expected: int | None,
     spare: int | None,
 ) -> int:
-    row = sum(p.numel() * p.element_size() for p in parameters.values())
+    row = sum(p.numel() * row_dtype(p).itemsize for p in parameters.values())
     most = min(_MOST_BYTES, int(_SHARE * fisher.final_nbytes))
     if spare is not None:
         most = min(most, spare)
