@@ -94,7 +94,8 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
     images, targets = batch
     if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
         raise DataError(
-            f"batches: batch {number} has no images; takes tensors [n, C, H, W], n >= 1"
+            f"batches: batch {number} has no images; takes tensors [n, C, H, W], or tokens "
+            "[n, L], n >= 1"
         )
     if labels == "features" and not isinstance(targets, Tensor):
         targets = None  # whatever it is, it is not used

@@ -32,6 +32,7 @@ def collect(
     precision: str = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
+    loss_scale: float | None = None,
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
@@ -48,15 +49,19 @@ def collect(
 
     Args:
         model: Takes images `[n, C, H, W]`, puts out logits `[n, classes]` (or what `loss` takes).
-        batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised,
-            `[n]` integer. With `labels="sampled"` and `"features"` the labels may be missing:
-            None, or images alone.
+            Its weights may be float16 or bfloat16: gradients and sums are float32 then.
+        batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised
+            (or tokens `[n, L]`, int64 or int32), `[n]` integer (or what `loss` takes, `[n, ...]`).
+            With `labels="sampled"` and `"features"` the labels may be missing: None, or images
+            alone.
         block_size: Weights of a block; None takes each parameter as one block.
         samples: Stop after so many; None takes all.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`;
+            outputs come in float32 at least.
         labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
             softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
-        parameters: Names or patterns; None takes the weights of Linear and ConvNd. With
+        parameters: Names or patterns; None takes the weights of Linear and ConvNd (tables of
+            Embedding are taken where they are named, see `fastsal.gradients.selection`). With
             `labels="features"` the classifier's are left out unless they are named exactly, as
             features do not depend on them.
         memory_budget: Bytes that this may add to the process, or text as `"8GiB"`: statistics,
@@ -74,6 +79,9 @@ def collect(
         precision: `"float32"` or `"float64"`, in which sums are kept.
         micro_batch: Samples of one forward and backward pass; None chooses by memory.
         autocast: Run the passes in this type, `torch.bfloat16` say; sums stay as they are.
+        loss_scale: Power of two that losses are multiplied by for the backward pass, undone in
+            float32 before anything is squared, halved where gradients overflow; None takes 2¹⁶
+            where the model or autocast is float16, 1 elsewhere.
 
     Raises:
         InvalidArgument: An argument is not taken; the budget is too small, and what it takes.
@@ -98,4 +106,5 @@ def collect(
         precision=precision,
         micro_batch=micro_batch,
         autocast=autocast,
+        loss_scale=loss_scale,
     )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import cross_entropy
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
@@ -106,7 +107,7 @@ def in_evaluation(
     model.eval()
     try:
         with torch.no_grad():
-            return call(model, images.to(first.device, first.dtype)).float()
+            return call(model, to_model(images, first)).float()
     finally:
         for module, mode in modes:
             module.training = mode

@@ -20,6 +20,7 @@ from fastsal.damping import in_evaluation
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
 from fastsal.gradients.fallback import differentiate
+from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
 from fastsal.holdout import Pair
@@ -67,7 +68,7 @@ def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: T
     """Name the parameters that gradients of the features reach."""
     check_images(images)
     first = next(iter(candidates.values()))
-    image = images[:1].detach().clone().to(first.device, first.dtype)
+    image = to_model(images[:1].detach().clone(), first)
     frozen = FrozenModel(model)
 
     def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

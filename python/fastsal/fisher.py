@@ -247,8 +247,10 @@ class BlockFisher:
         The bound: summed in `S` steps of up to 128 samples (`N/128`, more for smaller updates) with
         unit roundoff `u` (2⁻²⁴ for float32), an entry `F_ij` has an error of at most
         `ε √(F_ii F_jj)`, `ε = u (√128 + √S)`, with high probability (Higham & Mary, 2019,
-        section 2: independent roundings grow with the root of their number). Such errors move
-        `diag(A⁻¹)` by at most `ε max_i F_ii ‖A⁻¹‖` relatively. Float64 itself adds
+        section 2: independent roundings grow with the root of their number): 2.3e-6 at
+        `N = 100,000`. Rows of 16 bits add nothing to it, as the product of two such numbers is
+        exact in float32; their own rounding is that of the gradients. Such errors move `diag(A⁻¹)`
+        by at most `ε max_i F_ii ‖A⁻¹‖` relatively. Float64 itself adds
         `B 2⁻⁵³ max_i F_ii ‖A⁻¹‖`.
 
         Args:

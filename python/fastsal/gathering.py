@@ -58,6 +58,7 @@ def prepare(
     precision: str = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
+    loss_scale: float | None = None,
     kept: int = 0,
     joins: bool = False,
 ) -> Work:
@@ -79,7 +80,7 @@ def prepare(
     )
     size = micro_batch or choose_micro_batch(chosen)
     step = step_rows(chosen, fisher.final_nbytes, size, samples)
-    how = Gradients(model, chosen, loss, labels, seed, autocast, size, step, samples)
+    how = Gradients(model, chosen, loss, labels, seed, autocast, loss_scale, size, step, samples)
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
             raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.file_arrays import check_folder, gib, trim_heap
 from fastsal.fisher import VIEW_BYTES, BlockFisher
+from fastsal.gradients.precision import row_dtype
 from fastsal.live_memory import LiveMemory
 from fastsal.parts import Part, cut, packed_bytes, whole
 from fastsal.passes import Gradients
@@ -296,7 +297,7 @@ def _on_meta(how: Gradients, names: set[str], images: Tensor) -> PassMemory:
         finally:
             for name, p in how.model.named_parameters():
                 p.requires_grad_(flags[name])
-    largest = max(p.numel() * p.element_size() for p in how.chosen.values())
+    largest = max(p.numel() * row_dtype(p).itemsize for p in how.chosen.values())
     line = _line(*peaks)
     return replace(line, sample=line.sample + largest)
 
@@ -351,7 +352,7 @@ def _rows(how: Gradients, micro_batch: int, parts: list[Part]) -> int:
     """Bytes of the rows that are gathered for a step."""
     if micro_batch >= how.step:
         return 0
-    sizes = {part.name: how.chosen[part.name].element_size() for part in parts}
+    sizes = {part.name: row_dtype(how.chosen[part.name]).itemsize for part in parts}
     return how.step * sum(len(part) * sizes[part.name] for part in parts)
 
 

@@ -30,6 +30,7 @@ class Gradients:
         labels: As for `collect`.
         seed: Of what is drawn; the same in every pass.
         autocast: Type of the passes, or None.
+        loss_scale: As for `collect`.
         micro_batch: Samples of one forward and backward pass.
         step: Samples that are gathered before they are added to the statistics.
         samples: Samples in all, or None if not known.
@@ -41,6 +42,7 @@ class Gradients:
     labels: str
     seed: int
     autocast: torch.dtype | None
+    loss_scale: float | None
     micro_batch: int
     step: int
     samples: int | None
@@ -55,6 +57,7 @@ class Gradients:
             labels=self.labels,
             seed=self.seed,
             autocast=self.autocast,
+            loss_scale=self.loss_scale,
             micro_batch=self.micro_batch,
         )
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal.gradients.inputs import to_model
+
 # What keeps running moments, and is evaluated with them.
 _Normalisation = nn.modules.batchnorm._BatchNorm
 
@@ -37,7 +39,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
         for layer in layers:
             layer.reset_running_stats()
         for images, _ in batches:
-            model(images.to(first.device, first.dtype))
+            model(to_model(images, first))
     return len(layers)
 
 

@@ -16,6 +16,7 @@ from fastsal.batches import Batches, as_batches
 from fastsal.damping import outputs
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
+from fastsal.gradients.inputs import to_model
 
 # How timm's factory is asked for them, the same in all its versions.
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ class Trainer:
         seed: int,
     ) -> None:
         first = next(model.parameters())
-        self._model, self._device, self._dtype = model, first.device, first.dtype
+        self._model, self._first, self._device = model, first, first.device
         self._batches = batches
         self._updates = operator.length_hint(batches)  # 0 where it is not known
         self.optimizer = _make_optimizer(model, optimizer, lr, momentum, weight_decay)
@@ -99,7 +100,7 @@ class Trainer:
                 with torch.autocast(
                     self._device.type, dtype=self._autocast, enabled=self._autocast is not None
                 ):
-                    out = self._model(images.to(self._device, self._dtype))
+                    out = self._model(to_model(images, self._first))
                     mean = self._losses(out, labels, samples).mean()
                 value = float(mean.detach())
                 if not math.isfinite(value):

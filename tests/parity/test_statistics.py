@@ -165,8 +165,9 @@ def test_any_split_is_the_same(counts, block_size, precision):
     )
 
 
-def test_hundred_thousand_rows():
-    g = gradients(100_000, (12,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hundred_thousand_rows(dtype):
+    g = gradients(100_000, (12,), dtype=dtype)
     want = dense_blocks(g, 5)
     for step in (100_000, 1_000, 64):
         assert_blocks(fed(g.split(step), (12,), 5).blocks("w"), want, 1e-5)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,6 +9,7 @@ from torch import nn
 
 from fastsal import models
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
+from fastsal.gradients import select_parameters
 from fastsal.models import (
     IMAGENET_MEAN,
     class_count,
@@ -46,6 +49,20 @@ def test_timm_weights_are_seeded_and_leave_the_global_state():
 def test_an_unknown_timm_name_lists_close_ones():
     with pytest.raises(InvalidArgument, match=r"no model 'resnet1b'.*resnet1"):
         load_model("resnet1b")
+
+
+@pytest.mark.parametrize(
+    ("function", "weights", "linear"),
+    [("gpt_125m", 124_439_808, 84_934_656), ("gpt_1b", 1_011_476_480, 905_969_664)],
+)
+def test_the_example_decoders_are_built_without_memory(function, weights, linear):
+    example = Path(__file__).resolve().parents[2] / "examples" / "transformer.py"
+    with torch.device("meta"):
+        model = load_model(f"{example}:{function}")
+        logits = model(torch.zeros(2, 64, dtype=torch.long))
+    assert logits.shape == (2, 64, 50_257)
+    assert sum(p.numel() for p in model.parameters()) == weights
+    assert sum(p.numel() for p in select_parameters(model, "!wte.weight").values()) == linear
 
 
 def test_a_model_from_a_file(tiny_file):

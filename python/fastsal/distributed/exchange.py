@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.precision import row_dtype
 from fastsal.holdout import Pair
 from fastsal.parts import Part, by_key
 from fastsal.passes import Gradients, in_micro_batches
@@ -90,7 +91,7 @@ def add_sharded_pass(
         DataError: Ranks were given different numbers of samples.
     """
     parts = by_key(shares[ranks.rank])
-    dtypes = {key: gradients.chosen[part.name].dtype for key, part in parts.items()}
+    dtypes = {key: row_dtype(gradients.chosen[part.name]) for key, part in parts.items()}
     gatherer = RowGatherer(fisher, dtypes, gradients.step, expected=gradients.samples)
     sink = OwnerSink(gatherer, shares, ranks)
     total = 0

@@ -1,14 +1,15 @@
 """Per-sample gradients of the weights of a model, formed during one ordinary backward pass.
 
-Every call of `F.linear` and `F.convNd` on a tracked weight is seen as it happens, so layers that
-override `forward`, shared weights and layers called twice need no care. A use that has no rule
-goes through `torch.func`; what cannot be done raises, and is never skipped.
+Every call of `F.linear`, `F.convNd` and `F.embedding` on a tracked weight is seen as it happens, so
+layers that override `forward`, shared weights and layers called twice need no care. A use that has
+no rule goes through `torch.func`; what cannot be done raises, and is never skipped.
 
 Axes: n samples, L positions, O output and C input features or channels, G groups, k kernel,
-P output positions of a convolution.
+P output positions of a convolution, V rows and D columns of a table.
 """
 
 from fastsal.gradients import conv as _conv  # register their rules
+from fastsal.gradients import embedding as _embedding
 from fastsal.gradients import linear as _linear
 from fastsal.gradients.engine import (
     GradientEngine,
@@ -17,7 +18,7 @@ from fastsal.gradients.engine import (
 )
 from fastsal.gradients.selection import select_parameters
 
-del _conv, _linear
+del _conv, _embedding, _linear
 
 __all__ = [
     "GradientEngine",

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.capture import hookable, make_root
+from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.registry import Call, Operation
+from fastsal.gradients.scaling import LossScale, all_finite
 from fastsal.gradients.workspace import Workspace
 
 Sink = Callable[[str, Tensor], None]
@@ -23,7 +25,7 @@ class Lender(Protocol):
     """A sink that lends the memory that rows are written to, so that it need not copy them."""
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
-        """Return contiguous memory `[n, *shape]` in the parameter's dtype, or None."""
+        """Return contiguous memory `[n, *shape]` in the parameter's `row_dtype`, or None."""
 
 
 class Record:
@@ -46,8 +48,16 @@ class Record:
                 "make that operation out of place (inplace=False)"
             )
 
-    def fill(self, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
+    def fill(
+        self, grad_output: Tensor, out: Tensor, workspace: Workspace, scale: LossScale
+    ) -> None:
         """Write the rows [n, *shape] of this call into `out`.
+
+        Args:
+            grad_output: Gradient of the output, of the scaled losses.
+            out: Float32 or wider, so that the scale is undone exactly.
+            workspace: Scratch memory.
+            scale: Of the losses.
 
         Raises:
             UnsupportedLayer: The input was changed in place, or its first axis does not hold
@@ -55,19 +65,25 @@ class Record:
         """
         self.check_input()
         x = self.call.input
-        leading = x.shape[0] if self.call.samples_first else math.prod(x.shape[:-1])
+        axes = self.output_shape[:1] if self.call.samples_first else self.output_shape[:-1]
+        leading = math.prod(axes)
         if leading % out.shape[0]:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call, {list(x.shape)}, "
                 f"does not hold {out.shape[0]} samples as it did in the first batch"
             )
-        call = replace(self.call, input=x.to(out.dtype))
-        dy = grad_output.reshape(self.output_shape).to(out.dtype)
+        call = replace(self.call, input=x.to(out.dtype) if x.is_floating_point() else x)
+        dy = scale.undone(grad_output.reshape(self.output_shape).to(out.dtype))
         self.operation.rule(call, dy, out, workspace)
 
 
 class Pass:
-    """Forms rows as gradients arrive, and hands each parameter over once."""
+    """Forms rows as gradients arrive, and hands each parameter over once.
+
+    With a loss scale gradients wait until all have arrived and are known to be finite, because rows
+    that were handed over cannot be taken back. They and the inputs of their calls, 16-bit both,
+    take the memory that the inputs of a float32 pass do.
+    """
 
     def __init__(
         self,
@@ -75,6 +91,7 @@ class Pass:
         n: int,
         sink: Sink,
         workspace: Workspace,
+        scale: LossScale,
         samples_last: Collection[str] = (),
     ) -> None:
         self._samples_last = samples_last
@@ -82,6 +99,8 @@ class Pass:
         self._n = n
         self._sink = sink
         self._workspace = workspace
+        self._scale = scale
+        self._waiting: list[tuple[Record, Tensor]] = []
         self._calls = dict.fromkeys(parameters, 0)
         self._fired = dict.fromkeys(parameters, 0)
         self._sums: dict[str, Tensor] = {}
@@ -99,12 +118,31 @@ class Pass:
             nonlocal record
             if grad_output is None or record is None:
                 return
+            if self._scale.is_active:
+                self._waiting.append((record, grad_output.detach()))
+                return
             arrived, record = record, None  # frees the input as the backward pass goes
             with torch.no_grad():
                 self._arrive(arrived, grad_output)
 
         hookable(output).register_hook(hook)  # type: ignore[no-untyped-call]
         return output
+
+    def backward(self, total: Tensor) -> None:
+        """Run the backward pass of the summed losses, with a loss scale that does not overflow.
+
+        Where even the least overflows, what there is goes on: the sink names parameter and sample.
+        """
+        if not self._scale.is_active:
+            torch.autograd.backward(total)
+            return
+        while True:
+            self._waiting.clear()
+            torch.autograd.backward(self._scale.scaled(total), retain_graph=True)
+            if all_finite(gradient for _, gradient in self._waiting):
+                break
+            if not self._scale.back_off():
+                break
 
     def _arrive(self, record: Record, grad_output: Tensor) -> None:
         name = record.name
@@ -113,21 +151,28 @@ class Pass:
         self._fired[name] += 1
         if self._calls[name] == 1:
             rows = self._room(name, "rows")
-            record.fill(grad_output, rows, self._workspace)
+            record.fill(grad_output, rows, self._workspace, self._scale)
             self._sink(name, rows)
             return
         if name not in self._sums:
             self._sums[name] = self._room(name, f"sum {name}")
-            record.fill(grad_output, self._sums[name], self._workspace)
+            record.fill(grad_output, self._sums[name], self._workspace, self._scale)
         else:
-            rows = self._workspace.take("rows", shape, parameter)
-            record.fill(grad_output, rows, self._workspace)
+            rows = self._workspace.take("rows", shape, parameter, row_dtype(parameter))
+            record.fill(grad_output, rows, self._workspace, self._scale)
             self._sums[name].add_(rows)
         if self._fired[name] == self._calls[name]:
             self._sink(name, self._sums[name])
 
     def flush(self) -> None:
-        """Hand over what the backward pass left: sums with a call that did not reach the loss."""
+        """Hand over what the backward pass left.
+
+        That is what waits, and sums with a call that did not reach the loss.
+        """
+        self._waiting.reverse()
+        with torch.no_grad():
+            while self._waiting:
+                self._arrive(*self._waiting.pop())
         for name, calls in self._calls.items():
             if self._fired[name] == calls > 0:
                 continue
@@ -135,10 +180,13 @@ class Pass:
                 self._sink(name, self._sums[name])
             else:
                 self._sink(name, self._room(name, "rows").zero_())
+        self._scale.passed()
 
     def _room(self, name: str, purpose: str) -> Tensor:
         """Memory for the rows that the sink will get."""
         parameter = self._parameters[name]
         shape = (self._n, *parameter.shape)
         lent = None if self._lender is None else self._lender.room(name, shape)
-        return self._workspace.take(purpose, shape, parameter) if lent is None else lent
+        if lent is not None:
+            return lent
+        return self._workspace.take(purpose, shape, parameter, row_dtype(parameter))

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastsal.gradients.registry import REGISTRY, Call, Operation, UnreadCallError
+from fastsal.errors import UnsupportedLayer
+from fastsal.gradients.registry import (
+    REGISTRY,
+    Call,
+    Operation,
+    RefusedCallError,
+    UnreadCallError,
+)
 
 # on_call(name, operation, call, output) -> the output that the model goes on with
 OnCall = Callable[[str, Operation, Call, Tensor], Tensor]
@@ -74,7 +81,6 @@ class Capture(TorchFunctionMode):
         args: Sequence[Any],
         kwargs: dict[str, Any],
     ) -> Any:
-        output = func(*args, **kwargs)
         weight = operation.weight_of(*args, **kwargs)
         name = self._names.get(id(weight))
         for other in names:
@@ -84,13 +90,16 @@ class Capture(TorchFunctionMode):
                 )
         # Without grad mode the output cannot reach the loss; a rule has nothing to do.
         if name is None or not torch.is_grad_enabled():
-            return output
+            return func(*args, **kwargs)
         try:
+            # Before the call, as what is refused may change the weight.
             call = operation.parse(*args, **kwargs)
+        except RefusedCallError as reason:
+            raise UnsupportedLayer(f"{name}: {reason}") from None
         except UnreadCallError as reason:
             self.unsupported.setdefault(name, str(reason))
-            return output
-        return self._on_call(name, operation, call, output)
+            return func(*args, **kwargs)
+        return self._on_call(name, operation, call, func(*args, **kwargs))
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -16,8 +16,11 @@ from fastsal.gradients import losses as checks
 from fastsal.gradients.backward import Pass, Sink
 from fastsal.gradients.capture import Capture
 from fastsal.gradients.fallback import Call, Fallback
+from fastsal.gradients.inputs import TokenLookups, to_model
 from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.probe import probe
+from fastsal.gradients.scaling import LossScale
 from fastsal.gradients.selection import select_parameters
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
 from fastsal.gradients.workspace import Workspace
@@ -34,9 +37,10 @@ class GradientEngine:
     are restored at its end, and `.grad` is never touched.
 
     Args:
-        model: Module that takes images `[n, ...]`.
+        model: Module that takes images `[n, ...]`, or tokens `[n, L]`.
         parameters: Canonical name to parameter, from `select_parameters`.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. It is
+            given outputs in float32 at least, and runs outside of autocast.
         labels: `"true"` takes the labels that come with the images, `"sampled"` draws them from
             the softmax of the logits. `"features"` needs none: `f_θ(x)`, what the classifier is
             given, is the mean of a Gaussian from which a target `y = f(x) + √F ε` is drawn, and the
@@ -44,6 +48,10 @@ class GradientEngine:
         seed: Seed of what is drawn.
         autocast: Run the model under `torch.autocast` in this dtype.
         micro_batch: Samples a pass; None chooses by memory.
+        loss_scale: Losses are multiplied by it for the backward pass and rows divided again, in
+            float32; a power of two. It halves where gradients overflow, before rows are handed
+            over. None begins with 2¹⁶ where the model or autocast is float16, more where gradients
+            are small, and scales nothing elsewhere.
 
     Attributes:
         plan: After the first run, name to the operation whose rule serves it, or to
@@ -61,6 +69,7 @@ class GradientEngine:
         seed: int = 0,
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
+        loss_scale: float | None = None,
     ) -> None:
         if labels not in ("true", "sampled", "features"):
             raise InvalidArgument(f"labels: takes 'true', 'sampled' or 'features', got {labels!r}")
@@ -85,15 +94,17 @@ class GradientEngine:
         self._sampled = labels == "sampled"
         self._by_features = labels == "features"
         self._classify = loss == "cross-entropy" and not self._by_features
-        self._loss: LossFunction = (
-            checks.feature_matching if self._by_features else checks.resolve_loss(loss)
+        first = next(iter(self._parameters.values()))
+        self._device = first.device
+        self._loss: LossFunction = checks.in_float32(
+            checks.feature_matching if self._by_features else checks.resolve_loss(loss),
+            first.device,
         )
         self._call = _feature_call() if self._by_features else _plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
+        self._scale = LossScale.of(loss_scale, autocast, model.parameters())
         self._micro_batch = micro_batch or choose_micro_batch(self._parameters)
-        first = next(iter(self._parameters.values()))
-        self._device, self._dtype = first.device, first.dtype
         self._randomness = PrivateRandomness(self._device)
         self._workspace = Workspace()
         self._frozen: FrozenModel | None = None
@@ -150,11 +161,13 @@ class GradientEngine:
         """Hand the per-sample gradients of a batch to a sink.
 
         Args:
-            images: `[n, C, H, W]`, normalised floating point.
-            labels: `[n]`; may be None with `labels="sampled"`, and are ignored with `"features"`.
+            images: `[n, C, H, W]`, normalised floating point; or tokens `[n, L]`, int64 or int32.
+            labels: `[n]`, or what `loss` takes, `[n, ...]`; may be None with `labels="sampled"`,
+                and are ignored with `"features"`.
             sink: Called as `sink(name, rows)` once a parameter and micro-batch, during the
-                backward pass. `rows` `[n, *shape]` is contiguous, in the parameter's dtype, and
-                valid during the call only: the memory is used again.
+                backward pass (after it, with a loss scale). `rows` `[n, *shape]` is contiguous,
+                float32 (float64 for float64 parameters), and valid during the call only: the
+                memory is used again.
 
         Returns:
             The losses `[n]`, float32.
@@ -188,7 +201,7 @@ class GradientEngine:
                 part = slice(start, min(n, start + self._micro_batch))
                 parts.append(
                     self._micro(
-                        images[part].to(self._device, self._dtype),
+                        self._to_model(images[part]),
                         None if labels is None else labels[part].to(self._device),
                         None if uniforms is None else uniforms[part],
                         sink,
@@ -229,6 +242,9 @@ class GradientEngine:
         if not self._operations and self._fallback is None:
             self._probe(images, labels)
 
+    def _to_model(self, images: Tensor) -> Tensor:
+        return to_model(images, next(iter(self._parameters.values())))
+
     def _forward(self, call: Callable[[], Any]) -> Any:
         if self._autocast is None:
             return call()
@@ -239,7 +255,7 @@ class GradientEngine:
         return self._randomness.active(keep=False)
 
     def _probe(self, images: Tensor, labels: Tensor | None) -> None:
-        pair = images[:2].to(self._device, self._dtype)
+        pair = self._to_model(images[:2])
         targets = None if labels is None else labels[:2].to(self._device)
         if pair.shape[0] == 1:
             pair = torch.cat([pair, pair])
@@ -267,9 +283,11 @@ class GradientEngine:
             losses,
             self._private,
             self._call,
+            self._scale,
             coarse=self._autocast is not None,
         )
         self._operations, reasons = found.operations, found.reasons
+        self._scale.value = max(self._scale.value, found.loss_scale)
         self._samples_last, self._checkpointed = found.samples_last, found.checkpointed
         self._fast = {name: self._parameters[name] for name in found.operations}
         if reasons:
@@ -280,6 +298,7 @@ class GradientEngine:
                 self._loss,
                 self._fallback_context,
                 self._call,
+                self._scale,
             )
 
     @contextlib.contextmanager
@@ -302,13 +321,17 @@ class GradientEngine:
         self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
     ) -> Tensor:
         n = images.shape[0]
-        hooks = Pass(self._fast, n, sink, self._workspace, self._samples_last)
+        hooks = Pass(self._fast, n, sink, self._workspace, self._scale, self._samples_last)
+        lookups: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._checkpointed:
             # What is recomputed must need gradients as in the forward pass, where the graph
             # would otherwise begin at the first tracked layer.
-            images = images.detach().requires_grad_()
+            if images.is_floating_point():
+                images = images.detach().requires_grad_()
+            else:
+                lookups = TokenLookups(images)
         with self._randomness.active(keep=True):
-            with Capture(self._fast, hooks.on_call):
+            with Capture(self._fast, hooks.on_call), lookups:
                 outputs = self._forward(lambda: self._call(self._model, images))
                 self._check_outputs(outputs, n)
                 if self._by_features:
@@ -319,19 +342,22 @@ class GradientEngine:
             checks.check_losses(values, n)
             checks.check_finite(values, self.samples_seen)
             if values.requires_grad:
-                torch.autograd.backward(values.sum())
+                hooks.backward(values.sum())
+            # With the last references to it goes the graph, before rows are formed of what waits.
+            del outputs, lookups
+            values = values.detach()
         hooks.flush()
         if self._fallback is not None:
             if labels is None:
                 raise DataError("labels: None is taken only with labels='sampled' or 'features'")
             self._fallback.rows(images.detach(), labels, sink)
         self.samples_seen += n
-        return values.detach().float()
+        return values.float()
 
 
 def choose_micro_batch(parameters: Mapping[str, nn.Parameter]) -> int:
     """Samples of a pass, a power of two: as many as the rows of the largest parameter allow."""
-    largest = max(p.numel() * p.element_size() for p in parameters.values())
+    largest = max(p.numel() * row_dtype(p).itemsize for p in parameters.values())
     most = max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
     return int(2 ** math.floor(math.log2(most)))
 
@@ -363,8 +389,9 @@ def per_sample_gradients(
     seed: int = 0,
     autocast: torch.dtype | None = None,
     micro_batch: int | None = None,
+    loss_scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """Return the gradient of each sample's loss, name to `[n, *shape]`.
+    """Return the gradient of each sample's loss, name to `[n, *shape]`, float32 or float64.
 
     Convenient where everything fits into memory; `GradientEngine` hands rows over one parameter
     at a time. The arguments are those of `GradientEngine` (`labels_mode` is its `labels`) and of
@@ -374,7 +401,9 @@ def per_sample_gradients(
     checks.check_images(images)
     with torch.inference_mode(False):
         result = {
-            name: value.new_empty((images.shape[0], *value.shape), requires_grad=False)
+            name: torch.empty(
+                (images.shape[0], *value.shape), dtype=row_dtype(value), device=value.device
+            )
             for name, value in selected.items()
         }
     filled = dict.fromkeys(selected, 0)
@@ -392,6 +421,7 @@ def per_sample_gradients(
         seed=seed,
         autocast=autocast,
         micro_batch=micro_batch,
+        loss_scale=loss_scale,
     ) as engine:
         engine.run(images, labels, keep)
     return result

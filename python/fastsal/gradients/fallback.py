@@ -15,6 +15,8 @@ from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 
 from fastsal.errors import UnsupportedLayer
+from fastsal.gradients.precision import at_least_float32, row_dtype
+from fastsal.gradients.scaling import LossScale, all_finite
 
 # The rows of all fallback parameters of one chunk of samples stay below this.
 _ROW_BYTES = 128 * 2**20
@@ -61,6 +63,7 @@ class Fallback:
         losses: Callable[[Any, Any], Tensor],
         context: Callable[[], contextlib.AbstractContextManager[Any]],
         call: Call,
+        scale: LossScale,
     ) -> None:
         self._model = model
         self._called = _Called(model, call)
@@ -68,6 +71,7 @@ class Fallback:
         self.reasons = dict(reasons)
         self._losses = losses
         self._context = context
+        self._scale = scale
         self.looped: str | None = None
 
     def rows(self, images: Tensor, labels: Tensor, sink: Callable[[str, Tensor], None]) -> None:
@@ -84,10 +88,19 @@ class Fallback:
             values.clear()
 
     def _chunk(self, n: int) -> int:
-        size = sum(p.numel() * p.element_size() for p in self._parameters.values())
+        size = sum(p.numel() * row_dtype(p).itemsize for p in self._parameters.values())
         return max(1, min(n, _ROW_BYTES // max(1, size)))
 
     def _chunk_rows(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Rows of a chunk, with a loss scale that does not overflow."""
+        while True:
+            rows = self._scaled_rows(images, labels)
+            is_fine = not self._scale.is_active or all_finite(rows.values())
+            if is_fine or not self._scale.back_off():
+                break
+        return {name: self._scale.undone(at_least_float32(r)) for name, r in rows.items()}
+
+    def _scaled_rows(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.looped is None:
             try:
                 with self._context(), _Inert():
@@ -107,7 +120,7 @@ class Fallback:
     def _loss(self, parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         swapped = {f"model.{name}": value for name, value in parameters.items()}
         outputs = functional_call(self._called, swapped, (image.unsqueeze(0),))
-        return self._losses(outputs, label.unsqueeze(0)).sum()
+        return self._scale.scaled(self._losses(outputs, label.unsqueeze(0)).sum())
 
     def _vmapped(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         values = {name: p.detach() for name, p in self._parameters.items()}
@@ -125,7 +138,7 @@ class Fallback:
             def gradients(
                 copies: Mapping[str, Tensor], image: Tensor = image, label: Tensor = label
             ) -> dict[str, Tensor | None]:
-                loss = self._losses(self._called(image), label).sum()
+                loss = self._scale.scaled(self._losses(self._called(image), label).sum())
                 if not loss.requires_grad:
                     return dict.fromkeys(copies)
                 found = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)
@@ -133,7 +146,7 @@ class Fallback:
 
             for name, gradient in differentiate(self._model, self._parameters, gradients).items():
                 if gradient is not None:
-                    rows[name][i].copy_(gradient)
+                    rows[name][i].copy_(as_dense(gradient))
         return rows
 
 
@@ -164,6 +177,11 @@ def differentiate(
     swapped: dict[str, Tensor] = {f"model.{name}": copy for name, copy in copies.items()}
     found: dict[str, Tensor | None] = functional_call(_Whole(model, gradients), swapped, (copies,))
     return found
+
+
+def as_dense(gradient: Tensor) -> Tensor:
+    """Return the gradient of a table with `sparse=True` as an ordinary tensor."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
 
 
 def _first_line(error: Exception) -> str:

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsal.errors import DataError, InvalidArgument, NonFiniteGradient
+from fastsal.gradients.precision import at_least_float32, row_dtype
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+# Integers of more axes are taken for pixels that were not normalised.
+_TOKEN_AXES = 3
 
 
 def resolve_loss(loss: str | LossFunction) -> LossFunction:
@@ -26,9 +30,24 @@ def resolve_loss(loss: str | LossFunction) -> LossFunction:
     return cross_entropy
 
 
+def in_float32(loss: LossFunction, device: torch.device) -> LossFunction:
+    """Return a loss that is computed in float32 at least, whatever the model runs in.
+
+    Outputs that are a tensor are converted; those of another kind are the loss function's affair.
+    """
+
+    def computed(outputs: Any, labels: Any) -> Tensor:
+        if isinstance(outputs, Tensor) and outputs.is_floating_point():
+            outputs = at_least_float32(outputs)
+        with torch.autocast(device.type, enabled=False):
+            return loss(outputs, labels)
+
+    return computed
+
+
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of each sample, in float32 at least."""
-    return F.cross_entropy(_at_least_float32(outputs), labels, reduction="none")
+    return F.cross_entropy(at_least_float32(outputs), labels, reduction="none")
 
 
 def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
@@ -41,12 +60,8 @@ def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
         outputs: `f_θ` `[n, F]`, at the weights that targets are drawn from.
         noise: `ε` `[n, F]`.
     """
-    f = _at_least_float32(outputs)
+    f = at_least_float32(outputs)
     return ((f - f.detach()) / math.sqrt(f.shape[1]) - noise).square().sum(dim=1) / 2
-
-
-def _at_least_float32(outputs: Tensor) -> Tensor:
-    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def check_autocast(autocast: torch.dtype | None) -> None:
@@ -58,16 +73,26 @@ def check_autocast(autocast: torch.dtype | None) -> None:
 
 
 def check_images(images: Any) -> None:
-    """Refuse what would be misread rather than fail."""
+    """Refuse what would be misread rather than fail: pixels in integers, say.
+
+    Integers of up to three axes are tokens.
+    """
     if not isinstance(images, Tensor):
-        raise DataError(f"images: takes a tensor [n, C, H, W], got {type(images).__name__}")
-    if not images.is_floating_point():
         raise DataError(
-            f"images: takes normalised floating point [n, C, H, W], got {images.dtype}; "
-            "scale and normalise them as the model expects"
+            f"images: takes a tensor, images [n, C, H, W] or tokens [n, L], got "
+            f"{type(images).__name__}"
         )
-    if images.dim() < 2:
-        raise DataError(f"images: takes [n, C, H, W], got shape {list(images.shape)}")
+    is_tokens = images.dtype in (torch.int64, torch.int32) and images.dim() <= _TOKEN_AXES
+    if not images.is_floating_point() and not is_tokens:
+        raise DataError(
+            f"images: takes normalised floating point [n, C, H, W], or tokens [n, L] in int64 or "
+            f"int32, got {images.dtype} of shape {list(images.shape)}; scale and normalise images "
+            "as the model expects"
+        )
+    if images.dim() < (1 if is_tokens else 2):
+        raise DataError(
+            f"images: takes [n, C, H, W], or tokens [n, L], got shape {list(images.shape)}"
+        )
     if images.shape[0] == 0:
         raise DataError("images: the batch is empty")
 
@@ -87,7 +112,10 @@ def check_classes(labels: Tensor, classes: int | None, offset: int) -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(f"labels: takes integers, got {labels.dtype}")
     if labels.dim() != 1:
-        raise DataError(f"labels: takes [n] class indices, got shape {list(labels.shape)}")
+        raise DataError(
+            f"labels: takes [n] class indices, got shape {list(labels.shape)}; for labels of "
+            "another shape give loss=, a function (outputs, labels) -> [n]"
+        )
     wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
     if wrong.any():
         first = int(wrong.nonzero()[0])
@@ -104,7 +132,8 @@ def check_logits(outputs: Any, n: int, why: str) -> int:
         )
     if outputs.dim() != 2 or outputs.shape[0] != n:
         raise InvalidArgument(
-            f"model: {why} takes logits [{n}, C], the model returns {list(outputs.shape)}"
+            f"model: {why} takes logits [{n}, C], the model returns {list(outputs.shape)}; "
+            "for another shape, [n, L, V] say, give loss=, a function (outputs, labels) -> [n]"
         )
     return int(outputs.shape[1])
 
@@ -148,5 +177,4 @@ def draw_noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
     uniforms = torch.rand(outputs.shape, dtype=torch.float64, generator=generator)
     # The generator may give 0, whose inverse is infinite.
     noise: Tensor = torch.special.ndtri(uniforms.clamp_(min=2.0**-54))
-    dtype = _at_least_float32(outputs.detach()[:0]).dtype
-    return noise.to(outputs.device, dtype)
+    return noise.to(outputs.device, row_dtype(outputs))

@@ -3,9 +3,10 @@
 A rule reads the first axis of a call as the sample axis. That is so if the loss of one sample
 leaves the other sample's part of the gradient as it is: the first loss alone must leave the second
 part at zero, and both losses together must leave the first part where the first loss put it. The
-rule of F.linear also takes samples as the last of the leading axes, as nn.MultiheadAttention has
-them. What the rules give for both losses is held against autograd, so that a use that no rule saw
-cannot go unnoticed.
+rules of F.linear and F.embedding also take samples as the last of the leading axes, as
+nn.MultiheadAttention has them. By the same test samples are known not to depend on each other: at
+the images, or where tokens, which have no gradient, are looked up. What the rules give for both
+losses is held against autograd, so that a use that no rule saw cannot go unnoticed.
 
 It takes one forward pass and two backward passes, of which only the second forms the gradients of
 weights.
@@ -26,8 +27,11 @@ from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.backward import Record
 from fastsal.gradients.capture import Capture, hookable, make_root, saves_tensors_elsewhere
 from fastsal.gradients.fallback import Call as RunModel
-from fastsal.gradients.fallback import differentiate
+from fastsal.gradients.fallback import as_dense, differentiate
+from fastsal.gradients.inputs import TokenLookups
+from fastsal.gradients.precision import at_least_float32, row_dtype
 from fastsal.gradients.registry import Call, Operation
+from fastsal.gradients.scaling import LossScale, all_finite, largest
 from fastsal.gradients.workspace import Workspace
 
 # Relative difference between rules and autograd, above which a use must have been missed.
@@ -56,12 +60,14 @@ class Findings:
         reasons: Name to reason, for those without.
         samples_last: Names whose calls hold samples as the last leading axis.
         checkpointed: Whether calls are recomputed in the backward pass.
+        loss_scale: A factor of the losses that suits the gradients of both samples.
     """
 
     operations: dict[str, str]
     reasons: dict[str, str]
     samples_last: set[str]
     checkpointed: bool
+    loss_scale: float
 
 
 @dataclass
@@ -110,6 +116,7 @@ def probe(
     losses: Losses,
     context: Callable[[], contextlib.AbstractContextManager[None]],
     call: RunModel,
+    scale: LossScale,
     *,
     coarse: bool,
 ) -> Findings:
@@ -118,10 +125,11 @@ def probe(
     Args:
         model: Model in evaluation mode; its parameters need no gradients.
         parameters: Tracked parameters.
-        images: Two samples `[2, ...]`.
+        images: Two samples `[2, ...]`, or their tokens.
         losses: Takes a function that runs the model, returns the checked losses `[2]`.
         context: Entered around each pass; the same random numbers every time.
         call: Runs the model on images.
+        scale: What to begin with; it is left as it is.
         coarse: Whether the model runs in less than float32.
 
     Returns:
@@ -130,7 +138,9 @@ def probe(
     Raises:
         UnsupportedLayer: Samples depend on each other, or a parameter receives no gradient.
     """
-    images = images.detach().clone().requires_grad_()
+    images = images.detach().clone()
+    start = _Start(images)
+    scale = scale.copy()
     recorder = _Recorder()
     captures: list[Capture] = []
 
@@ -139,10 +149,11 @@ def probe(
         captures.append(capture)
         with context():
             with capture:
-                values = losses(lambda: call(model, images))
-            return _two_backward_passes(values, images, copies, recorder)
+                values = losses(lambda: start.run(lambda: call(model, images)))
+            return _two_backward_passes(values, start, copies, recorder, scale)
 
-    truth = differentiate(model, parameters, gradients)
+    found = differentiate(model, parameters, gradients)
+    truth = {n: None if g is None else _unscaled(g, scale) for n, g in found.items()}
     reasons = dict(captures[0].unsupported)
     layouts: dict[str, bool] = {}
     rows: dict[str, Tensor] = {}
@@ -154,7 +165,12 @@ def probe(
             continue
         kind = entry.record.operation.name
         operations.setdefault(name, kind)
-        samples_first = _samples_first(entry)
+        samples_first = _samples_first(
+            entry.first,
+            entry.both,
+            entry.record.output_shape,
+            any_layout=entry.record.operation.any_layout,
+        )
         if samples_first is None:
             reasons.setdefault(name, _MIXED)
         elif layouts.setdefault(name, samples_first) != samples_first:
@@ -165,7 +181,7 @@ def probe(
         known = operations[name]
         if kind not in known.split("+"):
             operations[name] = f"{known}+{kind}"
-        total = _rows(entry.record, entry.both, parameters[name], workspace)
+        total = _rows(entry.record, entry.both, parameters[name], workspace, scale)
         entry.first = entry.both = None
         rows[name] = rows[name] + total if name in rows else total
 
@@ -179,34 +195,87 @@ def probe(
         )
     served = {name: operations[name] for name in parameters if name not in reasons}
     samples_last = {name for name in served if not layouts[name]}
-    return Findings(served, reasons, samples_last, recorder.checkpointed)
+    return Findings(served, reasons, samples_last, recorder.checkpointed, scale.value)
+
+
+class _Start:
+    """Where samples enter the graph: at the images, or where tokens are looked up.
+
+    Args:
+        images: `[2, ...]`; floating point needs gradients from now on.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = images.requires_grad_() if images.is_floating_point() else None
+        self._lookups = TokenLookups(images)
+
+    def run(self, model: Callable[[], object]) -> object:
+        """Run the model, following its lookups if it takes tokens."""
+        with contextlib.nullcontext() if self._images is not None else self._lookups:
+            return model()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the samples must be apart in."""
+        return self._lookups.outputs if self._images is None else [self._images]
+
+    def is_apart(self, first: Tensor | None, both: Tensor | None) -> bool:
+        """Whether the gradients of a tensor are those of samples that do not mix."""
+        if both is None:
+            return True
+        any_layout = self._images is None
+        return _samples_first(first, both, both.shape, any_layout=any_layout) is not None
 
 
 def _two_backward_passes(
-    values: Tensor, images: Tensor, copies: Mapping[str, Tensor], recorder: _Recorder
+    values: Tensor,
+    start: _Start,
+    copies: Mapping[str, Tensor],
+    recorder: _Recorder,
+    scale: LossScale,
 ) -> dict[str, Tensor | None]:
-    """Gradients of both losses together, after those of the first alone went to the recorder."""
+    """Gradients of both losses together, after those of the first alone went to the recorder.
+
+    They are those of scaled losses, with a scale that does not overflow.
+    """
     if not values.requires_grad:
         return dict.fromkeys(copies)
     # The edges make a pass reach every call, also where no path leads on to the images.
     edges: list[GradientEdge | Tensor] = [entry.edge for entry in recorder.seen]
+    starts = len(start.tensors)
     try:
-        first, *_ = _grad(values[0], [images, *edges], retain_graph=True)
-        recorder.both = True
-        both, *found = _grad(values.sum(), [images, *copies.values(), *edges])
+        while True:
+            recorder.both = False
+            first = _grad(scale.scaled(values[0]), [*start.tensors, *edges], retain_graph=True)
+            recorder.both = True
+            both = _grad(
+                scale.scaled(values.sum()),
+                [*start.tensors, *copies.values(), *edges],
+                retain_graph=scale.is_active,
+            )
+            if not scale.is_active:
+                break
+            there = [as_dense(g) for g in both if g is not None]
+            again = scale.rise(largest(there)) if all_finite(there) else scale.back_off()
+            if not again:
+                break
     except RuntimeError as error:
         for entry in recorder.seen:
             entry.record.check_input()
         raise UnsupportedLayer(
             f"autograd cannot differentiate the model by {', '.join(copies)}: {error}"
         ) from error
-    if first is not None and both is not None and not _separate(first, both, (2, -1), 0):
+    if not all(map(start.is_apart, first[:starts], both[:starts])):
         raise UnsupportedLayer(
             "the loss of one sample depends on the other samples of its batch, so there is no "
             "per-sample gradient: a module computes batch statistics (BatchNorm without running "
             "statistics, or forced into train mode), or the model mixes samples"
         )
-    return dict(zip(copies, found, strict=False))
+    return dict(zip(copies, both[starts:], strict=False))
+
+
+def _unscaled(gradient: Tensor, scale: LossScale) -> Tensor:
+    return scale.undone(at_least_float32(as_dense(gradient)))
 
 
 def _grad(
@@ -221,27 +290,34 @@ def _grad(
     return found
 
 
-def _samples_first(entry: _Seen) -> bool | None:
-    """Say where the sample axis of a call is: outermost, last of the leading axes, or nowhere."""
-    shape = entry.record.output_shape
-    if shape[0] % 2 == 0 and _separates(entry, (2, -1), 0):
+def _samples_first(
+    first: Tensor | None, both: Tensor, shape: torch.Size, *, any_layout: bool
+) -> bool | None:
+    """Say where the sample axis is: outermost, last of the leading axes, or nowhere.
+
+    Args:
+        first: Gradient under the first loss.
+        both: Gradient under both.
+        shape: Of the tensor that they are gradients of.
+        any_layout: Whether samples may be the last of the leading axes.
+    """
+    if shape[0] % 2 == 0 and _separate(first, both, (2, -1), 0):
         return True
     positions = math.prod(shape[:-1])
-    if entry.record.operation.any_layout and positions % 2 == 0:
-        return False if _separates(entry, (positions // 2, 2, shape[-1]), 1) else None
+    if any_layout and positions % 2 == 0:
+        return False if _separate(first, both, (positions // 2, 2, shape[-1]), 1) else None
     return None
-
-
-def _separates(entry: _Seen, shape: tuple[int, ...], axis: int) -> bool:
-    return entry.both is None or _separate(entry.first, entry.both, shape, axis)
 
 
 def _separate(first: Tensor | None, both: Tensor, shape: tuple[int, ...], axis: int) -> bool:
     """Say whether each loss leaves the other sample's part of a gradient as it is."""
-    both = torch.nan_to_num(both.detach().reshape(shape).select(axis, 0), nan=0.0)
+    # Norms of float16 overflow.
+    both = at_least_float32(both.detach()).reshape(shape).select(axis, 0)
+    both = torch.nan_to_num(both, nan=0.0)
     if first is None:
         return not both.any()
-    mine, other = torch.nan_to_num(first.detach().reshape(shape), nan=0.0).unbind(axis)
+    first = at_least_float32(first.detach()).reshape(shape)
+    mine, other = torch.nan_to_num(first, nan=0.0).unbind(axis)
     if other.any():
         return False
     # The same products in the same order, as a rule; the kernels of a GPU may add otherwise.
@@ -249,11 +325,15 @@ def _separate(first: Tensor | None, both: Tensor, shape: tuple[int, ...], axis: 
 
 
 def _rows(
-    record: Record, gradient: Tensor, parameter: nn.Parameter, workspace: Workspace
+    record: Record,
+    gradient: Tensor,
+    parameter: nn.Parameter,
+    workspace: Workspace,
+    scale: LossScale,
 ) -> Tensor:
     """Sum over both samples what the rule gives for a call."""
-    out = workspace.take("probe", (2, *parameter.shape), parameter)
-    record.fill(gradient, out, workspace)
+    out = workspace.take("probe", (2, *parameter.shape), parameter, row_dtype(parameter))
+    record.fill(gradient, out, workspace, scale)
     return out.sum(0)
 
 

@@ -16,13 +16,14 @@ class Call:
     """What a rule needs to know of one call of an operation on a tracked weight.
 
     Attributes:
-        op: Name of the operation, `"linear"` or `"conv2d"`.
-        input: Input of the operation, `[n·r, ...]`.
+        op: Name of the operation, `"linear"`, `"conv2d"` or `"embedding"`.
+        input: Input of the operation, `[n·r, ...]`; tokens stay integers.
         weight_shape: Shape of the weight, `[O, ...]`.
         stride: Stride per spatial axis.
         padding: Padding `(before, after)` per spatial axis.
         dilation: Dilation per spatial axis.
         groups: Number of groups G.
+        ignored_index: Row of a table that has no gradient.
         samples_first: Whether samples are the outermost axis, `[n, L, C]` or `[n·L, C]`; if not,
             they are the innermost of the leading axes, `[L, n, C]` or `[L·n, C]`.
     """
@@ -34,6 +35,7 @@ class Call:
     padding: tuple[tuple[int, int], ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+    ignored_index: int | None = None
     samples_first: bool = True
 
 
@@ -41,8 +43,12 @@ class UnreadCallError(Exception):
     """A call has a form that its rule does not cover; the text is the reason for the fallback."""
 
 
+class RefusedCallError(Exception):
+    """A call has no gradients of single samples; the text says why and what to do."""
+
+
 # rule(call, grad_output, out, workspace): fills `out` [n, *weight_shape] with the gradient of
-# each sample. Tensors arrive in the dtype of `out`; `workspace` lends scratch memory.
+# each sample. Floating point arrives in the dtype of `out`; `workspace` lends scratch memory.
 Rule = Callable[[Call, Tensor, Tensor, Workspace], None]
 
 

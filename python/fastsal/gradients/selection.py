@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 
+_TABLES = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WILDCARDS = frozenset("*?[")
 
@@ -25,9 +26,12 @@ def select_parameters(
         model: Any module.
         parameters: None takes the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
             exact names or `fnmatch` patterns; a leading `!` excludes. A pattern chooses among the
-            default weights, and among all parameters only where it matches none of those, so
-            that `"blocks.*"` does not take biases and `"*.in_proj_weight"` still works. An exact
-            name takes any parameter. Exclusions alone start from the default.
+            default weights; where it matches none of those among the tables of `nn.Embedding`, and
+            where it matches none of these among all parameters, so that `"blocks.*"` does not take
+            biases and `"*.in_proj_weight"` still works. An exact name takes any parameter.
+            Exclusions alone start from the default. A table that is the weight of a `Linear` too,
+            as of a language model with a tied head, is one of the default weights; `"!wte.weight"`
+            leaves it out.
 
     Returns:
         Canonical name to parameter, in the order of `model.named_parameters()`.
@@ -94,6 +98,8 @@ def _match(
         name: first_name[id(value)]
         for name, value in model.named_parameters(remove_duplicate=False)
     }
+    modules = [m for m in model.modules() if isinstance(m, _TABLES)]
+    tables = {first_name[id(m.weight)] for m in modules if id(m.weight) in first_name}
     included: set[str] = set()
     excluded: set[str] = set()
     only_exclusions = True
@@ -110,7 +116,7 @@ def _match(
             hits = set()
         else:
             every = {full for name, full in names.items() if fnmatchcase(name, body)}
-            hits = every if exclude else (every & default or every)
+            hits = every if exclude else (every & default or every & tables or every)
         if not hits:
             close = difflib.get_close_matches(body, names, n=3, cutoff=0.4)
             hint = f"; close: {', '.join(close)}" if close else ""

@@ -29,19 +29,29 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
-    def take(self, purpose: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Return an uninitialised contiguous tensor of this shape, on the device of `like`."""
+    def take(
+        self,
+        purpose: str,
+        shape: Sequence[int],
+        like: Tensor,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return an uninitialised contiguous tensor of this shape, on the device of `like`.
+
+        Its type is `dtype`, or that of `like`.
+        """
         size = math.prod(shape)
-        key = (purpose, like.device, like.dtype)
+        dtype = dtype or like.dtype
+        key = (purpose, like.device, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
             # Free the old buffer before the larger one is made.
             self._buffers.pop(key, None)
             buffer = None
             if like.device.type == "cpu":
-                buffer = empty_pages(size, like.dtype)
+                buffer = empty_pages(size, dtype)
             else:
-                buffer = torch.empty(size, device=like.device, dtype=like.dtype)
+                buffer = torch.empty(size, device=like.device, dtype=dtype)
             self._buffers[key] = buffer
         return buffer[:size].view(tuple(shape))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.workspace import empty_pages
 from fastsal.parts import Parts
 from fastsal.sinks.gathering import Allocate, RowGatherer, step_rows
@@ -75,7 +76,7 @@ def choose_sink(
     device = next(iter(parameters.values())).device
     sink: Sink
     if device.type == "cpu":
-        dtypes = {key: parameters[part.name].dtype for key, part in parts.items()}
+        dtypes = {key: row_dtype(parameters[part.name]) for key, part in parts.items()}
         sink = RowGatherer(fisher, dtypes, step, expected=samples, allocate=allocate)
     elif device.type == "cuda" and fisher.precision == "float32" and _fits(fisher, device):
         sink = DeviceTiles(fisher, device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
+from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.workspace import empty_pages
 
 # More rows a pass save little: the kernel adds 64 at a time.
@@ -42,7 +43,7 @@ def step_rows(
         micro_batch: Samples of one pass where memory does not matter.
         expected: Samples to come in all, if known.
     """
-    row = sum(p.numel() * p.element_size() for p in parameters.values())
+    row = sum(p.numel() * row_dtype(p).itemsize for p in parameters.values())
     most = min(_MOST_BYTES, int(_SHARE * statistics))
     rows = min(_MOST_ROWS, most // max(1, row), expected or _MOST_ROWS)
     return max(1, rows // micro_batch) * micro_batch

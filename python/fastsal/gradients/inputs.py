@@ -1,0 +1,68 @@
+"""What models are given: images, or tokens that are looked up in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastsal.gradients.capture import make_root
+
+
+def to_model(images: Tensor, parameter: Tensor) -> Tensor:
+    """Move images to a parameter's device and type; integers, which are tokens, stay integers."""
+    if not images.is_floating_point():
+        return images.to(parameter.device)
+    return images.to(parameter.device, parameter.dtype)
+
+
+class TokenLookups(TorchFunctionMode):
+    """Starts the graph where tokens are looked up, as `requires_grad_` does at images.
+
+    Args:
+        tokens: What the model is given, integers. Lookups are seen of a view of it, and of what has
+            as many entries and is computed from it: another integer type, tokens plus an offset.
+
+    Attributes:
+        outputs: What the lookups gave, which needs gradients from there on.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self._size = tokens.numel()
+        # Held, so that no other tensor gets their memory.
+        self._followed: dict[int | None, Tensor] = {_memory(tokens): tokens}
+        self.outputs: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run one torch function; follow it if it looks tokens up."""
+        del types
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor) or not self._is_followed((*args, *kwargs.values())):
+            return output
+        if func is F.embedding and torch.is_grad_enabled():
+            if not output.requires_grad:
+                output = make_root(output)
+            self.outputs.append(output)
+        elif not output.is_floating_point() and output.numel() == self._size:
+            self._followed[_memory(output)] = output
+        return output
+
+    def _is_followed(self, arguments: Iterable[Any]) -> bool:
+        return any(isinstance(x, Tensor) and _memory(x) in self._followed for x in arguments)
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Return where a tensor's numbers are; None for a sparse one."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
