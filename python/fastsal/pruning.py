@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ def prune(
     precision: str = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
+    loss_scale: float | None = None,
     memory_budget: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
     scratch_budget: int | str | None = None,
@@ -116,6 +117,7 @@ def prune(
         precision: Of the sums.
         micro_batch: Samples of one pass.
         autocast: Type of the passes.
+        loss_scale: As for `collect`.
         memory_budget: Bytes that all this may add to the process, or text as `"8GiB"`: statistics
             and passes as for `collect`, scores, masks, and copies of weights.
         scratch: A folder for the statistics and copies that the budget has no room for.
@@ -165,6 +167,7 @@ def prune(
         precision=precision,
         micro_batch=micro_batch,
         autocast=autocast,
+        loss_scale=loss_scale,
         memory_budget=memory_budget,
         scratch=scratch,
         scratch_budget=scratch_budget,
@@ -201,6 +204,7 @@ def pruned(
     precision: str = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
+    loss_scale: float | None = None,
     memory_budget: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
     scratch_budget: int | str | None = None,
@@ -244,6 +248,7 @@ def pruned(
         "precision": precision,
         "micro_batch": micro_batch,
         "autocast": autocast,
+        "loss_scale": loss_scale,
         "progress": progress,
     }
     if memory_budget is not None:
@@ -271,7 +276,7 @@ def pruned(
         check_ranking(shapes, sparsity, **plan.ranking)
         kept_state = None
         if checkpoint is not None:
-            how = {k: v for k, v in vars(plan).items() if k != "shelf"}
+            how = {f.name: getattr(plan, f.name) for f in fields(Plan) if f.name != "shelf"}
             asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
             kept_state = keeper(checkpoint, {**asked, "precision": precision, "labels": labels})
         goals = rising_goals(sparsity, rounds)

@@ -1,0 +1,184 @@
+"""Several processes on one machine: the sums, masks and weights of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastsal
+
+from . import ranks_job
+
+JOB = Path(ranks_job.__file__)
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks, *command):
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"),
+        *map(str, command),
+    ]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def job(request, tmp_path_factory):
+    """What a job of so many ranks left behind."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    ended = subprocess.run(
+        torchrun(request.param, JOB, folder), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return request.param, folder
+
+
+def told(folder, rank):
+    return json.loads((folder / f"told{rank}.json").read_text())
+
+
+def test_sums_are_those_of_one_process(job):
+    ranks, folder = job
+    whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2)
+    found = {name: [] for name in whole.names}
+    for rank in range(ranks):
+        for key, (blocks, samples) in torch.load(folder / f"blocks{rank}.pt").items():
+            assert samples == 52
+            found[key.split("[")[0]].append(blocks)
+    for name, parts in found.items():
+        expected = whole.blocks(name)
+        torch.testing.assert_close(
+            torch.cat(parts), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())
+        )
+
+
+def test_every_rank_holds_its_share(job):
+    ranks, folder = job
+    whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2).nbytes
+    for rank in range(ranks):
+        assert told(folder, rank)["nbytes"] == pytest.approx(whole / ranks, rel=0.1)
+
+
+@pytest.mark.parametrize("how", ranks_job.HOW)
+def test_masks_and_weights_are_those_of_one_process(job, how):
+    ranks, folder = job
+    model = ranks_job.net()
+    expected = fastsal.prune(model, ranks_job.images(), 0.7, micro_batch=2, **ranks_job.HOW[how])
+    for rank in range(ranks):
+        masks, state = torch.load(folder / f"{how}{rank}.pt")
+        for name, mask in expected.masks.items():
+            assert torch.equal(masks[name], mask), name
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.35])
+def test_ties_go_by_position(job, floor):
+    ranks, folder = job
+    shapes = {n: p.shape for n, p in ranks_job.net().named_parameters() if p.dim() > 1}
+    torch.manual_seed(3)
+    scores = {name: torch.randint(0, 5, shape).float() for name, shape in shapes.items()}
+    expected = fastsal.rank(scores, 0.6, floor=floor)
+    for rank in range(ranks):
+        found = torch.load(folder / f"ties{floor}{rank}.pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_bytes_are_those_on_paper(job):
+    ranks, folder = job
+    weights = 16 * 27 + 16 * 64 * 128 + 1280
+    sent = [told(folder, rank)["fixed"]["sent_bytes"] for rank in range(ranks)]
+    # 52 samples, 2 a rank and micro-batch; each row of a parameter goes to its owner, all but the
+    # owner's own. The last micro-batch is padded to the most samples that a rank has in it.
+    total = sum(s["rows"] for s in sent)
+    micro_batches = -(-52 // (2 * ranks))
+    least = 52 * weights * 4 * (ranks - 1) // ranks
+    assert (
+        least * 0.99
+        <= total
+        <= micro_batches * 2 * ranks * weights * 4 * (ranks - 1) / ranks * 1.01
+    )
+    moved = sum(s["weights"] for s in sent)
+    assert moved == weights * 4 * (ranks - 1)
+    assert sum(s["masks"] for s in sent) == pytest.approx(weights / 8 * (ranks - 1), rel=0.01)
+
+
+@pytest.fixture
+def data(tmp_path):
+    generator = np.random.default_rng(0)
+    y = np.repeat(np.arange(4), 16)
+    x = generator.integers(0, 255, (64, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    return tmp_path / "images.npz"
+
+
+def command(data, out, *more):
+    return [
+        *("-m", "fastsal", "prune", "resnet10t", "--data", data, "--size", "32"),
+        *("--num-classes", "4", "--sparsity", "0.8", "--rounds", "3", "--damping", "1e-3"),
+        *("--micro-batch", "4", "--threads", "1", "--quiet", "--out", out, *more),
+    ]
+
+
+def masks_of(folder):
+    return fastsal.Masks.load(folder / "masks.safetensors")
+
+
+def test_the_command_under_torchrun(tmp_path, data):
+    subprocess.run([sys.executable, *map(str, command(data, tmp_path / "one"))], check=True)
+    ended = subprocess.run(
+        torchrun(2, *command(data, tmp_path / "two")),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("Written to") == 1
+    assert masks_of(tmp_path / "one") == masks_of(tmp_path / "two")
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["history"][-1]["ranks"]["size"] == 2
+
+
+def test_a_rank_that_is_killed(tmp_path, data):
+    """The others end soon, with one line; the same command ends with the same masks."""
+    checkpoint = tmp_path / "state"
+    more = ("--checkpoint", checkpoint, "--samples", "64")
+    running = subprocess.Popen(
+        torchrun(2, *command(data, tmp_path / "out", *more)),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline, "no checkpoint"
+        assert running.poll() is None, running.communicate()[1][-3000:]
+        time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    killed = time.monotonic()
+    running.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert running.returncode != 0
+    assert not (tmp_path / "out").exists()
+    again = subprocess.run(
+        torchrun(2, *command(data, tmp_path / "out", *more)),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert not checkpoint.exists()
+    subprocess.run([sys.executable, *map(str, command(data, tmp_path / "one"))], check=True)
+    assert masks_of(tmp_path / "one") == masks_of(tmp_path / "out")
