@@ -55,6 +55,7 @@ def child(args: argparse.Namespace) -> None:
         "masks": digest.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
         "damping": result.history[0]["damping"],
+        "plan": result.history[0].get("memory_plan"),
     }
     print(json.dumps(told), flush=True)
 
@@ -113,8 +114,8 @@ def main() -> None:
         child(args)
         return
     rows = []
-    print("| budget, GiB | peak added, GiB | time, s | masks and weights as without |")
-    print("|---|---|---|---|")
+    print("| budget, GiB | planned | peak added, GiB | passes | time, s | masks and weights |")
+    print("|---|---|---|---|---|---|")
     for budget in args.budgets:
         command = [sys.executable, "-m", "benches.memory", "--budget", str(budget)]
         for name in ("model", "samples", "size", "damping", "rounds", "scratch"):
@@ -123,8 +124,16 @@ def main() -> None:
         rows.append(row)
         same = {k: row[k] == rows[0][k] for k in ("masks", "weights")}
         told = ", ".join(f"{k} {'same' if v else 'differ'}" for k, v in same.items())
-        shown = f"{budget:g}" if budget else "none"
-        print(f"| {shown} | {row['added_gib']:.2f} | {row['seconds']:.0f} | {told} |", flush=True)
+        plan = row["plan"]
+        cells = [
+            f"{budget:g}" if budget else "none",
+            f"{plan['memory'] / GIB:.2f}" if plan else "",
+            f"{row['added_gib']:.2f}",
+            f"{plan['passes']}" if plan else "1",
+            f"{row['seconds']:.0f}",
+            told,
+        ]
+        print(f"| {' | '.join(cells)} |", flush=True)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

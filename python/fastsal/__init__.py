@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from fastsal.gradients import per_sample_gradients, select_parameters
     from fastsal.imbalance import imbalanced
     from fastsal.masks import Masks
+    from fastsal.memory_plan import MemoryPlan
+    from fastsal.merging import merge_files
     from fastsal.patterns import rank_pattern
+    from fastsal.planning import plan_memory
     from fastsal.pruning import PruneResult, prune
     from fastsal.ranking import rank
     from fastsal.safety import SafetyReport
@@ -76,6 +79,7 @@ _HOME = {
     "imbalanced": "imbalance",
     "Masks": "masks",
     "MemoryPlan": "memory_plan",
+    "merge_files": "merging",
     "plan_memory": "planning",
     "PruneResult": "pruning",
     "rank_pattern": "patterns",
@@ -125,6 +129,7 @@ __all__ = [
     "get_num_threads",
     "imbalanced",
     "load_study",
+    "merge_files",
     "open_images",
     "per_sample_gradients",
     "plan_memory",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.batches import Batches
+from fastsal.collection_work import collected
 from fastsal.fisher import BlockFisher
-from fastsal.gathering import collected
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

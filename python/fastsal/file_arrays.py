@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
+from fastsal.sizes import gib
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 
@@ -134,15 +135,6 @@ def no_room(folder: str | os.PathLike[str], nbytes: int) -> InvalidArgument:
     return InvalidArgument(
         f"scratch: needs {gib(nbytes)} in {os.fspath(folder)!r}, which has {gib(free)} left"
     )
-
-
-def gib(nbytes: float) -> str:
-    """Bytes for a reader."""
-    if nbytes < 2**20:
-        return f"{nbytes / 2**10:.0f} KiB"
-    if nbytes < 2**30:
-        return f"{nbytes / 2**20:.0f} MiB"
-    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def trim_heap() -> None:

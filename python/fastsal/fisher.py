@@ -10,8 +10,6 @@ Axes: n samples, d weights of a parameter, B weights of a block.
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,23 +22,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal import _core
-from fastsal.atomic import atomic_path
+from fastsal import _core, statistics_files
 from fastsal.errors import (
-    FileFormatError,
     InvalidArgument,
     NonFiniteGradient,
     UnknownParameter,
 )
 from fastsal.file_arrays import FileArrays
 from fastsal.parts import Part, Parts, by_key, cut, packed_bytes, whole
-from fastsal.statistics import ParameterStatistics, as_rows, is_supported
+from fastsal.statistics import ParameterStatistics, as_rows, is_supported, widened
 
 if TYPE_CHECKING:
     from fastsal.memory_plan import MemoryPlan
 
-_FORMAT = "fastsal.BlockFisher"
-_VERSION = 1
 # Sums that are worked on at a time: what is computed from them takes about as much again.
 VIEW_BYTES = 2**28
 
@@ -101,6 +95,12 @@ class BlockFisher:
         self._plan: MemoryPlan | None = None
         # Parts of every rank of a job, where these are statistics of one of them.
         self._shares: list[list[Part]] | None = None
+        self._whole: dict[str, tuple[int, ...]] | None = None  # shapes, of the whole model
+        # Arrays that are read from files as they are used, and what those are of.
+        self._mapped: list[NDArray[Any]] = []
+        self._stored_parts: Parts | None = None
+        # Relative error of entries that were rounded when they were stored.
+        self._stored_error = 0.0
         # Packed sums that are worked on at a time.
         self._view_bytes = VIEW_BYTES
         dtype = np.dtype(precision)
@@ -298,6 +298,13 @@ class BlockFisher:
         Raises:
             InvalidArgument: The two do not fit, or the weight is not a finite number above zero.
         """
+        self._check_fits(other, weight)
+        for name, p in self._parameters.items():
+            p.merge(other._parameters[name], float(weight))
+            self._release()
+        self._count_merged(other, weight)
+
+    def _check_fits(self, other: BlockFisher, weight: float) -> None:
         if not (isinstance(weight, (int, float)) and weight > 0 and math.isfinite(weight)):
             raise InvalidArgument(f"weight: got {weight!r}; takes a finite number above zero")
         if other.shapes != self.shapes or other.block_size != self.block_size:
@@ -305,12 +312,12 @@ class BlockFisher:
                 "other: has other parameters, shapes or block size "
                 f"({other!r} into {self!r}); takes statistics of the same model"
             )
-        for name, p in self._parameters.items():
-            p.merge(other._parameters[name], float(weight))
-            self._release()
+
+    def _count_merged(self, other: BlockFisher, weight: float) -> None:
         self._samples += float(weight) * other._samples
         self._rows_seen += other._rows_seen
         self._steps += other._steps + 1
+        self._stored_error = max(self._stored_error, other._stored_error)
 
     def decay(self, factor: float) -> None:
         """Let the samples so far count `factor` times: statistics of a stream that forget.
@@ -339,74 +346,44 @@ class BlockFisher:
         self._samples = left
         self._steps += 1
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a safetensors file, whole or not at all."""
-        from safetensors.numpy import save_file
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        shard_bytes: int | str | None = None,
+    ) -> None:
+        """Write everything to a safetensors file, whole or not at all; in small pieces.
 
-        tensors = {}
-        for name, p in self._parameters.items():
-            tensors[f"sums:{name}"] = p.sums
-            if p.packed is None:
-                tensors[f"rows:{name}"] = p.gradients()
-            else:
-                tensors[f"packed:{name}"] = p.packed
-        header = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "block_size": self._block_size,
-            "precision": self._precision,
-            "samples": self._samples,
-            "rows_seen": self._rows_seen,
-            "steps": self._steps,
-            "shapes": {name: list(p.shape) for name, p in self._parameters.items()},
-        }
-        header["digest"] = _digest(header, tensors)
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
+        Args:
+            path: The file; with `shard_bytes`, an index in JSON beside its shards.
+            dtype: `"bfloat16"` halves the file. It rounds every entry of `F_b` by up to 2⁻⁹ of it,
+                which is told with the error of scores, and needs a `λ` of about that part of the
+                largest eigenvalue, or blocks are not positive definite. None keeps the sums.
+            shard_bytes: Most bytes of a shard, or text as `"4GiB"`; a parameter is not cut.
+
+        Raises:
+            InvalidArgument: An argument is not taken.
+            OSError: The disk is full, or the folder cannot be written.
+        """
+        statistics_files.write(self, path, dtype=dtype, shard_bytes=shard_bytes)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> BlockFisher:
-        """Read what `save` wrote.
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> BlockFisher:
+        """Read what `save` wrote; sums stay in the file until they are used.
+
+        Scores, eliminations and compensation work on it piece by piece. What is changed, by
+        `update`, `merge` or `decay`, is read into memory.
+
+        Args:
+            path: A file, or an index of shards.
+            verify: Whether everything is read once, to compare it with the digest.
 
         Raises:
             FileNotFoundError: There is no such file.
             FileFormatError: It is truncated, tampered with, or something else.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"path: there is no file {os.fspath(path)!r}")
-        try:
-            with safe_open(os.fspath(path), framework="np") as file:
-                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
-                if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-                    raise FileFormatError(
-                        f"path: {os.fspath(path)!r} holds no {_FORMAT} of version {_VERSION}"
-                    )
-                told = header.pop("digest")
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if _digest(header, arrays) != told:
-                raise FileFormatError(f"path: {os.fspath(path)!r} was changed after it was written")
-            fisher = cls(
-                header["shapes"], block_size=header["block_size"], precision=header["precision"]
-            )
-            for name, p in fisher._parameters.items():
-                p.sums = _expect(arrays, f"sums:{name}", (p.d,), p.dtype)
-                if f"packed:{name}" in arrays:
-                    length = _core.packed_len(p.d, p.block_size)
-                    p.packed = _expect(arrays, f"packed:{name}", (length,), p.dtype)
-                else:
-                    p.rows = [_expect(arrays, f"rows:{name}", (None, p.d), p.dtype)]
-            fisher._samples = float(header["samples"])
-            fisher._rows_seen = int(header["rows_seen"])
-            fisher._steps = int(header["steps"])
-        except FileFormatError:
-            raise
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FileFormatError(
-                f"path: {os.fspath(path)!r} cannot be read as {_FORMAT}: {error}"
-            ) from error
-        return fisher
+        return statistics_files.read(path, verify=verify)
 
     # What follows serves the other modules of the package.
 
@@ -456,6 +433,10 @@ class BlockFisher:
         }
         return view
 
+    def _sums_of(self, name: str) -> ParameterStatistics:
+        """The sums of a parameter, to be written."""
+        return self._parameters[name]
+
     def _squares(self) -> tuple[float, int]:
         """The sum of the mean squared gradients, and the number of weights."""
         total, count = 0.0, 0
@@ -468,6 +449,8 @@ class BlockFisher:
         """Give back the memory of sums that lie in a file."""
         if self._arrays is not None:
             self._arrays.release()
+        if self._mapped:
+            statistics_files.forget(self._mapped)
 
     def _move_to(self, arrays: FileArrays, samples: int | None) -> None:
         """Keep the sums, of no samples yet, in a file."""
@@ -510,7 +493,7 @@ class BlockFisher:
         """A parameter as the core takes it."""
         if p.packed is None:
             raise InvalidArgument("statistics: are not folded")  # a defect of ours
-        return p.packed, p.d, self._samples, kept
+        return widened(p.packed), p.d, self._samples, kept
 
     def _borrow_all(
         self, kept: Mapping[str, Tensor] | None
@@ -529,7 +512,8 @@ class BlockFisher:
     def _rounding(self) -> float:
         """`ε` of `inverse_diagonals`: bound of the relative error of the sums."""
         unit = 2.0**-24 if self._precision == "float32" else 2.0**-53
-        return unit * (math.sqrt(_core.ROWS_PER_STEP) + math.sqrt(self._steps))
+        summed = unit * (math.sqrt(_core.ROWS_PER_STEP) + math.sqrt(self._steps))
+        return summed + self._stored_error
 
     def _check_samples(self) -> None:
         if self._samples <= 0:
@@ -562,29 +546,3 @@ def _listed(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(n) for n in names[:most]) + more
-
-
-def _digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
-    """SHA-256 of the header and all arrays."""
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for key in sorted(arrays):
-        digest.update(f"{key}\0{arrays[key].dtype}\0".encode())
-        digest.update(np.ascontiguousarray(arrays[key]).data)
-    return digest.hexdigest()
-
-
-def _expect(
-    arrays: Mapping[str, NDArray[Any]],
-    key: str,
-    shape: tuple[int | None, ...],
-    dtype: np.dtype[Any],
-) -> NDArray[Any]:
-    array = arrays[key]
-    fits = len(array.shape) == len(shape) and all(
-        want is None or want == got for want, got in zip(shape, array.shape, strict=True)
-    )
-    if not fits or array.dtype != dtype:
-        raise FileFormatError(
-            f"path: {key!r} is {array.dtype} {array.shape}; the header says {dtype} {shape}"
-        )
-    return array

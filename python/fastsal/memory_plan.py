@@ -9,7 +9,6 @@ Axes: d weights, B weights of a block, n samples of a micro-batch.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import check_folder, gib, trim_heap
+from fastsal.file_arrays import check_folder, trim_heap
 from fastsal.fisher import VIEW_BYTES, BlockFisher
 from fastsal.gradients.precision import row_dtype
 from fastsal.live_memory import LiveMemory
 from fastsal.parts import Part, cut, packed_bytes, whole
 from fastsal.passes import Gradients
+from fastsal.sizes import gib
 
 # Of a budget, what is planned with: the rest is for what no plan sees.
 _PLANNED = 0.94
@@ -126,30 +126,6 @@ class MemoryPlan:
             "kept": self.kept,
             "seconds": self.seconds,
         }
-
-
-def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
-    """Bytes of a number, or of text as `"8GiB"` and `"500 MB"`.
-
-    Raises:
-        InvalidArgument: It is neither.
-    """
-    units = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-        return int(value)
-    if isinstance(value, str):
-        text = value.strip().upper().replace(" ", "")
-        is_decimal = text.endswith("B") and not text.endswith("IB")
-        number = text.removesuffix("B").removesuffix("I")
-        unit = number[-1:] if number[-1:] in units and number[-1:] else ""
-        try:
-            amount = float(number.removesuffix(unit))
-        except ValueError:
-            amount = math.nan
-        if amount > 0:
-            size = 10 ** (3 * units[unit] // 10) if is_decimal and unit else 2 ** units[unit]
-            return int(amount * (size if unit else 1))
-    raise InvalidArgument(f"{name}: got {value!r}; takes bytes, or text as '8GiB' and '500MB'")
 
 
 def unlimited(how: Gradients, fisher: BlockFisher) -> MemoryPlan:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.batches import Batches, as_batches
+from fastsal.collection_work import add_samples, collected
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import model_parameters
@@ -20,10 +21,10 @@ from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
-from fastsal.gathering import add_samples, collected
 from fastsal.gradients import choose_micro_batch
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
+from fastsal.memory_plan import MemoryPlan
 from fastsal.passes import in_micro_batches
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
@@ -215,6 +216,7 @@ class Plan:
             "damping_evidence": choice.evidence,
             "predicted_increase": outcome.increase,
             "seconds": seconds,
+            **({} if fisher is None or fisher._plan is None else _told(fisher._plan)),
         }
 
     def sign(self, masks: Masks, history: list[dict[str, Any]]) -> None:
@@ -228,6 +230,10 @@ class Plan:
             block_size=self.block_size,
             seed=self.seed,
         )
+
+
+def _told(plan: MemoryPlan) -> dict[str, Any]:
+    return {"memory_plan": plan.as_dict()}
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from fastsal import _core
 from fastsal.batches import Batches
+from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.file_arrays import trim_heap
-from fastsal.gathering import Work, prepare
 from fastsal.gradients import select_parameters
 from fastsal.memory_plan import MemoryPlan, kept_by_pruning
 from fastsal.parts import Part

@@ -39,7 +39,8 @@ class PruneResult:
         scores: The scores of the last round, name to float32.
         history: One entry a round: `round`, `sparsity` reached, `samples`, `damping`,
             `damping_evidence` (pairs of λ and held-out loss), `held_out_joined` (see `damping`),
-            `predicted_increase` of the loss (with compensation) and `seconds` of each step; the
+            `predicted_increase` of the loss (with compensation), `seconds` of each step and, with
+            `memory_budget`, the `memory_plan` (`fastsal.MemoryPlan`) that was followed; the
             last one has `recalibration`, if that was asked for: held-out loss `before` and `after`,
             and whether it was `kept`.
         safety: With `max_loss_increase` or `max_accuracy_drop`: what was tested.

@@ -88,6 +88,10 @@ class ParameterStatistics:
         block = d if block_size is None else min(block_size, d)
         return cls(shape, max(1, block), dtype, np.zeros(d, dtype))
 
+    def empty_like(self) -> ParameterStatistics:
+        """Return the sums of no samples of the same parameter."""
+        return type(self)(self.shape, self.block_size, self.dtype, np.zeros(self.d, self.dtype))
+
     @property
     def d(self) -> int:
         """Number of weights."""
@@ -114,6 +118,12 @@ class ParameterStatistics:
         """Whether no gradient has come yet."""
         return self.packed is None and not self.rows
 
+    def own(self) -> None:
+        """Read what lies in a file, to be changed, into memory, in `dtype`."""
+        if self.packed is not None and not self.packed.flags.writeable:
+            self.packed = np.array(widened(self.packed))
+        self.rows = [rows if rows.flags.writeable else np.array(rows) for rows in self.rows]
+
     def clear(self) -> None:
         """Back to the sums of no samples."""
         self.packed, self.rows = None, []
@@ -125,6 +135,7 @@ class ParameterStatistics:
         Raises:
             _core.NonFiniteRowError: NaN or infinity; the sums may hold part of the rows.
         """
+        self.own()
         if self.packed is None and max(self._held() + len(rows), expected or 0) <= self.limit:
             _core.check_finite(rows, dtype)
             # A copy: the memory belongs to the caller.
@@ -136,6 +147,7 @@ class ParameterStatistics:
 
     def add_sums(self, packed: Array, sums: Array) -> None:
         """Add packed blocks and sums that were made elsewhere."""
+        self.own()
         own = self.fold()
         own += packed
         self.sums += sums
@@ -161,6 +173,7 @@ class ParameterStatistics:
 
     def merge(self, other: ParameterStatistics, weight: float) -> None:
         """Add another's sums times `weight`; the other is left as it is."""
+        self.own()
         scale = self.dtype.type(weight)
         self.sums += scale * other.sums.astype(self.dtype, copy=False)
         root = self.dtype.type(math.sqrt(weight))
@@ -175,7 +188,7 @@ class ParameterStatistics:
         if theirs is not None:
             for start in range(0, len(packed), _CHUNK):
                 some = slice(start, start + _CHUNK)
-                packed[some] += scale * theirs[some].astype(self.dtype, copy=False)
+                packed[some] += scale * widened(theirs[some]).astype(self.dtype, copy=False)
 
     def move_to(self, arrays: FileArrays, samples: int | None) -> None:
         """Keep the sums in a file; they are of no samples yet.
@@ -205,6 +218,7 @@ class ParameterStatistics:
 
     def scale(self, factor: float) -> None:
         """Multiply the sums by `factor`."""
+        self.own()
         _multiply(self.sums, factor)
         if self.packed is not None:
             _multiply(self.packed, factor)
@@ -235,6 +249,14 @@ class ParameterStatistics:
 
     def _held(self) -> int:
         return sum(len(rows) for rows in self.rows)
+
+
+def widened(values: Array) -> Array:
+    """Bfloat16 numbers, held as uint16, in float32; others as they are."""
+    if values.dtype != np.uint16:
+        return values
+    wide: Array = (values.astype(np.uint32) << 16).view(np.float32)
+    return wide
 
 
 def _multiply(values: Array, factor: float) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 import fastsal.distributed
 from fastsal.distributed.thresholds import rank_shards
@@ -46,6 +48,17 @@ HOW = {
 }
 
 
+def wrapped(name):
+    """The model as it is trained: alone, in DDP, or sharded by FSDP2."""
+    model = net()
+    if name == "fixed":
+        return nn.parallel.DistributedDataParallel(model)
+    if name == "auto":
+        fully_shard(model[3])
+        fully_shard(model)
+    return model
+
+
 def main(folder):
     """Collect and prune in every way; rank 0 writes what came out."""
     dist.init_process_group("gloo")
@@ -55,13 +68,14 @@ def main(folder):
         {name: (fisher.blocks(name), fisher.samples) for name in fisher.names},
         folder / f"blocks{rank}.pt",
     )
+    fastsal.distributed.save(fisher, folder / "fisher")
     told = {"nbytes": fisher.nbytes, "names": fisher.names}
     for name, how in HOW.items():
-        model = nn.parallel.DistributedDataParallel(net()) if name == "fixed" else net()
+        model = wrapped(name)
         result = fastsal.distributed.prune(model, images(), 0.7, micro_batch=2, **how)
-        plain = model.module if name == "fixed" else model
-        result.masks.verify(plain)
-        torch.save((dict(result.masks), plain.state_dict()), folder / f"{name}{rank}.pt")
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if rank == 0 or name != "auto":
+            torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")
         told[name] = result.history[-1]["ranks"]
     # Scores with many ties, over parts: the order of positions decides.
     ranks = fastsal.distributed.Ranks()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import FileArrays, Shelf, gib
+from fastsal.file_arrays import FileArrays, Shelf
+from fastsal.sizes import gib
 
 
 def test_values_survive_a_release(tmp_path):

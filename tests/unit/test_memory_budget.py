@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import fastsal
+from fastsal.collection_work import prepare
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.gathering import prepare
-from fastsal.memory_plan import parse_bytes
+from fastsal.sizes import parse_bytes
 
 
 def net():

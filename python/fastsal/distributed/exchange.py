@@ -1,8 +1,9 @@
 """Rows of gradients on their way to the ranks that own their sums.
 
-Rows travel, not partial sums: a rank's own sums of the whole model would take as many times the
-memory as there are ranks, and would round otherwise than those of one process. Rows are `4 d` bytes
-a sample, packed sums `2 (B + 1) d` once: up to `(B + 1) / 2` samples a rank rows are also less.
+Rows travel, not partial sums. Rows are `4 d` bytes a sample, packed sums `2 (B + 1) d` once: beyond
+`(B + 1) / 2` samples a rank sums would be fewer bytes. But a rank would have to hold those of the
+whole model, as many times the memory as there are ranks, and they would round otherwise than those
+of one process; with rows the masks are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,12 +16,61 @@ from torch import Tensor
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher import BlockFisher
-from fastsal.gradients.precision import row_dtype
 from fastsal.holdout import Pair
-from fastsal.parts import Part, by_key
+from fastsal.parts import Part
 from fastsal.passes import Gradients, in_micro_batches
 from fastsal.progress import Report
-from fastsal.sinks import RowGatherer
+
+
+class StepSums:
+    """Adds rows to sums in steps of so many samples, whatever the numbers that they come in.
+
+    Args:
+        fisher: Statistics of this rank's parts.
+        step: Rows that are added at a time.
+        expected: Samples to come in all, if known.
+    """
+
+    def __init__(self, fisher: BlockFisher, step: int, expected: int | None) -> None:
+        self._fisher = fisher
+        self._step = step
+        self._expected = expected
+        self._rest: dict[str, Tensor] = {}
+        self._waiting = 0
+
+    def expect(self, samples: int) -> None:
+        """At least so many samples come in all."""
+        self._expected = max(samples, self._expected or 0)
+
+    def add(self, key: str, rows: Tensor) -> None:
+        """Take the rows `[n, d]` of a part, once a micro-batch."""
+        rest = self._rest.pop(key, None)
+        if rest is not None:
+            rows = torch.cat([rest, rows])
+        seen = self._fisher._rows_seen
+        whole = len(rows) // self._step * self._step
+        for start in range(0, whole, self._step):
+            self._fisher._rows_seen = seen + start  # so that an error names the sample
+            self._fisher._add(key, rows[start : start + self._step], self._expected)
+        self._fisher._rows_seen = seen
+        if len(rows) > whole:
+            self._rest[key] = rows[whole:].clone()
+
+    def end_micro_batch(self, n: int) -> None:
+        """All parts have had their rows of `n` samples."""
+        self._waiting += n
+        while self._waiting >= self._step:
+            self._fisher._count(self._step)
+            self._waiting -= self._step
+
+    def flush(self) -> None:
+        """Add what waits."""
+        for key, rows in self._rest.items():
+            self._fisher._add(key, rows, self._expected)
+        self._rest.clear()
+        if self._waiting:
+            self._fisher._count(self._waiting)
+        self._waiting = 0
 
 
 class OwnerSink:
@@ -32,7 +82,7 @@ class OwnerSink:
         ranks: The processes.
     """
 
-    def __init__(self, sink: RowGatherer, shares: Sequence[Sequence[Part]], ranks: Ranks) -> None:
+    def __init__(self, sink: StepSums, shares: Sequence[Sequence[Part]], ranks: Ranks) -> None:
         self._sink = sink
         self._ranks = ranks
         self._owned: dict[str, list[tuple[int, Part]]] = {}
@@ -58,7 +108,7 @@ class OwnerSink:
             found = self._ranks.gather(piece[: self._most], owner)
             if found is not None:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
-                self._sink(part.key, joined.cpu())
+                self._sink.add(part.key, joined.cpu())
 
     def end_micro_batch(self) -> None:
         """All parameters have had their rows."""
@@ -90,20 +140,18 @@ def add_sharded_pass(
     Raises:
         DataError: Ranks were given different numbers of samples.
     """
-    parts = by_key(shares[ranks.rank])
-    dtypes = {key: row_dtype(gradients.chosen[part.name]) for key, part in parts.items()}
-    gatherer = RowGatherer(fisher, dtypes, gradients.step, expected=gradients.samples)
-    sink = OwnerSink(gatherer, shares, ranks)
+    sums = StepSums(fisher, gradients.step, gradients.samples)
+    sink = OwnerSink(sums, shares, ranks)
     total = 0
     with gradients.engine(gradients.chosen) as engine:
         size = gradients.micro_batch * ranks.size
-        for images, labels in in_micro_batches(pairs, size, gradients.step):
+        for images, labels in in_micro_batches(pairs, size, size):
             n = len(images)
             if total == 0:
                 engine.prepare(images, labels)
             total += n
             if gradients.samples is None:
-                gatherer.expect(total)
+                sums.expect(total)
             counts = [n // ranks.size + (rank < n % ranks.size) for rank in range(ranks.size)]
             start = sum(counts[: ranks.rank])
             # A rank without samples goes along with one that is dropped.

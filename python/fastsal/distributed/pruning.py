@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from fastsal.batches import Batches
 from fastsal.checkpoint import Checkpoint
+from fastsal.collection_work import prepare
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import score_tensors
@@ -21,15 +24,16 @@ from fastsal.distributed.exchange import add_sharded_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import shares
 from fastsal.distributed.thresholds import rank_shards
-from fastsal.errors import InvalidArgument, UnsupportedLayer
+from fastsal.distributed.whole_weights import whole_weights
+from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.gathering import prepare
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.parts import Part, by_key, slices
 from fastsal.plan import Job, Outcome, Plan
 from fastsal.progress import Report, reporter
 from fastsal.pruning import PruneResult, pruned
+from fastsal.statistics_files import write_index
 
 
 def collect(
@@ -43,7 +47,8 @@ def collect(
     """Collect the statistics of a model, each rank the sums of its share of the weights.
 
     Args:
-        model: The same on every rank; one in `DistributedDataParallel` is taken too.
+        model: The same on every rank; one in `DistributedDataParallel`, or sharded by FSDP2
+            (`fully_shard`), is taken as it is.
         batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
         group: Of `torch.distributed`; None is all processes.
         progress: On rank 0.
@@ -57,7 +62,32 @@ def collect(
         InvalidArgument: `torch.distributed` is not set up; or as `fastsal.collect`.
     """
     ranks = Ranks(group)
-    return _collected(ranks, plain(model), batches, progress=progress, **options)
+    with whole_weights(model) as inner:
+        return _collected(ranks, inner, batches, progress=progress, **options)
+
+
+def save(
+    fisher: BlockFisher, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Write the statistics of all ranks, each its own shard, and an index.
+
+    `fastsal.BlockFisher.load` reads the index, in one process.
+
+    Args:
+        fisher: From `collect`.
+        path: The index; shards lie beside it, in a folder that all ranks see.
+        group: As for `collect`.
+    """
+    ranks = Ranks(group)
+    target = Path(path)
+    names = [
+        f"{target.stem}-{n + 1:05d}-of-{ranks.size:05d}.safetensors" for n in range(ranks.size)
+    ]
+    fisher.save(target.parent / names[ranks.rank])
+    ranks.every(None)
+    if ranks.rank == 0:
+        write_index(target, names, list(fisher._whole or fisher.shapes))
+    ranks.every(None)
 
 
 def prune(
@@ -71,7 +101,8 @@ def prune(
     """Prune a model by several ranks; all of them end with the same masks and weights.
 
     Args:
-        model: The same on every rank; one in `DistributedDataParallel` is taken too.
+        model: The same on every rank; one in `DistributedDataParallel`, or sharded by FSDP2
+            (`fully_shard`), is taken as it is.
         batches: As for `fastsal.prune`; all ranks give the same, and each works on its part.
         sparsity: Fraction of the weights that goes.
         group: Of `torch.distributed`; None is all processes.
@@ -90,39 +121,20 @@ def prune(
         if options.get(name) is not None:
             raise InvalidArgument(f"{name}: is not taken with several ranks yet; leave it out")
     ranks = Ranks(group)
-    inner = plain(model)
     if ranks.rank:
         options["progress"] = False
-    result = pruned(
-        partial(ShardedPlan, ranks=ranks),
-        partial(ShardedJob, ranks=ranks),
-        inner,
-        batches,
-        sparsity,
-        keeper=partial(SharedCheckpoint, ranks=ranks),
-        **options,
-    )
+    with whole_weights(model) as inner:
+        result = pruned(
+            partial(ShardedPlan, ranks=ranks),
+            partial(ShardedJob, ranks=ranks),
+            inner,
+            batches,
+            sparsity,
+            keeper=partial(SharedCheckpoint, ranks=ranks),
+            **options,
+        )
     result.history[-1]["ranks"] = {"size": ranks.size, "sent_bytes": dict(ranks.sent)}
     return result
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """The model inside a `DistributedDataParallel`, or the model.
-
-    Raises:
-        UnsupportedLayer: Its weights are sharded.
-    """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    for name, p in model.named_parameters():
-        if type(p.data).__name__ == "DTensor":
-            raise UnsupportedLayer(
-                f"model: {name!r} is sharded (a DTensor, of FSDP2 or tensor parallelism); takes "
-                "whole weights on every rank: load the state dict of "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict(full_state_dict) "
-                "into a plain model"
-            )
-    return model
 
 
 @dataclass(frozen=True)
@@ -315,7 +327,7 @@ def _collected(
         block_size=whole.block_size,
         precision=whole.precision,
     )
-    fisher._shares = all_shares
+    fisher._shares, fisher._whole = all_shares, whole.shapes
     shown = progress if ranks.rank == 0 else False
     with reporter(shown, "statistics") as report:
         add_sharded_pass(work.how, fisher, all_shares, ranks, work.source(), report)

@@ -18,11 +18,12 @@ from fastsal.fisher import BlockFisher
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.losses import LossFunction
 from fastsal.holdout import Pair
-from fastsal.memory_plan import MemoryPlan, groups_within, parse_bytes, plan_within, unlimited
+from fastsal.memory_plan import MemoryPlan, groups_within, plan_within, unlimited
 from fastsal.parts import Part, by_key
 from fastsal.passes import Gradients, add_pass
 from fastsal.progress import Report, reporter
 from fastsal.sinks import step_rows
+from fastsal.sizes import parse_bytes
 
 
 @dataclass(frozen=True)

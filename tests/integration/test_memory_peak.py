@@ -1,0 +1,34 @@
+"""The peak of a process, seen from outside, stays within the budget that it was given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc to look from outside")
+@pytest.mark.parametrize("budget", [0.25, 0.5])
+def test_peak_is_within_the_budget(tmp_path, budget):
+    out = tmp_path / "out.json"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "benches.memory", "--model", "resnet18", "--samples", "16"),
+            *("--size", "64", "--budgets", "0", str(budget), "--damping", "auto"),
+            *("--scratch", str(tmp_path), "--out", str(out)),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    free, within = json.loads(out.read_text())
+    assert free["added_gib"] > budget
+    assert within["added_gib"] <= budget
+    assert within["plan"]["memory"] <= budget * 2**30
+    assert within["masks"] == free["masks"]
+    assert within["weights"] == free["weights"]

@@ -1,0 +1,127 @@
+"""Plans: what would be done is what is done, also for models that are nowhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal.cli import main
+from fastsal.live_memory import LiveMemory
+from fastsal.memory_plan import PassMemory
+from fastsal.planning import plan_memory
+
+
+def net(device="cpu"):
+    with torch.device(device):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16 * 8 * 8, 128),
+            nn.ReLU(),
+            nn.Linear(128, 10),
+        ).eval()
+
+
+def images(count=48):
+    torch.manual_seed(1)
+    return [(torch.randn(count, 3, 8, 8), torch.randint(0, 10, (count,)))]
+
+
+BUDGET = {"memory_budget": "92MiB", "micro_batch": 4}
+
+
+def test_collect_does_what_was_planned(tmp_path):
+    plan = plan_memory(
+        net(), images(), prunes=False, samples=48, calibrate=False, scratch=tmp_path, **BUDGET
+    )
+    fisher = fastsal.collect(net(), images(), samples=48, scratch=tmp_path, **BUDGET)
+    done = fisher._plan
+    assert (plan.passes, plan.micro_batch, plan.place) == (done.passes, 4, "file")
+    assert plan.memory == done.memory
+
+
+def test_prune_tells_what_was_planned(tmp_path):
+    how = {"damping": 1e-3, "scratch": tmp_path, **BUDGET}
+    plan = plan_memory(net(), images(), samples=48, calibrate=False, **how)
+    told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
+    assert told["memory"] == plan.memory
+    assert told["passes"] == plan.passes
+    assert told["kept"] == plan.kept > 0
+
+
+def test_time_is_tried(tmp_path):
+    plan = plan_memory(net(), images(), samples=1000, scratch=tmp_path, **BUDGET)
+    more = plan_memory(net(), images(), samples=100_000, scratch=tmp_path, **BUDGET)
+    assert 0 < plan.seconds["statistics"] < more.seconds["statistics"]
+    assert plan.seconds["total"] == pytest.approx(
+        plan.seconds["statistics"] + plan.seconds["prune"], abs=0.2
+    )
+
+
+def test_a_model_on_the_meta_device(tmp_path):
+    here = plan_memory(net(), images(), samples=48, scratch=tmp_path, **BUDGET)
+    there = plan_memory(net("meta"), images(), samples=48, scratch=tmp_path, **BUDGET)
+    assert there.statistics == here.statistics
+    assert there.activations == pytest.approx(here.activations, rel=0.1)
+    assert there.seconds["total"] > 0
+
+
+def test_live_memory_counts_what_is_alive():
+    with LiveMemory() as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        c = b.view(10, 100)  # the same memory
+        assert live.alive == 8000
+        del a
+        assert live.alive == 4000
+        live.reset()
+        d = c * 2 + 1  # two at once, and one left
+        assert live.peak == 4000 + 8000
+        del b, c, d
+    assert live.alive == 0
+
+
+def test_live_memory_sees_backward_passes():
+    x = torch.randn(64, 32)
+    layers = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)])
+    with LiveMemory() as live:
+        loss = layers(x).square().sum()
+        forward = live.peak
+        loss.backward()
+    assert live.peak > forward > 4 * 64 * 32 * 4
+
+
+def test_a_probe_takes_two_samples():
+    memory = PassMemory(fixed=100.0, sample=10.0)
+    assert memory.of(1) == memory.of(2) < memory.of(3)
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_the_command(capsys, tmp_path):
+    more = ("--size", 64, "--memory-budget", "1GiB", "--scratch", tmp_path, "--damping", "1e-4")
+    code, out, _ = run(capsys, "plan", "resnet18", "--samples", 8, *more, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told["weights"] == 11_678_912
+    assert told["memory"] <= told["memory_budget"] == 2**30
+    assert told["passes"] > 1
+    assert told["disk"] == told["statistics"]
+    assert told["seconds"]["total"] > 0
+    code, out, _ = run(capsys, "plan", "resnet18", "--meta", "--no-time", *more)
+    assert code == 0
+    assert "passes over the images" in out
+    code, _, err = run(capsys, "plan", "resnet18", "--memory-budget", "50MiB", "--no-time")
+    assert code == 2
+    assert "memory_budget: got 50 MiB; takes at least" in err

@@ -1,0 +1,186 @@
+"""Statistics in files: in shards, in bfloat16, worked on where they lie, merged without loading."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal import BlockFisher
+from fastsal.errors import FactorizationError, FileFormatError, InvalidArgument
+
+SHAPES = {"0.weight": (40, 30), "2.weight": (20, 40), "4.weight": (10, 20)}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(30, 40, bias=False),
+        nn.ReLU(),
+        nn.Linear(40, 20, bias=False),
+        nn.ReLU(),
+        nn.Linear(20, 10, bias=False),
+    )
+
+
+def statistics(seed=0, samples=80, block_size=64):
+    generator = torch.Generator().manual_seed(seed)
+    fisher = BlockFisher(SHAPES, block_size=block_size)
+    fisher.update(
+        {n: torch.randn(samples, *shape, generator=generator) for n, shape in SHAPES.items()}
+    )
+    return fisher
+
+
+def assert_same(a, b):
+    assert (a.samples, a.shapes, a.block_size) == (b.samples, b.shapes, b.block_size)
+    for name in a.names:
+        assert torch.equal(a.blocks(name), b.blocks(name))
+        assert torch.equal(a.mean_gradient()[name], b.mean_gradient()[name])
+
+
+@pytest.mark.parametrize("samples", [5, 80])
+def test_shards_and_their_index(tmp_path, samples):
+    fisher = statistics(samples=samples)
+    fisher.save(tmp_path / "fisher.json", shard_bytes="128KiB")
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert len(names) == 3
+    assert names[0] == "fisher-00001-of-00002.safetensors"
+    assert_same(BlockFisher.load(tmp_path / "fisher.json"), fisher)
+    # A shard is a file of its own.
+    assert BlockFisher.load(tmp_path / names[0]).names == ["0.weight"]
+
+
+def test_a_loaded_file_is_read_as_it_is_used(tmp_path):
+    fisher = statistics()
+    fisher.save(tmp_path / "f")
+    loaded = BlockFisher.load(tmp_path / "f", verify=False)
+    assert not loaded._parameters["0.weight"].packed.flags.writeable
+    models = net(), net()
+    masks = None
+    for model, some in zip(models, (fisher, loaded), strict=True):
+        some._view_bytes = 2**14
+        scores = fastsal.score(model, some, "obs-greedy", damping=1e-2)
+        new = fastsal.rank(scores, 0.5)
+        assert masks is None or masks == new
+        masks = new
+        fastsal.compensate(model, some, masks, damping=1e-2)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(a, b)
+    # What changes is read into memory; the file stays.
+    loaded.decay(0.5)
+    fisher.decay(0.5)
+    loaded.merge(statistics(1))
+    fisher.merge(statistics(1))
+    assert_same(loaded, fisher)
+    assert BlockFisher.load(tmp_path / "f").samples == 80
+
+
+@pytest.mark.parametrize("samples", [5, 80])
+def test_bfloat16_on_disk(tmp_path, samples):
+    fisher = statistics(samples=samples)
+    fisher.save(tmp_path / "whole")
+    fisher.save(tmp_path / "half", dtype="bfloat16")
+    loaded = BlockFisher.load(tmp_path / "half")
+    if samples == 80:
+        sizes = [(tmp_path / n).stat().st_size for n in ("half", "whole")]
+        assert sizes[0] < 0.55 * sizes[1]
+    for name in fisher.names:
+        a, b = loaded.blocks(name), fisher.blocks(name)
+        assert float(((a - b).abs() / b.abs().clamp(min=1e-30)).max()) <= 2.0**-8
+        assert torch.equal(loaded.mean_gradient()[name], fisher.mean_gradient()[name])
+    if samples == 80:  # rows, of few samples, are kept as they are
+        told = loaded.inverse_diagonals(1.0)["0.weight"]
+        true = fisher.inverse_diagonals(1.0)["0.weight"]
+        assert (abs(told.values / true.values - 1) <= np.repeat(told.errors, 64)[:1200]).all()
+        assert told.errors.max() > 100 * true.errors.max()
+        loaded.save(tmp_path / "again", dtype="float32")
+        again = BlockFisher.load(tmp_path / "again").inverse_diagonals(1.0)["0.weight"]
+        assert again.errors.max() > 100 * true.errors.max()  # what was lost stays lost
+
+
+def test_bfloat16_needs_more_damping(tmp_path):
+    torch.manual_seed(0)
+    fisher = BlockFisher({"w": (64,)}, block_size=64)
+    fisher.update({"w": torch.randn(100, 1) @ torch.randn(1, 64)})  # of rank one
+    fisher.save(tmp_path / "half", dtype="bfloat16")
+    loaded = BlockFisher.load(tmp_path / "half")
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(64))
+    fastsal.score(model, fisher, damping=1e-1)
+    with pytest.raises(FactorizationError, match="λ = 0.001"):
+        fastsal.score(model, loaded, damping=1e-3)
+
+
+@pytest.mark.parametrize("block_size", [64, 512])
+@pytest.mark.parametrize("samples", [5, 80])
+def test_files_are_merged_without_loading(tmp_path, samples, block_size):
+    parts = [statistics(seed, samples, block_size) for seed in range(3)]
+    for i, part in enumerate(parts):
+        part.save(tmp_path / f"f{i}", shard_bytes="100KiB" if i == 1 else None)
+    paths = [tmp_path / f"f{i}" for i in range(3)]
+    fastsal.merge_files(paths, tmp_path / "sum", weights=[1, 0.5, 2], shard_bytes="1MiB")
+    expected = parts[0]
+    expected.merge(parts[1], 0.5)
+    expected.merge(parts[2], 2)
+    found = BlockFisher.load(tmp_path / "sum")
+    assert found.samples == expected.samples
+    for name in SHAPES:
+        torch.testing.assert_close(found.blocks(name), expected.blocks(name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index, folder: index["shards"].pop(), "do not hold the parameters"),
+        (lambda index, folder: index["shards"].append("none.safetensors"), "names none"),
+        (lambda index, folder: index.update(format="other"), "is no index"),
+        (lambda index, folder: index["shards"].append(index["shards"][0]), "several shards"),
+    ],
+)
+def test_an_index_that_does_not_fit(tmp_path, change, message):
+    statistics().save(tmp_path / "f", shard_bytes="128KiB")
+    index = json.loads((tmp_path / "f").read_text())
+    change(index, tmp_path)
+    (tmp_path / "f").write_text(json.dumps(index, indent=1))
+    with pytest.raises(FileFormatError, match=message):
+        BlockFisher.load(tmp_path / "f")
+
+
+def test_shards_of_other_statistics(tmp_path):
+    statistics().save(tmp_path / "f", shard_bytes="128KiB")
+    name = json.loads((tmp_path / "f").read_text())["shards"][0]
+    statistics(samples=70).save(tmp_path / "g", shard_bytes="128KiB")
+    other = json.loads((tmp_path / "g").read_text())["shards"][0]
+    (tmp_path / name).write_bytes((tmp_path / other).read_bytes())
+    with pytest.raises(FileFormatError, match="not of the same statistics"):
+        BlockFisher.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"dtype": "float16"}, "dtype: got 'float16'; takes None, 'float32' or 'bfloat16'"),
+        ({"shard_bytes": 0}, "shard_bytes: got 0"),
+    ],
+)
+def test_arguments_that_are_not_taken(tmp_path, how, message):
+    with pytest.raises(InvalidArgument, match=message):
+        statistics().save(tmp_path / "f", **how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    statistics().save(tmp_path / "a")
+    statistics(block_size=32).save(tmp_path / "b")
+    with pytest.raises(InvalidArgument, match="other: has other parameters"):
+        fastsal.merge_files([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    with pytest.raises(InvalidArgument, match="weights: got 1 for 2 files"):
+        fastsal.merge_files([tmp_path / "a", tmp_path / "a"], tmp_path / "c", weights=[1])
+    with pytest.raises(InvalidArgument, match="weight: got -1"):
+        fastsal.merge_files([tmp_path / "a", tmp_path / "a"], tmp_path / "c", weights=[1, -1])
+    assert not (tmp_path / "c").exists()
