@@ -61,11 +61,14 @@ def prepare(
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
     kept: int = 0,
+    kept_collecting: int = 0,
     joins: bool = False,
+    is_dry: bool = False,
 ) -> Work:
     """Check what `collect` was given and plan it.
 
-    `kept` bytes are held beside the statistics; `joins` says that `add_samples` is to follow.
+    `kept` and `kept_collecting` are as for `plan_within`; `joins` says that `add_samples` is to
+    follow, `is_dry` that the work is not to be done.
     """
     check_samples(samples)
     if micro_batch is not None and micro_batch < 1:
@@ -96,8 +99,10 @@ def prepare(
         if scratch_budget is None
         else parse_bytes(scratch_budget, "scratch_budget"),
         kept=kept,
+        kept_collecting=kept_collecting,
         joins=joins,
         repeats=source.repeats,
+        is_dry=is_dry,
     )
     fisher._view_bytes = plan.view
     fisher._plan = plan
@@ -134,7 +139,7 @@ def add_samples(
     plan = fisher._plan
     if plan is None or plan.budget is None:
         raise InvalidArgument("fisher: was collected without a budget")  # a defect of ours
-    budgets = ("memory_budget", "scratch", "scratch_budget", "kept", "joins")
+    budgets = ("memory_budget", "scratch", "scratch_budget", "kept", "kept_collecting", "joins")
     work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
     samples = sum(len(images) for images, _ in batches)
     how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)

@@ -27,6 +27,8 @@ from fastsal.sizes import gib
 
 # Of a budget, what is planned with: the rest is for what no plan sees.
 _PLANNED = 0.94
+# Of the sums that are worked on at a time: they, what is made of them, and a margin.
+_VIEWS = 3
 # Of the planned, what activations may take before the micro-batch is halved.
 _ACTIVATIONS = 0.4
 # A larger share is taken before micro-batches are so small that kernels change with them, and with
@@ -70,7 +72,9 @@ class MemoryPlan:
         group: Bytes of the sums of the largest group.
         rows: Bytes of the rows that are gathered for it.
         activations: Bytes of a forward and backward pass, with what kernels need.
-        kept: Bytes of what pruning keeps beside them: scores, masks, copies of weights.
+        kept: Bytes that are held beside sums while weights are scored and moved: scores, masks,
+            copies of weights.
+        kept_collecting: Bytes that are held while sums are made.
         view: Bytes of sums that are worked on at a time.
         spare: Bytes that are left for the sums of samples that join later.
         scratch: The scratch folder, if one is used.
@@ -87,6 +91,7 @@ class MemoryPlan:
     rows: int
     activations: int
     kept: int
+    kept_collecting: int
     view: int
     spare: int = 0
     scratch: str | None = None
@@ -100,9 +105,9 @@ class MemoryPlan:
     @property
     def memory(self) -> int:
         """The most bytes that are added to the process."""
-        collecting = self.group + self.rows + self.activations
+        collecting = self.kept_collecting + self.group + self.rows + self.activations
         held = self.statistics if self.place == "memory" else 0
-        return self.kept + max(collecting, held + 3 * self.view)
+        return max(collecting, self.kept + held + _VIEWS * self.view)
 
     @property
     def disk(self) -> int:
@@ -124,6 +129,7 @@ class MemoryPlan:
             "rows": self.rows,
             "activations": self.activations,
             "kept": self.kept,
+            "kept_collecting": self.kept_collecting,
             "seconds": self.seconds,
         }
 
@@ -142,6 +148,7 @@ def unlimited(how: Gradients, fisher: BlockFisher) -> MemoryPlan:
         rows=_rows(how, how.micro_batch, parts),
         activations=0,
         kept=0,
+        kept_collecting=0,
         view=VIEW_BYTES,
     )
 
@@ -156,8 +163,10 @@ def plan_within(
     scratch: str | os.PathLike[str] | None = None,
     scratch_budget: int | None = None,
     kept: int = 0,
+    kept_collecting: int = 0,
     joins: bool = False,
     repeats: bool = True,
+    is_dry: bool = False,
 ) -> MemoryPlan:
     """Plan statistics within a budget; passes of one and two samples are run for it.
 
@@ -169,45 +178,56 @@ def plan_within(
         labels: Their labels.
         scratch: Folder for statistics that do not fit into memory.
         scratch_budget: Bytes that they may take there.
-        kept: Bytes that are held beside the statistics.
+        kept: Bytes that are held beside the statistics while weights are scored and moved.
+        kept_collecting: Bytes that are held while sums are made.
         joins: Whether more samples join later, for whose sums there must be room.
         repeats: Whether the images can be gone over several times.
+        is_dry: Whether only a plan is wanted: the scratch folder need not be there.
 
     Raises:
         InvalidArgument: The budget is too small, or needs a scratch folder, or more room in it.
     """
-    planned = round(_PLANNED * budget) - kept
+    total = round(_PLANNED * budget)
+    planned = total - kept_collecting
+    view = min(VIEW_BYTES, budget // 16)
     trial = _group(how, fisher, how.micro_batch, max(planned // 2, 2**20)) or [whole(fisher.shapes)]
     memory = measure(how, {part.name for part in trial[0]}, images, labels)
     size = _micro_batch(memory, how.micro_batch, planned)
     activations = memory.of(size)
     room = planned - activations
-    usable = round(room * _JOINED) if joins else room
-    groups = _group(how, fisher, size, usable) if usable > 0 else None
-    if groups is None:
+    share = _JOINED if joins else 1.0
+    # In memory the sums are still there when weights are scored.
+    inside = round(share * min(room, total - kept - _VIEWS * view))
+    groups = _group(how, fisher, size, inside) if inside > 0 else None
+    stays = groups is not None and len(groups) == 1
+    if not stays:
+        groups = _group(how, fisher, size, round(share * room)) if room > 0 else None
+    fits = kept + _VIEWS * view <= total
+    if groups is None or not fits:
         block = _cost(how, fisher, size, _first_block(fisher))
+        least = max(kept_collecting + activations + block, kept + _VIEWS * view) / _PLANNED
         raise InvalidArgument(
-            f"memory_budget: got {gib(budget)}; takes at least "
-            f"{gib((kept + activations + block) / _PLANNED)}: {gib(activations)} for a pass of "
-            f"{max(size, 2)} samples, {gib(block)} for one block" + _and_kept(kept)
+            f"memory_budget: got {gib(budget)}; takes at least {gib(least)}: {gib(activations)} "
+            f"for a pass of {max(size, 2)} samples, {gib(block)} for one block" + _and_kept(kept)
         )
     plan = MemoryPlan(
         budget=budget,
         micro_batch=size,
         step=how.step,
         groups=groups,
-        place="memory" if len(groups) == 1 else "file",
+        place="memory" if stays else "file",
         statistics=_sums(how, fisher, whole(fisher.shapes)),
         group=max(_sums(how, fisher, group) for group in groups),
         rows=max(_rows(how, size, group) for group in groups),
         activations=activations,
         kept=kept,
-        view=min(VIEW_BYTES, budget // 16),
+        kept_collecting=kept_collecting,
+        view=view,
     )
     if plan.place == "memory":
         return replace(plan, spare=max(0, room - plan.statistics))
     plan = replace(plan, spare=room)
-    if scratch is None:
+    if scratch is None and not is_dry:
         raise InvalidArgument(
             f"memory_budget: the statistics take {gib(plan.statistics)}, and {gib(room)} of "
             f"{gib(budget)} are left for them; give scratch=FOLDER to keep them in a file "
@@ -217,6 +237,9 @@ def plan_within(
         raise InvalidArgument(
             f"scratch_budget: got {gib(scratch_budget)}; the statistics take {gib(plan.disk)}"
         )
+    if is_dry:
+        return replace(plan, scratch=None if scratch is None else os.fspath(scratch))
+    assert scratch is not None
     check_folder(scratch, plan.disk)
     if not repeats:
         raise InvalidArgument(
@@ -292,7 +315,7 @@ def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:
     """The largest of `most`, its half, ..., whose tensors take a share of what is planned."""
     size = most
     usable = planned - _OVERHEAD_BYTES
-    while size > 1:
+    while size > 2:  # the probe takes two samples anyway
         tensors = memory.of(size) - _OVERHEAD_BYTES
         share = _ACTIVATIONS_OF_SMALL if size <= _SMALL else _ACTIVATIONS
         if tensors <= share * usable:
@@ -343,21 +366,22 @@ def _and_kept(kept: int) -> str:
 
 def kept_by_pruning(
     chosen: Mapping[str, nn.Parameter], *, is_auto: bool, rounds: int, has_scratch: bool
-) -> int:
-    """Bytes that pruning keeps beside statistics.
+) -> dict[str, int]:
+    """Bytes that pruning keeps beside statistics, as `plan_within` takes them.
 
-    Scores, two masks and the weights to go back to; the best try where a damping is chosen.
-    With a scratch folder copies of weights and of scores lie there.
+    Scores and two masks; weights to go back to and those that compensation finds, and the best try
+    where a damping is chosen. With a scratch folder copies of weights and of scores lie there.
+    While sums are made there are the masks of the round before, or of the best try.
     """
     weights = sum(p.numel() for p in chosen.values())
     copies = sum(p.numel() * p.element_size() for p in chosen.values())
-    total = weights * (4 + 1 + 1)
+    kept, collecting = weights * (4 + 1 + 1), 0
     if is_auto:
-        total += weights
+        kept += weights
+    if is_auto or rounds > 1:
+        collecting += 2 * weights
     if not has_scratch:
-        total += copies + 4 * weights  # to go back to, and the weights that compensation finds
-        if is_auto:
-            total += 2 * copies + 4 * weights
-    if rounds > 1:
-        total += weights
-    return total
+        tries = 2 * copies + 4 * weights if is_auto else 0
+        kept += copies + 4 * weights + tries
+        collecting += copies + tries
+    return {"kept": kept, "kept_collecting": collecting}

@@ -67,7 +67,8 @@ def plan_memory(
         rounds: Rounds.
         parameters: Names or patterns.
         memory_budget: As for `collect`; None plans everything in memory.
-        scratch: As for `collect`.
+        scratch: As for `collect`; it need not be there, and then its speed is that of the folder
+            for temporary files.
         calibrate: Whether time is estimated, by a trial of some ten seconds.
         options: Others of `collect`.
 
@@ -81,7 +82,7 @@ def plan_memory(
     is_auto = prunes and damping == "auto"
     entry = CRITERIA[find_criterion(criterion)]
     if memory_budget is not None and prunes:
-        options["kept"] = kept_by_pruning(
+        options |= kept_by_pruning(
             chosen, is_auto=is_auto, rounds=rounds, has_scratch=scratch is not None
         )
         options["joins"] = is_auto
@@ -92,6 +93,7 @@ def plan_memory(
         parameters=parameters,
         memory_budget=memory_budget,
         scratch=scratch,
+        is_dry=True,
         **options,
     )
     if not calibrate:
@@ -186,7 +188,8 @@ def _fresh_seconds() -> float:
 def _disk_seconds(plan: MemoryPlan) -> float:
     """Seconds a byte of the scratch folder."""
     piece = np.random.default_rng(0).bytes(2**22)
-    with tempfile.TemporaryFile(dir=plan.scratch) as file:
+    folder = plan.scratch if plan.scratch and os.path.isdir(plan.scratch) else None
+    with tempfile.TemporaryFile(dir=folder) as file:
 
         def write() -> None:
             for _ in range(_WRITTEN // len(piece)):

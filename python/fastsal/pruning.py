@@ -260,7 +260,7 @@ def pruned(
             "memory_budget": memory_budget,
             "scratch": scratch,
             "scratch_budget": scratch_budget,
-            "kept": kept,
+            **kept,
             "joins": plan.is_auto or recalibrate,
         }
     elif scratch is not None or scratch_budget is not None:

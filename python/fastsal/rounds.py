@@ -106,7 +106,8 @@ def prune_in_rounds(
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = plan.is_auto and not history
-            found, fisher = Found(), None  # the statistics of two rounds need not be there at once
+            # Statistics and scores of two rounds need not be there at once.
+            found, fisher, scores = Found(), None, {}
             found = find(number, holds_out=chooses or (recalibrate and number == len(goals)))
             clock.lap("statistics")
             best: Attempt | None = None
@@ -127,6 +128,7 @@ def prune_in_rounds(
             clock.lap("prune")
             entry = plan.entry(number, fisher, choice, outcome, clock.laps)
             history.append(entry | {"held_out_joined": joined} if chooses else entry)
+            del outcome, best  # they hold scores
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)
         if recalibrate and found.tuned is not None:

@@ -166,7 +166,7 @@ def _entries(fisher: BlockFisher, names: Iterable[str], dtype: str | None) -> li
 
 
 def _entry(key: str, array: Array, dtype: str | None, fisher: BlockFisher) -> Entry:
-    code = "BF16" if dtype == "bfloat16" else _CODES[array.dtype]
+    code = {"bfloat16": "BF16", "float32": "F32", None: _CODES[array.dtype]}[dtype]
     flat = array.reshape(-1)
 
     def pieces() -> Iterator[Array]:

@@ -125,3 +125,17 @@ def test_the_command(capsys, tmp_path):
     code, _, err = run(capsys, "plan", "resnet18", "--memory-budget", "50MiB", "--no-time")
     assert code == 2
     assert "memory_budget: got 50 MiB; takes at least" in err
+
+
+def test_a_billion_weights_are_planned_on_the_meta_device(capsys, tmp_path):
+    model = "examples/transformer.py:gpt_1b"
+    more = ("--meta", "--tokens", 64, "--memory-budget", "16GiB", "--scratch", tmp_path)
+    code, out, err = run(capsys, "plan", model, "--samples", 32, *more, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["weights"] > 9e8
+    assert told["memory"] <= 16 * 2**30
+    assert told["passes"] > 5
+    code, _, err = run(capsys, "plan", model, "--tokens", 64)
+    assert code == 2
+    assert "tokens: " in err

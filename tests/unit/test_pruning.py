@@ -511,7 +511,7 @@ def test_errors_in_a_later_round_give_all_weights_back(damping):
     assert_same(model, before)
 
 
-@pytest.mark.parametrize("step", ["score", "rank", "compensate_model"])
+@pytest.mark.parametrize("step", ["score", "rank", "moves"])
 def test_errors_in_any_step_give_all_weights_back(monkeypatch, step):
     model = trained()
     before = state(model)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from fastsal.memory_plan import MemoryPlan
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 @click.option(
     "--meta", is_flag=True, help="Without memory for the model: it is built on the meta device."
 )
+@click.option(
+    "--tokens", type=options.COUNT, help="Plan for sequences of so many tokens, with --meta."
+)
 @click.option("--no-time", is_flag=True, help="Do not try how long it takes.")
 @options.input_options
 @options.run_options
@@ -41,6 +45,11 @@ def plan(**given: Any) -> None:
     from fastsal.gradients import select_parameters
     from fastsal.planning import plan_memory
 
+    if given["tokens"] is not None and not given["meta"]:
+        raise InvalidArgument(
+            "tokens: the loss of a model of tokens is not known here; give --meta, or plan with "
+            "fastsal.plan_memory(..., loss=...)"
+        )
     set_threads(given["threads"])
     model, spec = open_model(given)
     batches: Any
@@ -76,9 +85,11 @@ def plan(**given: Any) -> None:
 
 
 def _noise(given: dict[str, Any], spec: Any) -> list[Any]:
-    """One batch of noise in the shape of images."""
+    """One batch of noise in the shape of images, or of the first token."""
     import torch
 
+    if given["tokens"] is not None:
+        return [(torch.zeros(8, given["tokens"], dtype=torch.int64), torch.zeros(8))]
     height, width = spec.size or (224, 224)
     generator = torch.Generator().manual_seed(given["seed"])
     images = torch.randn(8, spec.channels, height, width, generator=generator)
