@@ -36,6 +36,8 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
+    # FSDP frees the memory that it gathered weights in, which nothing else may hold then.
+    gathered = {name: p.data for name, p in model.named_parameters()}
     left = [name for name, p in model.named_parameters() if _is_sharded(p)]
     try:
         if left:
@@ -43,9 +45,14 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
                 f"model: {left[0]!r} is sharded by something else than fully_shard (tensor "
                 "parallelism); takes plain models, DistributedDataParallel and fully_shard"
             )
+        for p in model.parameters():
+            p.data = p.data.clone()
         yield model
-        changed = {name: p.detach().clone() for name, p in model.named_parameters()}
+        changed = {name: p.data for name, p in model.named_parameters()}
     finally:
+        for name, p in model.named_parameters():
+            p.data = gathered[name]
+        gathered.clear()
         for module in modules:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)

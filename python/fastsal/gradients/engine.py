@@ -179,19 +179,12 @@ class GradientEngine:
         """
         if self._frozen is None:
             raise InvalidArgument("GradientEngine: run it inside `with engine:`")
-        checks.check_images(images)
+        labels = self._checked(images, labels)
         n = images.shape[0]
         uniforms: Tensor | None = None
-        if self._by_features:
-            labels = None
-        elif self._sampled:
+        if self._sampled:
             # For the whole batch at once: labels do not depend on the micro-batch.
             uniforms = torch.rand(n, dtype=torch.float64, generator=self._generator)
-            labels = None
-        else:
-            checks.check_labels(labels, n)
-            if self._classify and labels is not None:
-                checks.check_classes(labels, self._classes, self.samples_seen)
         with differentiable():
             images = _usable(images)
             labels = None if labels is None else _usable(labels)
@@ -216,13 +209,19 @@ class GradientEngine:
         """
         if self._frozen is None:
             raise InvalidArgument("GradientEngine: prepare it inside `with engine:`")
-        checks.check_images(images)
-        if self._by_features or self._sampled:
-            labels = None
-        else:
-            checks.check_labels(labels, images.shape[0])
+        labels = self._checked(images, labels)
         with differentiable():
             self._probe_once(_usable(images), None if labels is None else _usable(labels))
+
+    def _checked(self, images: Tensor, labels: Tensor | None) -> Tensor | None:
+        """Check images and labels; labels that are not used are None."""
+        checks.check_images(images)
+        if self._by_features or self._sampled:
+            return None
+        checks.check_labels(labels, images.shape[0])
+        if self._classify and labels is not None:
+            checks.check_classes(labels, self._classes, self.samples_seen)
+        return labels
 
     def skip(self, samples: int) -> None:
         """Leave what would be drawn for so many samples to others; after `prepare`."""
