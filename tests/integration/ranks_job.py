@@ -11,7 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import fastsal.distributed
 from fastsal.distributed.thresholds import rank_shards
@@ -53,6 +59,9 @@ def wrapped(name):
     model = net()
     if name == "fixed":
         return nn.parallel.DistributedDataParallel(model)
+    if name == "floor":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
     if name == "auto":
         fully_shard(model[3])
         fully_shard(model)
@@ -68,13 +77,22 @@ def main(folder):
         {name: (fisher.blocks(name), fisher.samples) for name in fisher.names},
         folder / f"blocks{rank}.pt",
     )
+    summed = fastsal.distributed.collect(
+        net(), images(), micro_batch=2, samples=52, exchange="sums"
+    )
+    torch.save({name: summed.blocks(name) for name in summed.names}, folder / f"summed{rank}.pt")
+    # 26 samples a rank or fewer: rows are less than sums of blocks of 64.
+    chosen = fastsal.distributed.collect(
+        net(), images(), micro_batch=2, samples=52, exchange="auto"
+    )
+    assert all(torch.equal(chosen.blocks(name), fisher.blocks(name)) for name in fisher.names)
     fastsal.distributed.save(fisher, folder / "fisher")
     told = {"nbytes": fisher.nbytes, "names": fisher.names}
     for name, how in HOW.items():
         model = wrapped(name)
         result = fastsal.distributed.prune(model, images(), 0.7, micro_batch=2, **how)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        if rank == 0 or name != "auto":
+        if rank == 0 or name not in ("auto", "floor"):
             torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")
         told[name] = result.history[-1]["ranks"]
     # Scores with many ties, over parts: the order of positions decides.

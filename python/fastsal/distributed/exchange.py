@@ -1,14 +1,14 @@
 """Rows of gradients on their way to the ranks that own their sums.
 
-Rows travel, not partial sums. Rows are `4 d` bytes a sample, packed sums `2 (B + 1) d` once: beyond
-`(B + 1) / 2` samples a rank sums would be fewer bytes. But a rank would have to hold those of the
-whole model, as many times the memory as there are ranks, and they would round otherwise than those
-of one process; with rows the masks are the same, bit for bit.
+Rows travel, unless partial sums are asked for. Rows are `4 d` bytes a sample, packed sums
+`2 (B + 1) d` once: beyond `(B + 1) / 2` samples a rank sums are fewer bytes. But a rank has to hold
+those of the whole model then, as many times the memory as there are ranks, and they round otherwise
+than those of one process; with rows the masks are the same, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher import BlockFisher
 from fastsal.holdout import Pair
-from fastsal.parts import Part
-from fastsal.passes import Gradients, in_micro_batches
+from fastsal.parts import Part, by_key, whole
+from fastsal.passes import Gradients, add_pass, in_micro_batches
 from fastsal.progress import Report
 
 
@@ -48,13 +48,13 @@ class StepSums:
         if rest is not None:
             rows = torch.cat([rest, rows])
         seen = self._fisher._rows_seen
-        whole = len(rows) // self._step * self._step
-        for start in range(0, whole, self._step):
+        steps = len(rows) // self._step * self._step
+        for start in range(0, steps, self._step):
             self._fisher._rows_seen = seen + start  # so that an error names the sample
             self._fisher._add(key, rows[start : start + self._step], self._expected)
         self._fisher._rows_seen = seen
-        if len(rows) > whole:
-            self._rest[key] = rows[whole:].clone()
+        if len(rows) > steps:
+            self._rest[key] = rows[steps:].clone()
 
     def end_micro_batch(self, n: int) -> None:
         """All parts have had their rows of `n` samples."""
@@ -168,3 +168,45 @@ def add_sharded_pass(
     seen = ranks.every(total)
     if len(set(seen)) > 1:
         raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")
+
+
+def add_summed_pass(
+    gradients: Gradients,
+    fisher: BlockFisher,
+    shares: Sequence[Sequence[Part]],
+    ranks: Ranks,
+    pairs: Iterable[Pair],
+    report: Report,
+) -> None:
+    """The same by partial sums: each rank sums the whole model over its samples, then all add up.
+
+    The arguments are those of `add_sharded_pass`; labels are those of the images.
+    """
+    shapes = {name: tuple(p.shape) for name, p in gradients.chosen.items()}
+    own = BlockFisher(shapes, block_size=fisher.block_size, precision=fisher.precision)
+    total = 0
+
+    def mine() -> Iterator[Pair]:
+        nonlocal total
+        size = gradients.micro_batch * ranks.size
+        for images, labels in in_micro_batches(pairs, size, size):
+            total += len(images)
+            some = slice(ranks.rank, None, ranks.size)
+            if len(images[some]):
+                yield images[some], None if labels is None else labels[some]
+
+    add_pass(gradients, own, by_key(whole(shapes)), mine(), report)
+    for owner, share in enumerate(shares):
+        for part in share:
+            sums = own._parameters[part.name]
+            sums.fold()
+            piece = sums.part(part.start, part.stop)
+            assert piece.packed is not None
+            packed = ranks.reduce(torch.from_numpy(piece.packed), owner)
+            plain = ranks.reduce(torch.from_numpy(piece.sums), owner)
+            if owner == ranks.rank:
+                fisher._parameters[part.key].add_sums(packed.numpy(), plain.numpy())
+    seen = ranks.every(total)
+    if len(set(seen)) > 1:
+        raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")
+    fisher._count(total)

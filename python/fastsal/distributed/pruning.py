@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from torch import Tensor, nn
 
 from fastsal.batches import Batches
 from fastsal.checkpoint import Checkpoint
-from fastsal.collection_work import prepare
+from fastsal.collection_work import Work, prepare
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import score_tensors
 from fastsal.damping import candidates_of
-from fastsal.distributed.exchange import add_sharded_pass
+from fastsal.distributed.costs import costs
+from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import shares
 from fastsal.distributed.thresholds import rank_shards
@@ -33,7 +35,10 @@ from fastsal.parts import Part, by_key, slices
 from fastsal.plan import Job, Outcome, Plan
 from fastsal.progress import Report, reporter
 from fastsal.pruning import PruneResult, pruned
+from fastsal.sizes import gib
 from fastsal.statistics_files import write_index
+
+_LOG = logging.getLogger(__name__)
 
 
 def collect(
@@ -41,6 +46,7 @@ def collect(
     batches: Batches,
     *,
     group: dist.ProcessGroup | None = None,
+    exchange: str = "rows",
     progress: bool | Report = False,
     **options: Any,
 ) -> BlockFisher:
@@ -51,6 +57,10 @@ def collect(
             (`fully_shard`), is taken as it is.
         batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
         group: Of `torch.distributed`; None is all processes.
+        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process.
+            `"sums"`: every rank sums the whole model over its samples first, which takes the
+            memory of all statistics on each. `"auto"`: the fewer bytes, where `samples` is given
+            (sums from more than `(block_size + 1) / 2` samples a rank on); the choice is logged.
         progress: On rank 0.
         options: Of `fastsal.collect`, but for a memory budget.
 
@@ -63,7 +73,7 @@ def collect(
     """
     ranks = Ranks(group)
     with whole_weights(model) as inner:
-        return _collected(ranks, inner, batches, progress=progress, **options)
+        return _collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
 
 
 def save(
@@ -96,6 +106,7 @@ def prune(
     sparsity: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    exchange: str = "rows",
     **options: Any,
 ) -> PruneResult:
     """Prune a model by several ranks; all of them end with the same masks and weights.
@@ -106,6 +117,8 @@ def prune(
         batches: As for `fastsal.prune`; all ranks give the same, and each works on its part.
         sparsity: Fraction of the weights that goes.
         group: Of `torch.distributed`; None is all processes.
+        exchange: As for `collect`; with sums masks may differ from those of one process where
+            scores are equal but for rounding.
         options: Of `fastsal.prune`, but for patterns, limits and a memory budget. A checkpoint is
             written by rank 0 and must be seen by all.
 
@@ -126,7 +139,7 @@ def prune(
     with whole_weights(model) as inner:
         result = pruned(
             partial(ShardedPlan, ranks=ranks),
-            partial(ShardedJob, ranks=ranks),
+            partial(ShardedJob, ranks=ranks, exchange=exchange),
             inner,
             batches,
             sparsity,
@@ -219,14 +232,17 @@ class ShardedJob(Job):
 
     Attributes:
         ranks: The processes.
+        exchange: What they send each other.
     """
 
     ranks: Ranks | None = None
+    exchange: str = "rows"
 
     def collect(self, source: Iterable[Pair], seed: int) -> BlockFisher:
         """Statistics of this rank's share of the weights."""
         assert self.ranks is not None
-        return _collected(self.ranks, self.model, source, seed=seed, **self.statistics)
+        options = {**self.statistics, "exchange": self.exchange}
+        return _collected(self.ranks, self.model, source, seed=seed, **options)
 
     def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
         """Return what adds the statistics of held-out images to others, in place."""
@@ -312,8 +328,11 @@ def _collected(
     batches: Batches,
     *,
     progress: bool | Report = False,
+    exchange: str = "rows",
     **options: Any,
 ) -> BlockFisher:
+    if exchange not in ("rows", "sums", "auto"):
+        raise InvalidArgument(f"exchange: got {exchange!r}; takes 'rows', 'sums' or 'auto'")
     work = prepare(model, batches, **options)
     whole = work.fisher
     all_shares = shares(whole.shapes, whole.block_size, ranks.size)
@@ -329,6 +348,32 @@ def _collected(
     )
     fisher._shares, fisher._whole = all_shares, whole.shapes
     shown = progress if ranks.rank == 0 else False
+    way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
+    if way == "sums" and work.how.labels != "true":
+        raise InvalidArgument("exchange: 'sums' takes labels='true'; drawn labels need 'rows'")
+    add = add_summed_pass if way == "sums" else add_sharded_pass
     with reporter(shown, "statistics") as report:
-        add_sharded_pass(work.how, fisher, all_shares, ranks, work.source(), report)
+        add(work.how, fisher, all_shares, ranks, work.source(), report)
     return fisher
+
+
+def _fewer_bytes(work: Work, ranks: Ranks) -> str:
+    """What to send: rows, or sums; the choice and its reason go into the log."""
+    how = work.how
+    if how.samples is None or how.labels != "true":
+        return "rows"
+    shapes = {name: tuple(p.shape) for name, p in how.chosen.items()}
+    paper = costs(
+        shapes,
+        how.samples,
+        ranks.size,
+        block_size=work.fisher.block_size,
+        micro_batch=how.micro_batch,
+        step=how.step,
+    )
+    way = "sums" if paper.partial_sums < max(paper.rows) else "rows"
+    _LOG.info(
+        "exchange: %s, %s of rows or %s of partial sums a rank",
+        *(way, gib(max(paper.rows)), gib(paper.partial_sums)),
+    )
+    return way

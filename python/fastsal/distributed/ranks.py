@@ -66,6 +66,15 @@ class Ranks:
         self.sent["counts"] += self._reduced(mine)
         return mine.cpu().numpy().astype(np.uint64)
 
+    def reduce(self, values: Tensor, owner: int) -> Tensor:
+        """The sum over all ranks, at its owner; others get their own values back."""
+        mine = values.to(self._device).clone()
+        with self._told():
+            dist.reduce(mine, self._global(owner), group=self._group)
+        if owner != self.rank:
+            self.sent["sums"] += values.numel() * values.element_size()
+        return mine.cpu()
+
     def give(self, tensor: Tensor, owner: int, what: str) -> Tensor:
         """The owner's tensor; others give one of the same shape and type to be filled."""
         there = tensor.to(self._device).contiguous()

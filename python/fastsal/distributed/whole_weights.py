@@ -1,7 +1,8 @@
 """Models that are wrapped or sharded, with whole weights while statistics are made of them.
 
 Weights are four bytes each, their sums 130 and more: what has to be shared out is the sums. So a
-model of FSDP2 is gathered for the time of the passes, and sharded again with what came out.
+model of FSDP2 or of tensor parallelism is gathered for the time of the passes, and sharded again
+with what came out.
 """
 
 from __future__ import annotations
@@ -31,6 +32,23 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     if not sharded:
         yield model
         return
+    gather = _fully_sharded_as_whole if _fully_sharded(model) else _tensor_parallel_as_whole
+    changed: dict[str, Tensor] = {}
+    with gather(model):
+        left = [name for name, p in model.named_parameters() if _is_sharded(p)]
+        if left:
+            raise UnsupportedLayer(
+                f"model: {left[0]!r} is sharded in two ways at once; takes plain models, "
+                "DistributedDataParallel, fully_shard, or tensor parallelism"
+            )
+        yield model
+        changed.update((name, p.detach()) for name, p in model.named_parameters())
+    _write(sharded, changed)
+
+
+@contextlib.contextmanager
+def _fully_sharded_as_whole(model: nn.Module) -> Iterator[None]:
+    """Gather what `fully_shard` shards."""
     modules = _fully_sharded(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -38,17 +56,10 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
         module.unshard()
     # FSDP frees the memory that it gathered weights in, which nothing else may hold then.
     gathered = {name: p.data for name, p in model.named_parameters()}
-    left = [name for name, p in model.named_parameters() if _is_sharded(p)]
+    for p in model.parameters():
+        p.data = p.data.clone()
     try:
-        if left:
-            raise UnsupportedLayer(
-                f"model: {left[0]!r} is sharded by something else than fully_shard (tensor "
-                "parallelism); takes plain models, DistributedDataParallel and fully_shard"
-            )
-        for p in model.parameters():
-            p.data = p.data.clone()
-        yield model
-        changed = {name: p.data for name, p in model.named_parameters()}
+        yield
     finally:
         for name, p in model.named_parameters():
             p.data = gathered[name]
@@ -57,7 +68,34 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
             module.reshard()
             module.set_reshard_after_forward(True, recurse=False)
             module.set_reshard_after_backward(True, recurse=False)
-    _write(sharded, changed)
+
+
+@contextlib.contextmanager
+def _tensor_parallel_as_whole(model: nn.Module) -> Iterator[None]:
+    """Put whole weights in the place of those of `parallelize_module`, and its hooks aside."""
+    weights: list[tuple[nn.Module, str, nn.Parameter]] = []
+    hooks: list[tuple[dict[int, Any], int, Any]] = []
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and _is_sharded(p):
+                weights.append((module, name, p))
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in table.items():
+                if getattr(hook, "__module__", "").startswith("torch.distributed.tensor"):
+                    hooks.append((table, key, hook))
+    made = {id(p): nn.Parameter(_whole(p), requires_grad=False) for _, _, p in weights}
+    for table, key, _ in hooks:
+        del table[key]
+    try:
+        for module, name, p in weights:
+            made[id(p)].requires_grad_(p.requires_grad)
+            module._parameters[name] = made[id(p)]
+        yield
+    finally:
+        for module, name, p in weights:
+            module._parameters[name] = p
+        for table, key, hook in hooks:
+            table[key] = hook
 
 
 def _write(sharded: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
@@ -68,6 +106,14 @@ def _write(sharded: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
         for name, p in sharded.items():
             assert isinstance(p.data, DTensor)
             p.copy_(distribute_tensor(values[name], p.data.device_mesh, p.data.placements))
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a sharded parameter, on every rank."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter.data, DTensor)
+    return parameter.data.full_tensor().clone()
 
 
 def _is_sharded(parameter: Tensor) -> bool:
