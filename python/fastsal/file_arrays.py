@@ -110,7 +110,7 @@ class Shelf:
             places = self.room(purpose, {n: p.shape for n, p in some.items()}, dtype)
             for name, place in places.items():
                 kept[name] = place.copy_(some[name].detach())
-        self.release()
+                self.release()
         return {name: kept[name] for name in tensors}
 
     def release(self) -> None:

@@ -177,8 +177,7 @@ class Plan:
 
         def prune_with(damping: float) -> None:
             nonlocal outcome
-            restore(chosen, start)
-            self.shelf.release()
+            restore(chosen, start, self.shelf)
             with warnings.catch_warnings():
                 # Said for the damping that is taken, not for those that are tried.
                 warnings.simplefilter("ignore", PrecisionWarning)
@@ -197,7 +196,7 @@ class Plan:
         try:
             return choose_damping(self.grid(fisher), prune_with, measure), best
         finally:
-            restore(chosen, start)
+            restore(chosen, start, self.shelf)
 
     def entry(
         self,
@@ -321,8 +320,7 @@ def compensate_with(
     """Compensate in place, with the weights that it finds on a shelf; the predicted increase."""
     owned = model_parameters(model, fisher.shapes)
     moved, report = moves(owned, fisher, masks, damping, before=before, shelf=shelf)
-    restore(owned, moved)
-    shelf.release()
+    restore(owned, moved, shelf)
     return report.total
 
 
@@ -344,8 +342,12 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return Shelf().put("copies", tensors)
 
 
-def restore(tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy those values back that there are."""
+def restore(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], shelf: Shelf | None = None
+) -> None:
+    """Copy those values back that there are, from a shelf one at a time."""
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)
+            if shelf is not None:
+                shelf.release()

@@ -122,7 +122,7 @@ def prune_in_rounds(
             outcome = plan.step(model, fisher, masks, goal, choice.damping)
             joined = len(goals) > 1 or found.keeps(model, best)
             if best is not None and not joined:
-                restore(job.chosen, best.weights)
+                restore(job.chosen, best.weights, plan.shelf)
                 outcome = best.outcome
             scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")

@@ -147,7 +147,7 @@ def _search(
     scores = score(model, fisher, plan.criterion, damping, parameters=names, seed=plan.seed)
 
     def prune_to(sparsity: float) -> tuple[Masks, float | None]:
-        restore(job.chosen, start)
+        restore(job.chosen, start, plan.shelf)
         masks = rank(scores, sparsity, **plan.ranking)
         predicted = None
         if plan.compensate and fisher is not None:
