@@ -20,7 +20,7 @@ from fastsal.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.errors import MaskError
 from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
-from fastsal.parts import slices
+from fastsal.parts import flat, slices
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def moves(
     increase, uncompensated = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
     for statistics, parts in fisher._views():
         parameters, block_size = statistics._borrow_all(slices(before or {}, parts) or None)
-        weights = [_flat(w).float().numpy() for w in slices(tensors, parts).values()]
+        weights = [flat(w).float().numpy() for w in slices(tensors, parts).values()]
         kept = slices(masks, parts)
-        flat = [
-            _flat(kept[key]).bool().numpy() if key in kept else np.ones(len(part), bool)
+        kept_flat = [
+            flat(kept[key]).bool().numpy() if key in kept else np.ones(len(part), bool)
             for key, part in parts.items()
         ]
-        results = _core.compensate(parameters, weights, flat, block_size, damping)
+        results = _core.compensate(parameters, weights, kept_flat, block_size, damping)
         for (key, part), (values, after, bare, failed) in zip(parts.items(), results, strict=True):
             raise_failed(key, failed, damping)
             if part.name in moved:
@@ -118,7 +118,3 @@ def moves(
             uncompensated[part.name] += float(bare.sum())
         shelf.release()
     return moved, CompensationReport(increase, uncompensated)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().reshape(-1).contiguous()

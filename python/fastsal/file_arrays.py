@@ -65,13 +65,23 @@ class FileArrays:
         kind = np.dtype(dtype)
         count = math.prod(shape)
         array = np.frombuffer(self._map, kind, count, self._used).reshape(tuple(shape))
-        self._used += -(-count * kind.itemsize // 64) * 64
+        self._used += aligned(count * kind.itemsize)
         return array
 
     def release(self) -> None:
         """Give back the memory of what was touched; it is read from the file when it is used."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        give_back(self._map)
+
+
+def give_back(memory: mmap.mmap) -> None:
+    """Give back the memory of a mapped file; it is read again when it is used."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED)
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that an array takes in a file, where the next one begins."""
+    return -(-nbytes // 64) * 64
 
 
 class Shelf:
@@ -93,7 +103,7 @@ class Shelf:
         key = f"{purpose} {dtype} {[tuple(s) for s in shapes.values()]}"
         if key not in self._files:
             sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-            file = FileArrays(self._folder, sum(-(-size // 64) * 64 for size in sizes.values()))
+            file = FileArrays(self._folder, sum(map(aligned, sizes.values())))
             places = {
                 n: torch.from_numpy(file.take((size,), np.uint8)) for n, size in sizes.items()
             }

@@ -29,7 +29,7 @@ from fastsal.errors import (
     UnknownParameter,
 )
 from fastsal.file_arrays import FileArrays
-from fastsal.parts import Part, Parts, by_key, cut, packed_bytes, whole
+from fastsal.parts import Part, Parts, by_key, cut, flat, packed_bytes, whole
 from fastsal.statistics import ParameterStatistics, as_rows, is_supported, widened
 
 if TYPE_CHECKING:
@@ -539,7 +539,7 @@ def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_
     """A parameter's mask `[d]` as NumPy, or None."""
     if masks is None or name not in masks:
         return None
-    return masks[name].detach().cpu().reshape(-1).contiguous().numpy()
+    return flat(masks[name]).numpy()
 
 
 def _listed(names: Iterable[str], most: int = 5) -> str:

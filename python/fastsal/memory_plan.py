@@ -261,18 +261,18 @@ def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | No
         return _on_meta(how, names, images)
     peaks = []
     for n in (1, 2):
-        x, y = _samples(images, labels, n)
+        x, y = first_samples(images, labels, n)
         trial = replace(how, micro_batch=n)
         with trial.engine(names) as engine, LiveMemory() as live:
             engine.prepare(x, y)
             live.reset()
-            engine.run(x, y, _drop)
+            engine.run(x, y, drop)
             peaks.append(live.peak + engine.scratch_nbytes)
     trim_heap()
     return _line(*peaks)
 
 
-def _drop(name: str, rows: Tensor) -> None:
+def drop(name: str, rows: Tensor) -> None:
     """A sink that keeps nothing."""
     del name, rows
 
@@ -281,7 +281,7 @@ def _on_meta(how: Gradients, names: set[str], images: Tensor) -> PassMemory:
     """The same without computing: the tensors that autograd keeps on the meta device."""
     peaks = []
     for n in (1, 2):
-        x, _ = _samples(images, None, n)
+        x, _ = first_samples(images, None, n)
         tracked = {name: p for name, p in how.chosen.items() if name in names}
         flags = {name: p.requires_grad for name, p in how.model.named_parameters()}
         for p in how.model.parameters():
@@ -306,7 +306,8 @@ def _line(one: float, two: float) -> PassMemory:
     return PassMemory(max(0.0, one - each), each)
 
 
-def _samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
+def first_samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
+    """The first `n` samples, over again where there are fewer."""
     at = torch.arange(n) % len(images)
     return images[at], None if labels is None else labels[at]
 

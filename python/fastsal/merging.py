@@ -54,7 +54,8 @@ class _Sum(BlockFisher):
             self._count_merged(fisher, weight)
 
     def _sums_of(self, name: str) -> ParameterStatistics:
-        total = self._parameters[name].empty_like()
+        p = self._parameters[name]
+        total = ParameterStatistics.empty(p.shape, p.block_size, p.dtype)
         for fisher, weight in self._terms:
             total.merge(fisher._parameters[name], weight)
             fisher._release()

@@ -49,6 +49,11 @@ class Part:
         return tensor.reshape(-1)[self.start : self.stop]
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor `[d]` on the CPU, contiguous, as the core takes it."""
+    return tensor.detach().cpu().reshape(-1).contiguous()
+
+
 # Key to part.
 Parts = dict[str, Part]
 

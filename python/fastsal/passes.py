@@ -11,12 +11,10 @@ from torch import nn
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import GradientEngine
 from fastsal.gradients.losses import LossFunction
-from fastsal.gradients.workspace import empty_pages
 from fastsal.holdout import Pair
 from fastsal.parts import Parts
 from fastsal.progress import Report
 from fastsal.sinks import choose_sink
-from fastsal.sinks.gathering import Allocate
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,6 @@ def add_pass(
     parts: Parts,
     pairs: Iterable[Pair],
     report: Report,
-    allocate: Allocate = empty_pages,
 ) -> None:
     """Go over images once and add their gradients to the statistics of some parts.
 
@@ -78,7 +75,6 @@ def add_pass(
         parts: What gradients are formed of.
         pairs: Images and labels.
         report: Is told of samples as they are done.
-        allocate: Gives memory for rows that are gathered.
     """
     with gradients.engine(part.name for part in parts.values()) as engine:
         sink = choose_sink(
@@ -87,7 +83,6 @@ def add_pass(
             parts,
             gradients.step,
             samples=gradients.samples,
-            allocate=allocate,
         )
         total = 0
         # A micro-batch at a time, so that an error can name the sample.

@@ -24,7 +24,7 @@ from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.masks import Masks
-from fastsal.parts import slices
+from fastsal.parts import flat, slices
 
 LARGEST_GROUP = 8
 
@@ -130,8 +130,8 @@ def rank_pattern(
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
     """Statistics, weights, axes and block size, as the core takes them."""
     parameters, block_size = fisher._borrow_all(None)
-    flat = [w.detach().cpu().reshape(-1).float().contiguous().numpy() for w in weights.values()]
-    return parameters, flat, [input_axes(w.shape) for w in weights.values()], block_size
+    rows = [flat(w).float().numpy() for w in weights.values()]
+    return parameters, rows, [input_axes(w.shape) for w in weights.values()], block_size
 
 
 def input_axes(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:

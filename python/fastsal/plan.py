@@ -285,11 +285,15 @@ class Job:
         finally:
             restore(self.chosen, present)
 
-    def collect(self, source: Iterable[Pair], seed: int) -> BlockFisher:
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
         """Statistics of some images."""
         if isinstance(self.batches, Iterator):
             source = iter(source)  # so that it is known to give them once
-        return collected(self.model, source, seed=seed, **self.statistics)
+        return collected(self.model, source, **self.options(seed, quiet=quiet))
+
+    def options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
+        """Arguments of `collect` for some images."""
+        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
 
     def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
         """Return what adds the statistics of held-out images to others, in place.
@@ -297,10 +301,10 @@ class Job:
         They are collected at once, or, where memory is limited, when they are added. The model has
         the same weights then.
         """
-        options = {**self.statistics, "progress": False, "seed": seed}
         if fisher._plan is not None:
+            options = self.options(seed, quiet=True)
             return lambda: add_samples(fisher, self.model, held, **options)
-        rest = collected(self.model, held, **options)
+        rest = self.collect(held, seed, quiet=True)
         return lambda: fisher.merge(rest)
 
     def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:

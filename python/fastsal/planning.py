@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsal import _core
 from fastsal.batches import Batches
@@ -26,9 +26,8 @@ from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.file_arrays import trim_heap
 from fastsal.gradients import select_parameters
-from fastsal.memory_plan import MemoryPlan, kept_by_pruning
+from fastsal.memory_plan import MemoryPlan, drop, first_samples, kept_by_pruning
 from fastsal.parts import Part
-from fastsal.passes import in_micro_batches
 
 # Weights on which sums and eliminations are tried.
 _TRIED = 2**18
@@ -114,7 +113,7 @@ def _statistics_seconds(work: Work, samples: int) -> float:
     groups = plan.groups
     is_meta = next(iter(how.chosen.values())).device.type == "meta"
     tried = sorted({0, len(groups) - 1})
-    times = {i: _counted(work, groups[i]) if is_meta else _timed(work, groups[i]) for i in tried}
+    times = {i: _counted(work) if is_meta else _timed(work, groups[i]) for i in tried}
     steps = math.ceil(samples / how.step)
     rows = _add_seconds(work, min(how.step, samples))
     fresh = _fresh_seconds()
@@ -134,27 +133,19 @@ def _statistics_seconds(work: Work, samples: int) -> float:
 def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
     """Seconds of the probe and of a micro-batch with the gradients of some parts."""
     how = work.how
-    images, labels = next(in_micro_batches(_first(work), how.micro_batch, how.micro_batch))
+    images, labels = first_samples(*work.source.first(), how.micro_batch)
     with how.engine({part.name for part in group}) as engine:
         probe = _seconds(lambda: engine.prepare(images, labels))
-        engine.run(images, labels, _drop)
-        micro = _seconds(lambda: engine.run(images, labels, _drop))
+        engine.run(images, labels, drop)
+        micro = _seconds(lambda: engine.run(images, labels, drop))
     trim_heap()
     return probe, micro
 
 
-def _first(work: Work) -> list[tuple[Tensor, Tensor | None]]:
-    """The first batch, repeated to a micro-batch at least."""
-    images, labels = work.source.first()
-    at = torch.arange(max(len(images), work.how.micro_batch)) % len(images)
-    return [(images[at], None if labels is None else labels[at])]
-
-
-def _counted(work: Work, group: Sequence[Part]) -> tuple[float, float]:
+def _counted(work: Work) -> tuple[float, float]:
     """The same from the operations of a forward pass; a backward pass has twice as many."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    del group
     images, _ = work.source.first()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work.how.model(images[:1].to("meta"))
@@ -228,8 +219,3 @@ def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
-
-
-def _drop(name: str, rows: Tensor) -> None:
-    """A sink that keeps nothing."""
-    del name, rows

@@ -52,6 +52,21 @@ class PruneResult:
     safety: SafetyReport | None = None
 
 
+@dataclass(frozen=True)
+class Makers:
+    """What a pruning is made of; jobs of several ranks have their own.
+
+    Attributes:
+        plan: Makes a `Plan`.
+        job: Makes a `Job`.
+        checkpoint: Makes a `Checkpoint`.
+    """
+
+    plan: Callable[..., Plan] = Plan
+    job: Callable[..., Job] = Job
+    checkpoint: Callable[..., Checkpoint] = Checkpoint
+
+
 def prune(
     model: nn.Module,
     batches: Batches | None,
@@ -84,6 +99,7 @@ def prune(
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    _makers: Makers | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -147,81 +163,9 @@ def prune(
         FactorizationError: A block cannot be factored with this damping.
         FileFormatError: `checkpoint` is damaged, or of another run.
     """
-    return pruned(
-        Plan,
-        Job,
-        model,
-        batches,
-        sparsity,
-        criterion=criterion,
-        rounds=rounds,
-        compensate=compensate,
-        damping=damping,
-        samples=samples,
-        block_size=block_size,
-        scope=scope,
-        pattern=pattern,
-        floor=floor,
-        loss=loss,
-        labels=labels,
-        parameters=parameters,
-        precision=precision,
-        micro_batch=micro_batch,
-        autocast=autocast,
-        loss_scale=loss_scale,
-        memory_budget=memory_budget,
-        scratch=scratch,
-        scratch_budget=scratch_budget,
-        progress=progress,
-        seed=seed,
-        max_loss_increase=max_loss_increase,
-        max_accuracy_drop=max_accuracy_drop,
-        confidence=confidence,
-        held_out=held_out,
-        recalibrate=recalibrate,
-        checkpoint=checkpoint,
-    )
-
-
-def pruned(
-    make_plan: Callable[..., Plan],
-    make_job: Callable[..., Job],
-    model: nn.Module,
-    batches: Batches | None,
-    sparsity: float | None = None,
-    *,
-    criterion: str = "obs-greedy",
-    rounds: int = 1,
-    compensate: bool = True,
-    damping: float | str = "auto",
-    samples: int | None = None,
-    block_size: int | None = 64,
-    scope: str = "global",
-    pattern: str | None = None,
-    floor: float = 0.0,
-    loss: str | Loss = "cross-entropy",
-    labels: str = "true",
-    parameters: str | Sequence[str] | None = None,
-    precision: str = "float32",
-    micro_batch: int | None = None,
-    autocast: torch.dtype | None = None,
-    loss_scale: float | None = None,
-    memory_budget: int | str | None = None,
-    scratch: str | os.PathLike[str] | None = None,
-    scratch_budget: int | str | None = None,
-    progress: bool | Callable[[int, int | None], None] = False,
-    seed: int = 0,
-    max_loss_increase: float | None = None,
-    max_accuracy_drop: float | None = None,
-    confidence: float = 0.95,
-    held_out: Batches | None = None,
-    recalibrate: bool = False,
-    checkpoint: str | os.PathLike[str] | None = None,
-    keeper: Callable[..., Checkpoint] = Checkpoint,
-) -> PruneResult:
-    """What `prune` does, by a plan and a job that may be shared out."""
+    makers = _makers or Makers()
     entry = CRITERIA[find_criterion(criterion)]
-    plan = make_plan(
+    plan = makers.plan(
         criterion=criterion,
         needs_fisher=entry.needs_fisher or compensate,
         needs_damping=entry.needs_damping or compensate,
@@ -253,21 +197,19 @@ def pruned(
         "progress": progress,
     }
     if memory_budget is not None:
-        kept = kept_by_pruning(
-            chosen, is_auto=plan.is_auto, rounds=rounds, has_scratch=scratch is not None
-        )
         statistics |= {
             "memory_budget": memory_budget,
             "scratch": scratch,
             "scratch_budget": scratch_budget,
-            **kept,
             "joins": plan.is_auto or recalibrate,
-        }
+        } | kept_by_pruning(
+            chosen, is_auto=plan.is_auto, rounds=rounds, has_scratch=scratch is not None
+        )
     elif scratch is not None or scratch_budget is not None:
         raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
     # Only a later round that measures has weights that are not the dense ones.
     dense = copies(chosen) if labels == "features" and recalibrate and rounds > 1 else None
-    job = make_job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
+    job = makers.job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
     # Bad fractions are refused before anything is computed.
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -275,13 +217,15 @@ def pruned(
         if held_out is not None:
             raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
         check_ranking(shapes, sparsity, **plan.ranking)
-        kept_state = None
+        keeper = None
         if checkpoint is not None:
             how = {f.name: getattr(plan, f.name) for f in fields(Plan) if f.name != "shelf"}
             asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
-            kept_state = keeper(checkpoint, {**asked, "precision": precision, "labels": labels})
+            keeper = makers.checkpoint(
+                checkpoint, {**asked, "precision": precision, "labels": labels}
+            )
         goals = rising_goals(sparsity, rounds)
-        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=kept_state)
+        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
         return PruneResult(*done)
     if sparsity is not None or rounds != 1 or pattern is not None or recalibrate or checkpoint:
         raise InvalidArgument(

@@ -99,7 +99,7 @@ def prune_in_rounds(
     masks: Masks | None = None
     history: list[dict[str, Any]] = []
     scores: dict[str, Tensor] = {}
-    found, fisher = Found(), None
+    found = Found()
     with job.all_or_nothing() as original:
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.chosen, original)

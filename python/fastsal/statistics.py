@@ -38,14 +38,18 @@ def as_rows(gradients: Tensor) -> tuple[Array, str]:
 
     A contiguous CPU tensor is not copied. NumPy has no bfloat16: 16-bit types travel as uint16.
     """
-    rows = gradients.detach().cpu()
-    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    rows = flat_rows(gradients.detach().cpu())
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     name = _DTYPES[rows.dtype]
     if rows.element_size() == 2:
         rows = rows.view(torch.uint16)
     return rows.numpy(), name
+
+
+def flat_rows(rows: Tensor) -> Tensor:
+    """Rows `[n, d]` of gradients `[n, ...]`; a parameter of no axes has one weight."""
+    return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
 
 
 def is_supported(dtype: torch.dtype) -> bool:
@@ -87,10 +91,6 @@ class ParameterStatistics:
         d = math.prod(shape)
         block = d if block_size is None else min(block_size, d)
         return cls(shape, max(1, block), dtype, np.zeros(d, dtype))
-
-    def empty_like(self) -> ParameterStatistics:
-        """Return the sums of no samples of the same parameter."""
-        return type(self)(self.shape, self.block_size, self.dtype, np.zeros(self.d, self.dtype))
 
     @property
     def d(self) -> int:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from fastsal import _core
 from fastsal.atomic import atomic_path, write_text
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.file_arrays import give_back
 from fastsal.parts import Part, cut, packed_bytes, whole
 from fastsal.sizes import parse_bytes
 from fastsal.statistics import ParameterStatistics, widened
@@ -313,8 +314,7 @@ def forget(arrays: Iterable[Array]) -> None:
     """Give back the memory of mapped files that was touched; they are read again when used."""
     maps = {id(base): base for array in arrays if (base := _base(array)) is not None}
     for base in maps.values():
-        if hasattr(mmap, "MADV_DONTNEED"):
-            base.madvise(mmap.MADV_DONTNEED)
+        give_back(base)
 
 
 def _base(array: Array) -> mmap.mmap | None:

@@ -7,24 +7,13 @@ import os
 
 import pytest
 import torch
-from torch import nn
 
 import fastsal
 from fastsal.collection_work import prepare
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.sizes import parse_bytes
 
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(16 * 8 * 8, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    ).eval()
+from .small_net import net
 
 
 def images(count=48):

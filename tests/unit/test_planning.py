@@ -14,18 +14,7 @@ from fastsal.live_memory import LiveMemory
 from fastsal.memory_plan import PassMemory
 from fastsal.planning import plan_memory
 
-
-def net(device="cpu"):
-    with torch.device(device):
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(16 * 8 * 8, 128),
-            nn.ReLU(),
-            nn.Linear(128, 10),
-        ).eval()
+from .small_net import net
 
 
 def images(count=48):

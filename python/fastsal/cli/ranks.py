@@ -25,7 +25,6 @@ def joined() -> Iterator[int]:
     import torch
     import torch.distributed as dist
 
-    # Each process has its share of the machine, unless told otherwise.
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -20,6 +20,7 @@ from fastsal.holdout import Pair
 from fastsal.parts import Part, by_key, whole
 from fastsal.passes import Gradients, add_pass, in_micro_batches
 from fastsal.progress import Report
+from fastsal.statistics import flat_rows
 
 
 class StepSums:
@@ -99,7 +100,7 @@ class OwnerSink:
 
     def __call__(self, name: str, rows: Tensor) -> None:
         """Take this rank's rows `[n, *shape]` of a parameter."""
-        flat = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+        flat = flat_rows(rows)
         missing = self._most - flat.shape[0]
         for owner, part in self._owned[name]:
             piece = flat[:, part.start : part.stop]
@@ -165,7 +166,12 @@ def add_sharded_pass(
             sink.end_micro_batch()
             report(total, gradients.samples)
         sink.flush()
-    seen = ranks.every(total)
+    _check_same(ranks, total)
+
+
+def _check_same(ranks: Ranks, samples: int) -> None:
+    """Raise DataError unless all ranks were given so many."""
+    seen = ranks.every(samples)
     if len(set(seen)) > 1:
         raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")
 
@@ -206,7 +212,5 @@ def add_summed_pass(
             plain = ranks.reduce(torch.from_numpy(piece.sums), owner)
             if owner == ranks.rank:
                 fisher._parameters[part.key].add_sums(packed.numpy(), plain.numpy())
-    seen = ranks.every(total)
-    if len(set(seen)) > 1:
-        raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")
+    _check_same(ranks, total)
     fisher._count(total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import fastsal.pruning
 from fastsal.batches import Batches
 from fastsal.checkpoint import Checkpoint
 from fastsal.collection_work import Work, prepare
@@ -32,9 +33,10 @@ from fastsal.fisher import BlockFisher
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.parts import Part, by_key, slices
+from fastsal.passes import in_micro_batches
 from fastsal.plan import Job, Outcome, Plan
 from fastsal.progress import Report, reporter
-from fastsal.pruning import PruneResult, pruned
+from fastsal.pruning import Makers, PruneResult
 from fastsal.sizes import gib
 from fastsal.statistics_files import write_index
 
@@ -136,16 +138,13 @@ def prune(
     ranks = Ranks(group)
     if ranks.rank:
         options["progress"] = False
+    makers = Makers(
+        partial(ShardedPlan, ranks=ranks),
+        partial(ShardedJob, ranks=ranks, exchange=exchange),
+        partial(SharedCheckpoint, ranks=ranks),
+    )
     with whole_weights(model) as inner:
-        result = pruned(
-            partial(ShardedPlan, ranks=ranks),
-            partial(ShardedJob, ranks=ranks, exchange=exchange),
-            inner,
-            batches,
-            sparsity,
-            keeper=partial(SharedCheckpoint, ranks=ranks),
-            **options,
-        )
+        result = fastsal.pruning.prune(inner, batches, sparsity, _makers=makers, **options)
     result.history[-1]["ranks"] = {"size": ranks.size, "sent_bytes": dict(ranks.sent)}
     return result
 
@@ -238,36 +237,19 @@ class ShardedJob(Job):
     ranks: Ranks | None = None
     exchange: str = "rows"
 
-    def collect(self, source: Iterable[Pair], seed: int) -> BlockFisher:
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
         """Statistics of this rank's share of the weights."""
         assert self.ranks is not None
-        options = {**self.statistics, "exchange": self.exchange}
-        return _collected(self.ranks, self.model, source, seed=seed, **options)
-
-    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
-        """Return what adds the statistics of held-out images to others, in place."""
-        options = {**self.statistics, "progress": False, "seed": seed}
-        assert self.ranks is not None
-        rest = _collected(self.ranks, self.model, held, **options)
-        return lambda: fisher.merge(rest)
+        options = self.options(seed, quiet=quiet)
+        return _collected(self.ranks, self.model, source, exchange=self.exchange, **options)
 
     def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
         """Images to measure a model on, each rank its part of them."""
         assert self.ranks is not None
         size = max(1, sum(len(x) for x, _ in images) // self.ranks.size)
-        shares_ = [pair for i, pair in enumerate(_pieces(images, size)) if self._is_mine(i)]
-        mine = super().held_out(shares_, fisher) if shares_ else None
+        pieces = list(in_micro_batches(images, size, size))[self.ranks.rank :: self.ranks.size]
+        mine = super().held_out(pieces, fisher) if pieces else None
         return SharedMeasure(mine, self.ranks)
-
-    def _is_mine(self, number: int) -> bool:
-        assert self.ranks is not None
-        return number % self.ranks.size == self.ranks.rank
-
-
-def _pieces(images: list[Pair], size: int) -> list[Pair]:
-    from fastsal.passes import in_micro_batches
-
-    return list(in_micro_batches(images, size, size))
 
 
 @dataclass(frozen=True)

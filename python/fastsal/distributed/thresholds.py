@@ -67,7 +67,7 @@ def rank_shards(
     if scope == "global":
         floors = floor_counts(shapes, floor)
         caps = {
-            name: _find(mine, by_name[name], part_size(by_name[name]) - least, ranks, {})
+            name: _find(mine, by_name[name], by_name[name][0].size - least, ranks, {})
             for name, least in floors.items()
             if least > 0
         }
@@ -80,11 +80,6 @@ def rank_shards(
             cuts |= _shared_out(mine, by_name[name], cut, ranks, {})
     kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
     return Masks(_assembled(kept, shares, shapes, ranks), recipe)
-
-
-def part_size(parts: Sequence[Part]) -> int:
-    """Weights of the parameter that parts are of."""
-    return parts[0].size
 
 
 def _find(

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from fastsal.fisher import BlockFisher
 from fastsal.gradients.precision import row_dtype
-from fastsal.gradients.workspace import empty_pages
 from fastsal.parts import Parts
-from fastsal.sinks.gathering import Allocate, RowGatherer, step_rows
+from fastsal.sinks.gathering import RowGatherer, step_rows
 from fastsal.sinks.slicing import PartSink
 from fastsal.sinks.streaming import RowStream
 from fastsal.sinks.tiles import DeviceTiles, tile_bytes
@@ -58,7 +57,6 @@ def choose_sink(
     step: int,
     *,
     samples: int | None = None,
-    allocate: Allocate = empty_pages,
 ) -> Sink:
     """Choose by device and memory.
 
@@ -71,13 +69,12 @@ def choose_sink(
         parts: What there are statistics of.
         step: Rows that are added at a time (`step_rows`).
         samples: Samples to come in all, if known.
-        allocate: Gives memory for rows that are gathered.
     """
     device = next(iter(parameters.values())).device
     sink: Sink
     if device.type == "cpu":
         dtypes = {key: row_dtype(parameters[part.name]) for key, part in parts.items()}
-        sink = RowGatherer(fisher, dtypes, step, expected=samples, allocate=allocate)
+        sink = RowGatherer(fisher, dtypes, step, expected=samples)
     elif device.type == "cuda" and fisher.precision == "float32" and _fits(fisher, device):
         sink = DeviceTiles(fisher, device)
     else:

@@ -7,7 +7,7 @@ adds; with blocks of 64 and micro-batches of 8 that is eight times the rows them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,6 @@ _MOST_ROWS = 32
 _MOST_BYTES = 5 * 2**29
 # Of the statistics' own size.
 _SHARE = 0.75
-
-# allocate(size, dtype): flat memory for rows.
-Allocate = Callable[[int, torch.dtype], Tensor]
 
 
 def step_rows(
@@ -57,7 +54,6 @@ class RowGatherer:
         dtypes: Name to the type of its rows.
         step: Rows that are added at a time; no micro-batch may lie across two steps.
         expected: Samples to come in all, if known.
-        allocate: Gives memory for rows.
     """
 
     def __init__(
@@ -67,13 +63,11 @@ class RowGatherer:
         step: int,
         *,
         expected: int | None = None,
-        allocate: Allocate = empty_pages,
     ) -> None:
         self._fisher = fisher
         self._dtypes = dtypes
         self._step = step
         self._expected = expected
-        self._allocate = allocate
         self._held = 0
         self._buffers: dict[str, Tensor] = {}
 
@@ -88,7 +82,7 @@ class RowGatherer:
         buffer = self._buffers.get(name)
         if buffer is None:
             whole = (self._step, *shape[1:])
-            buffer = self._allocate(math.prod(whole), self._dtypes[name]).view(whole)
+            buffer = empty_pages(math.prod(whole), self._dtypes[name]).view(whole)
             self._buffers[name] = buffer
         return buffer[self._held : self._held + shape[0]]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsal.gradients.backward import Lender
 from fastsal.parts import Part, Parts
+from fastsal.statistics import flat_rows
 
 if TYPE_CHECKING:
     from fastsal.sinks import Sink
@@ -45,8 +46,8 @@ class PartSink:
             if part.is_whole:
                 self._sink(name, rows)
             else:
-                flat = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-                self._sink(part.key, flat[:, part.start : part.stop].contiguous())
+                piece = flat_rows(rows)[:, part.start : part.stop]
+                self._sink(part.key, piece.contiguous())
 
     def end_micro_batch(self, n: int) -> None:
         """All parameters have had their rows of `n` samples."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastsal.errors import NonFiniteGradient
 from fastsal.fisher import BlockFisher
+from fastsal.statistics import flat_rows
 
 
 @dataclass
@@ -64,8 +65,7 @@ class DeviceTiles:
                 torch.zeros(p.d, device=self._device),
             )
         sums = self._sums[name]
-        flat = rows.flatten(1) if rows.dim() > 1 else rows[:, None]
-        flat = flat.float()
+        flat = flat_rows(rows).float()
         chunk = flat.sum(0)
         self._finite[name] = chunk.isfinite().all()
         sums.total += chunk

@@ -41,7 +41,7 @@ fn key(score: f32) -> u32 {
 }
 
 /// The score that a key stands for.
-fn score(key: u32) -> f32 {
+pub fn score(key: u32) -> f32 {
     f32::from_bits(if key & 0x8000_0000 == 0 { !key } else { key ^ 0x8000_0000 })
 }
 
@@ -218,11 +218,6 @@ pub fn count_keys(scores: &[f32], upper: Option<u32>, below: u64) -> Result<Vec<
 /// The threshold of one array: keys below `key` go, and the first `ties` of those equal to it.
 pub fn threshold(scores: &[f32], key: u32, ties: usize) -> Threshold {
     Threshold { key, ties, equal: parallel::run(|| count_equal(scores, key)) }
-}
-
-/// The score that a key stands for.
-pub fn score_of(key: u32) -> f32 {
-    score(key)
 }
 
 struct AnyNan<'a> {

@@ -80,7 +80,7 @@ pub fn mask_below<'py>(
 /// The score that a key stands for.
 #[pyfunction]
 pub fn score_of_key(key: u32) -> f32 {
-    select::score_of(key)
+    select::score(key)
 }
 
 /// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.

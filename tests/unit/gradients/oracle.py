@@ -4,6 +4,20 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+
+class Fn(nn.Module):
+    """A function of modules."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
 
 
 def cross_entropy(outputs, labels):

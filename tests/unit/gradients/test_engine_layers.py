@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients import GradientEngine, select_parameters
 
-from .oracle import loop, randomize
+from .oracle import Fn, loop, randomize
 
 CLASSES = 3
 
@@ -30,17 +30,6 @@ class Head(nn.Module):
         # Uneven fixed weights, so that no two features share a gradient.
         ramp = torch.arange(x.shape[1] * CLASSES, dtype=x.dtype).view(x.shape[1], CLASSES)
         return torch.sin(x) @ torch.cos(ramp)
-
-
-class Fn(nn.Module):
-    def __init__(self, function, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def linear(**kw):

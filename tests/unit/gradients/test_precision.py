@@ -15,24 +15,13 @@ from fastsal.errors import InvalidArgument, NonFiniteGradient
 from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
 from fastsal.gradients.scaling import LossScale
 
-from .oracle import cross_entropy, loop, randomize
+from .oracle import Fn, cross_entropy, loop, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TYPES = [torch.bfloat16, torch.float16]
 # Of relative norms: a few roundings of activations and of gradients in each of a few layers.
 ROUNDOFFS = 12
-
-
-class Fn(nn.Module):
-    def __init__(self, function, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 def conv():

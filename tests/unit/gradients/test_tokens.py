@@ -17,6 +17,7 @@ import fastsal
 from fastsal.errors import DataError, InvalidArgument, UnsupportedLayer
 from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
 
+from . import oracle
 from .oracle import loop, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,17 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS, WIDTH, CLASSES = 7, 4, 3
 
 
-class Fn(nn.Module):
+class Fn(oracle.Fn):
     """A function of modules, then fixed uneven weights to logits."""
 
-    def __init__(self, function, **modules):
-        super().__init__()
-        for name, module in modules.items():
-            setattr(self, name, module)
-        self.function = function
-
     def forward(self, tokens):
-        x = self.function(self, tokens).flatten(1)
+        x = super().forward(tokens).flatten(1)
         ramp = torch.arange(x.shape[1] * CLASSES, dtype=x.dtype).view(x.shape[1], CLASSES)
         return torch.sin(3 * x) @ torch.cos(ramp)
 
