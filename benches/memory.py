@@ -1,7 +1,8 @@
 """Pruning within memory budgets: peak memory seen from outside, time, and the masks.
 
-Every run is a process of its own, whose resident memory this one reads from the system a hundred
-times a second between the call and its return. `python -m benches.memory --model resnet50`.
+Every run is a process of its own, or several under `torchrun`, whose resident memory this one reads
+from the system a hundred times a second between the call and its return.
+`python -m benches.memory --model resnet50 [--ranks 2]`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +28,12 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     import fastsal
+    import fastsal.distributed
 
+    prune: Any = fastsal.prune
+    if args.ranks > 1:
+        torch.distributed.init_process_group("gloo")
+        prune = fastsal.distributed.prune
     torch.manual_seed(0)
     model = timm.create_model(args.model)
     images = torch.randn(args.samples, 3, args.size, args.size)
@@ -38,12 +45,12 @@ def child(args: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if args.budget:
         more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch}
-    print("begin", flush=True)
+    say("begin")
     start = time.perf_counter()
-    result = fastsal.prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
+    result = prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
     seconds = time.perf_counter() - start
-    print("end", flush=True)
-    sys.stdin.readline()
+    say("end")
+    time.sleep(1)  # until it is seen: what follows is not of the run
     digest = hashlib.sha256()
     for mask in result.masks.values():
         digest.update(mask.numpy().tobytes())
@@ -57,7 +64,15 @@ def child(args: argparse.Namespace) -> None:
         "damping": result.history[0]["damping"],
         "plan": result.history[0].get("memory_plan"),
     }
-    print(json.dumps(told), flush=True)
+    say("told", json.dumps(told))
+    if args.ranks > 1:
+        torch.distributed.destroy_process_group()
+
+
+def say(*words: str) -> None:
+    """A line for the process that watches."""
+    line = f"@ {os.getpid()} {' '.join(words)}\n"
+    os.write(1, line.encode())  # in one piece, beside those of other ranks
 
 
 def resident(pid: int) -> int:
@@ -68,33 +83,43 @@ def resident(pid: int) -> int:
     return 0
 
 
-def watched(command: list[str]) -> dict[str, Any]:
-    """Run a child; its peak above where it began, and what it told."""
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def watched(command: list[str], ranks: int) -> dict[str, Any]:
+    """Run children; the largest peak above where one began, and what they told."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline().strip() == "begin", "the child did not begin"
-    base = resident(process.pid)
-    peak = base
-    done = threading.Event()
+    base: dict[int, int] = {}
+    peaks: dict[int, int] = {}
+    running: set[int] = set()
+    told: list[dict[str, Any]] = []
+    is_over = threading.Event()
 
     def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident(process.pid))
+        while not is_over.is_set():
+            for pid in list(running):
+                peaks[pid] = max(peaks[pid], resident(pid))
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch)
     thread.start()
-    ended = process.stdout.readline().strip()
-    done.set()
+    for line in process.stdout:
+        if not line.startswith("@ "):
+            continue
+        _, pid_text, word, *rest = line.split(maxsplit=3)
+        pid = int(pid_text)
+        if word == "begin":
+            base[pid] = peaks[pid] = resident(pid)
+            running.add(pid)
+        elif word == "end":
+            running.discard(pid)
+        else:
+            told.append(json.loads(rest[0]))
+    is_over.set()
     thread.join()
-    assert ended == "end", "the child failed"
-    process.stdin.write("\n")
-    process.stdin.flush()
-    told = json.loads(process.stdout.readline())
-    process.wait()
-    return {"base_gib": base / GIB, "added_gib": (peak - base) / GIB, **told}
+    assert process.wait() == 0, "a child failed"
+    assert len(told) == ranks
+    assert all(t["masks"] == told[0]["masks"] for t in told), "ranks differ"
+    added = max(peaks[pid] - base[pid] for pid in base)
+    return {"base_gib": max(base.values()) / GIB, "added_gib": added / GIB, **told[0]}
 
 
 def main() -> None:
@@ -106,6 +131,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--damping", default="1e-6")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--ranks", type=int, default=1, help="processes; each has the budget")
     parser.add_argument("--scratch", default=tempfile.gettempdir())
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget", type=float, default=None, help=argparse.SUPPRESS)
@@ -117,10 +143,18 @@ def main() -> None:
     print("| budget, GiB | planned | peak added, GiB | passes | time, s | masks and weights |")
     print("|---|---|---|---|---|---|")
     for budget in args.budgets:
-        command = [sys.executable, "-m", "benches.memory", "--budget", str(budget)]
-        for name in ("model", "samples", "size", "damping", "rounds", "scratch"):
+        command = [sys.executable]
+        if args.ranks > 1:
+            command += ["-m", "torch.distributed.run", f"--nproc-per-node={args.ranks}"]
+        command += ["-m", "benches.memory", "--budget", str(budget)]
+        for name in ("model", "samples", "size", "damping", "rounds", "scratch", "ranks"):
             command += [f"--{name}", str(getattr(args, name))]
-        row = {"model": args.model, "budget_gib": budget or None, **watched(command)}
+        row = {
+            "model": args.model,
+            "ranks": args.ranks,
+            "budget_gib": budget or None,
+            **watched(command, args.ranks),
+        }
         rows.append(row)
         same = {k: row[k] == rows[0][k] for k in ("masks", "weights")}
         told = ", ".join(f"{k} {'same' if v else 'differ'}" for k, v in same.items())

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.atomic import atomic_path
+from fastsal import streamed_files
 from fastsal.errors import FileFormatError
 from fastsal.masks import Masks
+from fastsal.streamed_files import Entry
 
 _FORMAT = "fastsal.round"
 
@@ -34,11 +35,10 @@ class Checkpoint:
     def save(
         self, weights: Mapping[str, Tensor], masks: Masks, history: list[dict[str, Any]]
     ) -> None:
-        """Write the state after a round."""
-        from safetensors.torch import save_file
-
-        tensors = {f"weight:{n}": p.detach().cpu().contiguous() for n, p in weights.items()}
-        tensors |= {f"mask:{n}": m.to(torch.uint8) for n, m in masks.items()}
+        """Write the state after a round, one tensor at a time."""
+        entries = [Entry.of(f"weight:{n}", p) for n, p in weights.items()]
+        entries += [Entry.of(f"mask:{n}", mask) for n, mask in masks.items()]
+        entries.sort(key=lambda entry: -entry.itemsize)
         header = {
             "format": _FORMAT,
             "asked": self._asked,
@@ -46,13 +46,14 @@ class Checkpoint:
             "history": history,
             "recipe": masks.recipe,
         }
-        with atomic_path(self._path) as temporary:
-            save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
+        streamed_files.write(self._path, header, entries)
 
     def resume(
-        self, parameters: Mapping[str, nn.Parameter], original: Mapping[str, Tensor]
+        self, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[Masks | None, list[dict[str, Any]]]:
-        """Bring parameters to the state of the file, if there is one.
+        """Bring parameters, as the run began with them, to the state of the file if there is one.
+
+        Where this fails some may be changed.
 
         Returns:
             Masks and history; None and nothing if there is no file.
@@ -62,22 +63,21 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        self._start = digest(original)
+        self._start = digest(parameters)
         if not self._path.exists():
             return None, []
         try:
             with safe_open(os.fspath(self._path), framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
                 check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
-                weights = {n: file.get_tensor(f"weight:{n}") for n in parameters}
+                with torch.no_grad():
+                    for name, p in parameters.items():
+                        p.copy_(file.get_tensor(f"weight:{name}"))
                 masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
         except FileFormatError:
             raise
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise FileFormatError(f"checkpoint: {self._path} cannot be read: {error}") from error
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(weights[name])
         return Masks(masks, header["recipe"]), header["history"]
 
     def remove(self) -> None:

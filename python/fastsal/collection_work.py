@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,15 @@ from fastsal.fisher import BlockFisher
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.losses import LossFunction
 from fastsal.holdout import Pair
-from fastsal.memory_plan import MemoryPlan, groups_within, plan_within, unlimited
-from fastsal.parts import Part, by_key
+from fastsal.memory_plan import (
+    MemoryPlan,
+    Share,
+    groups_within,
+    plan_within,
+    sums_nbytes,
+    unlimited,
+)
+from fastsal.parts import Parts, by_key, whole
 from fastsal.passes import Gradients, add_pass
 from fastsal.progress import Report, reporter
 from fastsal.sinks import step_rows
@@ -64,11 +71,12 @@ def prepare(
     kept_collecting: int = 0,
     joins: bool = False,
     is_dry: bool = False,
+    share: Share | None = None,
 ) -> Work:
     """Check what `collect` was given and plan it.
 
-    `kept` and `kept_collecting` are as for `plan_within`; `joins` says that `add_samples` is to
-    follow, `is_dry` that the work is not to be done.
+    `kept`, `kept_collecting` and `share` are as for `plan_within`; `joins` says that `add_samples`
+    is to follow, `is_dry` that the work is not to be done.
     """
     check_samples(samples)
     if micro_batch is not None and micro_batch < 1:
@@ -88,7 +96,7 @@ def prepare(
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
             raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
-        return Work(how, unlimited(how, fisher), fisher, source)
+        return Work(how, unlimited(how, fisher, share), fisher, source)
     plan = plan_within(
         parse_bytes(memory_budget),
         how,
@@ -103,6 +111,7 @@ def prepare(
         joins=joins,
         repeats=source.repeats,
         is_dry=is_dry,
+        share=share,
     )
     fisher._view_bytes = plan.view
     fisher._plan = plan
@@ -136,6 +145,16 @@ def add_samples(
     The sums are those of `fisher.merge(collect(...))`; they are made in groups, in the memory that
     the statistics leave.
     """
+    work, plan = joining(fisher, model, batches, **options)
+    groups = list(map(by_key, groups_within(plan.spare, work.how, fisher)))
+    with reporter(progress, "statistics") as report:
+        add_in_groups(work, groups, report)
+
+
+def joining(
+    fisher: BlockFisher, model: nn.Module, batches: list[Pair], **options: Any
+) -> tuple[Work, MemoryPlan]:
+    """What `add_samples` is to do, and the plan by which the statistics were collected."""
     plan = fisher._plan
     if plan is None or plan.budget is None:
         raise InvalidArgument("fisher: was collected without a budget")  # a defect of ours
@@ -143,9 +162,7 @@ def add_samples(
     work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
     samples = sum(len(images) for images, _ in batches)
     how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)
-    groups = groups_within(plan.spare, how, fisher)
-    with reporter(progress, "statistics") as report:
-        add_in_groups(replace(work, how=how, fisher=fisher), groups, report)
+    return replace(work, how=how, fisher=fisher), plan
 
 
 def run(work: Work, report: Report) -> None:
@@ -154,37 +171,54 @@ def run(work: Work, report: Report) -> None:
     if plan.place == "memory":
         add_pass(work.how, fisher, by_key(plan.groups[0]), work.source(), report)
         return
-    room = plan.disk + 128 * len(fisher.names)  # arrays begin at multiples of 64 bytes
+    move_to_scratch(work)
+    add_in_groups(work, list(map(by_key, plan.groups)), report)
+
+
+def move_to_scratch(work: Work) -> None:
+    """Keep the statistics, of no samples yet, in a file of the scratch folder."""
+    fisher, plan = work.fisher, work.plan
+    nbytes = sum(sums_nbytes(fisher, part, work.how.samples) for part in whole(fisher.shapes))
+    room = nbytes + 128 * len(fisher.names)  # arrays begin at multiples of 64 bytes
     fisher._move_to(FileArrays(plan.scratch or ".", room), work.how.samples)
-    add_in_groups(work, plan.groups, report)
 
 
-def add_in_groups(work: Work, groups: Sequence[Sequence[Part]], report: Report) -> None:
-    """Go over the images once for each group of parts, and add its statistics to those there."""
+# add(fisher, number, pairs, report): add the statistics of the parts of a group.
+GroupPass = Callable[[BlockFisher, int, Iterable[Pair], Report], None]
+
+
+def add_in_groups(
+    work: Work, groups: Sequence[Parts], report: Report, add: GroupPass | None = None
+) -> None:
+    """Go over the images once for each group of parts, and add its statistics to those there.
+
+    Args:
+        work: What is done; its statistics are added to.
+        groups: Parts of them, by their keys.
+        report: Is told of samples as they are done.
+        add: A pass; None runs it here.
+    """
+
+    def alone(some: BlockFisher, number: int, pairs: Iterable[Pair], report: Report) -> None:
+        add_pass(work.how, some, groups[number], pairs, report)
+
     fisher = work.fisher
     counted: BlockFisher | None = None
     total = None if work.how.samples is None else work.how.samples * len(groups)
-    for number, group in enumerate(groups):
-        parts = by_key(group)
-        some = BlockFisher(
-            {
-                key: fisher.shapes[part.name] if part.is_whole else (len(part),)
-                for key, part in parts.items()
-            },
-            block_size=fisher.block_size,
-            precision=fisher.precision,
-        )
+    for number, parts in enumerate(groups):
+        some = fisher._empty(parts)
         before = 0 if counted is None else counted._rows_seen * number
 
         def so_far(done: int, _: int | None, before: int = before) -> None:
             report(before + done, total)
 
-        add_pass(work.how, some, parts, work.source(), so_far)
+        (add or alone)(some, number, work.source(), so_far)
         if counted is not None and counted._rows_seen != some._rows_seen:
             raise DataError(
                 f"batches: gave {counted._rows_seen} samples, and {some._rows_seen} when they were "
                 "iterated again; within memory_budget takes what gives the same images every time"
             )
+        trim_heap()
         fisher._merge_parts(some, parts)
         some._parameters.clear()  # the sums; counts are compared with those of the next group
         counted = some

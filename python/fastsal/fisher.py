@@ -29,7 +29,7 @@ from fastsal.errors import (
     UnknownParameter,
 )
 from fastsal.file_arrays import FileArrays
-from fastsal.parts import Part, Parts, by_key, cut, flat, packed_bytes, whole
+from fastsal.parts import Part, Parts, by_key, cut, flat, packed_bytes, shapes_of, whole
 from fastsal.statistics import ParameterStatistics, as_rows, is_supported, widened
 
 if TYPE_CHECKING:
@@ -426,6 +426,18 @@ class BlockFisher:
             yield self._view(parts), by_key(parts)
             self._release()
 
+    def _empty(self, parts: Parts) -> BlockFisher:
+        """Statistics of parts, of no samples yet and in memory."""
+        fresh = copy.copy(self)
+        fresh._samples, fresh._rows_seen, fresh._steps = 0.0, 0, 0
+        fresh._arrays, fresh._plan, fresh._mapped = None, None, []
+        dtype = np.dtype(self._precision)
+        fresh._parameters = {
+            key: ParameterStatistics.empty(shape, self._block_size, dtype)
+            for key, shape in shapes_of(parts, self.shapes).items()
+        }
+        return fresh
+
     def _view(self, parts: Sequence[Part]) -> BlockFisher:
         view = copy.copy(self)
         view._parameters = {
@@ -461,7 +473,8 @@ class BlockFisher:
     def _merge_parts(self, other: BlockFisher, parts: Parts) -> None:
         """Add the sums of parts, by their keys; `_count_of` follows when all have been added."""
         for key, part in parts.items():
-            self._parameters[part.name].merge_part(other._parameters[key], part.start, part.stop)
+            given = other._parameters[key]
+            self._parameters[part.name].merge_part(given, part.start, part.stop, self._release)
             self._release()
 
     def _count_of(self, other: BlockFisher) -> None:

@@ -10,18 +10,17 @@ Axes: d weights, B weights of a block, n samples of a micro-batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import check_folder, trim_heap
+from fastsal.file_arrays import check_folder
 from fastsal.fisher import VIEW_BYTES, BlockFisher
 from fastsal.gradients.precision import row_dtype
-from fastsal.live_memory import LiveMemory
-from fastsal.parts import Part, cut, packed_bytes, whole
+from fastsal.parts import Part, Unit, blocks, cut, packed_bytes, whole
+from fastsal.pass_memory import OVERHEAD_BYTES, PassMemory, measure
 from fastsal.passes import Gradients
 from fastsal.sizes import gib
 
@@ -34,28 +33,52 @@ _ACTIVATIONS = 0.4
 # A larger share is taken before micro-batches are so small that kernels change with them, and with
 # the kernels the last bits of gradients.
 _SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.6
-# What a process takes beside the tensors of a pass: buffers inside of kernels, free lists.
-_OVERHEAD, _OVERHEAD_BYTES = 1.1, 80 * 2**20
-
 # Of what is left for statistics, what they may take where more samples are to join.
 _JOINED = 0.85
+# Rows of a part from all ranks, at most, on their way to its sums, and how often they are there.
+_IN_FLIGHT, _COPIES = 2**27, 3
 
 
 @dataclass(frozen=True)
-class PassMemory:
-    """What one forward and backward pass takes, besides the statistics.
+class Share:
+    """What one of several processes takes of the statistics.
 
     Attributes:
-        fixed: Bytes whatever the samples.
-        sample: Bytes a sample.
+        ranks: Number of processes, which share sums out.
+        sums_first: Whether each sums whole groups over its own samples before they are shared out.
+        unit: What of a parameter stays together; None is a block.
+        agree: What all processes plan with, from what each has measured.
     """
 
-    fixed: float
-    sample: float
+    ranks: int = 1
+    sums_first: bool = False
+    unit: Unit | None = None
+    agree: Callable[[PassMemory], PassMemory] = lambda memory: memory
 
-    def of(self, n: int) -> int:
-        """Bytes of the process for `n` samples; the probe always takes two."""
-        return round(_OVERHEAD * (self.fixed + self.sample * max(n, 2)) + _OVERHEAD_BYTES)
+    def of(self, nbytes: int, part: Part, block_size: int | None) -> int:
+        """Bytes that a process has of those of a part, which is shared out in units."""
+        unit = (self.unit or blocks(block_size))(part)
+        least = -(-nbytes * min(unit, len(part)) // len(part))
+        return max(-(-nbytes // self.ranks), least)
+
+    def rows(self, micro_batch: int) -> int:
+        """Rows of all processes at a time."""
+        return micro_batch * self.ranks
+
+    def longest(self, micro_batch: int, block_size: int | None, budget: int | None) -> int | None:
+        """Weights of what is sent at a time, at most; None for one process, which sends nothing."""
+        if self.ranks == 1:
+            return None
+        packed = ((block_size or 64) + 1) // 2 + 1
+        return max(1, _in_flight(budget) // (4 * max(self.rows(micro_batch), packed)))
+
+    def sent(self, budget: int | None) -> int:
+        """Bytes for what is on its way."""
+        return 0 if self.ranks == 1 else _COPIES * _in_flight(budget)
+
+
+def _in_flight(budget: int | None) -> int:
+    return _IN_FLIGHT if budget is None else min(_IN_FLIGHT, budget // 32)
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,8 @@ class MemoryPlan:
         view: Bytes of sums that are worked on at a time.
         spare: Bytes that are left for the sums of samples that join later.
         scratch: The scratch folder, if one is used.
+        ranks: Processes that share the work out; all else is of one of them.
+        sent: What one sends to the others to bytes; empty where it is not planned for several.
         seconds: Name of a step to its estimated time; empty without calibration.
     """
 
@@ -95,6 +120,8 @@ class MemoryPlan:
     view: int
     spare: int = 0
     scratch: str | None = None
+    ranks: int = 1
+    sent: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -130,26 +157,31 @@ class MemoryPlan:
             "activations": self.activations,
             "kept": self.kept,
             "kept_collecting": self.kept_collecting,
+            "ranks": self.ranks,
+            "sent_bytes": self.sent,
             "seconds": self.seconds,
         }
 
 
-def unlimited(how: Gradients, fisher: BlockFisher) -> MemoryPlan:
+def unlimited(how: Gradients, fisher: BlockFisher, share: Share | None = None) -> MemoryPlan:
     """The plan without a budget: everything in memory, in one pass; nothing is measured."""
     parts = whole(fisher.shapes)
+    costs = _Costs(how, fisher, how.micro_batch, share or Share())
+    statistics = sum(map(costs.kept, parts)) if share else fisher.final_nbytes
     return MemoryPlan(
         budget=None,
         micro_batch=how.micro_batch,
         step=how.step,
         groups=[parts],
         place="memory",
-        statistics=fisher.final_nbytes,
-        group=fisher.final_nbytes,
-        rows=_rows(how, how.micro_batch, parts),
+        statistics=statistics,
+        group=statistics,
+        rows=sum(map(costs.rows, parts)),
         activations=0,
         kept=0,
         kept_collecting=0,
         view=VIEW_BYTES,
+        ranks=costs.share.ranks,
     )
 
 
@@ -167,6 +199,7 @@ def plan_within(
     joins: bool = False,
     repeats: bool = True,
     is_dry: bool = False,
+    share: Share | None = None,
 ) -> MemoryPlan:
     """Plan statistics within a budget; passes of one and two samples are run for it.
 
@@ -183,28 +216,32 @@ def plan_within(
         joins: Whether more samples join later, for whose sums there must be room.
         repeats: Whether the images can be gone over several times.
         is_dry: Whether only a plan is wanted: the scratch folder need not be there.
+        share: What this process takes of them; None is everything.
 
     Raises:
         InvalidArgument: The budget is too small, or needs a scratch folder, or more room in it.
     """
+    sharing = share or Share()
     total = round(_PLANNED * budget)
-    planned = total - kept_collecting
+    planned = total - kept_collecting - sharing.sent(budget)
     view = min(VIEW_BYTES, budget // 16)
-    trial = _group(how, fisher, how.micro_batch, max(planned // 2, 2**20)) or [whole(fisher.shapes)]
-    memory = measure(how, {part.name for part in trial[0]}, images, labels)
+    costs = _Costs(how, fisher, how.micro_batch, sharing)
+    trial = costs.groups(max(planned // 2, 2**20)) or [whole(fisher.shapes)]
+    memory = sharing.agree(measure(how, {part.name for part in trial[0]}, images, labels))
     size = _micro_batch(memory, how.micro_batch, planned)
-    activations = memory.of(size)
-    room = planned - activations
-    share = _JOINED if joins else 1.0
+    costs = replace(costs, micro_batch=size)
+    activations = memory.of(size) + sharing.sent(budget)
+    room = total - kept_collecting - activations
+    joined = _JOINED if joins else 1.0
     # In memory the sums are still there when weights are scored.
-    inside = round(share * min(room, total - kept - _VIEWS * view))
-    groups = _group(how, fisher, size, inside) if inside > 0 else None
+    inside = round(joined * min(room, total - kept - _VIEWS * view))
+    groups = costs.groups(inside) if inside > 0 else None
     stays = groups is not None and len(groups) == 1
     if not stays:
-        groups = _group(how, fisher, size, round(share * room)) if room > 0 else None
+        groups = costs.groups(round(joined * room)) if room > 0 else None
     fits = kept + _VIEWS * view <= total
     if groups is None or not fits:
-        block = _cost(how, fisher, size, _first_block(fisher))
+        block = costs.of(costs.first_unit())
         least = max(kept_collecting + activations + block, kept + _VIEWS * view) / _PLANNED
         raise InvalidArgument(
             f"memory_budget: got {gib(budget)}; takes at least {gib(least)}: {gib(activations)} "
@@ -216,13 +253,14 @@ def plan_within(
         step=how.step,
         groups=groups,
         place="memory" if stays else "file",
-        statistics=_sums(how, fisher, whole(fisher.shapes)),
-        group=max(_sums(how, fisher, group) for group in groups),
-        rows=max(_rows(how, size, group) for group in groups),
+        statistics=sum(map(costs.kept, whole(fisher.shapes))),
+        group=max(sum(map(costs.sums, group)) for group in groups),
+        rows=max(sum(map(costs.rows, group)) for group in groups),
         activations=activations,
         kept=kept,
         kept_collecting=kept_collecting,
         view=view,
+        ranks=sharing.ranks,
     )
     if plan.place == "memory":
         return replace(plan, spare=max(0, room - plan.statistics))
@@ -250,74 +288,82 @@ def plan_within(
     return replace(plan, scratch=os.fspath(scratch))
 
 
+@dataclass(frozen=True)
+class _Costs:
+    """What statistics of parts cost a process, in bytes.
+
+    Attributes:
+        how: How gradients are formed.
+        fisher: Empty statistics of the model.
+        micro_batch: Samples of a pass.
+        share: What the process takes of them.
+    """
+
+    how: Gradients
+    fisher: BlockFisher
+    micro_batch: int
+    share: Share
+
+    def groups(self, room: int) -> list[list[Part]] | None:
+        """The model in as few groups as fit a room each; None if a unit does not."""
+        size = self.fisher.block_size
+        return cut(self.fisher.shapes, size, self.of, room, unit=self.share.unit)
+
+    def of(self, part: Part) -> int:
+        """Sums and gathered rows."""
+        return self.sums(part) + self.rows(part)
+
+    def sums(self, part: Part) -> int:
+        """Sums while they are collected."""
+        first = sums_nbytes(self.fisher, part, self.how.samples) if self.share.sums_first else 0
+        return self.kept(part) + first
+
+    def kept(self, part: Part) -> int:
+        """Sums that stay."""
+        nbytes = sums_nbytes(self.fisher, part, self.how.samples)
+        return self.share.of(nbytes, part, self.fisher.block_size)
+
+    def rows(self, part: Part) -> int:
+        """Rows that wait to be added."""
+        if self.share.sums_first or self.share.ranks == 1:
+            return 0 if self.micro_batch >= self.how.step else rows_nbytes(self.how, part)
+        if self.share.rows(self.micro_batch) % self.how.step == 0:
+            return 0
+        return self.share.of(rows_nbytes(self.how, part), part, self.fisher.block_size)
+
+    def first_unit(self) -> Part:
+        """The largest unit there is."""
+        unit = self.share.unit or blocks(self.fisher.block_size)
+        part = max(whole(self.fisher.shapes), key=unit)
+        return Part(part.name, 0, unit(part), part.size)
+
+
+def sums_nbytes(fisher: BlockFisher, part: Part, samples: int | None) -> int:
+    """Bytes of the statistics of a part while they are collected."""
+    size = fisher._itemsize
+    limit = (min(fisher.block_size or part.size, part.size) + 1) // 2
+    if samples is not None and samples <= limit:
+        return size * len(part) * (samples + 1)  # the gradients themselves are kept
+    return packed_bytes(part, fisher.block_size, size)
+
+
+def rows_nbytes(how: Gradients, part: Part) -> int:
+    """Bytes of the rows of a part that are gathered for a step."""
+    return how.step * len(part) * row_dtype(how.chosen[part.name]).itemsize
+
+
 def groups_within(room: int, how: Gradients, fisher: BlockFisher) -> list[list[Part]]:
     """Groups of parts whose sums and rows fit a memory; single parameters where nothing does."""
-    return _group(how, fisher, how.micro_batch, room) or [[p] for p in whole(fisher.shapes)]
-
-
-def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | None) -> PassMemory:
-    """What passes with the gradients of some parameters take, from those of one and two samples."""
-    if how.chosen and next(iter(how.chosen.values())).device.type == "meta":
-        return _on_meta(how, names, images)
-    peaks = []
-    for n in (1, 2):
-        x, y = first_samples(images, labels, n)
-        trial = replace(how, micro_batch=n)
-        with trial.engine(names) as engine, LiveMemory() as live:
-            engine.prepare(x, y)
-            live.reset()
-            engine.run(x, y, drop)
-            peaks.append(live.peak + engine.scratch_nbytes)
-    trim_heap()
-    return _line(*peaks)
-
-
-def drop(name: str, rows: Tensor) -> None:
-    """A sink that keeps nothing."""
-    del name, rows
-
-
-def _on_meta(how: Gradients, names: set[str], images: Tensor) -> PassMemory:
-    """The same without computing: the tensors that autograd keeps on the meta device."""
-    peaks = []
-    for n in (1, 2):
-        x, _ = first_samples(images, None, n)
-        tracked = {name: p for name, p in how.chosen.items() if name in names}
-        flags = {name: p.requires_grad for name, p in how.model.named_parameters()}
-        for p in how.model.parameters():
-            p.requires_grad_(False)
-        try:
-            for p in tracked.values():
-                p.requires_grad_(True)
-            with LiveMemory() as live:
-                outputs = how.model(x.to("meta"))
-                torch.autograd.grad(outputs.float().sum(), list(tracked.values()))
-                peaks.append(live.peak)
-        finally:
-            for name, p in how.model.named_parameters():
-                p.requires_grad_(flags[name])
-    largest = max(p.numel() * row_dtype(p).itemsize for p in how.chosen.values())
-    line = _line(*peaks)
-    return replace(line, sample=line.sample + largest)
-
-
-def _line(one: float, two: float) -> PassMemory:
-    each = max(0.0, two - one)
-    return PassMemory(max(0.0, one - each), each)
-
-
-def first_samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-    """The first `n` samples, over again where there are fewer."""
-    at = torch.arange(n) % len(images)
-    return images[at], None if labels is None else labels[at]
+    found = _Costs(how, fisher, how.micro_batch, Share()).groups(room)
+    return found or [[part] for part in whole(fisher.shapes)]
 
 
 def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:
     """The largest of `most`, its half, ..., whose tensors take a share of what is planned."""
     size = most
-    usable = planned - _OVERHEAD_BYTES
+    usable = planned - OVERHEAD_BYTES
     while size > 2:  # the probe takes two samples anyway
-        tensors = memory.of(size) - _OVERHEAD_BYTES
+        tensors = memory.of(size) - OVERHEAD_BYTES
         share = _ACTIVATIONS_OF_SMALL if size <= _SMALL else _ACTIVATIONS
         if tensors <= share * usable:
             break
@@ -325,64 +371,38 @@ def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:
     return size
 
 
-def _group(
-    how: Gradients, fisher: BlockFisher, micro_batch: int, room: int
-) -> list[list[Part]] | None:
-    return cut(fisher.shapes, fisher.block_size, lambda p: _cost(how, fisher, micro_batch, p), room)
-
-
-def _cost(how: Gradients, fisher: BlockFisher, micro_batch: int, part: Part) -> int:
-    return _sums(how, fisher, [part]) + _rows(how, micro_batch, [part])
-
-
-def _sums(how: Gradients, fisher: BlockFisher, parts: list[Part]) -> int:
-    """Bytes of the statistics of parts while they are collected."""
-    size = fisher._itemsize
-    total = 0
-    for part in parts:
-        limit = (min(fisher.block_size or part.size, part.size) + 1) // 2
-        if how.samples is not None and how.samples <= limit:
-            total += size * len(part) * (how.samples + 1)  # the gradients themselves are kept
-        else:
-            total += packed_bytes(part, fisher.block_size, size)
-    return total
-
-
-def _rows(how: Gradients, micro_batch: int, parts: list[Part]) -> int:
-    """Bytes of the rows that are gathered for a step."""
-    if micro_batch >= how.step:
-        return 0
-    sizes = {part.name: row_dtype(how.chosen[part.name]).itemsize for part in parts}
-    return how.step * sum(len(part) * sizes[part.name] for part in parts)
-
-
-def _first_block(fisher: BlockFisher) -> Part:
-    part = max(whole(fisher.shapes), key=lambda p: min(fisher.block_size or p.size, p.size))
-    return Part(part.name, 0, min(fisher.block_size or part.size, part.size), part.size)
-
-
 def _and_kept(kept: int) -> str:
     return f", {gib(kept)} for scores, masks and copies of weights" if kept else ""
 
 
 def kept_by_pruning(
-    chosen: Mapping[str, nn.Parameter], *, is_auto: bool, rounds: int, has_scratch: bool
+    chosen: Mapping[str, nn.Parameter],
+    *,
+    is_auto: bool,
+    rounds: int,
+    has_scratch: bool,
+    needs_fisher: bool = True,
+    ranks: int = 1,
+    gathered: int = 0,
 ) -> dict[str, int]:
     """Bytes that pruning keeps beside statistics, as `plan_within` takes them.
 
     Scores and two masks; weights to go back to and those that compensation finds, and the best try
     where a damping is chosen. With a scratch folder copies of weights and of scores lie there.
-    While sums are made there are the masks of the round before, or of the best try.
+    While sums are made there are the masks of the round before, or of the best try. Several `ranks`
+    share out what is scored by statistics and moved; `gathered` is the memory of weights that lie
+    on other processes else.
     """
     weights = sum(p.numel() for p in chosen.values())
     copies = sum(p.numel() * p.element_size() for p in chosen.values())
-    kept, collecting = weights * (4 + 1 + 1), 0
+    own = -(-weights // ranks)
+    kept, collecting = 4 * (own if needs_fisher else weights) + 2 * weights, 0
     if is_auto:
         kept += weights
     if is_auto or rounds > 1:
         collecting += 2 * weights
     if not has_scratch:
-        tries = 2 * copies + 4 * weights if is_auto else 0
-        kept += copies + 4 * weights + tries
+        tries = 2 * copies + 4 * own if is_auto else 0
+        kept += copies + 4 * own + tries
         collecting += copies + tries
-    return {"kept": kept, "kept_collecting": collecting}
+    return {"kept": kept + gathered, "kept_collecting": collecting + gathered}

@@ -63,6 +63,13 @@ def by_key(parts: Sequence[Part]) -> Parts:
     return {part.key: part for part in parts}
 
 
+def shapes_of(parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Key to shape, from those of parameters; what is not whole is flat."""
+    return {
+        key: shapes[part.name] if part.is_whole else (len(part),) for key, part in parts.items()
+    }
+
+
 def slices(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     """Key to its slice `[stop - start]`, of tensors by their parameters' names.
 
@@ -75,8 +82,27 @@ def slices(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
     }
 
 
-# nbytes(part): memory that a part costs.
+# cost(part): memory of a part, in bytes.
 Cost = Callable[[Part], int]
+
+# unit(part): weights of its parameter that stay together, a multiple of the block.
+Unit = Callable[[Part], int]
+
+
+def blocks(block_size: int | None) -> Unit:
+    """Parameters may be cut between any two blocks."""
+    return lambda part: min(block_size or part.size, part.size)
+
+
+def rows(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Unit:
+    """Parameters may be cut between blocks where a row of axis 0 ends: groups of patterns stay."""
+
+    def unit(part: Part) -> int:
+        shape = shapes[part.name]
+        row = math.prod(shape[1:]) if len(shape) > 1 else part.size
+        return min(part.size, math.lcm(row, min(block_size or part.size, part.size)))
+
+    return unit
 
 
 def whole(shapes: Mapping[str, Sequence[int]]) -> list[Part]:
@@ -91,7 +117,12 @@ def packed_bytes(part: Part, block_size: int | None, itemsize: int) -> int:
 
 
 def cut(
-    shapes: Mapping[str, Sequence[int]], block_size: int | None, cost: Cost, room: int
+    shapes: Mapping[str, Sequence[int]],
+    block_size: int | None,
+    cost: Cost,
+    room: int,
+    *,
+    unit: Unit | None = None,
 ) -> list[list[Part]] | None:
     """Cut a model into as few groups as fit a memory each, and even ones.
 
@@ -102,18 +133,20 @@ def cut(
         block_size: Weights of a block; None does not cut parameters.
         cost: Memory of a part, which grows with its length.
         room: Memory of a group.
+        unit: What stays together; None is a block.
 
     Returns:
-        Groups of parts in the order of the parameters; None where not even a block fits.
+        Groups of parts in the order of the parameters; None where not even a unit fits.
     """
-    groups = _fill(shapes, block_size, cost, room)
+    unit = unit or blocks(block_size)
+    groups = _fill(shapes, unit, cost, room)
     if groups is None:
         return None
     # The least room with which there are as many groups makes them even.
     low, high, best = 0, room, groups
     while high - low > max(1, room // 64):
         middle = (low + high) // 2
-        found = _fill(shapes, block_size, cost, middle)
+        found = _fill(shapes, unit, cost, middle)
         if found is None or len(found) > len(groups):
             low = middle
         else:
@@ -122,12 +155,12 @@ def cut(
 
 
 def _fill(
-    shapes: Mapping[str, Sequence[int]], block_size: int | None, cost: Cost, room: int
+    shapes: Mapping[str, Sequence[int]], unit: Unit, cost: Cost, room: int
 ) -> list[list[Part]] | None:
     groups: list[list[Part]] = [[]]
     left = room
     for whole_part in whole(shapes):
-        pieces = _pieces(whole_part, block_size, cost, room)
+        pieces = _pieces(whole_part, unit(whole_part), cost, room)
         if pieces is None:
             return None
         for part in pieces:
@@ -140,21 +173,30 @@ def _fill(
     return groups
 
 
-def _pieces(part: Part, block_size: int | None, cost: Cost, room: int) -> list[Part] | None:
-    """Cut a parameter into even parts that fit; None if a block does not."""
+def _pieces(part: Part, unit: int, cost: Cost, room: int) -> list[Part] | None:
+    """Cut a parameter into even parts that fit; None if a unit does not."""
     if cost(part) <= room:
         return [part]
-    block = min(block_size or part.size, part.size)
-    if cost(Part(part.name, 0, block, part.size)) > room:
+    if cost(Part(part.name, 0, unit, part.size)) > room:
         return None
-    blocks = -(-part.size // block)
     count = -(-cost(part) // room)
-    while True:
-        each = -(-blocks // count) * block
-        if cost(Part(part.name, 0, min(each, part.size), part.size)) <= room:
-            break
+    # But for a rest of less than a unit, which the last one has too.
+    while cost(Part(part.name, 0, _length(part, count, unit), part.size)) > room:
         count += 1
-    # A rest of less than a block, with sums of its own kind, goes with the part before it.
-    starts = range(0, max(part.size - block + 1, 1), each)
-    stops = [*starts[1:], part.size]
+    return evenly(part, count, unit)
+
+
+def evenly(part: Part, count: int, unit: int) -> list[Part]:
+    """Cut a part into so many or fewer of equal length, between units.
+
+    A rest of less than a unit, which may have sums of its own kind, goes with the part before it.
+    """
+    each = _length(part, count, unit)
+    starts = range(part.start, max(part.stop - unit + 1, part.start + 1), each)
+    stops = [*starts[1:], part.stop]
     return [Part(part.name, a, b, part.size) for a, b in zip(starts, stops, strict=True)]
+
+
+def _length(part: Part, count: int, unit: int) -> int:
+    """Of each of so many pieces of a part, in whole units."""
+    return -(-len(part) // (count * unit)) * unit

@@ -101,30 +101,45 @@ def rank_pattern(
             "rank(scores, pattern=...) takes any"
         )
     owned = model_parameters(model, fisher.shapes)
-    kept: dict[str, Tensor] = {}
+    recipe = {"pattern": str(wanted), "joint": True}
     if wanted.is_whole:
-        costs = {}
-        # Groups lie along rows, so that parameters are not cut.
-        for statistics, parts in fisher._views(cuts=False):
-            given = _inputs(statistics, slices(owned, parts))
-            found = _core.group_costs(*given, wanted.m, damping)
-            for name, (values, failed) in zip(parts, found, strict=True):
-                raise_failed(name, failed, damping)
-                every = torch.from_numpy(values).reshape(owned[name].shape)
-                # Every member has the cost of its group.
-                costs[name] = reduce_groups(every, wanted.m, "first")
+        costs = joint_costs(owned, fisher, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
-        for name, p in owned.items():
-            kept[name] = expand_groups(groups[name], p.shape, wanted.m)
-        return Masks(kept, {**groups.recipe, "pattern": str(wanted), "joint": True})
+        kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
+        return Masks(kept, {**groups.recipe, **recipe})
     check_fixed(wanted, sparsity, floor)
+    return Masks(joint_choice(owned, fisher, wanted, damping), recipe)
+
+
+def joint_costs(
+    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+) -> dict[str, Tensor]:
+    """Name to the joint costs of whole groups `[outer, G, inner]`, by the statistics' names."""
+    costs = {}
+    # Groups lie along rows, so that parameters are not cut.
     for statistics, parts in fisher._views(cuts=False):
-        given = _inputs(statistics, slices(owned, parts))
-        chosen = _core.n_of_m_joint(*given, wanted.n, wanted.m, damping)
+        given = _inputs(statistics, slices(tensors, parts))
+        found = _core.group_costs(*given, pattern.m, damping)
+        for name, (values, failed) in zip(parts, found, strict=True):
+            raise_failed(name, failed, damping)
+            every = torch.from_numpy(values).reshape(tensors[name].shape)
+            # Every member has the cost of its group.
+            costs[name] = reduce_groups(every, pattern.m, "first")
+    return costs
+
+
+def joint_choice(
+    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+) -> dict[str, Tensor]:
+    """Name to the mask of N:M by joint costs, by the statistics' names."""
+    kept = {}
+    for statistics, parts in fisher._views(cuts=False):
+        given = _inputs(statistics, slices(tensors, parts))
+        chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
         for name, (mask, failed) in zip(parts, chosen, strict=True):
             raise_failed(name, failed, damping)
-            kept[name] = torch.from_numpy(mask).reshape(owned[name].shape)
-    return Masks(kept, {"pattern": str(wanted), "joint": True})
+            kept[name] = torch.from_numpy(mask).reshape(tensors[name].shape)
+    return kept
 
 
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:

@@ -18,6 +18,7 @@ from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import model_parameters
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.examination import Examination
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
@@ -28,6 +29,7 @@ from fastsal.memory_plan import MemoryPlan
 from fastsal.passes import in_micro_batches
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
+from fastsal.safety import Limit
 
 
 @dataclass(frozen=True)
@@ -138,17 +140,48 @@ class Plan:
         damping: float,
     ) -> Outcome:
         """Score, rank and prune in place."""
-        named = {} if fisher is not None else {"parameters": self.parameters}
-        scores = score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
-        if fisher is not None and self.joins_groups:
-            new = rank_pattern(model, fisher, sparsity=goal, damping=damping, **self.ranking)
-        else:
-            new = rank(scores, goal, **self.ranking)
-        increase = None
-        if self.compensate and fisher is not None:
-            increase = compensate_with(self.shelf, model, fisher, new, damping, before=masks)
+        scores = self.score(model, fisher, masks, damping)
+        new = self.rank(model, fisher, scores, goal, damping)
+        increase = self.move(model, fisher, new, damping, before=masks)
         new.apply(model)
         return Outcome(scores, new, increase)
+
+    def score(
+        self, model: nn.Module, fisher: BlockFisher | None, masks: Masks | None, damping: float
+    ) -> dict[str, Tensor]:
+        """Name to scores, by the criterion."""
+        named = {} if fisher is not None else {"parameters": self.parameters}
+        return score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
+
+    def rank(
+        self,
+        model: nn.Module,
+        fisher: BlockFisher | None,
+        scores: Mapping[str, Tensor],
+        goal: float | None,
+        damping: float,
+    ) -> Masks:
+        """Masks from scores or, for a pattern, from joint costs."""
+        if fisher is not None and self.joins_groups:
+            return rank_pattern(model, fisher, sparsity=goal, damping=damping, **self.ranking)
+        return rank(scores, goal, **self.ranking)
+
+    def move(
+        self,
+        model: nn.Module,
+        fisher: BlockFisher | None,
+        masks: Masks,
+        damping: float,
+        *,
+        before: Masks | None = None,
+    ) -> float | None:
+        """Compensate in place, where that is wanted; the predicted increase of the loss."""
+        if fisher is None or not self.compensate:
+            return None
+        owned = model_parameters(model, fisher.shapes)
+        moved, report = moves(owned, fisher, masks, damping, before=before, shelf=self.shelf)
+        restore(owned, moved, self.shelf)
+        return report.total
 
     def grid(self, fisher: BlockFisher) -> list[float]:
         """Dampings to try."""
@@ -285,13 +318,28 @@ class Job:
         finally:
             restore(self.chosen, present)
 
+    def examination(
+        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
+    ) -> Examination:
+        """The test of a limit on some images."""
+        if fisher is not None and fisher._plan is not None:
+            size = fisher._plan.micro_batch
+            images = list(in_micro_batches(images, size, size))
+        return Examination(self.model, images, limit, self.loss)
+
     def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
         """Statistics of some images."""
         if isinstance(self.batches, Iterator):
             source = iter(source)  # so that it is known to give them once
-        return collected(self.model, source, **self.options(seed, quiet=quiet))
+        return self._collected(source, self._options(seed, quiet=quiet))
 
-    def options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+        return collected(self.model, source, **options)
+
+    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+        add_samples(fisher, self.model, images, **options)
+
+    def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
         """Arguments of `collect` for some images."""
         return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
 
@@ -302,30 +350,14 @@ class Job:
         the same weights then.
         """
         if fisher._plan is not None:
-            options = self.options(seed, quiet=True)
-            return lambda: add_samples(fisher, self.model, held, **options)
+            options = self._options(seed, quiet=True)
+            return lambda: self._add(fisher, held, options)
         rest = self.collect(held, seed, quiet=True)
         return lambda: fisher.merge(rest)
 
     def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Give the weights back if anything goes wrong; yields a copy of them."""
         return all_or_nothing(self.chosen, self.plan.shelf)
-
-
-def compensate_with(
-    shelf: Shelf,
-    model: nn.Module,
-    fisher: BlockFisher,
-    masks: Masks,
-    damping: float,
-    *,
-    before: Masks | None = None,
-) -> float:
-    """Compensate in place, with the weights that it finds on a shelf; the predicted increase."""
-    owned = model_parameters(model, fisher.shapes)
-    moved, report = moves(owned, fisher, masks, damping, before=before, shelf=shelf)
-    restore(owned, moved, shelf)
-    return report.total
 
 
 @contextlib.contextmanager

@@ -24,15 +24,19 @@ from fastsal.batches import Batches
 from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
+from fastsal.errors import InvalidArgument
 from fastsal.file_arrays import trim_heap
 from fastsal.gradients import select_parameters
-from fastsal.memory_plan import MemoryPlan, drop, first_samples, kept_by_pruning
+from fastsal.memory_plan import MemoryPlan, Share, kept_by_pruning
 from fastsal.parts import Part
+from fastsal.pass_memory import drop, first_samples
 
 # Weights on which sums and eliminations are tried.
 _TRIED = 2**18
 # Bytes that are written to the scratch folder to see how fast it is.
 _WRITTEN = 2**27
+# Seconds of a trial, from which on more samples take as many times longer.
+_LONG = 0.5
 # Tries of a damping, and the step with the one that is taken.
 _DAMPINGS = 8
 
@@ -50,6 +54,7 @@ def plan_memory(
     parameters: str | Sequence[str] | None = None,
     memory_budget: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
+    ranks: int = 1,
     calibrate: bool = True,
     **options: Any,
 ) -> MemoryPlan:
@@ -68,6 +73,8 @@ def plan_memory(
         memory_budget: As for `collect`; None plans everything in memory.
         scratch: As for `collect`; it need not be there, and then its speed is that of the folder
             for temporary files.
+        ranks: Processes of a job (`fastsal.distributed`); memory is that of one, which takes this
+            machine's time for its part of the work; that of sending is not counted.
         calibrate: Whether time is estimated, by a trial of some ten seconds.
         options: Others of `collect`.
 
@@ -77,12 +84,19 @@ def plan_memory(
     Raises:
         InvalidArgument: As for `collect`, the budget that is too small among them.
     """
+    if not isinstance(ranks, int) or ranks < 1:
+        raise InvalidArgument(f"ranks: got {ranks!r}; takes 1 or more")
     chosen = select_parameters(model, parameters)
     is_auto = prunes and damping == "auto"
     entry = CRITERIA[find_criterion(criterion)]
     if memory_budget is not None and prunes:
         options |= kept_by_pruning(
-            chosen, is_auto=is_auto, rounds=rounds, has_scratch=scratch is not None
+            chosen,
+            is_auto=is_auto,
+            rounds=rounds,
+            has_scratch=scratch is not None,
+            needs_fisher=entry.needs_fisher,
+            ranks=ranks,
         )
         options["joins"] = is_auto
     work = prepare(
@@ -93,18 +107,38 @@ def plan_memory(
         memory_budget=memory_budget,
         scratch=scratch,
         is_dry=True,
+        share=Share(ranks) if ranks > 1 else None,
         **options,
     )
+    count = samples or sum(len(images) for images, _ in work.source())
+    if ranks > 1:
+        work = replace(work, plan=replace(work.plan, sent=_sent(work, count, rounds)))
     if not calibrate:
         return work.plan
-    count = samples or sum(len(images) for images, _ in work.source())
     seconds = {"statistics": rounds * _statistics_seconds(work, count)}
     if prunes:
         steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
         each = _step_seconds(work, entry.needs_damping, compensate=compensate)
-        seconds["prune"] = steps * each
+        seconds["prune"] = steps * each / ranks
     seconds["total"] = sum(seconds.values())
     return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
+
+
+def _sent(work: Work, samples: int, rounds: int) -> dict[str, int]:
+    """What a rank sends to the others, to bytes; the most that one of them sends."""
+    from fastsal.distributed.costs import costs
+
+    how = work.how
+    paper = costs(
+        {name: tuple(p.shape) for name, p in how.chosen.items()},
+        samples,
+        work.plan.ranks,
+        block_size=work.fisher.block_size,
+        micro_batch=how.micro_batch,
+        step=how.step,
+    )
+    each = {"rows": paper.rows, "weights": paper.weights, "masks": paper.masks}
+    return {what: rounds * max(nbytes) for what, nbytes in each.items()}
 
 
 def _statistics_seconds(work: Work, samples: int) -> float:
@@ -125,7 +159,8 @@ def _statistics_seconds(work: Work, samples: int) -> float:
         first, last = times[tried[0]], times[tried[-1]]
         probe, micro = ((1 - share) * a + share * b for a, b in zip(first, last, strict=True))
         weights = sum(map(len, group))
-        total += probe + samples / how.micro_batch * micro + steps * rows * weights
+        total += probe + samples / (how.micro_batch * plan.ranks) * micro
+        total += steps * rows * weights / plan.ranks
         total += fresh * (plan.statistics / len(groups) + plan.rows)
     return total + disk * plan.statistics
 
@@ -133,11 +168,17 @@ def _statistics_seconds(work: Work, samples: int) -> float:
 def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
     """Seconds of the probe and of a micro-batch with the gradients of some parts."""
     how = work.how
-    images, labels = first_samples(*work.source.first(), how.micro_batch)
+    given = work.source.first()
     with how.engine({part.name for part in group}) as engine:
-        probe = _seconds(lambda: engine.prepare(images, labels))
-        engine.run(images, labels, drop)
-        micro = _seconds(lambda: engine.run(images, labels, drop))
+        two = first_samples(*given, 2)
+        probe = _seconds(lambda: engine.prepare(*two))
+        first = _seconds(lambda: engine.run(*two, drop))
+        if first > _LONG:
+            micro = first / 2 * how.micro_batch
+        else:
+            every = first_samples(*given, how.micro_batch)
+            engine.run(*every, drop)  # the first takes longer
+            micro = _seconds(lambda: engine.run(*every, drop))
     trim_heap()
     return probe, micro
 

@@ -60,11 +60,13 @@ class Makers:
         plan: Makes a `Plan`.
         job: Makes a `Job`.
         checkpoint: Makes a `Checkpoint`.
+        kept: Says what is kept beside statistics, as `kept_by_pruning`.
     """
 
     plan: Callable[..., Plan] = Plan
     job: Callable[..., Job] = Job
     checkpoint: Callable[..., Checkpoint] = Checkpoint
+    kept: Callable[..., dict[str, int]] = kept_by_pruning
 
 
 def prune(
@@ -202,8 +204,12 @@ def prune(
             "scratch": scratch,
             "scratch_budget": scratch_budget,
             "joins": plan.is_auto or recalibrate,
-        } | kept_by_pruning(
-            chosen, is_auto=plan.is_auto, rounds=rounds, has_scratch=scratch is not None
+        } | makers.kept(
+            chosen,
+            is_auto=plan.is_auto,
+            rounds=rounds,
+            has_scratch=scratch is not None,
+            needs_fisher=entry.needs_fisher,
         )
     elif scratch is not None or scratch_budget is not None:
         raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")

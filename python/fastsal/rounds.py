@@ -100,9 +100,9 @@ def prune_in_rounds(
     history: list[dict[str, Any]] = []
     scores: dict[str, Tensor] = {}
     found = Found()
-    with job.all_or_nothing() as original:
+    with job.all_or_nothing():
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.chosen, original)
+            masks, history = checkpoint.resume(job.chosen)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = plan.is_auto and not history

@@ -2,91 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsal.batches import Batches, as_batches
-from fastsal.criteria import score
-from fastsal.damping import loss_of_guessing, outputs
-from fastsal.errors import DataError, InvalidArgument
+from fastsal.errors import InvalidArgument
+from fastsal.examination import Examination
 from fastsal.holdout import Holding, Pair, Repeated, limited
 from fastsal.masks import Masks
-from fastsal.passes import in_micro_batches
-from fastsal.plan import Job, Outcome, compensate_with, restore
-from fastsal.ranking import rank
+from fastsal.plan import Job, Outcome, restore
 from fastsal.rounds import Clock
-from fastsal.safety import (
-    GRID,
-    LOOK_AHEAD,
-    Limit,
-    SafetyReport,
-    differences,
-    is_below,
-    losses_of,
-    trusted_until,
-    upper_bound,
-)
+from fastsal.safety import GRID, LOOK_AHEAD, Limit, SafetyReport, trusted_until
 
 if TYPE_CHECKING:
     from fastsal.fisher import BlockFisher
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 # One sample in so many is kept for the test of a limit.
 _TESTED_EVERY = 4
 # Where the damping is chosen when the sparsity is not known yet.
 _TYPICAL_SPARSITY = 0.7
-
-
-class Examination:
-    """The dense model's answers on the test images, and how far a pruned one is from them."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Pair],
-        limit: Limit,
-        loss: LossFunction,
-    ) -> None:
-        self.limit = limit
-        self._loss = loss
-        self._batches: list[tuple[Tensor, Tensor]] = []
-        for images, labels in batches:
-            if labels is None:
-                raise DataError("labels: are missing; a limit is tested on labelled images")
-            self._batches.append((images, labels))
-        if not self._batches:
-            raise InvalidArgument("samples: none are left to test the limit on; takes more")
-        self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
-        self._losses = [
-            losses_of(loss, dense, labels.cpu())
-            for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
-        ]
-        self.images = sum(len(out) for out in self._dense)
-        self.cap = loss_of_guessing(self._dense[0]) if limit.kind == "loss" else None
-
-    def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Measure a pruned model."""
-        increases, rises = [], []
-        known = zip(self._batches, self._dense, self._losses, strict=True)
-        for (images, labels), dense, losses in known:
-            out, target = outputs(model, images).cpu(), labels.cpu()
-            both = losses, losses_of(self._loss, out, target)
-            values, low, high = differences(self.limit, dense, out, both, target)
-            increases.append(values)
-            rises.append((both[1] - both[0]).double())
-        each, rise = torch.cat(increases), torch.cat(rises)
-        confidence = self.limit.confidence
-        return {
-            "increase": float(each.mean()),
-            "upper": upper_bound(each.numpy(), low, high, confidence),
-            "keeps": is_below(each.numpy(), self.limit.most, low, high, confidence),
-            "loss_increase": float(rise.mean()),
-            "loss_error": float(rise.std(correction=0)) / len(rise) ** 0.5,
-        }
 
 
 def prune_safely(
@@ -119,10 +55,7 @@ def prune_safely(
         else:
             for _ in source:  # fills `tested`
                 pass
-        if fisher is not None and fisher._plan is not None:
-            size = fisher._plan.micro_batch
-            tested = list(in_micro_batches(tested, size, size))
-        examination = Examination(model, tested, limit, job.loss)
+        examination = job.examination(tested, limit, fisher)
         clock.lap("statistics")
         tuned = job.held_out(limited(held), fisher) if plan.is_auto else None
         choice, _ = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
@@ -143,15 +76,12 @@ def _search(
     """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
     plan, model = job.plan, job.model
     start = plan.shelf.put("start", job.chosen)
-    names = None if fisher is not None else list(job.chosen)
-    scores = score(model, fisher, plan.criterion, damping, parameters=names, seed=plan.seed)
+    scores = plan.score(model, fisher, None, damping)
 
     def prune_to(sparsity: float) -> tuple[Masks, float | None]:
         restore(job.chosen, start, plan.shelf)
-        masks = rank(scores, sparsity, **plan.ranking)
-        predicted = None
-        if plan.compensate and fisher is not None:
-            predicted = compensate_with(plan.shelf, model, fisher, masks, damping)
+        masks = plan.rank(model, fisher, scores, sparsity, damping)
+        predicted = plan.move(model, fisher, masks, damping)
         masks.apply(model)
         return masks, predicted
 

@@ -154,8 +154,10 @@ def is_below(values: ArrayLike, mean: float, low: float, high: float, confidence
 
 def differences(
     limit: Limit, dense: Tensor, pruned: Tensor, losses: tuple[Tensor, Tensor], labels: Tensor
-) -> tuple[Tensor, float, float]:
-    """Return what each image adds to the increase `[n]`, and the range it lies in.
+) -> Tensor:
+    """Return what each image adds to the increase `[n]`.
+
+    It lies in [-1, 1] for accuracy, and between the loss of guessing and its negative for losses.
 
     Args:
         limit: What is limited.
@@ -166,10 +168,10 @@ def differences(
     """
     if limit.kind == "accuracy":
         right = [(out.argmax(1) == labels).double() for out in (dense, pruned)]
-        return right[0] - right[1], -1.0, 1.0
+        return right[0] - right[1]
     cap = loss_of_guessing(dense)
     before, after = (values.double().clamp(max=cap) for values in losses)
-    return after - before, -cap, cap
+    return after - before
 
 
 def trusted_until(curve: list[dict[str, Any]]) -> float | None:

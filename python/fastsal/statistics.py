@@ -6,6 +6,7 @@ Axes: n samples, d weights of the parameter.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal import _core
+from fastsal.parts import Part, evenly
 
 if TYPE_CHECKING:
     from fastsal.file_arrays import FileArrays
@@ -205,16 +207,29 @@ class ParameterStatistics:
         else:
             self.packed = arrays.take((_core.packed_len(self.d, self.block_size),), self.dtype)
 
-    def merge_part(self, other: ParameterStatistics, start: int, stop: int) -> None:
-        """Add the sums of some weights, `start` a multiple of the block size."""
+    def merge_part(
+        self, other: ParameterStatistics, start: int, stop: int, release: Callable[[], None]
+    ) -> None:
+        """Add the sums of some weights, `start` a multiple of the block size; in small pieces.
+
+        `release` is called after each: it gives back the memory of sums in a file.
+        """
         if self.awaits_rows:
             self.sums[start:stop] = other.sums
-            self.rows[0][:, start:stop] = other.gradients()
-        elif stop - start == self.d:
+            for number, row in enumerate(row for rows in other.rows for row in rows):
+                self.rows[0][number, start:stop] = row
+                release()
+            return
+        self.own()
+        if self.packed is None and stop - start == self.d:
             self.merge(other, 1.0)
-        else:
-            self.fold()
-            self.part(start, stop).merge(other, 1.0)
+            return
+        self.fold()
+        count = -(-(stop - start) * (self.block_size + 1) // (2 * _CHUNK))
+        for piece in evenly(Part("", start, stop, self.d), count, self.block_size):
+            theirs = other.part(piece.start - start, piece.stop - start)
+            self.part(piece.start, piece.stop).merge(theirs, 1.0)
+            release()
 
     def scale(self, factor: float) -> None:
         """Multiply the sums by `factor`."""

@@ -12,8 +12,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +20,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsal import _core
-from fastsal.atomic import atomic_path, write_text
+from fastsal import _core, streamed_files
+from fastsal.atomic import write_text
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.file_arrays import give_back
 from fastsal.parts import Part, cut, packed_bytes, whole
 from fastsal.sizes import parse_bytes
 from fastsal.statistics import ParameterStatistics, widened
+from fastsal.streamed_files import Entry
 
 if TYPE_CHECKING:
     from fastsal.fisher import BlockFisher
@@ -40,36 +40,8 @@ _CODES = {np.dtype("float32"): "F32", np.dtype("float64"): "F64", np.dtype("uint
 # Bytes that are read, rounded and written at a time.
 _PIECE = 2**25
 _BFLOAT16_ERROR = 2.0**-9
-_NO_DIGEST = "0" * 64
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An array that is to be written.
-
-    Attributes:
-        key: Its name in the file.
-        code: Type, as safetensors has it.
-        shape: Of the array.
-        pieces: Gives its elements in order, in flat arrays.
-    """
-
-    key: str
-    code: str
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterator[Array]]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return {"F32": 4, "F64": 8, "BF16": 2}[self.code]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
 
 def write(
@@ -187,33 +159,7 @@ def _entry(key: str, array: Array, dtype: str | None, fisher: BlockFisher) -> En
 def _write_file(
     path: str | os.PathLike[str], header: Mapping[str, Any], entries: Sequence[Entry]
 ) -> None:
-    digest = _begun(header)
-    start = 0
-    tensors: dict[str, Any] = {
-        "__metadata__": {"fastsal": json.dumps({**header, "digest": _NO_DIGEST})}
-    }
-    for entry in entries:
-        stop = start + entry.nbytes
-        tensors[entry.key] = {
-            "dtype": entry.code,
-            "shape": list(entry.shape),
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(tensors).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for entry in entries:
-            digest.update(f"{entry.key}\0{_DTYPES[entry.code]}\0".encode())
-            for piece in entry.pieces():
-                data = np.ascontiguousarray(piece).view(np.uint8).data
-                digest.update(data)
-                file.write(data)
-        # The digest is known now; it is as long as what stands in its place.
-        file.seek(8)
-        file.write(text.replace(_NO_DIGEST.encode(), digest.hexdigest().encode(), 1))
+    streamed_files.write(path, header, entries, _begun(header))
 
 
 def _begun(header: Mapping[str, Any]) -> Any:

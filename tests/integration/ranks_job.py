@@ -51,7 +51,31 @@ HOW = {
     "sampled": {"damping": 1e-3, "labels": "sampled"},
     "features": {"damping": 1e-3, "labels": "features"},
     "random": {"criterion": "random", "compensate": False},
+    "2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
+    "2:4 by sums": {
+        "damping": 1e-3,
+        "criterion": "magnitude",
+        "pattern": "2:4",
+        "sparsity": None,
+    },
+    "1x4": {"damping": 1e-3, "pattern": "1x4"},
+    "1x4 by sums": {"damping": 1e-3, "criterion": "diag-fisher", "pattern": "1x4", "floor": 0.1},
+    "safe": {"damping": 1e-3, "sparsity": None, "max_loss_increase": 1.0, "confidence": 0.6},
 }
+# Statistics that do not fit: several passes, and a scratch file on every rank.
+BUDGET = {"memory_budget": "100MiB"}
+LIMITED = {
+    "budget": {"damping": 1e-3},
+    "budget auto": {"damping": "auto"},
+    "budget features": {"damping": 1e-3, "labels": "features"},
+    "budget 2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
+}
+
+
+def prune(call, model, how, **more):
+    """Prune in one of the ways."""
+    how = {"sparsity": 0.7, **how, **more}
+    return call(model, images(), how.pop("sparsity"), micro_batch=2, **how)
 
 
 def wrapped(name):
@@ -88,13 +112,17 @@ def main(folder):
     assert all(torch.equal(chosen.blocks(name), fisher.blocks(name)) for name in fisher.names)
     fastsal.distributed.save(fisher, folder / "fisher")
     told = {"nbytes": fisher.nbytes, "names": fisher.names}
-    for name, how in HOW.items():
+    budget = {**BUDGET, "scratch": folder}
+    for name, how in [*HOW.items(), *((name, how | budget) for name, how in LIMITED.items())]:
         model = wrapped(name)
-        result = fastsal.distributed.prune(model, images(), 0.7, micro_batch=2, **how)
+        result = prune(fastsal.distributed.prune, model, how)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if rank == 0 or name not in ("auto", "floor"):
             torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")
-        told[name] = result.history[-1]["ranks"]
+        told[name] = result.history[-1]["ranks"] | {
+            "plan": result.history[-1].get("memory_plan"),
+            "safe": None if result.safety is None else result.safety.as_dict(),
+        }
     # Scores with many ties, over parts: the order of positions decides.
     ranks = fastsal.distributed.Ranks()
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters() if p.dim() > 1}

@@ -90,17 +90,43 @@ def test_every_rank_holds_its_share(job):
         assert told(folder, rank)["nbytes"] == pytest.approx(whole / ranks, rel=0.1)
 
 
-@pytest.mark.parametrize("how", ranks_job.HOW)
+@pytest.mark.parametrize("how", [*ranks_job.HOW, *ranks_job.LIMITED])
 def test_masks_and_weights_are_those_of_one_process(job, how):
     ranks, folder = job
     model = ranks_job.net()
-    expected = fastsal.prune(model, ranks_job.images(), 0.7, micro_batch=2, **ranks_job.HOW[how])
+    ways = ranks_job.HOW | ranks_job.LIMITED
+    expected = ranks_job.prune(fastsal.prune, model, ways[how])
     for rank in range(1 if how in ("auto", "floor") else ranks):  # a whole state is rank 0's
         masks, state = torch.load(folder / f"{how}{rank}.pt")
         for name, mask in expected.masks.items():
             assert torch.equal(masks[name], mask), name
         for name, value in model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ranks_job.LIMITED)
+def test_a_budget_takes_passes_and_a_file_of_each_rank(job, how):
+    ranks, folder = job
+    plans = [told(folder, rank)[how]["plan"] for rank in range(ranks)]
+    assert all(plan == plans[0] for plan in plans)
+    assert plans[0]["place"] == "file"
+    assert plans[0]["passes"] > 1
+    assert plans[0]["memory"] <= 100 * 2**20
+    whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2).nbytes
+    assert plans[0]["statistics"] < 1.2 * whole / ranks
+
+
+def test_a_limit_is_tested_on_the_images_of_all_ranks(job):
+    ranks, folder = job
+    model = ranks_job.net()
+    expected = ranks_job.prune(fastsal.prune, model, ranks_job.HOW["safe"]).safety.as_dict()
+    for rank in range(ranks):
+        found = told(folder, rank)["safe"]["safe"]
+        assert found["images"] == expected["images"] == 13
+        assert found["sparsity"] == expected["sparsity"] > 0
+        for point, other in zip(found["curve"], expected["curve"], strict=True):
+            for key, value in other.items():
+                assert point[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.35])

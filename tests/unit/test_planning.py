@@ -11,7 +11,7 @@ from torch import nn
 import fastsal
 from fastsal.cli import main
 from fastsal.live_memory import LiveMemory
-from fastsal.memory_plan import PassMemory
+from fastsal.pass_memory import PassMemory
 from fastsal.planning import plan_memory
 
 from .small_net import net

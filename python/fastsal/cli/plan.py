@@ -29,6 +29,13 @@ if TYPE_CHECKING:
 @click.option(
     "--tokens", type=options.COUNT, help="Plan for sequences of so many tokens, with --meta."
 )
+@click.option(
+    "--ranks",
+    type=options.COUNT,
+    default=1,
+    show_default=True,
+    help="Plan one of so many processes under torchrun.",
+)
 @click.option("--no-time", is_flag=True, help="Do not try how long it takes.")
 @options.input_options
 @options.run_options
@@ -68,6 +75,7 @@ def plan(**given: Any) -> None:
         damping=given["damping"],
         compensate=given["compensate"],
         rounds=given["rounds"],
+        ranks=given["ranks"],
         calibrate=not given["no_time"],
         **chosen,
     )
@@ -106,6 +114,8 @@ def _table(plan: MemoryPlan) -> Any:
     table.add_column(justify="right")
     table.add_column(style="dim")
     where = "in memory" if plan.place == "memory" else "in a file of the scratch folder"
+    if plan.ranks > 1:
+        table.add_row("ranks", str(plan.ranks), "what follows is of one of them")
     table.add_row("statistics", gib(plan.statistics), where)
     how = "" if plan.passes == 1 else "each for some of the parameters"
     table.add_row("passes over the images", str(plan.passes), how)
@@ -119,11 +129,14 @@ def _table(plan: MemoryPlan) -> Any:
     else:
         table.add_row("  forward and backward", "?", "measured with --memory-budget")
     table.add_row("  scores, masks, copies", gib(plan.kept))
-    table.add_row(
-        "[bold]scratch file[/bold]", f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
-    )
+    disk = f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
+    lacks = "[yellow]give --scratch DIR[/yellow]" if plan.disk and plan.scratch is None else ""
+    table.add_row("[bold]scratch file[/bold]", disk, lacks)
+    for what, nbytes in plan.sent.items():
+        table.add_row(f"sent, {what}", gib(nbytes), f"by each of {plan.ranks} ranks")
     for name, seconds in plan.seconds.items():
-        table.add_row(f"time, {name}", _duration(seconds))
+        sends = "without sending" if plan.ranks > 1 and name == "total" else ""
+        table.add_row(f"time, {name}", _duration(seconds), sends)
     return table
 
 

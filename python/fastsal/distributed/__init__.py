@@ -7,7 +7,8 @@ Scores stay where they are made: one threshold is found from counts that are add
 with the same masks and the same weights.
 """
 
-from fastsal.distributed.pruning import collect, prune, save
+from fastsal.distributed.collecting import collect, save
+from fastsal.distributed.pruning import prune
 from fastsal.distributed.ranks import Ranks
 
 __all__ = ["Ranks", "collect", "prune", "save"]

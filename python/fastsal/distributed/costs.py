@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastsal.distributed.sharding import shares
+from fastsal.memory_plan import Share
 from fastsal.parts import Part, packed_bytes, whole
 
 
@@ -20,6 +21,7 @@ class Costs:
         masks: Sent after one ranking: the bits of a rank's own, to all others.
         statistics: Held: packed blocks and sums of a rank's share.
         gathered: Held: rows of its share that wait to be added.
+        in_flight: Held: rows of one part, from all ranks, on their way to its sums.
         partial_sums: What would be sent instead of rows if each rank summed the whole model first,
             which takes the statistics of the whole model on each.
     """
@@ -29,6 +31,7 @@ class Costs:
     masks: list[int]
     statistics: list[int]
     gathered: list[int]
+    in_flight: list[int]
     partial_sums: int
 
 
@@ -51,7 +54,9 @@ def costs(
         micro_batch: Samples a rank runs at a time.
         step: Samples that are added to the sums at a time (`step_rows`).
     """
-    every = shares(shapes, block_size, ranks)
+    sharing = Share(ranks)
+    most = sharing.longest(micro_batch, block_size, None)
+    every = shares(whole(shapes), block_size, ranks, most=most)
     total = sum(part.size for part in whole(shapes))
     own = [sum(map(len, share)) for share in every]
     padded = sum(-(-n // ranks) for n in _micro_batches(samples, micro_batch * ranks))
@@ -68,6 +73,7 @@ def costs(
         masks=[-(-d // 8) * (ranks - 1) for d in own],
         statistics=[held(share) for share in every],
         gathered=[4 * waits * d for d in own],
+        in_flight=[4 * sharing.rows(micro_batch) * max(map(len, share)) for share in every],
         partial_sums=held(whole(shapes)) * (ranks - 1) // ranks,
     )
 

@@ -17,7 +17,7 @@ from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher import BlockFisher
 from fastsal.holdout import Pair
-from fastsal.parts import Part, by_key, whole
+from fastsal.parts import Part, by_key, shapes_of
 from fastsal.passes import Gradients, add_pass, in_micro_batches
 from fastsal.progress import Report
 from fastsal.statistics import flat_rows
@@ -144,7 +144,7 @@ def add_sharded_pass(
     sums = StepSums(fisher, gradients.step, gradients.samples)
     sink = OwnerSink(sums, shares, ranks)
     total = 0
-    with gradients.engine(gradients.chosen) as engine:
+    with gradients.engine(part.name for share in shares for part in share) as engine:
         size = gradients.micro_batch * ranks.size
         for images, labels in in_micro_batches(pairs, size, size):
             n = len(images)
@@ -188,8 +188,11 @@ def add_summed_pass(
 
     The arguments are those of `add_sharded_pass`; labels are those of the images.
     """
+    every = by_key([part for share in shares for part in share])
     shapes = {name: tuple(p.shape) for name, p in gradients.chosen.items()}
-    own = BlockFisher(shapes, block_size=fisher.block_size, precision=fisher.precision)
+    own = BlockFisher(
+        shapes_of(every, shapes), block_size=fisher.block_size, precision=fisher.precision
+    )
     total = 0
 
     def mine() -> Iterator[Pair]:
@@ -201,16 +204,14 @@ def add_summed_pass(
             if len(images[some]):
                 yield images[some], None if labels is None else labels[some]
 
-    add_pass(gradients, own, by_key(whole(shapes)), mine(), report)
+    add_pass(gradients, own, every, mine(), report)
     for owner, share in enumerate(shares):
         for part in share:
-            sums = own._parameters[part.name]
-            sums.fold()
-            piece = sums.part(part.start, part.stop)
-            assert piece.packed is not None
-            packed = ranks.reduce(torch.from_numpy(piece.packed), owner)
-            plain = ranks.reduce(torch.from_numpy(piece.sums), owner)
+            sums = own._parameters[part.key]
+            packed = ranks.reduce(torch.from_numpy(sums.fold()), owner)
+            plain = ranks.reduce(torch.from_numpy(sums.sums), owner)
             if owner == ranks.rank:
                 fisher._parameters[part.key].add_sums(packed.numpy(), plain.numpy())
+            sums.clear()
     _check_same(ranks, total)
     fisher._count(total)

@@ -1,13 +1,10 @@
-"""`collect` and `prune` by several ranks: the ways of one process, with the sums shared out."""
+"""`prune` by several ranks: the way of one process, each rank with its share of the weights."""
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,90 +13,31 @@ from torch import Tensor, nn
 
 import fastsal.pruning
 from fastsal.batches import Batches
-from fastsal.checkpoint import Checkpoint
-from fastsal.collection_work import Work, prepare
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import score_tensors
 from fastsal.damping import candidates_of
-from fastsal.distributed.costs import costs
-from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
+from fastsal.distributed.collecting import add_samples, collected
+from fastsal.distributed.patterns import rank_pattern_shards
 from fastsal.distributed.ranks import Ranks
-from fastsal.distributed.sharding import shares
+from fastsal.distributed.sharding import Mine
+from fastsal.distributed.sharing import (
+    SharedCheckpoint,
+    SharedExamination,
+    SharedMeasure,
+    own_pieces,
+)
 from fastsal.distributed.thresholds import rank_shards
-from fastsal.distributed.whole_weights import whole_weights
-from fastsal.errors import InvalidArgument
+from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
+from fastsal.examination import Examination
 from fastsal.fisher import BlockFisher
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
-from fastsal.parts import Part, by_key, slices
-from fastsal.passes import in_micro_batches
-from fastsal.plan import Job, Outcome, Plan
-from fastsal.progress import Report, reporter
+from fastsal.memory_plan import kept_by_pruning
+from fastsal.parts import slices
+from fastsal.plan import Job, Plan
 from fastsal.pruning import Makers, PruneResult
-from fastsal.sizes import gib
-from fastsal.statistics_files import write_index
-
-_LOG = logging.getLogger(__name__)
-
-
-def collect(
-    model: nn.Module,
-    batches: Batches,
-    *,
-    group: dist.ProcessGroup | None = None,
-    exchange: str = "rows",
-    progress: bool | Report = False,
-    **options: Any,
-) -> BlockFisher:
-    """Collect the statistics of a model, each rank the sums of its share of the weights.
-
-    Args:
-        model: The same on every rank; one in `DistributedDataParallel`, or sharded by FSDP2
-            (`fully_shard`), is taken as it is.
-        batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
-        group: Of `torch.distributed`; None is all processes.
-        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process.
-            `"sums"`: every rank sums the whole model over its samples first, which takes the
-            memory of all statistics on each. `"auto"`: the fewer bytes, where `samples` is given
-            (sums from more than `(block_size + 1) / 2` samples a rank on); the choice is logged.
-        progress: On rank 0.
-        options: Of `fastsal.collect`, but for a memory budget.
-
-    Returns:
-        Statistics of this rank's parts, by their keys: a name, or `name[start:stop]`.
-
-    Raises:
-        LostRankError: Another rank ended.
-        InvalidArgument: `torch.distributed` is not set up; or as `fastsal.collect`.
-    """
-    ranks = Ranks(group)
-    with whole_weights(model) as inner:
-        return _collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
-
-
-def save(
-    fisher: BlockFisher, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None
-) -> None:
-    """Write the statistics of all ranks, each its own shard, and an index.
-
-    `fastsal.BlockFisher.load` reads the index, in one process.
-
-    Args:
-        fisher: From `collect`.
-        path: The index; shards lie beside it, in a folder that all ranks see.
-        group: As for `collect`.
-    """
-    ranks = Ranks(group)
-    target = Path(path)
-    names = [
-        f"{target.stem}-{n + 1:05d}-of-{ranks.size:05d}.safetensors" for n in range(ranks.size)
-    ]
-    fisher.save(target.parent / names[ranks.rank])
-    ranks.every(None)
-    if ranks.rank == 0:
-        write_index(target, names, list(fisher._whole or fisher.shapes))
-    ranks.every(None)
+from fastsal.safety import Limit
 
 
 def prune(
@@ -121,8 +59,9 @@ def prune(
         group: Of `torch.distributed`; None is all processes.
         exchange: As for `collect`; with sums masks may differ from those of one process where
             scores are equal but for rounding.
-        options: Of `fastsal.prune`, but for patterns, limits and a memory budget. A checkpoint is
-            written by rank 0 and must be seen by all.
+        options: Of `fastsal.prune`. A memory budget is that of each process, and a scratch folder
+            may be a disk of its own machine. A checkpoint is written by rank 0 and must be seen by
+            all.
 
     Returns:
         As `fastsal.prune`; scores are those of this rank's parts, by their keys. The last entry of
@@ -132,9 +71,6 @@ def prune(
         LostRankError: Another rank ended; from a checkpoint the same call goes on.
         InvalidArgument: An option is not taken; or as `fastsal.prune`.
     """
-    for name in ("pattern", "max_loss_increase", "max_accuracy_drop", "memory_budget", "scratch"):
-        if options.get(name) is not None:
-            raise InvalidArgument(f"{name}: is not taken with several ranks yet; leave it out")
     ranks = Ranks(group)
     if ranks.rank:
         options["progress"] = False
@@ -142,6 +78,7 @@ def prune(
         partial(ShardedPlan, ranks=ranks),
         partial(ShardedJob, ranks=ranks, exchange=exchange),
         partial(SharedCheckpoint, ranks=ranks),
+        partial(kept_by_pruning, ranks=ranks.size, gathered=gathered_bytes(model)),
     )
     with whole_weights(model) as inner:
         result = fastsal.pruning.prune(inner, batches, sparsity, _makers=makers, **options)
@@ -153,47 +90,79 @@ def prune(
 class ShardedPlan(Plan):
     """A step of which each rank does its part.
 
+    Weights alone, without statistics, every rank scores and prunes by itself, with the same result.
+
     Attributes:
         ranks: The processes.
     """
 
     ranks: Ranks | None = None
 
-    def step(
+    def score(
+        self, model: nn.Module, fisher: BlockFisher | None, masks: Masks | None, damping: float
+    ) -> dict[str, Tensor]:
+        """Scores of this rank's parts, by their keys."""
+        if fisher is None or self.ranks is None:
+            return super().score(model, fisher, masks, damping)
+        mine = Mine.of(model, fisher, self.ranks)
+        entry = CRITERIA[self.criterion]
+        if entry.needs_fisher:
+            before = slices(masks or {}, mine.parts)
+            return score_tensors(mine.weights, fisher, entry, damping, before, self.seed)
+        named = list(mine.shapes)
+        every = score(model, None, self.criterion, masks=masks, parameters=named, seed=self.seed)
+        return slices(every, mine.parts)
+
+    def rank(
         self,
         model: nn.Module,
         fisher: BlockFisher | None,
-        masks: Masks | None,
+        scores: Mapping[str, Tensor],
         goal: float | None,
         damping: float,
-    ) -> Outcome:
-        """Score this rank's parts, find one threshold, prune in place."""
-        if fisher is None or fisher._shares is None or self.ranks is None:
-            # Weights alone: every rank does it all, with the same result.
-            return super().step(model, fisher, masks, goal, damping)
-        ranks, all_shares = self.ranks, fisher._shares
-        parts = by_key(all_shares[ranks.rank])
-        owned = _owned(model, all_shares)
-        shapes = {name: tuple(p.shape) for name, p in owned.items()}
-        mine = slices(owned, parts)
-        before = slices(masks, parts) if masks is not None else {}
-        entry = CRITERIA[self.criterion]
-        if entry.needs_fisher:
-            scores = score_tensors(mine, fisher, entry, damping, before, self.seed)
-        else:
-            every = score(
-                model, None, self.criterion, masks=masks, parameters=list(shapes), seed=self.seed
-            )
-            scores = slices(every, parts)
-        ranking = {k: v for k, v in self.ranking.items() if k != "pattern"}
-        new = rank_shards(scores, all_shares, shapes, ranks, goal, **ranking)
-        increase = None
-        if self.compensate:
-            moved, report = moves(mine, fisher, slices(new, parts), damping, before=before)
-            _exchange(ranks, all_shares, owned, moved)
-            increase = sum(ranks.every(report.total))
-        new.apply(model)
-        return Outcome(scores, new, increase)
+    ) -> Masks:
+        """Masks of the whole model, the same on every rank."""
+        if fisher is None or self.ranks is None:
+            return super().rank(model, fisher, scores, goal, damping)
+        mine = Mine.of(model, fisher, self.ranks)
+        if self.ranking["pattern"] is None:
+            how = {name: self.ranking[name] for name in ("scope", "floor")}
+            return rank_shards(scores, mine.shares, mine.shapes, self.ranks, goal, **how)
+        joint = self.joins_groups
+        return rank_pattern_shards(
+            mine, fisher, scores, goal, damping, self.ranks, joint=joint, **self.ranking
+        )
+
+    def move(
+        self,
+        model: nn.Module,
+        fisher: BlockFisher | None,
+        masks: Masks,
+        damping: float,
+        *,
+        before: Masks | None = None,
+    ) -> float | None:
+        """Compensate this rank's parts and bring what all ranks found into the model."""
+        if fisher is None or self.ranks is None or not self.compensate:
+            return super().move(model, fisher, masks, damping, before=before)
+        mine = Mine.of(model, fisher, self.ranks)
+        moved, report = moves(
+            mine.weights,
+            fisher,
+            slices(masks, mine.parts),
+            damping,
+            before=slices(before or {}, mine.parts),
+            shelf=self.shelf,
+        )
+        for owner, share in enumerate(mine.shares):
+            for part in share:
+                is_own = owner == self.ranks.rank
+                values = moved[part.key].reshape(-1) if is_own else torch.empty(len(part))
+                values = self.ranks.give(values, owner, "weights")
+                with torch.no_grad():
+                    part.of(mine.parameters[part.name]).copy_(values)
+                self.shelf.release()
+        return float(sum(self.ranks.every(report.total)))
 
     def grid(self, fisher: BlockFisher) -> list[float]:
         """Dampings to try, from the mean squared gradient of all ranks' parts."""
@@ -201,28 +170,6 @@ class ShardedPlan(Plan):
             return super().grid(fisher)
         totals = self.ranks.every(fisher._squares())
         return candidates_of(sum(t for t, _ in totals) / sum(n for _, n in totals))
-
-
-def _owned(model: nn.Module, all_shares: Sequence[Sequence[Part]]) -> dict[str, nn.Parameter]:
-    """The parameters that there are parts of, in order."""
-    found = dict(model.named_parameters(remove_duplicate=False))
-    names = dict.fromkeys(part.name for share in all_shares for part in share)
-    return {name: found[name] for name in names}
-
-
-def _exchange(
-    ranks: Ranks,
-    all_shares: Sequence[Sequence[Part]],
-    owned: Mapping[str, nn.Parameter],
-    moved: Mapping[str, Tensor],
-) -> None:
-    """Bring the moved weights of every rank into the model."""
-    for owner, share in enumerate(all_shares):
-        for part in share:
-            values = moved[part.key] if owner == ranks.rank else torch.empty(len(part))
-            values = ranks.give(values.reshape(-1), owner, "weights")
-            with torch.no_grad():
-                part.of(owned[part.name]).copy_(values)
 
 
 @dataclass(frozen=True)
@@ -237,125 +184,31 @@ class ShardedJob(Job):
     ranks: Ranks | None = None
     exchange: str = "rows"
 
-    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
-        """Statistics of this rank's share of the weights."""
-        assert self.ranks is not None
-        options = self.options(seed, quiet=quiet)
-        return _collected(self.ranks, self.model, source, exchange=self.exchange, **options)
-
     def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
         """Images to measure a model on, each rank its part of them."""
         assert self.ranks is not None
-        size = max(1, sum(len(x) for x, _ in images) // self.ranks.size)
-        pieces = list(in_micro_batches(images, size, size))[self.ranks.rank :: self.ranks.size]
+        pieces = own_pieces(images, self.ranks)
         mine = super().held_out(pieces, fisher) if pieces else None
         return SharedMeasure(mine, self.ranks)
 
-
-@dataclass(frozen=True)
-class SharedMeasure:
-    """Held-out images of which every rank measures some; all learn the same mean."""
-
-    mine: Measured | None
-    ranks: Ranks
-
-    @property
-    def samples(self) -> int:
-        """Number of images, of this rank."""
-        return self.mine.samples if self.mine is not None else 0
-
-    def mean_loss(self, model: nn.Module) -> float:
-        """Mean loss over the images of all ranks."""
-        total = self.mine.mean_loss(model) * self.samples if self.mine is not None else 0.0
-        found = self.ranks.every((total, self.samples))
-        return float(sum(t for t, _ in found) / sum(n for _, n in found))
-
-
-class SharedCheckpoint(Checkpoint):
-    """A checkpoint that rank 0 writes and all ranks read."""
-
-    def __init__(self, *given: Any, ranks: Ranks) -> None:
-        super().__init__(*given)
-        self._ranks = ranks
-
-    def save(self, *state: Any) -> None:
-        """Write the state after a round."""
-        if self._ranks.rank == 0:
-            super().save(*state)
-        self._ranks.every(None)
-
-    def resume(self, *given: Any) -> tuple[Masks | None, list[dict[str, Any]]]:
-        """Bring parameters to the state of the file, if there is one.
-
-        Raises:
-            InvalidArgument: Not all ranks see it.
-        """
-        masks, history = super().resume(*given)
-        seen = self._ranks.every(len(history))
-        if len(set(seen)) > 1:
-            raise InvalidArgument(
-                f"checkpoint: ranks see {seen} rounds done; takes a file that all of them see"
-            )
-        return masks, history
-
-    def remove(self) -> None:
-        """All rounds are done."""
-        if self._ranks.rank == 0:
-            super().remove()
-
-
-def _collected(
-    ranks: Ranks,
-    model: nn.Module,
-    batches: Batches,
-    *,
-    progress: bool | Report = False,
-    exchange: str = "rows",
-    **options: Any,
-) -> BlockFisher:
-    if exchange not in ("rows", "sums", "auto"):
-        raise InvalidArgument(f"exchange: got {exchange!r}; takes 'rows', 'sums' or 'auto'")
-    work = prepare(model, batches, **options)
-    whole = work.fisher
-    all_shares = shares(whole.shapes, whole.block_size, ranks.size)
-    if min(map(len, all_shares)) == 0:
-        raise InvalidArgument(
-            f"group: {ranks.size} ranks are more than the model has blocks for; takes fewer"
+    def examination(
+        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
+    ) -> Examination:
+        """The test of a limit, each rank on some images."""
+        assert self.ranks is not None
+        plan = None if fisher is None else fisher._plan
+        size = plan.micro_batch if plan is not None else None
+        return SharedExamination(
+            self.model, images, limit, self.loss, ranks=self.ranks, micro_batch=size
         )
-    parts = by_key(all_shares[ranks.rank])
-    fisher = BlockFisher(
-        {key: whole.shapes[p.name] if p.is_whole else (len(p),) for key, p in parts.items()},
-        block_size=whole.block_size,
-        precision=whole.precision,
-    )
-    fisher._shares, fisher._whole = all_shares, whole.shapes
-    shown = progress if ranks.rank == 0 else False
-    way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
-    if way == "sums" and work.how.labels != "true":
-        raise InvalidArgument("exchange: 'sums' takes labels='true'; drawn labels need 'rows'")
-    add = add_summed_pass if way == "sums" else add_sharded_pass
-    with reporter(shown, "statistics") as report:
-        add(work.how, fisher, all_shares, ranks, work.source(), report)
-    return fisher
 
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+        assert self.ranks is not None
+        by_rows = self.plan.ranking["pattern"] is not None
+        return collected(
+            self.ranks, self.model, source, exchange=self.exchange, by_rows=by_rows, **options
+        )
 
-def _fewer_bytes(work: Work, ranks: Ranks) -> str:
-    """What to send: rows, or sums; the choice and its reason go into the log."""
-    how = work.how
-    if how.samples is None or how.labels != "true":
-        return "rows"
-    shapes = {name: tuple(p.shape) for name, p in how.chosen.items()}
-    paper = costs(
-        shapes,
-        how.samples,
-        ranks.size,
-        block_size=work.fisher.block_size,
-        micro_batch=how.micro_batch,
-        step=how.step,
-    )
-    way = "sums" if paper.partial_sums < max(paper.rows) else "rows"
-    _LOG.info(
-        "exchange: %s, %s of rows or %s of partial sums a rank",
-        *(way, gib(max(paper.rows)), gib(paper.partial_sums)),
-    )
-    return way
+    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+        assert self.ranks is not None
+        add_samples(self.ranks, fisher, self.model, images, exchange=self.exchange, **options)

@@ -3,36 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 
-from fastsal.parts import Part, packed_bytes, whole
+from torch import Tensor, nn
+
+from fastsal.distributed.ranks import Ranks
+from fastsal.fisher import BlockFisher
+from fastsal.parts import Cost, Part, Parts, Unit, blocks, by_key, evenly, packed_bytes, slices
 
 
 def shares(
-    shapes: Mapping[str, Sequence[int]], block_size: int | None, ranks: int
+    parts: Sequence[Part],
+    block_size: int | None,
+    ranks: int,
+    *,
+    unit: Unit | None = None,
+    most: int | None = None,
 ) -> list[list[Part]]:
-    """Cut a model into one share for each rank, equal but for a block, in order.
+    """Give each rank a share of some parts, equal but for a unit, in order.
 
     Args:
-        shapes: Name to shape.
+        parts: In order.
         block_size: Weights of a block; None leaves parameters whole.
-        ranks: Number of shares; some are empty where there are fewer blocks.
+        ranks: Number of shares; some are empty where there are fewer units.
+        unit: What stays together; None is a block.
+        most: Weights of one part of a share, but for a unit.
     """
-    parts = whole(shapes)
+    unit = unit or blocks(block_size)
     total = sum(packed_bytes(part, block_size, 4) for part in parts)
     found: list[list[Part]] = [[] for _ in range(ranks)]
     done = 0.0
     for part in parts:
-        block = min(block_size or part.size, part.size)
-        each = packed_bytes(part, block_size, 4) / part.size
-        start = 0
-        while start < part.size:
-            rank = min(ranks - 1, int((done + each * block / 2) * ranks / total))
+        size = unit(part)
+        each = packed_bytes(part, block_size, 4) / len(part)
+        start = part.start
+        while start < part.stop:
+            rank = min(ranks - 1, int((done + each * size / 2) * ranks / total))
             end = (rank + 1) * total / ranks
-            blocks = max(1, round((end - done) / (each * block)))
-            stop = part.size if rank == ranks - 1 else min(part.size, start + blocks * block)
-            if part.size - stop < block:
-                stop = part.size  # a rest of less than a block goes with the part before it
-            found[rank].append(Part(part.name, start, stop, part.size))
+            units = max(1, round((end - done) / (each * size)))
+            stop = part.stop if rank == ranks - 1 else min(part.stop, start + units * size)
+            if part.stop - stop < size:
+                stop = part.stop  # a rest of less than a unit goes with the part before it
+            share = Part(part.name, start, stop, part.size)
+            found[rank] += evenly(share, 1 if most is None else -(-len(share) // most), size)
             done += each * (stop - start)
             start = stop
     return found
+
+
+def regrouped(
+    all_shares: Sequence[Sequence[Part]], cost: Cost, room: int
+) -> list[list[list[Part]]]:
+    """Cut all shares into groups, so that no rank's part of a group takes more than a room.
+
+    A part that alone takes more is a group. Returns groups of shares, by rank.
+    """
+    found = []
+    for share in all_shares:
+        groups: list[list[Part]] = []
+        left = 0
+        for part in share:
+            needed = cost(part)
+            if needed > left or not groups:
+                groups.append([])
+                left = room
+            groups[-1].append(part)
+            left -= needed
+        found.append(groups)
+    return [list(group) for group in zip_longest(*found, fillvalue=[])]
+
+
+@dataclass(frozen=True)
+class Mine:
+    """A model of which this rank has statistics of some parts.
+
+    Attributes:
+        parameters: Name to parameter, of all that there are statistics of, in the model's order.
+        shares: Parts of every rank.
+        parts: This rank's, by their keys.
+        weights: Key to this rank's weights.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    shares: Sequence[Sequence[Part]]
+    parts: Parts
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, fisher: BlockFisher, ranks: Ranks) -> Mine:
+        """Look a model over, with the statistics of this rank."""
+        assert fisher._shares is not None
+        assert fisher._whole is not None
+        found = dict(model.named_parameters(remove_duplicate=False))
+        parameters = {name: found[name] for name in fisher._whole}
+        parts = by_key(fisher._shares[ranks.rank])
+        return cls(parameters, fisher._shares, parts, slices(parameters, parts))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape."""
+        return {name: tuple(p.shape) for name, p in self.parameters.items()}

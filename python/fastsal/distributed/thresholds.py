@@ -59,8 +59,9 @@ def rank_shards(
     check_ranking(shapes, sparsity, scope, None, floor)
     assert sparsity is not None
     mine = {key: s.reshape(-1).contiguous().numpy() for key, s in scores.items()}
-    everyone = [part for share in shares for part in share]
-    by_name = {name: [part for part in everyone if part.name == name] for name in shapes}
+    by_name: dict[str, list[Part]] = {name: [] for name in shapes}
+    for part in sorted((p for share in shares for p in share), key=lambda p: p.start):
+        by_name[part.name].append(part)
     order = [part for parts in by_name.values() for part in parts]
     recipe: dict[str, object] = {"scope": scope, "floor": floor, "sparsity": sparsity}
     cuts: dict[str, Cut] = {}
@@ -79,7 +80,7 @@ def rank_shards(
             cut = _find(mine, by_name[name], count, ranks, {})
             cuts |= _shared_out(mine, by_name[name], cut, ranks, {})
     kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
-    return Masks(_assembled(kept, shares, shapes, ranks), recipe)
+    return Masks(assembled(kept, shares, shapes, ranks), recipe)
 
 
 def _find(
@@ -147,7 +148,7 @@ def _shared_out(
     return cuts
 
 
-def _assembled(
+def assembled(
     kept: Mapping[str, NDArray[np.bool_]],
     shares: Sequence[Sequence[Part]],
     shapes: Mapping[str, Sequence[int]],

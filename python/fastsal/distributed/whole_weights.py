@@ -46,6 +46,14 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     _write(sharded, changed)
 
 
+def gathered_bytes(model: nn.Module) -> int:
+    """Memory that `whole_weights` takes of each process."""
+    sharded = {n: p for n, p in model.named_parameters() if _is_sharded(p)}
+    # FSDP keeps what it gathered beside the copies that are worked with.
+    copies = 2 if _fully_sharded(model) else 1
+    return copies * sum(p.numel() * p.element_size() for p in sharded.values())
+
+
 @contextlib.contextmanager
 def _fully_sharded_as_whole(model: nn.Module) -> Iterator[None]:
     """Gather what `fully_shard` shards."""

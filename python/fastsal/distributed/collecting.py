@@ -1,0 +1,229 @@
+"""Statistics by several ranks, each the sums of its share of the weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from fastsal.batches import Batches
+from fastsal.collection_work import Work, add_in_groups, joining, move_to_scratch, prepare
+from fastsal.distributed.costs import costs
+from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
+from fastsal.distributed.ranks import Ranks
+from fastsal.distributed.sharding import regrouped, shares
+from fastsal.distributed.whole_weights import whole_weights
+from fastsal.errors import InvalidArgument
+from fastsal.fisher import BlockFisher
+from fastsal.gradients import select_parameters
+from fastsal.holdout import Pair
+from fastsal.memory_plan import Share, sums_nbytes
+from fastsal.parts import Part, Parts, by_key, rows, shapes_of
+from fastsal.pass_memory import PassMemory
+from fastsal.progress import Report, reporter
+from fastsal.sizes import gib
+from fastsal.statistics_files import write_index
+
+_LOG = logging.getLogger(__name__)
+
+_WAYS = ("rows", "sums", "auto")
+
+
+def collect(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    group: dist.ProcessGroup | None = None,
+    exchange: str = "rows",
+    progress: bool | Report = False,
+    **options: Any,
+) -> BlockFisher:
+    """Collect the statistics of a model, each rank the sums of its share of the weights.
+
+    Args:
+        model: The same on every rank; one in `DistributedDataParallel`, or sharded by FSDP2
+            (`fully_shard`) or by tensor parallelism, is taken as it is.
+        batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
+        group: Of `torch.distributed`; None is all processes.
+        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process.
+            `"sums"`: every rank sums the whole model over its samples first, which takes the
+            memory of all statistics on each. `"auto"`: the fewer bytes, where `samples` is given
+            (sums from more than `(block_size + 1) / 2` samples a rank on); the choice is logged.
+        progress: On rank 0.
+        options: Of `fastsal.collect`. A memory budget is that of each process, and a scratch
+            folder may be a disk of its own machine.
+
+    Returns:
+        Statistics of this rank's parts, by their keys: a name, or `name[start:stop]`.
+
+    Raises:
+        LostRankError: Another rank ended.
+        InvalidArgument: `torch.distributed` is not set up; or as `fastsal.collect`.
+    """
+    ranks = Ranks(group)
+    with whole_weights(model) as inner:
+        return collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
+
+
+def save(
+    fisher: BlockFisher, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None
+) -> None:
+    """Write the statistics of all ranks, each its own shard, and an index.
+
+    `fastsal.BlockFisher.load` reads the index, in one process.
+
+    Args:
+        fisher: From `collect`.
+        path: The index; shards lie beside it, in a folder that all ranks see.
+        group: As for `collect`.
+    """
+    ranks = Ranks(group)
+    target = Path(path)
+    names = [
+        f"{target.stem}-{n + 1:05d}-of-{ranks.size:05d}.safetensors" for n in range(ranks.size)
+    ]
+    fisher.save(target.parent / names[ranks.rank])
+    ranks.every(None)
+    if ranks.rank == 0:
+        write_index(target, names, list(fisher._whole or fisher.shapes))
+    ranks.every(None)
+
+
+def collected(
+    ranks: Ranks,
+    model: nn.Module,
+    batches: Batches,
+    *,
+    progress: bool | Report = False,
+    exchange: str = "rows",
+    by_rows: bool = False,
+    **options: Any,
+) -> BlockFisher:
+    """What `collect` returns, of a plain model; `by_rows` keeps groups of patterns together."""
+    if exchange not in _WAYS:
+        raise InvalidArgument(f"exchange: got {exchange!r}; takes {', '.join(map(repr, _WAYS))}")
+    if options.get("labels", "true") != "true":
+        if exchange == "sums":
+            raise InvalidArgument(
+                "exchange: 'sums' takes labels='true'; drawn labels and features need 'rows'"
+            )
+        exchange = "rows"
+    share = _share(ranks, model, exchange, options, by_rows=by_rows)
+    work = prepare(model, batches, share=share, **options)
+    way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
+    whole, plan = work.fisher, work.plan
+    most = share.longest(work.how.micro_batch, whole.block_size, plan.budget)
+    groups = [
+        shares(group, whole.block_size, ranks.size, unit=share.unit, most=most)
+        for group in plan.groups
+    ]
+    all_shares = [[p for group in groups for p in group[rank]] for rank in range(ranks.size)]
+    if min(map(len, all_shares)) == 0:
+        raise InvalidArgument(
+            f"group: {ranks.size} ranks are more than the model has blocks for; takes fewer"
+        )
+    fisher = BlockFisher(
+        shapes_of(by_key(all_shares[ranks.rank]), whole.shapes),
+        block_size=whole.block_size,
+        precision=whole.precision,
+    )
+    fisher._shares, fisher._whole = all_shares, whole.shapes
+    fisher._plan, fisher._view_bytes = whole._plan, whole._view_bytes
+    work = replace(work, fisher=fisher)
+    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
+        if plan.place == "memory":
+            _add(way)(work.how, fisher, all_shares, ranks, work.source(), report)
+        else:
+            move_to_scratch(work)
+            _add_in_groups(work, groups, ranks, way, report)
+    return fisher
+
+
+def add_samples(
+    ranks: Ranks,
+    fisher: BlockFisher,
+    model: nn.Module,
+    batches: list[Pair],
+    *,
+    progress: bool | Report = False,
+    exchange: str = "rows",
+    **options: Any,
+) -> None:
+    """As `fastsal.collection_work.add_samples`, by several ranks."""
+    work, plan = joining(fisher, model, batches, **options)
+    assert fisher._shares is not None
+    if work.how.labels != "true":
+        exchange = "rows"
+    way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
+    samples = work.how.samples
+    groups = regrouped(fisher._shares, lambda p: sums_nbytes(fisher, p, samples), plan.spare)
+    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
+        _add_in_groups(work, groups, ranks, way, report)
+
+
+def _add_in_groups(
+    work: Work, groups: Sequence[list[list[Part]]], ranks: Ranks, way: str, report: Report
+) -> None:
+    """Go over the images once for each group of shares."""
+
+    def together(some: BlockFisher, number: int, pairs: Iterable[Pair], report: Report) -> None:
+        _add(way)(work.how, some, groups[number], ranks, pairs, report)
+
+    # Of this rank's statistics every part is a whole.
+    own = [_own(group[ranks.rank]) for group in groups]
+    add_in_groups(work, own, report, together)
+
+
+def _own(parts: Sequence[Part]) -> Parts:
+    return {p.key: Part(p.key, 0, len(p), len(p)) for p in parts}
+
+
+def _add(way: str) -> Any:
+    return add_summed_pass if way == "sums" else add_sharded_pass
+
+
+def _share(
+    ranks: Ranks, model: nn.Module, exchange: str, options: dict[str, Any], *, by_rows: bool
+) -> Share:
+    """What this rank takes of the statistics; all ranks plan with the most that one measures."""
+    unit = None
+    if by_rows:
+        chosen = select_parameters(model, options.get("parameters"))
+        shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+        unit = rows(shapes, options.get("block_size", 64))
+    agree = partial(_most, ranks)
+    return Share(ranks.size, sums_first=exchange != "rows", unit=unit, agree=agree)
+
+
+def _most(ranks: Ranks, memory: PassMemory) -> PassMemory:
+    found = ranks.every((memory.fixed, memory.sample))
+    return PassMemory(max(fixed for fixed, _ in found), max(sample for _, sample in found))
+
+
+def _fewer_bytes(work: Work, ranks: Ranks) -> str:
+    """What to send: rows, or sums; the choice and its reason go into the log."""
+    how = work.how
+    if how.samples is None:
+        return "rows"
+    shapes = {name: tuple(p.shape) for name, p in how.chosen.items()}
+    paper = costs(
+        shapes,
+        how.samples,
+        ranks.size,
+        block_size=work.fisher.block_size,
+        micro_batch=how.micro_batch,
+        step=how.step,
+    )
+    way = "sums" if paper.partial_sums < max(paper.rows) else "rows"
+    _LOG.info(
+        "exchange: %s, %s of rows or %s of partial sums a rank",
+        *(way, gib(max(paper.rows)), gib(paper.partial_sums)),
+    )
+    return way

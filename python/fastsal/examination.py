@@ -1,0 +1,73 @@
+"""Whether a pruned model keeps a limit, by images that nothing else has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.damping import loss_of_guessing, outputs
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.holdout import Pair
+from fastsal.safety import Limit, differences, is_below, losses_of, upper_bound
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Examination:
+    """The dense model's answers on the test images, and how far a pruned one is from them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Pair],
+        limit: Limit,
+        loss: LossFunction,
+    ) -> None:
+        self.limit = limit
+        self._loss = loss
+        self._batches: list[tuple[Tensor, Tensor]] = []
+        for images, labels in batches:
+            if labels is None:
+                raise DataError("labels: are missing; a limit is tested on labelled images")
+            self._batches.append((images, labels))
+        if not self._batches:
+            raise InvalidArgument("samples: none are left to test the limit on; takes more")
+        self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
+        self._losses = [
+            losses_of(loss, dense, labels.cpu())
+            for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
+        ]
+        self.cap = loss_of_guessing(self._dense[0]) if limit.kind == "loss" else None
+
+    @property
+    def images(self) -> int:
+        """Images of the test."""
+        return sum(len(out) for out in self._dense)
+
+    def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Of each batch what its images add to the increase, and by how much their losses rise."""
+        found = []
+        known = zip(self._batches, self._dense, self._losses, strict=True)
+        for (images, labels), dense, losses in known:
+            out, target = outputs(model, images).cpu(), labels.cpu()
+            both = losses, losses_of(self._loss, out, target)
+            values = differences(self.limit, dense, out, both, target)
+            found.append((values, (both[1] - both[0]).double()))
+        return found
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """Measure a pruned model."""
+        found = self.measured(model)
+        each, rise = (torch.cat(values) for values in zip(*found, strict=True))
+        low, high = (-1.0, 1.0) if self.cap is None else (-self.cap, self.cap)
+        confidence = self.limit.confidence
+        return {
+            "increase": float(each.mean()),
+            "upper": upper_bound(each.numpy(), low, high, confidence),
+            "keeps": is_below(each.numpy(), self.limit.most, low, high, confidence),
+            "loss_increase": float(rise.mean()),
+            "loss_error": float(rise.std(correction=0)) / len(rise) ** 0.5,
+        }

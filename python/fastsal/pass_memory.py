@@ -1,0 +1,88 @@
+"""What one forward and backward pass takes, by trial on one and two samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastsal.file_arrays import trim_heap
+from fastsal.gradients.precision import row_dtype
+from fastsal.live_memory import LiveMemory
+from fastsal.passes import Gradients
+
+# What a process takes beside the tensors of a pass: buffers inside of kernels, free lists.
+_OVERHEAD, OVERHEAD_BYTES = 1.1, 80 * 2**20
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """What one forward and backward pass takes, besides the statistics.
+
+    Attributes:
+        fixed: Bytes whatever the samples.
+        sample: Bytes a sample.
+    """
+
+    fixed: float
+    sample: float
+
+    def of(self, n: int) -> int:
+        """Bytes of the process for `n` samples; the probe always takes two."""
+        return round(_OVERHEAD * (self.fixed + self.sample * max(n, 2)) + OVERHEAD_BYTES)
+
+
+def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | None) -> PassMemory:
+    """What passes with the gradients of some parameters take, from those of one and two samples."""
+    if how.chosen and next(iter(how.chosen.values())).device.type == "meta":
+        return _on_meta(how, names, images)
+    peaks = []
+    with replace(how, micro_batch=2).engine(names) as engine, LiveMemory() as live:
+        engine.prepare(*first_samples(images, labels, 2))
+        for n in (1, 2):  # what the rules hold between layers grows with the samples
+            live.reset()
+            engine.run(*first_samples(images, labels, n), drop)
+            peaks.append(live.peak + engine.scratch_nbytes)
+    trim_heap()
+    return _line(*peaks)
+
+
+def drop(name: str, rows: Tensor) -> None:
+    """A sink that keeps nothing."""
+    del name, rows
+
+
+def _on_meta(how: Gradients, names: set[str], images: Tensor) -> PassMemory:
+    """The same without computing: the tensors that autograd keeps on the meta device."""
+    peaks = []
+    for n in (1, 2):
+        x, _ = first_samples(images, None, n)
+        tracked = {name: p for name, p in how.chosen.items() if name in names}
+        flags = {name: p.requires_grad for name, p in how.model.named_parameters()}
+        for p in how.model.parameters():
+            p.requires_grad_(False)
+        try:
+            for p in tracked.values():
+                p.requires_grad_(True)
+            with LiveMemory() as live:
+                outputs = how.model(x.to("meta"))
+                torch.autograd.grad(outputs.float().sum(), list(tracked.values()))
+                peaks.append(live.peak)
+        finally:
+            for name, p in how.model.named_parameters():
+                p.requires_grad_(flags[name])
+    largest = max(p.numel() * row_dtype(p).itemsize for p in how.chosen.values())
+    line = _line(*peaks)
+    return replace(line, sample=line.sample + largest)
+
+
+def _line(one: float, two: float) -> PassMemory:
+    each = max(0.0, two - one)
+    return PassMemory(max(0.0, one - each), each)
+
+
+def first_samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
+    """The first `n` samples, over again where there are fewer."""
+    at = torch.arange(n) % len(images)
+    return images[at], None if labels is None else labels[at]
