@@ -32,7 +32,7 @@ _VIEWS = 3
 _ACTIVATIONS = 0.4
 # A larger share is taken before micro-batches are so small that kernels change with them, and with
 # the kernels the last bits of gradients.
-_SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.6
+_SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.8
 # Of what is left for statistics, what they may take where more samples are to join.
 _JOINED = 0.85
 # Rows of a part from all ranks, at most, on their way to its sums, and how often they are there.

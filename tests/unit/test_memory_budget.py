@@ -41,6 +41,7 @@ def test_sums_are_those_without_a_budget(tmp_path, budget, samples):
     plan = prepare(model, images(), memory_budget=budget, scratch=tmp_path, **how).plan
     assert plan.passes > 1
     assert plan.place == "file"
+    assert plan.micro_batch == 4  # with smaller ones kernels, and the last bits, may be others
     assert plan.memory <= parse_bytes(budget)
     limited = fastsal.collect(model, images(), memory_budget=budget, scratch=tmp_path, **how)
     assert_equal(limited, fastsal.collect(model, images(), **how))
