@@ -1,7 +1,9 @@
 """A job of many ranks on paper: `python -m benches.scaling [--model ...] [--ranks 2 4 64]`.
 
 Bytes that each rank sends and memory that it holds, by `fastsal.distributed.costs`, whose figures
-equal the counters of jobs of two and four ranks (`tests/integration/test_distributed.py`).
+equal the counters of jobs of two and four ranks (`tests/integration/test_distributed.py`). Beside
+statistics a rank holds scores (4 bytes a weight of its share), masks (a byte of every weight), the
+model's weights, and what a pass takes.
 """
 
 from __future__ import annotations
@@ -40,16 +42,16 @@ def main() -> None:
     )
     print(
         "| ranks | samples a rank | rows sent | partial sums instead | weights and masks sent | "
-        "statistics held | rows held |"
+        "statistics held | rows waiting | rows arriving |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|")
     for ranks in args.ranks:
         c = costs(shapes, args.samples, ranks, micro_batch=micro_batch, step=step)
         print(
             f"| {ranks} | {args.samples / ranks:g} | {max(c.rows) / GB:.1f} GB "
             f"| {c.partial_sums / GB:.1f} GB "
             f"| {(max(c.weights) + max(c.masks)) / GB:.2f} GB | {max(c.statistics) / GB:.2f} GB "
-            f"| {max(c.gathered) / GB:.2f} GB |"
+            f"| {max(c.gathered) / GB:.2f} GB | {max(c.in_flight) / GB:.2f} GB |"
         )
 
 

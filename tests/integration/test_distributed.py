@@ -151,6 +151,8 @@ def test_bytes_are_those_on_paper(job):
     assert [s["rows"] for s in sent] == paper.rows
     assert [s["weights"] for s in sent] == paper.weights
     assert [s["masks"] for s in sent] == paper.masks
+    came = [told(folder, rank)["fixed"]["in_flight_bytes"] for rank in range(ranks)]
+    assert came == paper.in_flight
     assert [told(folder, rank)["nbytes"] for rank in range(ranks)] == paper.statistics
 
 

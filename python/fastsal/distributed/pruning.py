@@ -65,7 +65,8 @@ def prune(
 
     Returns:
         As `fastsal.prune`; scores are those of this rank's parts, by their keys. The last entry of
-        the history has `ranks`: how many, and the bytes that this one sent, by what they were.
+        the history has `ranks`: how many, the bytes that this one sent, by what they were, and the
+        most that came to it at once.
 
     Raises:
         LostRankError: Another rank ended; from a checkpoint the same call goes on.
@@ -82,7 +83,11 @@ def prune(
     )
     with whole_weights(model) as inner:
         result = fastsal.pruning.prune(inner, batches, sparsity, _makers=makers, **options)
-    result.history[-1]["ranks"] = {"size": ranks.size, "sent_bytes": dict(ranks.sent)}
+    result.history[-1]["ranks"] = {
+        "size": ranks.size,
+        "sent_bytes": dict(ranks.sent),
+        "in_flight_bytes": ranks.in_flight,
+    }
     return result
 
 

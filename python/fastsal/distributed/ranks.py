@@ -30,6 +30,7 @@ class Ranks:
         rank: This process, from 0.
         size: Number of processes.
         sent: What was sent to bytes that left this process.
+        in_flight: The most bytes of rows from all ranks that came here at once.
 
     Raises:
         InvalidArgument: `torch.distributed` is not set up.
@@ -45,6 +46,7 @@ class Ranks:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sent: Counter[str] = Counter()
+        self.in_flight = 0
         is_nccl = dist.get_backend(group) == "nccl"
         self._device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else "cpu"
 
@@ -54,8 +56,10 @@ class Ranks:
         there = [torch.empty_like(mine) for _ in range(self.size)] if owner == self.rank else None
         with self._told():
             dist.gather(mine, there, self._global(owner), group=self._group)
-        if owner != self.rank:
-            self.sent["rows"] += mine.numel() * mine.element_size()
+        if owner == self.rank:
+            self.in_flight = max(self.in_flight, self.size * mine.nbytes)
+        else:
+            self.sent["rows"] += mine.nbytes
         return there
 
     def add(self, counts: NDArray[np.uint64]) -> NDArray[np.uint64]:
