@@ -62,6 +62,7 @@ def child(args: argparse.Namespace) -> None:
         "masks": digest.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
         "damping": result.history[0]["damping"],
+        "steps": result.history[0]["seconds"],
         "plan": result.history[0].get("memory_plan"),
     }
     say("told", json.dumps(told))

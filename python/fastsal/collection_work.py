@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,14 +21,16 @@ from fastsal.holdout import Pair
 from fastsal.memory_plan import (
     MemoryPlan,
     Share,
+    Use,
     groups_within,
     plan_within,
     sums_nbytes,
     unlimited,
 )
-from fastsal.parts import Parts, by_key, whole
+from fastsal.parts import Parts, by_key, rows, whole
 from fastsal.passes import Gradients, add_pass
 from fastsal.progress import Report, reporter
+from fastsal.recollection import GroupPass, Recollected
 from fastsal.sinks import step_rows
 from fastsal.sizes import parse_bytes
 
@@ -67,16 +69,15 @@ def prepare(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
-    kept: int = 0,
-    kept_collecting: int = 0,
-    joins: bool = False,
+    use: Use | None = None,
+    by_rows: bool = False,
     is_dry: bool = False,
     share: Share | None = None,
 ) -> Work:
     """Check what `collect` was given and plan it.
 
-    `kept`, `kept_collecting` and `share` are as for `plan_within`; `joins` says that `add_samples`
-    is to follow, `is_dry` that the work is not to be done.
+    `use` and `share` are as for `plan_within`; `by_rows` says that parts are to end with rows of
+    axis 0, `is_dry` that the work is not to be done.
     """
     check_samples(samples)
     if micro_batch is not None and micro_batch < 1:
@@ -90,6 +91,9 @@ def prepare(
         block_size=block_size,
         precision=precision,
     )
+    share = share or Share()
+    if by_rows:
+        share = replace(share, unit=rows(fisher.shapes, block_size))
     size = micro_batch or choose_micro_batch(chosen)
     step = step_rows(chosen, fisher.final_nbytes, size, samples)
     how = Gradients(model, chosen, loss, labels, seed, autocast, loss_scale, size, step, samples)
@@ -106,9 +110,7 @@ def prepare(
         scratch_budget=None
         if scratch_budget is None
         else parse_bytes(scratch_budget, "scratch_budget"),
-        kept=kept,
-        kept_collecting=kept_collecting,
-        joins=joins,
+        use=use or Use(),
         repeats=source.repeats,
         is_dry=is_dry,
         share=share,
@@ -125,8 +127,14 @@ def collected(
     progress: bool | Report = False,
     **options: Any,
 ) -> BlockFisher:
-    """What `collect` returns; the options are those of `prepare`."""
+    """What `collect` returns; the options are those of `prepare`.
+
+    With a `use` that allows it, statistics may be nowhere (`fastsal.recollection`).
+    """
     work = prepare(model, batches, **options)
+    if work.plan.place == "nowhere":
+        groups = list(map(by_key, work.plan.groups))
+        return Recollected(work, groups, passes_of(groups), progress)
     with reporter(progress, "statistics") as report:
         run(work, report)
     return work.fisher
@@ -146,9 +154,12 @@ def add_samples(
     the statistics leave.
     """
     work, plan = joining(fisher, model, batches, **options)
+    if isinstance(fisher, Recollected):
+        fisher._join(work)
+        return
     groups = list(map(by_key, groups_within(plan.spare, work.how, fisher)))
     with reporter(progress, "statistics") as report:
-        add_in_groups(work, groups, report)
+        add_in_groups(work, groups, passes_of(groups), report)
 
 
 def joining(
@@ -158,7 +169,7 @@ def joining(
     plan = fisher._plan
     if plan is None or plan.budget is None:
         raise InvalidArgument("fisher: was collected without a budget")  # a defect of ours
-    budgets = ("memory_budget", "scratch", "scratch_budget", "kept", "kept_collecting", "joins")
+    budgets = ("memory_budget", "scratch", "scratch_budget", "use")
     work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
     samples = sum(len(images) for images, _ in batches)
     how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)
@@ -172,7 +183,8 @@ def run(work: Work, report: Report) -> None:
         add_pass(work.how, fisher, by_key(plan.groups[0]), work.source(), report)
         return
     move_to_scratch(work)
-    add_in_groups(work, list(map(by_key, plan.groups)), report)
+    groups = list(map(by_key, plan.groups))
+    add_in_groups(work, groups, passes_of(groups), report)
 
 
 def move_to_scratch(work: Work) -> None:
@@ -183,25 +195,24 @@ def move_to_scratch(work: Work) -> None:
     fisher._move_to(FileArrays(plan.scratch or ".", room), work.how.samples)
 
 
-# add(fisher, number, pairs, report): add the statistics of the parts of a group.
-GroupPass = Callable[[BlockFisher, int, Iterable[Pair], Report], None]
+def passes_of(groups: Sequence[Parts]) -> GroupPass:
+    """Passes that are run here, each for one group of parts of the model."""
+
+    def add(work: Work, some: BlockFisher, number: int, report: Report) -> None:
+        add_pass(work.how, some, groups[number], work.source(), report)
+
+    return add
 
 
-def add_in_groups(
-    work: Work, groups: Sequence[Parts], report: Report, add: GroupPass | None = None
-) -> None:
+def add_in_groups(work: Work, groups: Sequence[Parts], add: GroupPass, report: Report) -> None:
     """Go over the images once for each group of parts, and add its statistics to those there.
 
     Args:
         work: What is done; its statistics are added to.
         groups: Parts of them, by their keys.
+        add: Does it for one group.
         report: Is told of samples as they are done.
-        add: A pass; None runs it here.
     """
-
-    def alone(some: BlockFisher, number: int, pairs: Iterable[Pair], report: Report) -> None:
-        add_pass(work.how, some, groups[number], pairs, report)
-
     fisher = work.fisher
     counted: BlockFisher | None = None
     total = None if work.how.samples is None else work.how.samples * len(groups)
@@ -212,7 +223,7 @@ def add_in_groups(
         def so_far(done: int, _: int | None, before: int = before) -> None:
             report(before + done, total)
 
-        (add or alone)(some, number, work.source(), so_far)
+        add(work, some, number, so_far)
         if counted is not None and counted._rows_seen != some._rows_seen:
             raise DataError(
                 f"batches: gave {counted._rows_seen} samples, and {some._rows_seen} when they were "

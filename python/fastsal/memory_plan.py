@@ -1,8 +1,9 @@
 """What statistics within a memory budget will take, and how: micro-batch, passes, place.
 
 In this order: the micro-batch is made as small as it must be; then the statistics stay in memory
-if they fit; else the images are gone over several times, each time for a group of parameters; and
-what was summed goes to a file of a scratch folder.
+if they fit; else the images are gone over several times, each time for a group of parameters. What
+was summed goes to a file of the scratch folder, if one is given; else it is scored and forgotten,
+and collected again when it is needed again.
 
 Axes: d weights, B weights of a block, n samples of a micro-batch.
 """
@@ -37,6 +38,24 @@ _SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.8
 _JOINED = 0.85
 # Rows of a part from all ranks, at most, on their way to its sums, and how often they are there.
 _IN_FLIGHT, _COPIES = 2**27, 3
+
+
+@dataclass(frozen=True)
+class Use:
+    """What statistics are for, as far as memory goes.
+
+    Attributes:
+        kept: Bytes that are held beside them while weights are scored and moved.
+        kept_collecting: Bytes that are held while sums are made.
+        joins: Whether more samples join later, for whose sums there must be room.
+        again: Whether sums may be collected again whenever they are used, as the model has the
+            weights that they are of.
+    """
+
+    kept: int = 0
+    kept_collecting: int = 0
+    joins: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,8 @@ class MemoryPlan:
         micro_batch: Samples of one forward and backward pass.
         step: Samples that are gathered before they are added to the statistics.
         groups: Parts of the model that one pass over the images collects, one group a pass.
-        place: Where the statistics are kept: `"memory"`, or a `"file"` of the scratch folder.
+        place: Where the statistics are kept: `"memory"`, a `"file"` of the scratch folder, or
+            `"nowhere"`: they are collected again, in all these passes, for each use.
         statistics: Bytes of all packed blocks and sums.
         group: Bytes of the sums of the largest group.
         rows: Bytes of the rows that are gathered for it.
@@ -133,7 +153,7 @@ class MemoryPlan:
     def memory(self) -> int:
         """The most bytes that are added to the process."""
         collecting = self.kept_collecting + self.group + self.rows + self.activations
-        held = self.statistics if self.place == "memory" else 0
+        held = {"memory": self.statistics, "file": 0, "nowhere": self.group}[self.place]
         return max(collecting, self.kept + held + _VIEWS * self.view)
 
     @property
@@ -163,11 +183,11 @@ class MemoryPlan:
         }
 
 
-def unlimited(how: Gradients, fisher: BlockFisher, share: Share | None = None) -> MemoryPlan:
+def unlimited(how: Gradients, fisher: BlockFisher, share: Share) -> MemoryPlan:
     """The plan without a budget: everything in memory, in one pass; nothing is measured."""
     parts = whole(fisher.shapes)
-    costs = _Costs(how, fisher, how.micro_batch, share or Share())
-    statistics = sum(map(costs.kept, parts)) if share else fisher.final_nbytes
+    costs = _Costs(how, fisher, how.micro_batch, share)
+    statistics = sum(map(costs.kept, parts)) if share.ranks > 1 else fisher.final_nbytes
     return MemoryPlan(
         budget=None,
         micro_batch=how.micro_batch,
@@ -192,14 +212,12 @@ def plan_within(
     images: Tensor,
     labels: Tensor | None,
     *,
+    use: Use,
+    share: Share,
     scratch: str | os.PathLike[str] | None = None,
     scratch_budget: int | None = None,
-    kept: int = 0,
-    kept_collecting: int = 0,
-    joins: bool = False,
     repeats: bool = True,
     is_dry: bool = False,
-    share: Share | None = None,
 ) -> MemoryPlan:
     """Plan statistics within a budget; passes of one and two samples are run for it.
 
@@ -209,83 +227,103 @@ def plan_within(
         fisher: Empty statistics of the model.
         images: A few samples.
         labels: Their labels.
+        use: What statistics are for.
+        share: What this process takes of them.
         scratch: Folder for statistics that do not fit into memory.
         scratch_budget: Bytes that they may take there.
-        kept: Bytes that are held beside the statistics while weights are scored and moved.
-        kept_collecting: Bytes that are held while sums are made.
-        joins: Whether more samples join later, for whose sums there must be room.
         repeats: Whether the images can be gone over several times.
         is_dry: Whether only a plan is wanted: the scratch folder need not be there.
-        share: What this process takes of them; None is everything.
 
     Raises:
         InvalidArgument: The budget is too small, or needs a scratch folder, or more room in it.
     """
-    sharing = share or Share()
     total = round(_PLANNED * budget)
-    planned = total - kept_collecting - sharing.sent(budget)
     view = min(VIEW_BYTES, budget // 16)
-    costs = _Costs(how, fisher, how.micro_batch, sharing)
+    # In memory the sums are still there when weights are scored; sums that are nowhere are
+    # collected meanwhile.
+    scoring = use.kept + _VIEWS * view
+    has_file = scratch is not None or not use.again
+    kept_collecting = use.kept_collecting if has_file else max(use.kept, use.kept_collecting)
+    planned = total - kept_collecting - share.sent(budget)
+    costs = _Costs(how, fisher, how.micro_batch, share)
     trial = costs.groups(max(planned // 2, 2**20)) or [whole(fisher.shapes)]
-    memory = sharing.agree(measure(how, {part.name for part in trial[0]}, images, labels))
+    memory = share.agree(measure(how, {part.name for part in trial[0]}, images, labels))
     size = _micro_batch(memory, how.micro_batch, planned)
     costs = replace(costs, micro_batch=size)
-    activations = memory.of(size) + sharing.sent(budget)
-    room = total - kept_collecting - activations
-    joined = _JOINED if joins else 1.0
-    # In memory the sums are still there when weights are scored.
-    inside = round(joined * min(room, total - kept - _VIEWS * view))
+    activations = memory.of(size) + share.sent(budget)
+    joined = _JOINED if use.joins else 1.0
+    room = total - use.kept_collecting - activations
+    inside = round(joined * min(room, total - scoring))
     groups = costs.groups(inside) if inside > 0 else None
-    stays = groups is not None and len(groups) == 1
-    if not stays:
+    place = "memory"
+    if groups is None or len(groups) > 1:
+        place = "file" if has_file else "nowhere"
+        room = total - kept_collecting - activations
+        if place == "nowhere":
+            # The sums of samples that join are made beside those that are there.
+            joined = 0.5 if use.joins else 1.0
+            room = min(room, total - scoring)
         groups = costs.groups(round(joined * room)) if room > 0 else None
-    fits = kept + _VIEWS * view <= total
-    if groups is None or not fits:
+    if groups is None or scoring > total:
         block = costs.of(costs.first_unit())
-        least = max(kept_collecting + activations + block, kept + _VIEWS * view) / _PLANNED
+        least = max(kept_collecting + activations + block, scoring) / _PLANNED
+        hint = "; less with scratch=FOLDER (--scratch)" if place == "nowhere" else ""
         raise InvalidArgument(
             f"memory_budget: got {gib(budget)}; takes at least {gib(least)}: {gib(activations)} "
-            f"for a pass of {max(size, 2)} samples, {gib(block)} for one block" + _and_kept(kept)
+            f"for a pass of {max(size, 2)} samples, {gib(block)} for one block"
+            + _and_kept(use.kept)
+            + hint
         )
     plan = MemoryPlan(
         budget=budget,
         micro_batch=size,
         step=how.step,
         groups=groups,
-        place="memory" if stays else "file",
+        place=place,
         statistics=sum(map(costs.kept, whole(fisher.shapes))),
         group=max(sum(map(costs.sums, group)) for group in groups),
         rows=max(sum(map(costs.rows, group)) for group in groups),
         activations=activations,
-        kept=kept,
-        kept_collecting=kept_collecting,
+        kept=use.kept,
+        kept_collecting=use.kept_collecting if place == "memory" else kept_collecting,
         view=view,
-        ranks=sharing.ranks,
+        ranks=share.ranks,
     )
-    if plan.place == "memory":
+    if place == "memory":
         return replace(plan, spare=max(0, room - plan.statistics))
-    plan = replace(plan, spare=room)
-    if scratch is None and not is_dry:
-        raise InvalidArgument(
-            f"memory_budget: the statistics take {gib(plan.statistics)}, and {gib(room)} of "
-            f"{gib(budget)} are left for them; give scratch=FOLDER to keep them in a file "
-            "(--scratch), fewer parameters, or a smaller block_size"
-        )
-    if scratch_budget is not None and plan.disk > scratch_budget:
-        raise InvalidArgument(
-            f"scratch_budget: got {gib(scratch_budget)}; the statistics take {gib(plan.disk)}"
-        )
-    if is_dry:
-        return replace(plan, scratch=None if scratch is None else os.fspath(scratch))
-    assert scratch is not None
-    check_folder(scratch, plan.disk)
-    if not repeats:
+    if place == "file":
+        plan = _in_file(replace(plan, spare=room), room, scratch, scratch_budget, is_dry=is_dry)
+    if not repeats and not is_dry:
         raise InvalidArgument(
             "batches: is an iterator, which gives its images once, and within memory_budget they "
             f"are gone over {plan.passes} times; takes a list, a DataLoader or anything else that "
             "can be iterated again"
         )
-    return replace(plan, scratch=os.fspath(scratch))
+    return plan
+
+
+def _in_file(
+    plan: MemoryPlan,
+    room: int,
+    scratch: str | os.PathLike[str] | None,
+    most: int | None,
+    *,
+    is_dry: bool,
+) -> MemoryPlan:
+    """Check that the statistics have room in a scratch folder."""
+    if scratch is None and not is_dry:
+        raise InvalidArgument(
+            f"memory_budget: the statistics take {gib(plan.statistics)}, and {gib(room)} of "
+            f"{gib(plan.budget or 0)} are left for them; give scratch=FOLDER to keep them in a "
+            "file (--scratch), fewer parameters, or a smaller block_size"
+        )
+    if most is not None and plan.disk > most:
+        raise InvalidArgument(
+            f"scratch_budget: got {gib(most)}; the statistics take {gib(plan.disk)}"
+        )
+    if scratch is not None and not is_dry:
+        check_folder(scratch, plan.disk)
+    return replace(plan, scratch=None if scratch is None else os.fspath(scratch))
 
 
 @dataclass(frozen=True)
@@ -375,17 +413,18 @@ def _and_kept(kept: int) -> str:
     return f", {gib(kept)} for scores, masks and copies of weights" if kept else ""
 
 
-def kept_by_pruning(
+def use_by_pruning(
     chosen: Mapping[str, nn.Parameter],
     *,
     is_auto: bool,
     rounds: int,
     has_scratch: bool,
     needs_fisher: bool = True,
+    joins: bool = False,
     ranks: int = 1,
     gathered: int = 0,
-) -> dict[str, int]:
-    """Bytes that pruning keeps beside statistics, as `plan_within` takes them.
+) -> Use:
+    """What pruning keeps beside statistics.
 
     Scores and two masks; weights to go back to and those that compensation finds, and the best try
     where a damping is chosen. With a scratch folder copies of weights and of scores lie there.
@@ -405,4 +444,4 @@ def kept_by_pruning(
         tries = 2 * copies + 4 * own if is_auto else 0
         kept += copies + 4 * own + tries
         collecting += copies + tries
-    return {"kept": kept + gathered, "kept_collecting": collecting + gathered}
+    return Use(kept + gathered, collecting + gathered, joins=joins, again=not has_scratch)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.masks import Masks
-from fastsal.parts import flat, slices
+from fastsal.parts import Part, Parts, flat, slices
 
 LARGEST_GROUP = 8
 
@@ -115,16 +115,18 @@ def joint_costs(
     tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Name to the joint costs of whole groups `[outer, G, inner]`, by the statistics' names."""
-    costs = {}
-    # Groups lie along rows, so that parameters are not cut.
-    for statistics, parts in fisher._views(cuts=False):
-        given = _inputs(statistics, slices(tensors, parts))
+    costs = {
+        name: torch.empty(grouped_shape(w.shape, pattern.m))
+        for name, w in tensors.items()
+    }
+    for weights, parts, given in _by_rows(tensors, fisher):
         found = _core.group_costs(*given, pattern.m, damping)
-        for name, (values, failed) in zip(parts, found, strict=True):
-            raise_failed(name, failed, damping)
-            every = torch.from_numpy(values).reshape(tensors[name].shape)
+        for (key, part), (values, failed) in zip(parts.items(), found, strict=True):
+            raise_failed(key, failed, damping)
+            every = torch.from_numpy(values).reshape(weights[key].shape)
             # Every member has the cost of its group.
-            costs[name] = reduce_groups(every, pattern.m, "first")
+            some = reduce_groups(every, pattern.m, "first")
+            _rows_of(costs[part.name], part).copy_(some)
     return costs
 
 
@@ -132,14 +134,33 @@ def joint_choice(
     tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Name to the mask of N:M by joint costs, by the statistics' names."""
-    kept = {}
-    for statistics, parts in fisher._views(cuts=False):
-        given = _inputs(statistics, slices(tensors, parts))
+    kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
+    for _, parts, given in _by_rows(tensors, fisher):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
-        for name, (mask, failed) in zip(parts, chosen, strict=True):
-            raise_failed(name, failed, damping)
-            kept[name] = torch.from_numpy(mask).reshape(tensors[name].shape)
+        for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):
+            raise_failed(key, failed, damping)
+            part.of(kept[part.name]).copy_(torch.from_numpy(mask).reshape(-1))
     return kept
+
+
+def _by_rows(
+    tensors: Mapping[str, Tensor], fisher: BlockFisher
+) -> Iterator[tuple[dict[str, Tensor], Parts, tuple[Any, Any, Any, int]]]:
+    """Parts that end with rows of axis 0, as groups do: weights, parts, what the core takes."""
+    for statistics, parts in fisher._views(cuts=False):
+        weights = {
+            key: values.reshape(-1, *tensors[parts[key].name].shape[1:])
+            if values.shape != tensors[parts[key].name].shape
+            else values
+            for key, values in slices(tensors, parts).items()
+        }
+        yield weights, parts, _inputs(statistics, weights)
+
+
+def _rows_of(groups: Tensor, part: Part) -> Tensor:
+    """The groups `[rows, G, inner]` of a part, of those of its parameter."""
+    each = part.size // groups.shape[0]
+    return groups[part.start // each : -(-part.stop // each)]
 
 
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
@@ -154,6 +175,12 @@ def input_axes(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) < 2:
         return 1, math.prod(shape), 1
     return shape[0], shape[1], math.prod(shape[2:])
+
+
+def grouped_shape(shape: torch.Size | tuple[int, ...], m: int) -> tuple[int, int, int]:
+    """Return `[outer, G, inner]`, the shape of a parameter's groups."""
+    outer, width, inner = input_axes(shape)
+    return outer, -(-width // m), inner
 
 
 def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:

@@ -7,12 +7,11 @@ divided by the rate of a matrix product here.
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,15 @@ from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import trim_heap
+from fastsal.file_arrays import FileArrays, trim_heap
+from fastsal.fisher import BlockFisher
 from fastsal.gradients import select_parameters
-from fastsal.memory_plan import MemoryPlan, Share, kept_by_pruning
-from fastsal.parts import Part
+from fastsal.memory_plan import MemoryPlan, Share, sums_nbytes, use_by_pruning
+from fastsal.parts import Part, by_key, whole
 from fastsal.pass_memory import drop, first_samples
 
 # Weights on which sums and eliminations are tried.
-_TRIED = 2**18
+_TRIED = 2**20
 # Bytes that are written to the scratch folder to see how fast it is.
 _WRITTEN = 2**27
 # Seconds of a trial, from which on more samples take as many times longer.
@@ -90,15 +90,15 @@ def plan_memory(
     is_auto = prunes and damping == "auto"
     entry = CRITERIA[find_criterion(criterion)]
     if memory_budget is not None and prunes:
-        options |= kept_by_pruning(
+        options["use"] = use_by_pruning(
             chosen,
             is_auto=is_auto,
             rounds=rounds,
             has_scratch=scratch is not None,
             needs_fisher=entry.needs_fisher,
+            joins=is_auto,
             ranks=ranks,
         )
-        options["joins"] = is_auto
     work = prepare(
         model,
         batches,
@@ -107,7 +107,7 @@ def plan_memory(
         memory_budget=memory_budget,
         scratch=scratch,
         is_dry=True,
-        share=Share(ranks) if ranks > 1 else None,
+        share=Share(ranks),
         **options,
     )
     count = samples or sum(len(images) for images, _ in work.source())
@@ -115,10 +115,14 @@ def plan_memory(
         work = replace(work, plan=replace(work.plan, sent=_sent(work, count, rounds)))
     if not calibrate:
         return work.plan
-    seconds = {"statistics": rounds * _statistics_seconds(work, count)}
+    steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
+    times = rounds
+    if work.plan.place == "nowhere":  # to score, to compensate, and to find dampings to try
+        times = steps * (entry.needs_fisher + compensate) + is_auto
+    disk = _Disk.of(work.plan)
+    seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
     if prunes:
-        steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
-        each = _step_seconds(work, entry.needs_damping, compensate=compensate)
+        each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
         seconds["prune"] = steps * each / ranks
     seconds["total"] = sum(seconds.values())
     return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
@@ -141,28 +145,24 @@ def _sent(work: Work, samples: int, rounds: int) -> dict[str, int]:
     return {what: rounds * max(nbytes) for what, nbytes in each.items()}
 
 
-def _statistics_seconds(work: Work, samples: int) -> float:
+def _statistics_seconds(work: Work, samples: int, disk: _Disk) -> float:
     """Time of all passes over the images."""
     how, plan = work.how, work.plan
     groups = plan.groups
     is_meta = next(iter(how.chosen.values())).device.type == "meta"
     tried = sorted({0, len(groups) - 1})
     times = {i: _counted(work) if is_meta else _timed(work, groups[i]) for i in tried}
-    steps = math.ceil(samples / how.step)
-    rows = _add_seconds(work, min(how.step, samples))
-    fresh = _fresh_seconds()
-    disk = _disk_seconds(plan) if plan.place == "file" else 0.0
     total = 0.0
-    for i, group in enumerate(groups):
+    for i in range(len(groups)):
         # Deep layers need less of the backward pass; between the tried groups it is about linear.
         share = i / max(1, len(groups) - 1)
         first, last = times[tried[0]], times[tried[-1]]
         probe, micro = ((1 - share) * a + share * b for a, b in zip(first, last, strict=True))
-        weights = sum(map(len, group))
         total += probe + samples / (how.micro_batch * plan.ranks) * micro
-        total += steps * rows * weights / plan.ranks
-        total += fresh * (plan.statistics / len(groups) + plan.rows)
-    return total + disk * plan.statistics
+    weights = sum(p.numel() for p in how.chosen.values())
+    total += _sums_seconds(work, samples) * weights / plan.ranks
+    # The system writes while we compute.
+    return max(total, disk.write * plan.disk)
 
 
 def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
@@ -196,42 +196,67 @@ def _counted(work: Work) -> tuple[float, float]:
     return 2.5 * one, one * work.how.micro_batch
 
 
-def _add_seconds(work: Work, rows: int) -> float:
-    """Seconds a weight of adding gathered rows to the sums."""
-    size = min(work.fisher.block_size or 64, _TRIED)
-    count = _TRIED // size * size
-    given = np.ones((rows, count), np.float32)
-    packed = np.zeros(_core.packed_len(count, size), np.float32)
-    sums = np.zeros(count, np.float32)
+def _sums_seconds(work: Work, samples: int) -> float:
+    """Seconds a weight of adding the rows of all samples, and of bringing sums to their place."""
+    how, fisher, plan = work.how, work.fisher, work.plan
+    count = _TRIED // (size := min(fisher.block_size or 64, _TRIED)) * size
+    parts = by_key(whole({"tried": (count,)}))
+    trial = BlockFisher({"tried": (count,)}, block_size=size, precision=fisher.precision)
+    if plan.place == "file":
+        nbytes = sums_nbytes(trial, parts["tried"], how.samples) + 256
+        trial._move_to(FileArrays(_folder(plan), nbytes), how.samples)
+    rows = torch.ones(min(how.step, samples), count)
+    steps = -(-samples // len(rows))
+    # Gradients are kept at first, and become blocks when more of them come.
+    tried = min(steps, (size + 1) // 2 // len(rows) + 3)
+    some = trial._empty(parts)
+    seconds = [_seconds(lambda: some._add("tried", rows, how.samples)) for _ in range(tried)]
+    total = sum(seconds) + (steps - tried) * seconds[-1]
+    if plan.place == "file":
+        total += _seconds(lambda: trial._merge_parts(some, parts))
+    return total / count
 
-    def add() -> None:
-        _core.accumulate(given, "float32", size, packed, sums)
 
-    add()
-    return min(_seconds(add) for _ in range(3)) / count
-
-
-def _fresh_seconds() -> float:
-    """Seconds a byte of memory that is touched for the first time."""
-    count = 2**25
-    return _seconds(lambda: np.empty(count, np.uint8).fill(1)) / count
-
-
-def _disk_seconds(plan: MemoryPlan) -> float:
+@dataclass(frozen=True)
+class _Disk:
     """Seconds a byte of the scratch folder."""
-    piece = np.random.default_rng(0).bytes(2**22)
-    folder = plan.scratch if plan.scratch and os.path.isdir(plan.scratch) else None
-    with tempfile.TemporaryFile(dir=folder) as file:
 
-        def write() -> None:
-            for _ in range(_WRITTEN // len(piece)):
-                file.write(piece)
-            os.fsync(file.fileno())
+    write: float = 0.0
+    read: float = 0.0
 
-        return _seconds(write) / _WRITTEN
+    @classmethod
+    def of(cls, plan: MemoryPlan) -> _Disk:
+        """Try it, if it is used."""
+        if plan.place != "file":
+            return cls()
+        piece = np.random.default_rng(0).bytes(2**22)
+        with tempfile.TemporaryFile(dir=_folder(plan)) as file:
+
+            def write() -> None:
+                for _ in range(_WRITTEN // len(piece)):
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+
+            def read() -> None:
+                file.seek(0)
+                while file.read(len(piece)):
+                    pass
+
+            written = _seconds(write)
+            if hasattr(os, "posix_fadvise"):  # else it is read from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return cls(written / _WRITTEN, _seconds(read) / _WRITTEN)
 
 
-def _step_seconds(work: Work, is_second_order: bool, *, compensate: bool) -> float:
+def _folder(plan: MemoryPlan) -> str:
+    """The scratch folder, or that for temporary files where it is not there yet."""
+    if plan.scratch and os.path.isdir(plan.scratch):
+        return plan.scratch
+    return tempfile.gettempdir()
+
+
+def _step_seconds(work: Work, is_second_order: bool, disk: _Disk, *, compensate: bool) -> float:
     """Seconds of scoring, ranking and compensating the whole model once."""
     size = min(work.fisher.block_size or 64, 512)
     count = _TRIED // size * size
@@ -250,10 +275,7 @@ def _step_seconds(work: Work, is_second_order: bool, *, compensate: bool) -> flo
         total += _seconds(lambda: _core.compensate(parameter, [weights], [kept], size, 1e-3))
     total += _seconds(lambda: _core.prune_smallest([weights], count // 2, []))
     seconds = total / count * sum(p.numel() for p in work.how.chosen.values())
-    reads = 2 if compensate else 1
-    if work.plan.place == "file":
-        seconds += reads * work.plan.statistics * _fresh_seconds()
-    return seconds
+    return seconds + (1 + compensate) * disk.read * work.plan.disk
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -22,7 +22,7 @@ from fastsal.file_arrays import Shelf
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
-from fastsal.memory_plan import kept_by_pruning
+from fastsal.memory_plan import Use, use_by_pruning
 from fastsal.plan import Job, Plan, copies
 from fastsal.ranking import check_ranking
 from fastsal.rounds import prune_in_rounds, rising_goals
@@ -60,13 +60,13 @@ class Makers:
         plan: Makes a `Plan`.
         job: Makes a `Job`.
         checkpoint: Makes a `Checkpoint`.
-        kept: Says what is kept beside statistics, as `kept_by_pruning`.
+        use: Says what is kept beside statistics, as `use_by_pruning`.
     """
 
     plan: Callable[..., Plan] = Plan
     job: Callable[..., Job] = Job
     checkpoint: Callable[..., Checkpoint] = Checkpoint
-    kept: Callable[..., dict[str, int]] = kept_by_pruning
+    use: Callable[..., Use] = use_by_pruning
 
 
 def prune(
@@ -139,7 +139,9 @@ def prune(
         loss_scale: As for `collect`.
         memory_budget: Bytes that all this may add to the process, or text as `"8GiB"`: statistics
             and passes as for `collect`, scores, masks, and copies of weights.
-        scratch: A folder for the statistics and copies that the budget has no room for.
+        scratch: A folder for the statistics and copies that the budget has no room for. Without
+            one statistics that do not fit are collected again for each use, and take no disk but
+            several times as long: `plan_memory` says how long.
         scratch_budget: Bytes that the statistics may take there.
         progress: A bar, or a function.
         seed: Of everything with chance in it.
@@ -197,20 +199,22 @@ def prune(
         "autocast": autocast,
         "loss_scale": loss_scale,
         "progress": progress,
+        "by_rows": pattern is not None,
     }
     if memory_budget is not None:
         statistics |= {
             "memory_budget": memory_budget,
             "scratch": scratch,
             "scratch_budget": scratch_budget,
-            "joins": plan.is_auto or recalibrate,
-        } | makers.kept(
-            chosen,
-            is_auto=plan.is_auto,
-            rounds=rounds,
-            has_scratch=scratch is not None,
-            needs_fisher=entry.needs_fisher,
-        )
+            "use": makers.use(
+                chosen,
+                is_auto=plan.is_auto,
+                rounds=rounds,
+                has_scratch=scratch is not None,
+                needs_fisher=entry.needs_fisher,
+                joins=plan.is_auto or recalibrate,
+            ),
+        }
     elif scratch is not None or scratch_budget is not None:
         raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
     # Only a later round that measures has weights that are not the dense ones.

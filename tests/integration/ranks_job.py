@@ -62,13 +62,17 @@ HOW = {
     "1x4 by sums": {"damping": 1e-3, "criterion": "diag-fisher", "pattern": "1x4", "floor": 0.1},
     "safe": {"damping": 1e-3, "sparsity": None, "max_loss_increase": 1.0, "confidence": 0.6},
 }
-# Statistics that do not fit: several passes, and a scratch file on every rank.
-BUDGET = {"memory_budget": "100MiB"}
+# Statistics that do not fit: several passes, and a scratch file on every rank or, without a folder
+# for it, passes again for each use.
+BUDGET = 104 * 2**20
 LIMITED = {
     "budget": {"damping": 1e-3},
     "budget auto": {"damping": "auto"},
     "budget features": {"damping": 1e-3, "labels": "features"},
     "budget 2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
+    "again": {"damping": 1e-3},
+    "again auto": {"damping": "auto"},
+    "again 2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
 }
 
 
@@ -112,10 +116,12 @@ def main(folder):
     assert all(torch.equal(chosen.blocks(name), fisher.blocks(name)) for name in fisher.names)
     fastsal.distributed.save(fisher, folder / "fisher")
     told = {"nbytes": fisher.nbytes, "names": fisher.names}
-    budget = {**BUDGET, "scratch": folder}
-    for name, how in [*HOW.items(), *((name, how | budget) for name, how in LIMITED.items())]:
+    for name, how in (HOW | LIMITED).items():
         model = wrapped(name)
-        result = prune(fastsal.distributed.prune, model, how)
+        budget = {"memory_budget": BUDGET} if name in LIMITED else {}
+        if name.startswith("budget"):
+            budget["scratch"] = folder
+        result = prune(fastsal.distributed.prune, model, how, **budget)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if rank == 0 or name not in ("auto", "floor"):
             torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")

@@ -74,25 +74,38 @@ def test_scores_and_compensation_from_a_file(tmp_path, criterion):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        {"damping": 1e-4},
-        {"damping": "auto"},
-        {"damping": "auto", "rounds": 3},
-        {"damping": "auto", "labels": "features", "recalibrate": True},
-        {"pattern": "2:4", "damping": 1e-4},
-        {"criterion": "block-fisher", "compensate": False, "damping": 1e-3},
-    ],
-)
-def test_pruning_is_the_same(tmp_path, how):
+HOW = [
+    {"damping": 1e-4},
+    {"damping": "auto"},
+    {"damping": "auto", "rounds": 3},
+    {"damping": "auto", "labels": "features", "recalibrate": True},
+    {"pattern": "2:4", "damping": 1e-4},
+    {"pattern": "1x4", "damping": 1e-4, "floor": 0.1},
+    {"criterion": "block-fisher", "compensate": False, "damping": 1e-3},
+    {"criterion": "magnitude", "damping": 1e-3},
+    {"labels": "sampled", "damping": 1e-3},
+]
+
+
+# In a file, or collected again for each use, which leaves copies of weights in memory.
+@pytest.mark.parametrize("is_again", [False, True], ids=["file", "again"])
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_pruning_is_the_same(tmp_path, how, is_again):
     models = net(), net()
-    sparsity = None if "pattern" in how else 0.7
+    sparsity = None if how.get("pattern") == "2:4" else 0.7
     common = {"sparsity": sparsity, "micro_batch": 4, **how}
+    budget = {"memory_budget": "102MiB"} if is_again else {"memory_budget": "98MiB"}
+    if not is_again:
+        budget["scratch"] = tmp_path
     free = fastsal.prune(models[0], images(96), **common)
-    within = fastsal.prune(models[1], images(96), memory_budget="98MiB", scratch=tmp_path, **common)
+    within = fastsal.prune(models[1], images(96), **budget, **common)
+    plan = within.history[0]["memory_plan"]
+    assert plan["place"] == ("nowhere" if is_again else "file")
+    assert plan["passes"] > 1
+    assert plan["memory"] <= parse_bytes(budget["memory_budget"])
     assert free.masks == within.masks
-    assert free.history[0]["damping"] == within.history[0]["damping"]
+    told = [(r.history[0]["damping"], r.history[0]["samples"]) for r in (free, within)]
+    assert told[0] == told[1]
     for name in free.scores:
         assert torch.equal(free.scores[name], within.scores[name])
     for a, b in zip(*(m.parameters() for m in models), strict=True):
@@ -100,13 +113,49 @@ def test_pruning_is_the_same(tmp_path, how):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_limit_within_a_budget(tmp_path):
+@pytest.mark.parametrize("damping", [1e-3, "auto"])
+@pytest.mark.parametrize("is_again", [False, True], ids=["file", "again"])
+def test_a_limit_within_a_budget(tmp_path, is_again, damping):
     models = net(), net()
-    common = {"max_loss_increase": 1.0, "micro_batch": 4, "damping": 1e-3, "confidence": 0.5}
+    common = {"max_loss_increase": 1.0, "micro_batch": 4, "damping": damping, "confidence": 0.5}
+    budget = {"memory_budget": "98MiB", "scratch": tmp_path}
+    if is_again:
+        budget = {"memory_budget": "102MiB"}
     free = fastsal.prune(models[0], images(96), **common)
-    within = fastsal.prune(models[1], images(96), memory_budget="98MiB", scratch=tmp_path, **common)
+    within = fastsal.prune(models[1], images(96), **budget, **common)
+    assert within.history[0]["memory_plan"]["place"] == ("nowhere" if is_again else "file")
     assert free.masks == within.masks
     assert free.safety.sparsity == within.safety.sparsity
+
+
+def test_what_is_collected_again_is_told_of(tmp_path):
+    """Progress of every use; a model that fails in the middle of one is as it was."""
+    model, told = net(), []
+    before = copy.deepcopy(model.state_dict())
+
+    def report(done, total):
+        told.append((done, total))
+        if len(told) == 30:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastsal.prune(
+            model,
+            images(),
+            0.5,
+            damping=1e-3,
+            memory_budget="92MiB",
+            micro_batch=4,
+            progress=report,
+        )
+    assert told[0][0] == 4
+    assert told[0][1] % 48 == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_statistics_that_users_hold_are_not_collected_again():
+    with pytest.raises(InvalidArgument, match="memory_budget: the statistics take .*scratch="):
+        fastsal.collect(net(), images(), memory_budget="92MiB", micro_batch=4)
 
 
 def test_a_budget_that_is_large_enough_changes_nothing():
@@ -126,7 +175,6 @@ def test_large_blocks_keep_gradients_in_the_file(tmp_path):
     ("how", "message"),
     [
         ({"memory_budget": "10MiB"}, "memory_budget: got 10 MiB; takes at least"),
-        ({"memory_budget": "90MiB"}, "memory_budget: the statistics take .*scratch=FOLDER"),
         ({"memory_budget": -1}, "memory_budget: got -1; takes bytes"),
         ({"memory_budget": "much"}, "memory_budget: got 'much'; takes bytes"),
         ({"scratch": "."}, "scratch: is for statistics within memory_budget"),
@@ -150,6 +198,8 @@ def test_budgets_that_are_not_taken(call, how, message):
 
 def test_images_that_come_once(tmp_path):
     with pytest.raises(InvalidArgument, match="batches: is an iterator.*gone over .* times"):
+        fastsal.prune(net(), iter(images()), 0.5, damping=1e-3, memory_budget="92MiB")
+    with pytest.raises(InvalidArgument, match="batches: is an iterator.*gone over .* times"):
         fastsal.collect(net(), iter(images()), memory_budget="92MiB", scratch=tmp_path)
     assert fastsal.collect(net(), iter(images()), memory_budget="1GiB").samples == 48
 
@@ -165,6 +215,8 @@ def test_images_that_change(tmp_path):
 
     with pytest.raises(DataError, match="batches: gave .* samples, and .* when"):
         fastsal.collect(net(), Growing(), memory_budget="92MiB", scratch=tmp_path)
+    with pytest.raises(DataError, match="batches: gave .* samples, and .* when"):
+        fastsal.prune(net(), Growing(), 0.5, damping=1e-3, memory_budget="92MiB")
 
 
 @pytest.mark.parametrize(

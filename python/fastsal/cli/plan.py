@@ -113,11 +113,17 @@ def _table(plan: MemoryPlan) -> Any:
     table.add_column()
     table.add_column(justify="right")
     table.add_column(style="dim")
-    where = "in memory" if plan.place == "memory" else "in a file of the scratch folder"
+    where = {
+        "memory": "in memory",
+        "file": "in a file of the scratch folder",
+        "nowhere": "collected again for each use; --scratch DIR is faster",
+    }[plan.place]
     if plan.ranks > 1:
         table.add_row("ranks", str(plan.ranks), "what follows is of one of them")
     table.add_row("statistics", gib(plan.statistics), where)
     how = "" if plan.passes == 1 else "each for some of the parameters"
+    if plan.place == "nowhere":
+        how += ", for each use"
     table.add_row("passes over the images", str(plan.passes), how)
     table.add_row("samples at a time", str(plan.micro_batch), f"summed by {plan.step}")
     limit = "no limit" if plan.budget is None else f"of {gib(plan.budget)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +22,12 @@ from fastsal.distributed.sharding import regrouped, shares
 from fastsal.distributed.whole_weights import whole_weights
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.gradients import select_parameters
 from fastsal.holdout import Pair
 from fastsal.memory_plan import Share, sums_nbytes
 from fastsal.parts import Part, Parts, by_key, rows, shapes_of
 from fastsal.pass_memory import PassMemory
 from fastsal.progress import Report, reporter
+from fastsal.recollection import GroupPass, Recollected
 from fastsal.sizes import gib
 from fastsal.statistics_files import write_index
 
@@ -115,14 +115,14 @@ def collected(
                 "exchange: 'sums' takes labels='true'; drawn labels and features need 'rows'"
             )
         exchange = "rows"
-    share = _share(ranks, model, exchange, options, by_rows=by_rows)
-    work = prepare(model, batches, share=share, **options)
+    share = Share(ranks.size, sums_first=exchange != "rows", agree=partial(_most, ranks))
+    work = prepare(model, batches, share=share, by_rows=by_rows, **options)
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
     whole, plan = work.fisher, work.plan
     most = share.longest(work.how.micro_batch, whole.block_size, plan.budget)
+    unit = rows(whole.shapes, whole.block_size) if by_rows else None
     groups = [
-        shares(group, whole.block_size, ranks.size, unit=share.unit, most=most)
-        for group in plan.groups
+        shares(group, whole.block_size, ranks.size, unit=unit, most=most) for group in plan.groups
     ]
     all_shares = [[p for group in groups for p in group[rank]] for rank in range(ranks.size)]
     if min(map(len, all_shares)) == 0:
@@ -137,12 +137,17 @@ def collected(
     fisher._shares, fisher._whole = all_shares, whole.shapes
     fisher._plan, fisher._view_bytes = whole._plan, whole._view_bytes
     work = replace(work, fisher=fisher)
-    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
+    shown = progress if ranks.rank == 0 else False
+    together = _together(groups, ranks, way)
+    own = [_own(group[ranks.rank]) for group in groups]
+    if plan.place == "nowhere":
+        return Recollected(work, own, together, shown)
+    with reporter(shown, "statistics") as report:
         if plan.place == "memory":
-            _add(way)(work.how, fisher, all_shares, ranks, work.source(), report)
+            together(work, fisher, 0, report)
         else:
             move_to_scratch(work)
-            _add_in_groups(work, groups, ranks, way, report)
+            add_in_groups(work, own, together, report)
     return fisher
 
 
@@ -159,50 +164,36 @@ def add_samples(
     """As `fastsal.collection_work.add_samples`, by several ranks."""
     work, plan = joining(fisher, model, batches, **options)
     assert fisher._shares is not None
+    if isinstance(fisher, Recollected):
+        fisher._join(work)
+        return
     if work.how.labels != "true":
         exchange = "rows"
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
     samples = work.how.samples
     groups = regrouped(fisher._shares, lambda p: sums_nbytes(fisher, p, samples), plan.spare)
-    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
-        _add_in_groups(work, groups, ranks, way, report)
-
-
-def _add_in_groups(
-    work: Work, groups: Sequence[list[list[Part]]], ranks: Ranks, way: str, report: Report
-) -> None:
-    """Go over the images once for each group of shares."""
-
-    def together(some: BlockFisher, number: int, pairs: Iterable[Pair], report: Report) -> None:
-        _add(way)(work.how, some, groups[number], ranks, pairs, report)
-
-    # Of this rank's statistics every part is a whole.
     own = [_own(group[ranks.rank]) for group in groups]
-    add_in_groups(work, own, report, together)
+    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
+        add_in_groups(work, own, _together(groups, ranks, way), report)
+
+
+def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> GroupPass:
+    """Passes of all ranks, each for one group of shares."""
+    add_shared = add_summed_pass if way == "sums" else add_sharded_pass
+
+    def add(work: Work, some: BlockFisher, number: int, report: Report) -> None:
+        add_shared(work.how, some, groups[number], ranks, work.source(), report)
+
+    return add
 
 
 def _own(parts: Sequence[Part]) -> Parts:
+    # Of this rank's statistics every part is a whole.
     return {p.key: Part(p.key, 0, len(p), len(p)) for p in parts}
 
 
-def _add(way: str) -> Any:
-    return add_summed_pass if way == "sums" else add_sharded_pass
-
-
-def _share(
-    ranks: Ranks, model: nn.Module, exchange: str, options: dict[str, Any], *, by_rows: bool
-) -> Share:
-    """What this rank takes of the statistics; all ranks plan with the most that one measures."""
-    unit = None
-    if by_rows:
-        chosen = select_parameters(model, options.get("parameters"))
-        shapes = {name: tuple(p.shape) for name, p in chosen.items()}
-        unit = rows(shapes, options.get("block_size", 64))
-    agree = partial(_most, ranks)
-    return Share(ranks.size, sums_first=exchange != "rows", unit=unit, agree=agree)
-
-
 def _most(ranks: Ranks, memory: PassMemory) -> PassMemory:
+    """All ranks plan with the most that one measures."""
     found = ranks.every((memory.fixed, memory.sample))
     return PassMemory(max(fixed for fixed, _ in found), max(sample for _, sample in found))
 

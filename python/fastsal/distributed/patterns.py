@@ -17,6 +17,7 @@ from fastsal.patterns import (
     Pattern,
     expand_groups,
     group_scores,
+    grouped_shape,
     input_axes,
     joint_choice,
     joint_costs,
@@ -75,7 +76,7 @@ def rank_pattern_shards(
     groups = rank_shards(
         {keys[key]: values for key, values in costs.items()},
         shares,
-        {name: _grouped(shape, wanted.m) for name, shape in mine.shapes.items()},
+        {name: grouped_shape(shape, wanted.m) for name, shape in mine.shapes.items()},
         ranks,
         goal,
         scope=scope,
@@ -98,16 +99,10 @@ def _in_rows(mine: Mine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _grouped(shape: tuple[int, ...], m: int) -> tuple[int, int, int]:
-    """Shape of a parameter's groups."""
-    outer, width, inner = input_axes(shape)
-    return outer, -(-width // m), inner
-
-
 def _of_groups(part: Part, shapes: Mapping[str, tuple[int, ...]], m: int) -> Part:
     """A part of the weights as a part of the groups."""
     _, width, inner = input_axes(shapes[part.name])
-    outer, groups, _ = _grouped(shapes[part.name], m)
+    outer, groups, _ = grouped_shape(shapes[part.name], m)
     first, last = part.start // (width * inner), -(-part.stop // (width * inner))
     each = groups * inner
     return Part(part.name, first * each, last * each, outer * each)

@@ -33,7 +33,7 @@ from fastsal.examination import Examination
 from fastsal.fisher import BlockFisher
 from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
-from fastsal.memory_plan import kept_by_pruning
+from fastsal.memory_plan import use_by_pruning
 from fastsal.parts import slices
 from fastsal.plan import Job, Plan
 from fastsal.pruning import Makers, PruneResult
@@ -79,7 +79,7 @@ def prune(
         partial(ShardedPlan, ranks=ranks),
         partial(ShardedJob, ranks=ranks, exchange=exchange),
         partial(SharedCheckpoint, ranks=ranks),
-        partial(kept_by_pruning, ranks=ranks.size, gathered=gathered_bytes(model)),
+        partial(use_by_pruning, ranks=ranks.size, gathered=gathered_bytes(model)),
     )
     with whole_weights(model) as inner:
         result = fastsal.pruning.prune(inner, batches, sparsity, _makers=makers, **options)
@@ -209,10 +209,7 @@ class ShardedJob(Job):
 
     def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
         assert self.ranks is not None
-        by_rows = self.plan.ranking["pattern"] is not None
-        return collected(
-            self.ranks, self.model, source, exchange=self.exchange, by_rows=by_rows, **options
-        )
+        return collected(self.ranks, self.model, source, exchange=self.exchange, **options)
 
     def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
         assert self.ranks is not None
