@@ -44,7 +44,7 @@ def child(args: argparse.Namespace) -> None:
     damping = args.damping if args.damping == "auto" else float(args.damping)
     more: dict[str, Any] = {}
     if args.budget:
-        more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch}
+        more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch or None}
     say("begin")
     start = time.perf_counter()
     result = prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
@@ -133,7 +133,9 @@ def main() -> None:
     parser.add_argument("--damping", default="1e-6")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--ranks", type=int, default=1, help="processes; each has the budget")
-    parser.add_argument("--scratch", default=tempfile.gettempdir())
+    parser.add_argument(
+        "--scratch", default=tempfile.gettempdir(), help="a folder; '' for none, which takes longer"
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--budget", type=float, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()

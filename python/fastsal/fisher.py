@@ -445,6 +445,9 @@ class BlockFisher:
         }
         return view
 
+    def _finish(self) -> None:
+        """Bring a use that failed to its end; there is something to do where sums are made anew."""
+
     def _sums_of(self, name: str) -> ParameterStatistics:
         """The sums of a parameter, to be written."""
         return self._parameters[name]

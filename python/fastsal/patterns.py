@@ -115,10 +115,7 @@ def joint_costs(
     tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Name to the joint costs of whole groups `[outer, G, inner]`, by the statistics' names."""
-    costs = {
-        name: torch.empty(grouped_shape(w.shape, pattern.m))
-        for name, w in tensors.items()
-    }
+    costs = {name: torch.empty(grouped_shape(w.shape, pattern.m)) for name, w in tensors.items()}
     for weights, parts, given in _by_rows(tensors, fisher):
         found = _core.group_costs(*given, pattern.m, damping)
         for (key, part), (values, failed) in zip(parts.items(), found, strict=True):

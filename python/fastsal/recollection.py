@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastsal.errors import DataError
+from fastsal.file_arrays import trim_heap
 from fastsal.fisher import BlockFisher
 from fastsal.parts import Part, Parts
 from fastsal.progress import Report, reporter
@@ -47,6 +48,7 @@ class Recollected(BlockFisher):
         self._add_group = add
         self._progress = progress
         self._works: list[Work] = []
+        self._next = len(groups)  # of the use that goes on, if one does
         self._join(work)
 
     def _join(self, work: Work) -> None:
@@ -72,12 +74,19 @@ class Recollected(BlockFisher):
                     report(before + done, total)
 
                 some = self._collected(number, parts, so_far)
+                self._next = number + 1
                 for view, inner in some._views(cuts=cuts):
                     found = [_within(parts[part.name], part) for part in inner.values()]
                     keys = [part.key for part in found]
                     view._parameters = dict(zip(keys, view._parameters.values(), strict=True))
                     yield view, dict(zip(keys, found, strict=True))
                 some._parameters.clear()
+
+    def _finish(self) -> None:
+        """Go through what is left of a use that failed, as other ranks do that it has not."""
+        for number in range(self._next, len(self._groups)):
+            self._collected(number, self._groups[number], lambda *_: None)
+        self._next = len(self._groups)
 
     def _collected(self, number: int, parts: Parts, report: Report) -> BlockFisher:
         some = self._like._empty(parts)
@@ -87,6 +96,7 @@ class Recollected(BlockFisher):
             more = self._like._empty(parts)
             self._add_group(work, more, number, lambda *_: None)
             some.merge(more)
+        trim_heap()  # what a pass held, before scores are made
         if some._rows_seen != self._rows_seen:
             raise DataError(
                 f"batches: gave {self._rows_seen} samples, and {some._rows_seen} when they were "

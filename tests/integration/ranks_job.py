@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 
 import fastsal.distributed
 from fastsal.distributed.thresholds import rank_shards
+from fastsal.errors import FactorizationError
 from fastsal.parts import slices
 
 
@@ -96,6 +98,27 @@ def wrapped(name):
     return model
 
 
+@contextlib.contextmanager
+def failing_on_one_rank(damping):
+    """Let blocks of the last rank seem singular at one damping, from the second group on."""
+    import fastsal.distributed.pruning as module
+
+    real = module.score_tensors
+
+    def failing(mine, fisher, entry, given, *more):
+        if given == damping and dist.get_rank() == dist.get_world_size() - 1:
+            for number, _ in enumerate(fisher._views()):
+                if number or fisher._plan is None:
+                    raise FactorizationError("singular")
+        return real(mine, fisher, entry, given, *more)
+
+    module.score_tensors = failing
+    try:
+        yield
+    finally:
+        module.score_tensors = real
+
+
 def main(folder):
     """Collect and prune in every way; rank 0 writes what came out."""
     dist.init_process_group("gloo")
@@ -109,6 +132,12 @@ def main(folder):
         net(), images(), micro_batch=2, samples=52, exchange="sums"
     )
     torch.save({name: summed.blocks(name) for name in summed.names}, folder / f"summed{rank}.pt")
+    budget = {"memory_budget": BUDGET, "scratch": folder}
+    summed = fastsal.distributed.collect(
+        net(), images(), micro_batch=2, samples=52, exchange="sums", **budget
+    )
+    assert summed._plan.passes > 1
+    fastsal.distributed.save(summed, folder / "summed")
     # 26 samples a rank or fewer: rows are less than sums of blocks of 64.
     chosen = fastsal.distributed.collect(
         net(), images(), micro_batch=2, samples=52, exchange="auto"
@@ -123,12 +152,21 @@ def main(folder):
             budget["scratch"] = folder
         result = prune(fastsal.distributed.prune, model, how, **budget)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        if name == "budget auto":
+            result_of_auto = result.history[0]
         if rank == 0 or name not in ("auto", "floor"):
             torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")
         told[name] = result.history[-1]["ranks"] | {
             "plan": result.history[-1].get("memory_plan"),
             "safe": None if result.safety is None else result.safety.as_dict(),
         }
+    smallest = result_of_auto["damping_evidence"][0][0]
+    for name, more in {"memory": {}, "again": {"memory_budget": BUDGET}}.items():
+        with failing_on_one_rank(smallest):
+            result = prune(fastsal.distributed.prune, net(), {"damping": "auto"}, **more)
+        evidence = result.history[0]["damping_evidence"]
+        told[f"failing {name}"] = {"evidence": evidence}
+        torch.save(dict(result.masks), folder / f"failing {name}{rank}.pt")
     # Scores with many ties, over parts: the order of positions decides.
     ranks = fastsal.distributed.Ranks()
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters() if p.dim() > 1}

@@ -72,6 +72,17 @@ def test_partial_sums_are_the_same_sums(job):
             )
 
 
+def test_partial_sums_within_a_budget(job):
+    _, folder = job
+    whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2)
+    loaded = fastsal.BlockFisher.load(folder / "summed")
+    assert loaded.samples == 52
+    for name in whole.names:
+        blocks = whole.blocks(name)
+        atol = 1e-6 * float(blocks.abs().max())
+        torch.testing.assert_close(loaded.blocks(name), blocks, rtol=1e-5, atol=atol)
+
+
 def test_files_of_ranks_are_read_as_one(job):
     _, folder = job
     whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2)
@@ -114,6 +125,16 @@ def test_a_budget_takes_several_passes(job, how):
     assert plans[0]["memory"] <= ranks_job.BUDGET
     whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2).nbytes
     assert plans[0]["statistics"] < 1.2 * whole / ranks
+
+
+@pytest.mark.parametrize("place", ["memory", "again"])
+def test_a_damping_that_fails_on_one_rank_fails_on_all(job, place):
+    ranks, folder = job
+    evidence = [told(folder, rank)[f"failing {place}"]["evidence"] for rank in range(ranks)]
+    masks = [torch.load(folder / f"failing {place}{rank}.pt") for rank in range(ranks)]
+    for found, kept in zip(evidence, masks, strict=True):
+        assert [np.isnan(loss) for _, loss in found] == [True] + [False] * (len(found) - 1)
+        assert all(torch.equal(mask, masks[0][name]) for name, mask in kept.items())
 
 
 def test_a_limit_is_tested_on_the_images_of_all_ranks(job):

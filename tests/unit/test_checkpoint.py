@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import fastsal
@@ -105,3 +107,31 @@ def test_damaged_files_are_refused(data, left_over):
     left_over.write_bytes(b"something else")
     with pytest.raises(FileFormatError, match="checkpoint"):
         prune(make(), data, left_over)
+
+
+def test_a_file_that_lacks_a_mask_leaves_the_model_as_it_was(data, left_over):
+    with safe_open(left_over, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    del tensors["mask:3.weight"]
+    save_file(tensors, left_over, metadata=metadata)
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(FileFormatError, match=r"checkpoint.*mask:3\.weight"):
+        prune(model, data, left_over)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_weights_of_half_precision(data, tmp_path, monkeypatch):
+    path = tmp_path / "round.safetensors"
+    data = [(x.bfloat16(), y) for x, y in data]
+    model, whole = make().bfloat16(), make().bfloat16()
+    expected = fastsal.prune(whole, data, 0.8, rounds=4)
+    with monkeypatch.context() as patch:
+        kill_in_round(patch, 3)
+        with pytest.raises(Killed):
+            prune(model, data, path)
+    with safe_open(path, framework="pt") as file:
+        assert file.get_tensor("weight:1.weight").dtype == torch.bfloat16
+    assert prune(model, data, path).masks == expected.masks
+    assert all(map(torch.equal, model.parameters(), whole.parameters()))

@@ -10,6 +10,8 @@ from torch import nn
 
 import fastsal
 from fastsal.cli import main
+from fastsal.distributed.costs import costs
+from fastsal.errors import InvalidArgument
 from fastsal.live_memory import LiveMemory
 from fastsal.pass_memory import PassMemory
 from fastsal.planning import plan_memory
@@ -42,6 +44,36 @@ def test_prune_tells_what_was_planned(tmp_path):
     assert told["memory"] == plan.memory
     assert told["passes"] == plan.passes
     assert told["kept"] == plan.kept > 0
+
+
+def test_sums_that_are_collected_again_take_longer(tmp_path):
+    how = {"damping": 1e-3, "micro_batch": 4, "memory_budget": "102MiB"}
+    plan = plan_memory(net(), images(), samples=480, **how)
+    told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
+    assert plan.place == told["place"] == "nowhere"
+    assert plan.memory == told["memory"]
+    assert plan.disk == 0
+    scores = plan_memory(net(), images(), samples=480, compensate=False, **how)
+    auto = plan_memory(net(), images(), samples=480, **how | {"damping": "auto"})
+    assert scores.seconds["statistics"] < plan.seconds["statistics"] < auto.seconds["statistics"]
+
+
+@pytest.mark.parametrize("budget", [None, "104MiB"])
+def test_one_of_several_ranks(budget):
+    chosen = fastsal.select_parameters(net())
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+    how = {"micro_batch": 4, "memory_budget": budget, "damping": 1e-3, "calibrate": False}
+    one, four = (plan_memory(net(), images(), ranks=n, **how) for n in (1, 4))
+    assert four.ranks == 4
+    assert four.statistics == pytest.approx(one.statistics / 4, rel=0.1)
+    paper = costs(shapes, 48, 4, micro_batch=4, step=one.step)
+    assert four.sent == {
+        "rows": max(paper.rows),
+        "weights": max(paper.weights),
+        "masks": max(paper.masks),
+    }
+    with pytest.raises(InvalidArgument, match="ranks: got 0; takes 1 or more"):
+        plan_memory(net(), images(), ranks=0)
 
 
 def test_time_is_tried(tmp_path):
@@ -111,6 +143,14 @@ def test_the_command(capsys, tmp_path):
     code, out, _ = run(capsys, "plan", "resnet18", "--meta", "--no-time", *more)
     assert code == 0
     assert "passes over the images" in out
+    code, out, _ = run(capsys, "plan", "resnet18", "--meta", "--no-time", "--ranks", 4, *more)
+    assert code == 0
+    assert "by each of 4 ranks" in out
+    code, out, _ = run(
+        capsys, "plan", "resnet18", "--no-time", "--size", 64, "--memory-budget", "1GiB"
+    )
+    assert code == 0
+    assert "collected again for each use" in out
     code, _, err = run(capsys, "plan", "resnet18", "--memory-budget", "50MiB", "--no-time")
     assert code == 2
     assert "memory_budget: got 50 MiB; takes at least" in err

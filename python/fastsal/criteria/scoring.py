@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import select_parameters
 from fastsal.masks import Masks
 from fastsal.parts import Parts, slices, whole
+from fastsal.user_warnings import warn_user
 
 _TOLERANCE = 0.01
 
@@ -147,12 +147,11 @@ def warn_imprecise(
         name = max(doubtful, key=lambda n: doubtful[n])
         blocks = int((errors[name] > _TOLERANCE).sum())
         others = f" and {len(doubtful) - 1} other parameters" if len(doubtful) > 1 else ""
-        warnings.warn(
+        warn_user(
             f"scores of {name!r}{others}: rounding of the {precision} sums may "
             f"change them by up to {min(doubtful[name], 1):.0%} ({blocks} of its blocks pass 1 %) "
             f"at damping {damping:g}; collect with precision='float64' or damp more",
             PrecisionWarning,
-            stacklevel=4,
         )
 
 

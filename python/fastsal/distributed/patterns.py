@@ -62,13 +62,15 @@ def rank_pattern_shards(
     if not wanted.is_whole:
         kept: Mapping[str, Tensor]
         if joint:
-            kept = joint_choice(_in_rows(mine, mine.weights), fisher, wanted, damping)
+            with ranks.failing_together(fisher):
+                kept = joint_choice(_in_rows(mine, mine.weights), fisher, wanted, damping)
         else:
             kept = rank(_in_rows(mine, scores), pattern=pattern)
         flat = {key: mask.reshape(-1).numpy() for key, mask in kept.items()}
         return Masks(assembled(flat, mine.shares, mine.shapes, ranks), dict(recipe))
     if joint:
-        costs = joint_costs(_in_rows(mine, mine.weights), fisher, wanted, damping)
+        with ranks.failing_together(fisher):
+            costs = joint_costs(_in_rows(mine, mine.weights), fisher, wanted, damping)
     else:
         costs = group_scores(_in_rows(mine, scores), wanted.m)
     shares = [[_of_groups(p, mine.shapes, wanted.m) for p in share] for share in mine.shares]

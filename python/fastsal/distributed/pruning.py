@@ -113,7 +113,8 @@ class ShardedPlan(Plan):
         entry = CRITERIA[self.criterion]
         if entry.needs_fisher:
             before = slices(masks or {}, mine.parts)
-            return score_tensors(mine.weights, fisher, entry, damping, before, self.seed)
+            with self.ranks.failing_together(fisher):
+                return score_tensors(mine.weights, fisher, entry, damping, before, self.seed)
         named = list(mine.shapes)
         every = score(model, None, self.criterion, masks=masks, parameters=named, seed=self.seed)
         return slices(every, mine.parts)
@@ -151,14 +152,15 @@ class ShardedPlan(Plan):
         if fisher is None or self.ranks is None or not self.compensate:
             return super().move(model, fisher, masks, damping, before=before)
         mine = Mine.of(model, fisher, self.ranks)
-        moved, report = moves(
-            mine.weights,
-            fisher,
-            slices(masks, mine.parts),
-            damping,
-            before=slices(before or {}, mine.parts),
-            shelf=self.shelf,
-        )
+        with self.ranks.failing_together(fisher):
+            moved, report = moves(
+                mine.weights,
+                fisher,
+                slices(masks, mine.parts),
+                damping,
+                before=slices(before or {}, mine.parts),
+                shelf=self.shelf,
+            )
         for owner, share in enumerate(mine.shares):
             for part in share:
                 is_own = owner == self.ranks.rank

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
+from fastsal.fisher import BlockFisher
 
 
 class LostRankError(FastsalError, ConnectionError):
@@ -94,6 +95,27 @@ class Ranks:
         with self._told():
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    @contextlib.contextmanager
+    def failing_together(self, fisher: BlockFisher) -> Iterator[None]:
+        """Let a block that cannot be factored on one rank end what all of them do in the block.
+
+        Args:
+            fisher: The statistics that are used in it.
+
+        Raises:
+            FactorizationError: On every rank, where one raised it.
+        """
+        failure: FactorizationError | None = None
+        try:
+            yield
+        except FactorizationError as error:
+            failure = error
+        if failure is not None:
+            fisher._finish()
+        said = [text for text in self.every(str(failure) if failure else None) if text]
+        if said:
+            raise failure or FactorizationError(said[0])
 
     def _reduced(self, tensor: Tensor) -> int:
         # A ring: every rank sends all but its share, twice.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.user_warnings import warn_user
 
 _TABLES = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -77,11 +77,9 @@ def _default_names(model: nn.Module, canonical: dict[str, nn.Parameter]) -> set[
         if isinstance(weight, nn.Parameter):
             identities.add(id(weight))
         else:
-            warnings.warn(
+            warn_user(
                 f"the weight of {prefix or 'the model'!r} ({type(module).__name__}) is computed "
-                "from other tensors (a parametrization) and is not selected",
-                UserWarning,
-                stacklevel=4,
+                "from other tensors (a parametrization) and is not selected"
             )
     return {name for name, value in canonical.items() if id(value) in identities}
 

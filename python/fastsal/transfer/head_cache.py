@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Part
+from fastsal.user_warnings import warn_user
 
 _FORMAT = "fastsal head"
 # Also part of every key: a new way to fit or to write a head makes old files unfindable.
@@ -79,7 +79,7 @@ class HeadCache:
             if note != key:
                 raise FileFormatError(f"path: {str(path)!r} holds the head of another key")
         except FileFormatError as error:
-            warnings.warn(f"cache: {error}; the head is fitted anew", stacklevel=3)
+            warn_user(f"cache: {error}; the head is fitted anew")
             return None
         return head
 
