@@ -1,8 +1,8 @@
 """What collecting or pruning would take: memory by the plan that is then followed, time by trial.
 
-A trial runs a few passes, sums and eliminations on this machine, some ten seconds in all, and
-multiplies. On the meta device nothing can be run: there the operations of a pass are counted, and
-divided by the rate of a matrix product here.
+A trial runs a few passes, sums and eliminations on this machine, in seconds, and multiplies. On the
+meta device nothing can be run: there the operations of a pass are counted, and divided by the rate
+of a matrix product here.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def plan_memory(
             for temporary files.
         ranks: Processes of a job (`fastsal.distributed`); memory is that of one, which takes this
             machine's time for its part of the work; that of sending is not counted.
-        calibrate: Whether time is estimated, by a trial of some ten seconds.
+        calibrate: Whether time is estimated, by a trial of a few passes and sums.
         options: Others of `collect`.
 
     Returns:
@@ -99,6 +99,7 @@ def plan_memory(
             joins=is_auto,
             ranks=ranks,
         )
+    start = time.perf_counter()
     work = prepare(
         model,
         batches,
@@ -110,17 +111,20 @@ def plan_memory(
         share=Share(ranks),
         **options,
     )
+    planning = time.perf_counter() - start
     count = samples or sum(len(images) for images, _ in work.source())
-    if ranks > 1:
-        work = replace(work, plan=replace(work.plan, sent=_sent(work, count, rounds)))
-    if not calibrate:
-        return work.plan
     steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
     times = rounds
     if work.plan.place == "nowhere":  # to score, to compensate, and to find dampings to try
         times = steps * (entry.needs_fisher + compensate) + is_auto
+    if ranks > 1:
+        work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
+    if not calibrate:
+        return work.plan
     disk = _Disk.of(work.plan)
     seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
+    if memory_budget is not None:
+        seconds["statistics"] += rounds * planning  # each collection plans anew
     if prunes:
         each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
         seconds["prune"] = steps * each / ranks
@@ -128,8 +132,11 @@ def plan_memory(
     return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
 
 
-def _sent(work: Work, samples: int, rounds: int) -> dict[str, int]:
-    """What a rank sends to the others, to bytes; the most that one of them sends."""
+def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:
+    """What a rank sends to the others, to bytes; the most that one of them sends.
+
+    Samples are gone over so many times, and weights pruned in so many steps.
+    """
     from fastsal.distributed.costs import costs
 
     how = work.how
@@ -141,8 +148,11 @@ def _sent(work: Work, samples: int, rounds: int) -> dict[str, int]:
         micro_batch=how.micro_batch,
         step=how.step,
     )
-    each = {"rows": paper.rows, "weights": paper.weights, "masks": paper.masks}
-    return {what: rounds * max(nbytes) for what, nbytes in each.items()}
+    return {
+        "rows": times * max(paper.rows),
+        "weights": steps * max(paper.weights),
+        "masks": steps * max(paper.masks),
+    }
 
 
 def _statistics_seconds(work: Work, samples: int, disk: _Disk) -> float:

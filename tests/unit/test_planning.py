@@ -67,8 +67,9 @@ def test_one_of_several_ranks(budget):
     assert four.ranks == 4
     assert four.statistics == pytest.approx(one.statistics / 4, rel=0.1)
     paper = costs(shapes, 48, 4, micro_batch=4, step=one.step)
+    times = 2 if four.place == "nowhere" else 1
     assert four.sent == {
-        "rows": max(paper.rows),
+        "rows": times * max(paper.rows),
         "weights": max(paper.weights),
         "masks": max(paper.masks),
     }
