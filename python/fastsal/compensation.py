@@ -117,4 +117,5 @@ def moves(
             increase[part.name] += float(after.sum())
             uncompensated[part.name] += float(bare.sum())
         shelf.release()
+        del statistics, parameters, weights, results  # before sums of the next parts are made
     return moved, CompensationReport(increase, uncompensated)

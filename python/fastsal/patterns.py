@@ -124,6 +124,7 @@ def joint_costs(
             # Every member has the cost of its group.
             some = reduce_groups(every, pattern.m, "first")
             _rows_of(costs[part.name], part).copy_(some)
+        del weights, given, found  # before sums of the next parts are made
     return costs
 
 
@@ -137,6 +138,7 @@ def joint_choice(
         for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):
             raise_failed(key, failed, damping)
             part.of(kept[part.name]).copy_(torch.from_numpy(mask).reshape(-1))
+        del given, chosen  # before sums of the next parts are made
     return kept
 
 

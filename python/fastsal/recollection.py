@@ -80,7 +80,9 @@ class Recollected(BlockFisher):
                     keys = [part.key for part in found]
                     view._parameters = dict(zip(keys, view._parameters.values(), strict=True))
                     yield view, dict(zip(keys, found, strict=True))
+                    view._parameters.clear()
                 some._parameters.clear()
+                trim_heap()
 
     def _finish(self) -> None:
         """Go through what is left of a use that failed, as other ranks do that it has not."""

@@ -85,6 +85,7 @@ def score_tensors(
         inputs = Inputs(weights, statistics, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
             parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+        del statistics, weights, inputs  # before sums of the next parts are made
     if fisher is not None:
         warn_imprecise(errors, fisher.precision, damping)
     for name, mask in kept.items():
