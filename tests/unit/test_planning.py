@@ -46,16 +46,23 @@ def test_prune_tells_what_was_planned(tmp_path):
     assert told["kept"] == plan.kept > 0
 
 
-def test_sums_that_are_collected_again_take_longer(tmp_path):
+def test_sums_that_are_nowhere_are_collected_for_each_use(monkeypatch):
     how = {"damping": 1e-3, "micro_batch": 4, "memory_budget": "102MiB"}
-    plan = plan_memory(net(), images(), samples=480, **how)
     told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
-    assert plan.place == told["place"] == "nowhere"
-    assert plan.memory == told["memory"]
-    assert plan.disk == 0
-    scores = plan_memory(net(), images(), samples=480, compensate=False, **how)
-    auto = plan_memory(net(), images(), samples=480, **how | {"damping": "auto"})
-    assert scores.seconds["statistics"] < plan.seconds["statistics"] < auto.seconds["statistics"]
+    monkeypatch.setattr("fastsal.planning._statistics_seconds", lambda *_: 10_000.0)
+
+    def uses(**more):
+        plan = plan_memory(net(), images(), samples=48, **how | more)
+        assert plan.place == told["place"] == "nowhere"
+        assert plan.disk == 0
+        return round(plan.seconds["statistics"] / 10_000)
+
+    assert plan_memory(net(), images(), samples=48, **how).memory == told["memory"]
+    assert uses(compensate=False) == 1
+    assert uses() == 2
+    assert uses(rounds=3) == 6
+    # To find candidates, and to score and compensate with seven and then with the best.
+    assert uses(damping="auto") == 1 + 2 * 8
 
 
 @pytest.mark.parametrize("budget", [None, "104MiB"])
