@@ -48,6 +48,15 @@ class Source:
         return as_batches(self._batches, self._samples, self._labels)
 
 
+def check_again(samples: int, again: int) -> None:
+    """Raise DataError unless images that are gone over again are as many as before."""
+    if again != samples:
+        raise DataError(
+            f"batches: gave {samples} samples, and {again} when they were iterated again; within "
+            "memory_budget takes what gives the same images every time"
+        )
+
+
 def as_batches(
     batches: Batches, samples: int | None, labels: str = "true"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:

@@ -38,7 +38,6 @@ class Checkpoint:
         """Write the state after a round, one tensor at a time."""
         entries = [Entry.of(f"weight:{n}", p) for n, p in weights.items()]
         entries += [Entry.of(f"mask:{n}", mask) for n, mask in masks.items()]
-        entries.sort(key=lambda entry: -entry.itemsize)
         header = {
             "format": _FORMAT,
             "asked": self._asked,

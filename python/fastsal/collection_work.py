@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsal.batches import Batches, Source, check_samples
-from fastsal.errors import DataError, InvalidArgument
+from fastsal.batches import Batches, Source, check_again, check_samples
+from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
 from fastsal.file_arrays import FileArrays, trim_heap
 from fastsal.fisher import BlockFisher
@@ -132,12 +132,8 @@ def collected(
     With a `use` that allows it, statistics may be nowhere (`fastsal.recollection`).
     """
     work = prepare(model, batches, **options)
-    if work.plan.place == "nowhere":
-        groups = list(map(by_key, work.plan.groups))
-        return Recollected(work, groups, passes_of(groups), progress)
-    with reporter(progress, "statistics") as report:
-        run(work, report)
-    return work.fisher
+    groups = list(map(by_key, work.plan.groups))
+    return placed(work, groups, passes_of(groups), progress)
 
 
 def add_samples(
@@ -176,18 +172,29 @@ def joining(
     return replace(work, how=how, fisher=fisher), plan
 
 
-def run(work: Work, report: Report) -> None:
-    """Collect what was prepared."""
-    fisher, plan = work.fisher, work.plan
-    if plan.place == "memory":
-        add_pass(work.how, fisher, by_key(plan.groups[0]), work.source(), report)
-        return
-    move_to_scratch(work)
-    groups = list(map(by_key, plan.groups))
-    add_in_groups(work, groups, passes_of(groups), report)
+def placed(
+    work: Work, groups: Sequence[Parts], add: GroupPass, progress: bool | Report
+) -> BlockFisher:
+    """Collect what was prepared, in the place that was planned.
+
+    Args:
+        work: What is done.
+        groups: Parts of its statistics, by their keys, one group a pass.
+        add: Does it for one group.
+        progress: Where to report.
+    """
+    if work.plan.place == "nowhere":
+        return Recollected(work, groups, add, progress)
+    with reporter(progress, "statistics") as report:
+        if work.plan.place == "memory":
+            add(work, work.fisher, 0, report)
+        else:
+            _move_to_scratch(work)
+            add_in_groups(work, groups, add, report)
+    return work.fisher
 
 
-def move_to_scratch(work: Work) -> None:
+def _move_to_scratch(work: Work) -> None:
     """Keep the statistics, of no samples yet, in a file of the scratch folder."""
     fisher, plan = work.fisher, work.plan
     nbytes = sum(sums_nbytes(fisher, part, work.how.samples) for part in whole(fisher.shapes))
@@ -224,11 +231,8 @@ def add_in_groups(work: Work, groups: Sequence[Parts], add: GroupPass, report: R
             report(before + done, total)
 
         add(work, some, number, so_far)
-        if counted is not None and counted._rows_seen != some._rows_seen:
-            raise DataError(
-                f"batches: gave {counted._rows_seen} samples, and {some._rows_seen} when they were "
-                "iterated again; within memory_budget takes what gives the same images every time"
-            )
+        if counted is not None:
+            check_again(counted._rows_seen, some._rows_seen)
         trim_heap()
         fisher._merge_parts(some, parts)
         some._parameters.clear()  # the sums; counts are compared with those of the next group

@@ -148,12 +148,15 @@ def _by_rows(
     """Parts that end with rows of axis 0, as groups do: weights, parts, what the core takes."""
     for statistics, parts in fisher._views(cuts=False):
         weights = {
-            key: values.reshape(-1, *tensors[parts[key].name].shape[1:])
-            if values.shape != tensors[parts[key].name].shape
-            else values
+            key: in_rows(values, tensors[parts[key].name].shape)
             for key, values in slices(tensors, parts).items()
         }
         yield weights, parts, _inputs(statistics, weights)
+
+
+def in_rows(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """A part that ends with rows of axis 0, in its parameter's shape but for their number."""
+    return values.reshape(-1, *shape[1:])
 
 
 def _rows_of(groups: Tensor, part: Part) -> Tensor:

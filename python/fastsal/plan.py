@@ -304,8 +304,7 @@ class Job:
 
         They go through the model in micro-batches, of which the statistics know the size.
         """
-        plan = None if fisher is None else fisher._plan
-        size = plan.micro_batch if plan is not None else choose_micro_batch(self.chosen)
+        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
         images = list(in_micro_batches(images, size, size))
         if self.statistics["labels"] != "features":
             return HeldOut.of(self.model, images, self.loss)
@@ -322,8 +321,7 @@ class Job:
         self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
     ) -> Examination:
         """The test of a limit on some images."""
-        if fisher is not None and fisher._plan is not None:
-            size = fisher._plan.micro_batch
+        if size := planned_micro_batch(fisher):
             images = list(in_micro_batches(images, size, size))
         return Examination(self.model, images, limit, self.loss)
 
@@ -358,6 +356,11 @@ class Job:
     def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Give the weights back if anything goes wrong; yields a copy of them."""
         return all_or_nothing(self.chosen, self.plan.shelf)
+
+
+def planned_micro_batch(fisher: BlockFisher | None) -> int | None:
+    """Samples of a pass within the memory budget of statistics; None without a budget."""
+    return None if fisher is None or fisher._plan is None else fisher._plan.micro_batch
 
 
 @contextlib.contextmanager

@@ -209,7 +209,8 @@ def _counted(work: Work) -> tuple[float, float]:
 def _sums_seconds(work: Work, samples: int) -> float:
     """Seconds a weight of adding the rows of all samples, and of bringing sums to their place."""
     how, fisher, plan = work.how, work.fisher, work.plan
-    count = _TRIED // (size := min(fisher.block_size or 64, _TRIED)) * size
+    size = min(fisher.block_size or 64, _TRIED)
+    count = _TRIED // size * size
     parts = by_key(whole({"tried": (count,)}))
     trial = BlockFisher({"tried": (count,)}, block_size=size, precision=fisher.precision)
     if plan.place == "file":

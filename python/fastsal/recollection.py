@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fastsal.errors import DataError
+from fastsal.batches import check_again
 from fastsal.file_arrays import trim_heap
 from fastsal.fisher import BlockFisher
 from fastsal.parts import Part, Parts
@@ -53,6 +53,7 @@ class Recollected(BlockFisher):
 
     def _join(self, work: Work) -> None:
         """More samples, which are summed by themselves and then added."""
+        # This also fills what a source holds out.
         samples = sum(len(images) for images, _ in work.source())
         self._works.append(work)
         self._samples += samples
@@ -99,11 +100,7 @@ class Recollected(BlockFisher):
             self._add_group(work, more, number, lambda *_: None)
             some.merge(more)
         trim_heap()  # what a pass held, before scores are made
-        if some._rows_seen != self._rows_seen:
-            raise DataError(
-                f"batches: gave {self._rows_seen} samples, and {some._rows_seen} when they were "
-                "iterated again; within memory_budget takes what gives the same images every time"
-            )
+        check_again(self._rows_seen, some._rows_seen)
         return some
 
 

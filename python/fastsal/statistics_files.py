@@ -134,8 +134,7 @@ def _entries(fisher: BlockFisher, names: Iterable[str], dtype: str | None) -> li
             found.append(_entry(f"rows:{name}", p.gradients(), None, fisher))
         else:
             found.append(_entry(f"packed:{name}", p.packed, dtype, fisher))
-    # Wide types first, so that every array begins at a multiple of its own.
-    return sorted(found, key=lambda entry: (-entry.itemsize, entry.key))
+    return found
 
 
 def _entry(key: str, array: Array, dtype: str | None, fisher: BlockFisher) -> Entry:

@@ -84,11 +84,13 @@ def write(
     Args:
         path: The file.
         header: JSON values, for the metadata.
-        entries: Wide types first, so that every array begins at a multiple of its own.
+        entries: In any order; they are written by width and key.
         digest: Of `hashlib`, begun with the header; what it comes to with the keys, types and
             elements of all entries is written into the header, as `digest`.
     """
     told = header if digest is None else {**header, "digest": _NO_DIGEST}
+    # Wide types first, so that every array begins at a multiple of its own.
+    entries = sorted(entries, key=lambda entry: (-entry.itemsize, entry.key))
     start = 0
     tensors: dict[str, Any] = {"__metadata__": {"fastsal": json.dumps(told)}}
     for entry in entries:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastsal.batches import Batches
-from fastsal.collection_work import Work, add_in_groups, joining, move_to_scratch, prepare
+from fastsal.collection_work import Work, add_in_groups, joining, placed, prepare
 from fastsal.distributed.costs import costs
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
@@ -24,7 +24,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
 from fastsal.holdout import Pair
 from fastsal.memory_plan import Share, sums_nbytes
-from fastsal.parts import Part, Parts, by_key, rows, shapes_of
+from fastsal.parts import Part, Parts, by_key, rows
 from fastsal.pass_memory import PassMemory
 from fastsal.progress import Report, reporter
 from fastsal.recollection import GroupPass, Recollected
@@ -129,26 +129,11 @@ def collected(
         raise InvalidArgument(
             f"group: {ranks.size} ranks are more than the model has blocks for; takes fewer"
         )
-    fisher = BlockFisher(
-        shapes_of(by_key(all_shares[ranks.rank]), whole.shapes),
-        block_size=whole.block_size,
-        precision=whole.precision,
-    )
-    fisher._shares, fisher._whole = all_shares, whole.shapes
-    fisher._plan, fisher._view_bytes = whole._plan, whole._view_bytes
-    work = replace(work, fisher=fisher)
+    fisher = whole._empty(by_key(all_shares[ranks.rank]))
+    fisher._shares, fisher._whole, fisher._plan = all_shares, whole.shapes, whole._plan
     shown = progress if ranks.rank == 0 else False
-    together = _together(groups, ranks, way)
     own = [_own(group[ranks.rank]) for group in groups]
-    if plan.place == "nowhere":
-        return Recollected(work, own, together, shown)
-    with reporter(shown, "statistics") as report:
-        if plan.place == "memory":
-            together(work, fisher, 0, report)
-        else:
-            move_to_scratch(work)
-            add_in_groups(work, own, together, report)
-    return fisher
+    return placed(replace(work, fisher=fisher), own, _together(groups, ranks, way), shown)
 
 
 def add_samples(

@@ -18,6 +18,7 @@ from fastsal.patterns import (
     expand_groups,
     group_scores,
     grouped_shape,
+    in_rows,
     input_axes,
     joint_choice,
     joint_costs,
@@ -93,12 +94,8 @@ def rank_pattern_shards(
 
 def _in_rows(mine: Mine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parts in the shape of their parameters, but for the number of rows."""
-    return {
-        key: tensors[key].reshape(-1, *mine.shapes[part.name][1:])
-        if len(mine.shapes[part.name]) > 1
-        else tensors[key]
-        for key, part in mine.parts.items()
-    }
+    shapes = mine.shapes
+    return {key: in_rows(tensors[key], shapes[part.name]) for key, part in mine.parts.items()}
 
 
 def _of_groups(part: Part, shapes: Mapping[str, tuple[int, ...]], m: int) -> Part:

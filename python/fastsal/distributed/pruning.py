@@ -35,7 +35,7 @@ from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.memory_plan import use_by_pruning
 from fastsal.parts import slices
-from fastsal.plan import Job, Plan
+from fastsal.plan import Job, Plan, planned_micro_batch
 from fastsal.pruning import Makers, PruneResult
 from fastsal.safety import Limit
 
@@ -203,8 +203,7 @@ class ShardedJob(Job):
     ) -> Examination:
         """The test of a limit, each rank on some images."""
         assert self.ranks is not None
-        plan = None if fisher is None else fisher._plan
-        size = plan.micro_batch if plan is not None else None
+        size = planned_micro_batch(fisher)
         return SharedExamination(
             self.model, images, limit, self.loss, ranks=self.ranks, micro_batch=size
         )
