@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fastsal.compensation import CompensationReport, compensate
     from fastsal.corruptions import corrupt
     from fastsal.criteria import CRITERIA, score
-    from fastsal.data import ImageSet
     from fastsal.datasets import open_images
     from fastsal.errors import (
         DataError,
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from fastsal.finetuning import FinetuneResult, finetune
     from fastsal.fisher import BlockFisher
     from fastsal.gradients import per_sample_gradients, select_parameters
+    from fastsal.image_set import ImageSet
     from fastsal.imbalance import imbalanced
     from fastsal.masks import Masks
     from fastsal.memory_plan import MemoryPlan
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from fastsal.ranking import rank
     from fastsal.safety import SafetyReport
     from fastsal.study import Study, load_study, run_study
-    from fastsal.threads import get_num_threads, set_num_threads
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.overlap import fisher_overlap
     from fastsal.transfer.splits import Shares
+    from fastsal.utils.threads import get_num_threads, set_num_threads
 
 _HOME = {
     "Study": "study",
@@ -86,8 +86,8 @@ _HOME = {
     "SafetyReport": "safety",
     "prune": "pruning",
     "rank": "ranking",
-    "get_num_threads": "threads",
-    "set_num_threads": "threads",
+    "get_num_threads": "utils.threads",
+    "set_num_threads": "utils.threads",
     "Task": "transfer",
     "evaluate": "transfer",
     "fit_heads": "transfer",

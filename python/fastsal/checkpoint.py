@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal import streamed_files
 from fastsal.errors import FileFormatError
 from fastsal.masks import Masks
-from fastsal.streamed_files import Entry
+from fastsal.utils import safetensors_files as streamed_files
+from fastsal.utils.safetensors_files import Entry
 
 _FORMAT = "fastsal.round"
 

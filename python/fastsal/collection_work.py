@@ -13,7 +13,6 @@ from torch import nn
 from fastsal.batches import Batches, Source, check_again, check_samples
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
-from fastsal.file_arrays import FileArrays, trim_heap
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.losses import LossFunction
@@ -29,10 +28,11 @@ from fastsal.memory_plan import (
 )
 from fastsal.parts import Parts, by_key, rows, whole
 from fastsal.passes import Gradients, add_pass
-from fastsal.progress import Report, reporter
 from fastsal.recollection import GroupPass, Recollected
 from fastsal.sinks import step_rows
-from fastsal.sizes import parse_bytes
+from fastsal.utils.mapped_files import FileArrays, trim_heap
+from fastsal.utils.progress import Report, reporter
+from fastsal.utils.sizes import parse_bytes
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from fastsal import _core
 from fastsal.criteria.block_fisher import raise_failed
 from fastsal.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.errors import MaskError
-from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.parts import flat, slices
+from fastsal.utils.mapped_files import Shelf
 
 
 @dataclass(frozen=True)

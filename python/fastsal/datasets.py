@@ -11,8 +11,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from fastsal.data import ImageSet, load_images
+from fastsal.data import load_images
 from fastsal.errors import DataError, FastsalError, InvalidArgument
+from fastsal.image_set import ImageSet
 
 _TAKES = (
     "a folder of class folders, an .npz file, 'sklearn:digits', "

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.data import ImageSet
 from fastsal.errors import FastsalError, FileFormatError
+from fastsal.image_set import ImageSet
 from fastsal.models import input_spec
 from fastsal.transfer.evaluation import evaluate
-from fastsal.transfer.heads import Head, fit_heads
+from fastsal.transfer.heads import fit_heads
+from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsal.atomic import atomic_path
+from fastsal.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
     from fastsal.demo import Outcome

@@ -23,9 +23,9 @@ from fastsal.freezing import trained_parameters, training_only
 from fastsal.gradients.losses import check_autocast
 from fastsal.masks import Masks
 from fastsal.plan import all_or_nothing, copies, restore
-from fastsal.progress import Report, reporter
 from fastsal.training import Trainer
 from fastsal.training_checkpoint import TrainingCheckpoint
+from fastsal.utils.progress import Report, reporter
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from fastsal.errors import (
     NonFiniteGradient,
     UnknownParameter,
 )
-from fastsal.file_arrays import FileArrays
 from fastsal.parts import Part, Parts, by_key, cut, flat, packed_bytes, shapes_of, whole
 from fastsal.statistics import ParameterStatistics, as_rows, is_supported, widened
+from fastsal.utils.mapped_files import FileArrays
 
 if TYPE_CHECKING:
     from fastsal.memory_plan import MemoryPlan

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fastsal.atomic import atomic_path
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 from fastsal.holding import hold
+from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1

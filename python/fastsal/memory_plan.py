@@ -17,13 +17,13 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import check_folder
 from fastsal.fisher import VIEW_BYTES, BlockFisher
 from fastsal.gradients.precision import row_dtype
 from fastsal.parts import Part, Unit, blocks, cut, packed_bytes, whole
 from fastsal.pass_memory import OVERHEAD_BYTES, PassMemory, measure
 from fastsal.passes import Gradients
-from fastsal.sizes import gib
+from fastsal.utils.mapped_files import check_folder
+from fastsal.utils.sizes import gib
 
 # Of a budget, what is planned with: the rest is for what no plan sees.
 _PLANNED = 0.94

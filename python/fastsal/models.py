@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastsal.atomic import atomic_path
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
+from fastsal.utils.atomic import atomic_path
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsal.file_arrays import trim_heap
 from fastsal.gradients.precision import row_dtype
-from fastsal.live_memory import LiveMemory
 from fastsal.passes import Gradients
+from fastsal.utils.live_memory import LiveMemory
+from fastsal.utils.mapped_files import trim_heap
 
 # What a process takes beside the tensors of a pass: buffers inside of kernels, free lists.
 _OVERHEAD, OVERHEAD_BYTES = 1.1, 80 * 2**20

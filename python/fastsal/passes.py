@@ -13,8 +13,8 @@ from fastsal.gradients import GradientEngine
 from fastsal.gradients.losses import LossFunction
 from fastsal.holdout import Pair
 from fastsal.parts import Parts
-from fastsal.progress import Report
 from fastsal.sinks import choose_sink
+from fastsal.utils.progress import Report
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.examination import Examination
 from fastsal.feature_matching import HeldOutFeatures
-from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import choose_micro_batch
 from fastsal.holdout import Measured, Pair
@@ -30,6 +29,7 @@ from fastsal.passes import in_micro_batches
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
 from fastsal.safety import Limit
+from fastsal.utils.mapped_files import Shelf
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import FileArrays, trim_heap
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import select_parameters
 from fastsal.memory_plan import MemoryPlan, Share, sums_nbytes, use_by_pruning
 from fastsal.parts import Part, by_key, whole
 from fastsal.pass_memory import drop, first_samples
+from fastsal.utils.mapped_files import FileArrays, trim_heap
 
 # Weights on which sums and eliminations are tried.
 _TRIED = 2**20

@@ -18,7 +18,6 @@ from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
-from fastsal.file_arrays import Shelf
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
@@ -28,6 +27,7 @@ from fastsal.ranking import check_ranking
 from fastsal.rounds import prune_in_rounds, rising_goals
 from fastsal.safe_pruning import prune_safely
 from fastsal.safety import Limit, SafetyReport
+from fastsal.utils.mapped_files import Shelf
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastsal.batches import check_again
-from fastsal.file_arrays import trim_heap
 from fastsal.fisher import BlockFisher
 from fastsal.parts import Part, Parts
-from fastsal.progress import Report, reporter
+from fastsal.utils.mapped_files import trim_heap
+from fastsal.utils.progress import Report, reporter
 
 if TYPE_CHECKING:
     from fastsal.collection_work import Work

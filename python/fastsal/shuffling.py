@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsal.data import Batches
+from fastsal.image_set import Batches
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastsal import _core
 from fastsal.parts import Part, evenly
 
 if TYPE_CHECKING:
-    from fastsal.file_arrays import FileArrays
+    from fastsal.utils.mapped_files import FileArrays
 
 Array = NDArray[Any]
 

@@ -20,14 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsal import _core, streamed_files
-from fastsal.atomic import write_text
+from fastsal import _core
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.file_arrays import give_back
 from fastsal.parts import Part, cut, packed_bytes, whole
-from fastsal.sizes import parse_bytes
 from fastsal.statistics import ParameterStatistics, widened
-from fastsal.streamed_files import Entry
+from fastsal.utils import safetensors_files as streamed_files
+from fastsal.utils.atomic import write_text
+from fastsal.utils.mapped_files import give_back
+from fastsal.utils.safetensors_files import Entry
+from fastsal.utils.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from fastsal.fisher import BlockFisher

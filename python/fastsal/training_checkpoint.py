@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal.atomic import atomic_path
 from fastsal.checkpoint import as_asked, check_origin, digest
 from fastsal.errors import FileFormatError
 from fastsal.models import read_pickle
+from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.epoch"
 

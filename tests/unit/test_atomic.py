@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from fastsal.atomic import atomic_path, write_text
+from fastsal.utils.atomic import atomic_path, write_text
 
 
 def test_a_file_appears_whole(tmp_path):

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from fastsal.corruptions import KINDS, Corruption, corrupt
-from fastsal.data import ImageSet, load_images
+from fastsal.data import load_images
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.image_set import ImageSet
 from fastsal.models import InputSpec
 from fastsal.transfer import Task
 

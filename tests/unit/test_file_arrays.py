@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.file_arrays import FileArrays, Shelf
-from fastsal.sizes import gib
+from fastsal.utils.mapped_files import FileArrays, Shelf
+from fastsal.utils.sizes import gib
 
 
 def test_values_survive_a_release(tmp_path):

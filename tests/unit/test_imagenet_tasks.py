@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastsal.data import ImageSet
 from fastsal.errors import DataError
+from fastsal.image_set import ImageSet
 from fastsal.imagenet_tasks import IMAGENET_TASKS, imagenet_tasks
 from fastsal.transfer.tasks import Task
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsal.data import ImageSet
 from fastsal.errors import InvalidArgument
+from fastsal.image_set import ImageSet
 from fastsal.imbalance import imbalanced
 
 

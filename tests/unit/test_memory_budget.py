@@ -11,7 +11,7 @@ import torch
 import fastsal
 from fastsal.collection_work import prepare
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.sizes import parse_bytes
+from fastsal.utils.sizes import parse_bytes
 
 from .small_net import net
 

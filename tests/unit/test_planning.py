@@ -12,9 +12,9 @@ import fastsal
 from fastsal.cli import main
 from fastsal.distributed.costs import costs
 from fastsal.errors import InvalidArgument
-from fastsal.live_memory import LiveMemory
 from fastsal.pass_memory import PassMemory
 from fastsal.planning import plan_memory
+from fastsal.utils.live_memory import LiveMemory
 
 from .small_net import net
 

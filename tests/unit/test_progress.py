@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from fastsal import progress as module
 from fastsal.errors import InvalidArgument
-from fastsal.progress import peak_memory, reporter
+from fastsal.utils import progress as module
+from fastsal.utils.progress import peak_memory, reporter
 
 
 def test_a_function_is_called_itself():

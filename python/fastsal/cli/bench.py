@@ -36,9 +36,9 @@ def bench(**given: Any) -> None:
     import torch
 
     from fastsal import _core
-    from fastsal.atomic import atomic_path
     from fastsal.bench import Size, cases, describe, refuse_debug_build, run
     from fastsal.cli.output import console, emit
+    from fastsal.utils.atomic import atomic_path
 
     refuse_debug_build()
     if given["threads"]:

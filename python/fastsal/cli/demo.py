@@ -34,12 +34,12 @@ def demo(**given: Any) -> None:
     """
     import time
 
-    from fastsal.atomic import write_text
     from fastsal.cli.output import console, emit, to_json
     from fastsal.cli.runfolder import check_target
     from fastsal.cli.setup import set_threads
     from fastsal.demo import QUICK, Plan, require_extra, run
     from fastsal.demo_figure import draw
+    from fastsal.utils.atomic import write_text
 
     require_extra()
     check_target(given["out"], given["force"])

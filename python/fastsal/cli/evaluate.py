@@ -24,8 +24,8 @@ def evaluate(**given: Any) -> None:
     """
     from fastsal.cli.output import console, emit
     from fastsal.cli.setup import open_batches, open_model, set_threads
-    from fastsal.progress import reporter
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.progress import reporter
 
     set_threads(given["threads"])
     model, spec = open_model(given)

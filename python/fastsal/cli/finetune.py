@@ -13,8 +13,8 @@ from fastsal.errors import InvalidArgument, MaskError
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data import Batches
     from fastsal.finetuning import FinetuneResult
+    from fastsal.image_set import Batches
     from fastsal.masks import Masks
 
 
@@ -97,8 +97,8 @@ def finetune(**given: Any) -> None:
     from fastsal.cli.output import console, emit, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.cli.setup import Clock, check_test, open_batches, open_model, set_threads
-    from fastsal.progress import reporter
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.progress import reporter
 
     check_target(given["out"], given["force"])
     set_threads(given["threads"])

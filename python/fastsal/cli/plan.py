@@ -108,7 +108,7 @@ def _noise(given: dict[str, Any], spec: Any) -> list[Any]:
 def _table(plan: MemoryPlan) -> Any:
     from rich.table import Table
 
-    from fastsal.sizes import gib
+    from fastsal.utils.sizes import gib
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()

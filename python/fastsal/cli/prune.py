@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fastsal.data import Batches
+    from fastsal.image_set import Batches
     from fastsal.masks import Masks
     from fastsal.safety import SafetyReport
 
@@ -93,9 +93,9 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.progress import reporter
     from fastsal.safety import summary
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
     ranked = ranking(given, finds_sparsity=is_limited)

@@ -52,12 +52,12 @@ def report(**given: Any) -> None:
     The page says what was done, which predictions held with what confidence, and shows every
     number. It needs the extra: pip install "fastsal[report]"; Markdown does not.
     """
-    from fastsal.atomic import write_text
     from fastsal.errors import InvalidArgument
     from fastsal.report import html, markdown
     from fastsal.report.findings import sections
     from fastsal.report.overview import write_pictures
     from fastsal.report.results import read_results
+    from fastsal.utils.atomic import write_text
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
     results = read_results(folder)

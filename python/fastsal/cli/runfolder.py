@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastsal.cli.output import to_json
 from fastsal.cli.versions import versions
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.progress import peak_memory
+from fastsal.utils.progress import peak_memory
 
 if TYPE_CHECKING:
     from torch import nn

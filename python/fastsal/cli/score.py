@@ -31,7 +31,6 @@ def score(**given: Any) -> None:
     from safetensors.torch import save_file
 
     import fastsal
-    from fastsal.atomic import atomic_path
     from fastsal.cli.output import console, emit
     from fastsal.cli.setup import (
         Clock,
@@ -41,6 +40,7 @@ def score(**given: Any) -> None:
         set_threads,
         training_batches,
     )
+    from fastsal.utils.atomic import atomic_path
 
     if given["statistics"] is not None and given["data"] is not None:
         raise InvalidArgument("statistics: --statistics and --data exclude each other")

@@ -15,8 +15,8 @@ from fastsal.errors import DataError, InvalidArgument
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data import Batches
     from fastsal.fisher import BlockFisher
+    from fastsal.image_set import Batches
     from fastsal.models import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone

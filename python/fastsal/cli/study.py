@@ -91,7 +91,7 @@ def _report(out: Path) -> Path | None:
     """Write the page, if what it is made with is here."""
     from importlib.util import find_spec
 
-    from fastsal.atomic import write_text
+    from fastsal.utils.atomic import write_text
 
     if find_spec("jinja2") is None:
         return None

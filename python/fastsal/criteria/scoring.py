@@ -17,7 +17,7 @@ from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import select_parameters
 from fastsal.masks import Masks
 from fastsal.parts import Parts, slices, whole
-from fastsal.user_warnings import warn_user
+from fastsal.utils.warn import warn_user
 
 _TOLERANCE = 0.01
 

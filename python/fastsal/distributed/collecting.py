@@ -26,10 +26,10 @@ from fastsal.holdout import Pair
 from fastsal.memory_plan import Share, sums_nbytes
 from fastsal.parts import Part, Parts, by_key, rows
 from fastsal.pass_memory import PassMemory
-from fastsal.progress import Report, reporter
 from fastsal.recollection import GroupPass, Recollected
-from fastsal.sizes import gib
 from fastsal.statistics_files import write_index
+from fastsal.utils.progress import Report, reporter
+from fastsal.utils.sizes import gib
 
 _LOG = logging.getLogger(__name__)
 

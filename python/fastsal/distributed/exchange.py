@@ -19,8 +19,8 @@ from fastsal.fisher import BlockFisher
 from fastsal.holdout import Pair
 from fastsal.parts import Part, by_key, shapes_of
 from fastsal.passes import Gradients, add_pass, in_micro_batches
-from fastsal.progress import Report
 from fastsal.statistics import flat_rows
+from fastsal.utils.progress import Report
 
 
 class StepSums:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, UnknownParameter
-from fastsal.user_warnings import warn_user
+from fastsal.utils.warn import warn_user
 
 _TABLES = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -8,11 +8,11 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from fastsal.atomic import write_text
 from fastsal.report import figures, palette
 from fastsal.report.chart import Ids, marker, method_group, n, wrap
 from fastsal.report.findings import Section
 from fastsal.report.results import Method
+from fastsal.utils.atomic import write_text
 
 _GAP, _EDGE, _COLUMNS = 22.0, 14.0, 3
 _LETTER = 6.4  # width of a letter in the legend

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsal.atomic import atomic_path
+from fastsal.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
     from fastsal.safety import SafetyReport

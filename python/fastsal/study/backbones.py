@@ -17,7 +17,9 @@ from fastsal.study.settings import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
 from fastsal.transfer.head_cache import HeadCache
 from fastsal.transfer.headed import backbone_parameters
-from fastsal.transfer.heads import AnyHead, Head, OwnHead, fit_heads
+from fastsal.transfer.heads import AnyHead, fit_heads
+from fastsal.transfer.linear_head import Head
+from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Task
 
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from fastsal.atomic import write_text
 from fastsal.corruptions import corrupt
-from fastsal.data import ImageSet
 from fastsal.datasets import open_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.image_set import ImageSet
 from fastsal.imbalance import imbalanced
 from fastsal.study.settings import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task
+from fastsal.utils.atomic import write_text
 
 SPLITS = "splits.json"
 

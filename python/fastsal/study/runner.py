@@ -13,12 +13,10 @@ from typing import Any
 from fastsal.errors import FastsalError
 from fastsal.models import save_weights
 from fastsal.plan import restore
-from fastsal.progress import Report, peak_memory, reporter
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
 from fastsal.study.cells import Cell, cells_of
 from fastsal.study.images import digests_of, images_of, open_tasks, parts_of
 from fastsal.study.landscape import landscape_of, overlap_of
-from fastsal.study.machine import threads, versions_of
 from fastsal.study.pruning import Pruned, plain_masks, prune_cell
 from fastsal.study.settings import SourceSettings, Study
 from fastsal.study.sources import Source
@@ -27,6 +25,8 @@ from fastsal.study.tables import require_tables, write_tables
 from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
+from fastsal.utils.machine import threads, versions_of
+from fastsal.utils.progress import Report, peak_memory, reporter
 
 GRID = ("models", "sources", "criteria", "sparsities", "seeds", "rounds", "save")
 

@@ -15,11 +15,11 @@ from torch import nn
 
 from fastsal.collection import collect
 from fastsal.damping import HeldOut
-from fastsal.data import ImageSet
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.fisher import BlockFisher
 from fastsal.gradients.losses import cross_entropy
 from fastsal.holdout import Measured, Pair, holding_out, limited
+from fastsal.image_set import ImageSet
 from fastsal.models import InputSpec
 from fastsal.rounds import Found
 from fastsal.study.backbones import Backbone

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsal.atomic import write_text
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.utils.atomic import write_text
 
 FORMAT = 1
 IDENTITY = "study.json"

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastsal.atomic import atomic_path
 from fastsal.errors import FastsalError
 from fastsal.study.cells import Cell
+from fastsal.utils.atomic import atomic_path
 
 # Name to type. Empty fields of a CSV file stand for what is missing.
 RESULTS: dict[str, type] = {

@@ -2,7 +2,10 @@
 
 from fastsal.transfer.evaluation import Measurement, accuracy, evaluate, measure, measure_tasks
 from fastsal.transfer.head_cache import HeadCache, load_head, save_head
-from fastsal.transfer.heads import AnyHead, Head, KnnHead, OwnHead, fit_heads
+from fastsal.transfer.heads import AnyHead, fit_heads
+from fastsal.transfer.knn import KnnHead
+from fastsal.transfer.linear_head import Head
+from fastsal.transfer.own import OwnHead
 from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task
 

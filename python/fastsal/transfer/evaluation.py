@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsal.data import ImageSet
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.image_set import ImageSet
 from fastsal.transfer.features import evaluating, features
-from fastsal.transfer.heads import AnyHead, OwnHead
+from fastsal.transfer.heads import AnyHead
+from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of
 
 Report = Callable[[int, int | None], None]

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.atomic import atomic_path
-from fastsal.data import ImageSet
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.image_set import ImageSet
 from fastsal.models import InputSpec
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Part
-from fastsal.user_warnings import warn_user
+from fastsal.utils.atomic import atomic_path
+from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal head"
 # Also part of every key: a new way to fit or to write a head makes old files unfindable.

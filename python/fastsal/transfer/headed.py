@@ -13,7 +13,8 @@ from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
 from fastsal.gradients import select_parameters
 from fastsal.transfer.features import feature_outputs
-from fastsal.transfer.heads import Head, OwnHead
+from fastsal.transfer.linear_head import Head
+from fastsal.transfer.own import OwnHead
 
 PREFIX = "backbone."
 

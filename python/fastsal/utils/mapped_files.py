@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
-from fastsal.sizes import gib
+from fastsal.utils.sizes import gib
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal.atomic import atomic_path
+from fastsal.utils.atomic import atomic_path
 
 Array = NDArray[Any]
 
