@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from fastsal.models import load_model
+from fastsal.models.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

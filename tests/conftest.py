@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastsal.errors import FileFormatError
-from fastsal.models import load_model
+from fastsal.models.loading import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -61,7 +61,7 @@ def collect(
         labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
             softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
         parameters: Names or patterns; None takes the weights of Linear and ConvNd (tables of
-            Embedding are taken where they are named, see `fastsal.gradients.selection`). With
+            Embedding are taken where they are named, see `fastsal.models.selection`). With
             `labels="features"` the classifier's are left out unless they are named exactly, as
             features do not depend on them.
         memory_budget: Bytes that this may add to the process, or text as `"8GiB"`: statistics,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import FastsalError, FileFormatError
 from fastsal.image_set import ImageSet
-from fastsal.models import input_spec
+from fastsal.models.loading import input_spec
 from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head

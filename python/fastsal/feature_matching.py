@@ -24,7 +24,7 @@ from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
 from fastsal.holdout import Pair
-from fastsal.transfer.features import feature_outputs
+from fastsal.models.features import feature_outputs
 
 
 def without_classifier(

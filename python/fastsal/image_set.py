@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models import InputSpec
+from fastsal.models.loading import InputSpec
 from fastsal.pixels import decode, prepare, size_text
 
 _counter = itertools.count()

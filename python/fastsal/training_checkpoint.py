@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsal.checkpoint import as_asked, check_origin, digest
 from fastsal.errors import FileFormatError
-from fastsal.models import read_pickle
+from fastsal.models.loading import read_pickle
 from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.epoch"

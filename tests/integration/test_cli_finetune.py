@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastsal
-from fastsal.models import load_model, read_weights, save_weights
+from fastsal.models.loading import load_model, read_weights, save_weights
 
 from .commands import failed, run
 
@@ -95,7 +95,7 @@ def test_images_come_in_a_new_order_each_epoch_and_a_seed_repeats_it(command, tm
 
 def test_shuffled_batches(tiny_npz, model):
     from fastsal.data import load_images
-    from fastsal.models import input_spec
+    from fastsal.models.loading import input_spec
     from fastsal.shuffling import Shuffled
 
     batches = load_images(tiny_npz).batches(input_spec(load_model(model)), 16)

@@ -15,7 +15,7 @@ from fastsal.corruptions import KINDS, Corruption, corrupt
 from fastsal.data import load_images
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec
+from fastsal.models.loading import InputSpec
 from fastsal.transfer import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from PIL import Image
 from fastsal.data import load_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec
+from fastsal.models.loading import InputSpec
 
 RGB = InputSpec(3, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 GREY = InputSpec(1, None, (0.5,), (0.25,))

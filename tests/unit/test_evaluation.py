@@ -11,9 +11,9 @@ from torch import nn
 from fastsal.data import load_images
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec, input_spec, load_model
+from fastsal.models.features import features
+from fastsal.models.loading import InputSpec, input_spec, load_model
 from fastsal.transfer.evaluation import accuracy, evaluate, measure, measure_tasks
-from fastsal.transfer.features import features
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead

@@ -16,7 +16,7 @@ from fastsal.errors import DataError, InvalidArgument, UnsupportedLayer
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.gradients import per_sample_gradients, select_parameters
 from fastsal.gradients.losses import draw_noise
-from fastsal.transfer.features import features
+from fastsal.models.features import features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec, load_model
+from fastsal.models.features import features
+from fastsal.models.loading import InputSpec, load_model
 from fastsal.transfer.evaluation import evaluate
-from fastsal.transfer.features import features
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.ridge import solve_ridge
 from fastsal.transfer.tasks import Task

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.models import InputSpec
+from fastsal.models.loading import InputSpec
 from fastsal.transfer.knn import fit_knn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fastsal import models
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
 from fastsal.gradients import select_parameters
-from fastsal.models import (
+from fastsal.models import loading as models
+from fastsal.models.loading import (
     IMAGENET_MEAN,
     class_count,
     input_spec,

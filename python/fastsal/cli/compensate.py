@@ -33,7 +33,7 @@ def compensate(**given: Any) -> None:
         training_batches,
     )
     from fastsal.errors import InvalidArgument
-    from fastsal.models import save_weights
+    from fastsal.models.loading import save_weights
 
     if (given["statistics"] is None) == (given["data"] is None):
         raise InvalidArgument("data: takes one of --data and --statistics")

@@ -63,7 +63,7 @@ def write_run(
 
     `report` is written with the sha256 of both tensor files.
     """
-    from fastsal.models import save_weights
+    from fastsal.models.loading import save_weights
 
     target = folder.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)

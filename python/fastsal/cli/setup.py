@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastsal.fisher import BlockFisher
     from fastsal.image_set import Batches
-    from fastsal.models import InputSpec
+    from fastsal.models.loading import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone
 
@@ -54,7 +54,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     import torch
 
     from fastsal.cli.runfolder import weights_file
-    from fastsal.models import input_spec, load_model
+    from fastsal.models.loading import input_spec, load_model
 
     weights = given["weights"]
     if weights is None and not given.get("meta"):
@@ -89,7 +89,7 @@ def open_batches(
     Without `labelled` images need no labels, and those that they have are not looked at.
     """
     from fastsal.data import load_images
-    from fastsal.models import class_count
+    from fastsal.models.loading import class_count
 
     images = load_images(path, labelled=labelled)
     count = class_count(model) if labelled else None

@@ -16,7 +16,7 @@ from fastsal.gradients.engine import (
     choose_micro_batch,
     per_sample_gradients,
 )
-from fastsal.gradients.selection import select_parameters
+from fastsal.models.selection import select_parameters
 
 del _conv, _embedding, _linear
 

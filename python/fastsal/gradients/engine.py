@@ -21,9 +21,9 @@ from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.probe import probe
 from fastsal.gradients.scaling import LossScale
-from fastsal.gradients.selection import select_parameters
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
 from fastsal.gradients.workspace import Workspace
+from fastsal.models.selection import select_parameters
 
 # The rows of the largest parameter of one micro-batch stay below this.
 _ROW_BYTES = 128 * 2**20
@@ -367,7 +367,7 @@ def _plain_call(model: nn.Module, images: Tensor) -> Any:
 
 def _feature_call() -> Call:
     # Here, as the package `transfer` needs this one.
-    from fastsal.transfer.features import feature_outputs
+    from fastsal.models.features import feature_outputs
 
     return feature_outputs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FastsalError
-from fastsal.models import save_weights
+from fastsal.models.loading import save_weights
 from fastsal.plan import restore
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
 from fastsal.study.cells import Cell, cells_of

@@ -20,12 +20,12 @@ from fastsal.fisher import BlockFisher
 from fastsal.gradients.losses import cross_entropy
 from fastsal.holdout import Measured, Pair, holding_out, limited
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec
+from fastsal.models.features import evaluating
+from fastsal.models.loading import InputSpec
 from fastsal.rounds import Found
 from fastsal.study.backbones import Backbone
 from fastsal.study.images import SourcePart
 from fastsal.study.settings import SourceSettings, Study
-from fastsal.transfer.features import evaluating
 from fastsal.transfer.headed import PREFIX, Headed
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.transfer.features import evaluating, features
+from fastsal.models.features import evaluating, features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of

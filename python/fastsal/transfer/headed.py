@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
 from fastsal.gradients import select_parameters
-from fastsal.transfer.features import feature_outputs
+from fastsal.models.features import feature_outputs
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 

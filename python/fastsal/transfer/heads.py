@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec, input_spec
-from fastsal.transfer.features import evaluating, features
+from fastsal.models.features import evaluating, features
+from fastsal.models.loading import InputSpec, input_spec
 from fastsal.transfer.knn import KnnHead, fit_knn
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import Columns, OwnHead, own_head

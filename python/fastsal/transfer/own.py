@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec, class_count
+from fastsal.models.loading import InputSpec, class_count
 from fastsal.transfer.tasks import Task
 
 Columns = Mapping[str, int] | Sequence[str]

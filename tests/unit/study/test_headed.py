@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import fastsal
 from fastsal.errors import InvalidArgument
 from fastsal.image_set import ImageSet
-from fastsal.models import InputSpec
+from fastsal.models.features import features
+from fastsal.models.loading import InputSpec
 from fastsal.transfer import Task, fit_heads
-from fastsal.transfer.features import features
 from fastsal.transfer.headed import (
     PREFIX,
     Headed,

@@ -1,0 +1,1 @@
+"""Models: building, weights, inputs, features, and which parameters are selected."""
