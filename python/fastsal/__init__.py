@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastsal.collection import collect
     from fastsal.compensation import CompensationReport, compensate
-    from fastsal.corruptions import corrupt
     from fastsal.criteria import CRITERIA, score
-    from fastsal.datasets import open_images
+    from fastsal.data.corruptions import corrupt
+    from fastsal.data.image_set import ImageSet
+    from fastsal.data.imbalance import imbalanced
+    from fastsal.data.opening import open_images
     from fastsal.errors import (
         DataError,
         FactorizationError,
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from fastsal.finetuning import FinetuneResult, finetune
     from fastsal.fisher import BlockFisher
     from fastsal.gradients import per_sample_gradients, select_parameters
-    from fastsal.image_set import ImageSet
-    from fastsal.imbalance import imbalanced
     from fastsal.masks import Masks
     from fastsal.memory_plan import MemoryPlan
     from fastsal.merging import merge_files
@@ -51,13 +51,13 @@ _HOME = {
     "Study": "study",
     "run_study": "study",
     "load_study": "study",
-    "open_images": "datasets",
+    "open_images": "data.opening",
     "Shares": "transfer.splits",
-    "ImageSet": "data",
+    "ImageSet": "data.folders",
     "collect": "collection",
     "CompensationReport": "compensation",
     "compensate": "compensation",
-    "corrupt": "corruptions",
+    "corrupt": "data.corruptions",
     "CRITERIA": "criteria",
     "score": "criteria",
     "DataError": "errors",
@@ -76,7 +76,7 @@ _HOME = {
     "BlockFisher": "fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
-    "imbalanced": "imbalance",
+    "imbalanced": "data.imbalance",
     "Masks": "masks",
     "MemoryPlan": "memory_plan",
     "merge_files": "merging",

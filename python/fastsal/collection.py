@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsal.batches import Batches
 from fastsal.collection_work import collected
+from fastsal.data.batches import Batches
 from fastsal.fisher import BlockFisher
 
 Loss = Callable[[Tensor, Tensor], Tensor]

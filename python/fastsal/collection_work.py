@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsal.batches import Batches, Source, check_again, check_samples
+from fastsal.data.batches import Batches, Source, check_again, check_samples
+from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.losses import LossFunction
-from fastsal.holdout import Pair
 from fastsal.memory_plan import (
     MemoryPlan,
     Share,

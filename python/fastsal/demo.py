@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import FastsalError, FileFormatError
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import input_spec
 from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.damping import loss_of_guessing, outputs
+from fastsal.data.held_out import Pair
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.holdout import Pair
 from fastsal.safety import Limit, differences, is_below, losses_of, upper_bound
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.damping import in_evaluation
+from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
 from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
-from fastsal.holdout import Pair
 from fastsal.models.features import feature_outputs
 
 

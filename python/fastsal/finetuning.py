@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.batches import Batches
 from fastsal.collection import Loss
+from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import trained_parameters, training_only
 from fastsal.gradients.losses import check_autocast

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastsal.data.held_out import Pair
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import GradientEngine
 from fastsal.gradients.losses import LossFunction
-from fastsal.holdout import Pair
 from fastsal.parts import Parts
 from fastsal.sinks import choose_sink
 from fastsal.utils.progress import Report

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.batches import Batches, as_batches
 from fastsal.collection_work import add_samples, collected
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import model_parameters
 from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
+from fastsal.data.batches import Batches, as_batches
+from fastsal.data.held_out import Measured, Pair
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.examination import Examination
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import choose_micro_batch
-from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.memory_plan import MemoryPlan
 from fastsal.passes import in_micro_batches

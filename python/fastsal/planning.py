@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from fastsal import _core
-from fastsal.batches import Batches
 from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
+from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
 from fastsal.gradients import select_parameters

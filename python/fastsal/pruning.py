@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.batches import Batches, as_batches, check_samples
 from fastsal.checkpoint import Checkpoint
 from fastsal.collection import Loss
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
+from fastsal.data.batches import Batches, as_batches, check_samples
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
 from fastsal.gradients import select_parameters

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fastsal.batches import check_again
+from fastsal.data.batches import check_again
 from fastsal.fisher import BlockFisher
 from fastsal.parts import Part, Parts
 from fastsal.utils.mapped_files import trim_heap

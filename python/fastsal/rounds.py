@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
 from fastsal.damping import DampingChoice
+from fastsal.data.held_out import Holding, Measured, Pair, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Holding, Measured, Pair, Repeated, holding_out, limited
 from fastsal.masks import Masks
 from fastsal.plan import Attempt, Job, restore
 from fastsal.recalibration import recalibrate_if_better

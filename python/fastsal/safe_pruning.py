@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fastsal.batches import Batches, as_batches
+from fastsal.data.batches import Batches, as_batches
+from fastsal.data.held_out import Holding, Pair, Repeated, limited
 from fastsal.errors import InvalidArgument
 from fastsal.examination import Examination
-from fastsal.holdout import Holding, Pair, Repeated, limited
 from fastsal.masks import Masks
 from fastsal.plan import Job, Outcome, restore
 from fastsal.rounds import Clock

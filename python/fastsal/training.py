@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.batches import Batches, as_batches
 from fastsal.damping import outputs
+from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
 from fastsal.gradients.inputs import to_model

@@ -94,9 +94,9 @@ def test_images_come_in_a_new_order_each_epoch_and_a_seed_repeats_it(command, tm
 
 
 def test_shuffled_batches(tiny_npz, model):
-    from fastsal.data import load_images
+    from fastsal.data.folders import load_images
+    from fastsal.data.shuffled import Shuffled
     from fastsal.models.loading import input_spec
-    from fastsal.shuffling import Shuffled
 
     batches = load_images(tiny_npz).batches(input_spec(load_model(model)), 16)
     shuffled = Shuffled(batches)

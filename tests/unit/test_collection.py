@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastsal import collect
-from fastsal.batches import as_batches
+from fastsal.data.batches import as_batches
 from fastsal.errors import (
     DataError,
     InvalidArgument,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsal.corruptions import KINDS, Corruption, corrupt
-from fastsal.data import load_images
+from fastsal.data.corruptions import KINDS, Corruption, corrupt
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec
 from fastsal.transfer import Task
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastsal.data import load_images
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec
 
 RGB = InputSpec(3, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsal.data import load_images
-from fastsal.datasets import open_images
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
+from fastsal.data.items import pixels_of
+from fastsal.data.opening import open_images
 from fastsal.errors import DataError, FastsalError, InvalidArgument
-from fastsal.image_items import pixels_of
-from fastsal.image_set import ImageSet
 from fastsal.transfer.tasks import Task
 
 torchvision = pytest.importorskip("torchvision", reason="needs torchvision")

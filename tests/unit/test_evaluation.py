@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastsal.data import load_images
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.features import features
 from fastsal.models.loading import InputSpec, input_spec, load_model
 from fastsal.transfer.evaluation import accuracy, evaluate, measure, measure_tasks

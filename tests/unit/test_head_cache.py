@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fastsal.data import load_images
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec
 from fastsal.transfer import heads as heads_module
 from fastsal.transfer.head_cache import HeadCache, load_head, model_digest, part_digest, save_head

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
-from fastsal.image_set import ImageSet
 from fastsal.models.features import features
 from fastsal.models.loading import InputSpec, load_model
 from fastsal.transfer.evaluation import evaluate

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from fastsal.data.image_set import ImageSet
+from fastsal.data.imagenet_tasks import IMAGENET_TASKS, imagenet_tasks
 from fastsal.errors import DataError
-from fastsal.image_set import ImageSet
-from fastsal.imagenet_tasks import IMAGENET_TASKS, imagenet_tasks
 from fastsal.transfer.tasks import Task
 
 

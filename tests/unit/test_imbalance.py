@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsal.data.image_set import ImageSet
+from fastsal.data.imbalance import imbalanced
 from fastsal.errors import InvalidArgument
-from fastsal.image_set import ImageSet
-from fastsal.imbalance import imbalanced
 
 
 def images(counts, seed=0):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.transfer.splits import PARTS, Shares
 from fastsal.transfer.tasks import Task
 

@@ -13,8 +13,8 @@ from fastsal.errors import InvalidArgument, MaskError
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastsal.data.image_set import Batches
     from fastsal.finetuning import FinetuneResult
-    from fastsal.image_set import Batches
     from fastsal.masks import Masks
 
 
@@ -177,7 +177,7 @@ def _trained(
     import torch
 
     import fastsal
-    from fastsal.shuffling import Shuffled
+    from fastsal.data.shuffled import Shuffled
 
     names = (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fastsal.image_set import Batches
+    from fastsal.data.image_set import Batches
     from fastsal.masks import Masks
     from fastsal.safety import SafetyReport
 

@@ -15,8 +15,8 @@ from fastsal.errors import DataError, InvalidArgument
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastsal.data.image_set import Batches
     from fastsal.fisher import BlockFisher
-    from fastsal.image_set import Batches
     from fastsal.models.loading import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone
@@ -88,7 +88,7 @@ def open_batches(
 
     Without `labelled` images need no labels, and those that they have are not looked at.
     """
-    from fastsal.data import load_images
+    from fastsal.data.folders import load_images
     from fastsal.models.loading import class_count
 
     images = load_images(path, labelled=labelled)

@@ -13,8 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.batches import Batches
 from fastsal.collection_work import Work, add_in_groups, joining, placed, prepare
+from fastsal.data.batches import Batches
+from fastsal.data.held_out import Pair
 from fastsal.distributed.costs import costs
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
@@ -22,7 +23,6 @@ from fastsal.distributed.sharding import regrouped, shares
 from fastsal.distributed.whole_weights import whole_weights
 from fastsal.errors import InvalidArgument
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Pair
 from fastsal.memory_plan import Share, sums_nbytes
 from fastsal.parts import Part, Parts, by_key, rows
 from fastsal.pass_memory import PassMemory

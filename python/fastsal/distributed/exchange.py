@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastsal.data.held_out import Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Pair
 from fastsal.parts import Part, by_key, shapes_of
 from fastsal.passes import Gradients, add_pass, in_micro_batches
 from fastsal.statistics import flat_rows

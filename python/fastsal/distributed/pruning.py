@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastsal.pruning
-from fastsal.batches import Batches
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import score_tensors
 from fastsal.damping import candidates_of
+from fastsal.data.batches import Batches
+from fastsal.data.held_out import Measured, Pair
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.patterns import rank_pattern_shards
 from fastsal.distributed.ranks import Ranks
@@ -31,7 +32,6 @@ from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.examination import Examination
 from fastsal.fisher import BlockFisher
-from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.memory_plan import use_by_pruning
 from fastsal.parts import slices

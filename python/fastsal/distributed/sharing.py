@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
+from fastsal.data.held_out import Measured, Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.examination import Examination
-from fastsal.holdout import Measured, Pair
 from fastsal.masks import Masks
 from fastsal.passes import in_micro_batches
 from fastsal.safety import Limit

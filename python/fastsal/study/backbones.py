@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fastsal.datasets import open_images
+from fastsal.data.opening import open_images
 from fastsal.errors import InvalidArgument
 from fastsal.models.loading import InputSpec, input_spec, load_model
 from fastsal.plan import copies

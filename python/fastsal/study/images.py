@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from fastsal.corruptions import corrupt
-from fastsal.datasets import open_images
+from fastsal.data.corruptions import corrupt
+from fastsal.data.image_set import ImageSet
+from fastsal.data.imbalance import imbalanced
+from fastsal.data.opening import open_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
-from fastsal.image_set import ImageSet
-from fastsal.imbalance import imbalanced
 from fastsal.study.settings import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task

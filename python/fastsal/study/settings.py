@@ -52,7 +52,7 @@ class TaskSettings:
 
     Attributes:
         name: in tables and figures.
-        data: images, as `fastsal.datasets.open_images` takes them; a path is below `root`.
+        data: images, as `fastsal.data.opening.open_images` takes them; a path is below `root`.
         test: images of their own to test on; None cuts them from `data`.
         classes: names or numbers of the classes to keep; None keeps all.
         head: one of `HEADS`; None takes the study's.

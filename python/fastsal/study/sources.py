@@ -15,11 +15,11 @@ from torch import nn
 
 from fastsal.collection import collect
 from fastsal.damping import HeldOut
+from fastsal.data.held_out import Measured, Pair, holding_out, limited
+from fastsal.data.image_set import ImageSet
 from fastsal.feature_matching import HeldOutFeatures
 from fastsal.fisher import BlockFisher
 from fastsal.gradients.losses import cross_entropy
-from fastsal.holdout import Measured, Pair, holding_out, limited
-from fastsal.image_set import ImageSet
 from fastsal.models.features import evaluating
 from fastsal.models.loading import InputSpec
 from fastsal.rounds import Found

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsal.data.image_set import Batches
 from fastsal.finetuning import FinetuneResult, finetune
-from fastsal.image_set import Batches
 from fastsal.masks import Masks
 from fastsal.study.images import few
 from fastsal.study.settings import FinetuneSettings

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.features import evaluating, features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead

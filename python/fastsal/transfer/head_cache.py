@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head

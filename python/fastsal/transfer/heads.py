@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.features import evaluating, features
 from fastsal.models.loading import InputSpec, input_spec
 from fastsal.transfer.knn import KnnHead, fit_knn

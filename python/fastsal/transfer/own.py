@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec, class_count
 from fastsal.transfer.tasks import Task
 

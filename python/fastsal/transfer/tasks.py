@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.loading import InputSpec
 from fastsal.transfer.splits import PARTS, Shares, check_classes, check_parts, cut, pick
 

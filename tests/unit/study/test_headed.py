@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fastsal
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.image_set import ImageSet
 from fastsal.models.features import features
 from fastsal.models.loading import InputSpec
 from fastsal.transfer import Task, fit_heads

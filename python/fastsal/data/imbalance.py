@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.image_set import ImageSet
 
 
 def imbalanced(images: ImageSet, ratio: float, seed: int = 0) -> ImageSet:

@@ -11,9 +11,9 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from fastsal.data import load_images
+from fastsal.data.folders import load_images
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FastsalError, InvalidArgument
-from fastsal.image_set import ImageSet
 
 _TAKES = (
     "a folder of class folders, an .npz file, 'sklearn:digits', "
@@ -152,13 +152,13 @@ def _open_sklearn(name: DataName, train: bool | None) -> ImageSet:
 
 
 def _open_torchvision(name: DataName, train: bool | None) -> ImageSet:
-    from fastsal.torchvision_images import open_torchvision
+    from fastsal.data.torchvision_images import open_torchvision
 
     return open_torchvision(name, train)
 
 
 def _open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
-    from fastsal.huggingface_images import open_hugging_face
+    from fastsal.data.huggingface_images import open_hugging_face
 
     return open_hugging_face(name, train)
 

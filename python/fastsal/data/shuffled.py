@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsal.image_set import Batches
+from fastsal.data.image_set import Batches
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsal.data.held_out import Pair
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.holdout import Pair
 
 Batches = Iterable[Any]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsal.data.image_set import Batches, ImageSet
 from fastsal.errors import DataError, FileFormatError
-from fastsal.image_set import Batches, ImageSet
 
 __all__ = ["IMAGE_SUFFIXES", "Batches", "ImageSet", "load_images"]
 

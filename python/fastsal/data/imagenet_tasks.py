@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError
-from fastsal.image_set import ImageSet
 
 IMAGENET_CLASSES = 1000
 

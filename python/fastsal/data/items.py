@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError
-from fastsal.image_set import ImageSet
 
 Pixels = npt.NDArray[np.uint8]
 

@@ -18,9 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsal.data.pixels import decode, prepare, size_text
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.loading import InputSpec
-from fastsal.pixels import decode, prepare, size_text
 
 _counter = itertools.count()
 

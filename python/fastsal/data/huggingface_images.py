@@ -8,10 +8,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastsal.datasets import DataName, missing
+from fastsal.data.image_set import ImageSet
+from fastsal.data.items import stack_items
+from fastsal.data.opening import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_items import stack_items
-from fastsal.image_set import ImageSet
 
 _KEYS = ("split", "image", "label", "config", "revision", "download")
 _ON_DISK = ("state.json", "dataset_dict.json")

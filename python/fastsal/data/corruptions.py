@@ -26,8 +26,8 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_set import ImageSet
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]

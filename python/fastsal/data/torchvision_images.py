@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from fastsal.datasets import DataName, missing
+from fastsal.data.image_set import ImageSet
+from fastsal.data.items import numbered, pixels_of, stack_items
+from fastsal.data.opening import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.image_items import numbered, pixels_of, stack_items
-from fastsal.image_set import ImageSet
 
 # Arguments that are functions, which no text can give.
 _FUNCTIONS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")

@@ -1,0 +1,1 @@
+"""Labeled images: reading, batching, corrupting, and holding some of them out."""
