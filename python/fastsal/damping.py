@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher import BlockFisher
-from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import cross_entropy
+from fastsal.gradients.tokens import to_model
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.

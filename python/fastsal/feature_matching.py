@@ -21,9 +21,9 @@ from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
 from fastsal.gradients.fallback import differentiate
-from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
+from fastsal.gradients.tokens import to_model
 from fastsal.models.features import feature_outputs
 
 

@@ -16,7 +16,7 @@ from fastsal.damping import outputs
 from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
-from fastsal.gradients.inputs import to_model
+from fastsal.gradients.tokens import to_model
 
 # How timm's factory is asked for them, the same in all its versions.
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.capture import hookable, make_root
 from fastsal.gradients.precision import row_dtype
-from fastsal.gradients.registry import Call, Operation
+from fastsal.gradients.rules.registry import Call, Operation
 from fastsal.gradients.scaling import LossScale, all_finite
 from fastsal.gradients.workspace import Workspace
 

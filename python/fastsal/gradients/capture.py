@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsal.errors import UnsupportedLayer
-from fastsal.gradients.registry import (
+from fastsal.gradients.rules.registry import (
     REGISTRY,
     Call,
     Operation,

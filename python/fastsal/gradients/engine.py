@@ -16,12 +16,12 @@ from fastsal.gradients import losses as checks
 from fastsal.gradients.backward import Pass, Sink
 from fastsal.gradients.capture import Capture
 from fastsal.gradients.fallback import Call, Fallback
-from fastsal.gradients.inputs import TokenLookups, to_model
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
-from fastsal.gradients.probe import probe
 from fastsal.gradients.scaling import LossScale
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
+from fastsal.gradients.tokens import TokenLookups, to_model
+from fastsal.gradients.two_samples import probe
 from fastsal.gradients.workspace import Workspace
 from fastsal.models.selection import select_parameters
 

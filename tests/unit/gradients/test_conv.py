@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastsal.gradients.conv import IMPLEMENTATIONS, choose, conv_rule, implementations_for
-from fastsal.gradients.registry import REGISTRY, Call
+from fastsal.gradients.rules.conv import IMPLEMENTATIONS, choose, conv_rule, implementations_for
+from fastsal.gradients.rules.registry import REGISTRY, Call
 from fastsal.gradients.workspace import Workspace
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -88,7 +88,7 @@ def test_frames_of_one_sample_are_summed():
 
 
 def test_columns_in_chunks(monkeypatch):
-    monkeypatch.setattr("fastsal.gradients.conv._COLUMN_BYTES", 1)
+    monkeypatch.setattr("fastsal.gradients.rules.conv._COLUMN_BYTES", 1)
     x, weight = torch.randn(3, 4, 5, 5).double(), torch.randn(4, 2, 3, 3).double()
     dy = torch.randn(3, 4, 3, 3).double()
     out = torch.empty(3, 4, 2, 3, 3).double()

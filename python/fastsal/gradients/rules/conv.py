@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.registry import Call, Operation, UnreadCallError, register
+from fastsal.gradients.rules.registry import Call, Operation, UnreadCallError, register
 from fastsal.gradients.workspace import Workspace
 
 Implementation = Callable[[Call, Tensor, Tensor, Workspace], None]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.registry import (
+from fastsal.gradients.rules.registry import (
     Call,
     Operation,
     RefusedCallError,

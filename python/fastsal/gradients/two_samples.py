@@ -28,10 +28,10 @@ from fastsal.gradients.backward import Record
 from fastsal.gradients.capture import Capture, hookable, make_root, saves_tensors_elsewhere
 from fastsal.gradients.fallback import Call as RunModel
 from fastsal.gradients.fallback import as_dense, differentiate
-from fastsal.gradients.inputs import TokenLookups
 from fastsal.gradients.precision import at_least_float32, row_dtype
-from fastsal.gradients.registry import Call, Operation
+from fastsal.gradients.rules.registry import Call, Operation
 from fastsal.gradients.scaling import LossScale, all_finite, largest
+from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.workspace import Workspace
 
 # Relative difference between rules and autograd, above which a use must have been missed.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.registry import Call, Operation, UnreadCallError, register
+from fastsal.gradients.rules.registry import Call, Operation, UnreadCallError, register
 from fastsal.gradients.workspace import Workspace
 
 

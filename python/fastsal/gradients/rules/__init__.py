@@ -1,0 +1,1 @@
+"""Rules that form per-sample gradients, one file per family of operations."""
