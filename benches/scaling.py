@@ -1,6 +1,6 @@
 """A job of many ranks on paper: `python -m benches.scaling [--model ...] [--ranks 2 4 64]`.
 
-Bytes that each rank sends and memory that it holds, by `fastsal.distributed.costs`, whose figures
+Bytes that each rank sends and memory that it holds, by `fastsal.fisher.collection.traffic`, whose figures
 equal the counters of jobs of two and four ranks (`tests/integration/test_distributed.py`). Beside
 statistics a rank holds scores (4 bytes a weight of its share), masks (a byte of every weight), the
 model's weights, and what a pass takes.
@@ -14,9 +14,9 @@ import timm
 import torch
 
 import fastsal
-from fastsal.distributed.costs import costs
+from fastsal.fisher.collection.traffic import costs
+from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch
-from fastsal.sinks import step_rows
 
 GB = 1e9
 

@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsal.collection import collect
     from fastsal.compensation import CompensationReport, compensate
     from fastsal.criteria import CRITERIA, score
     from fastsal.data.corruptions import corrupt
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
         UnsupportedLayer,
     )
     from fastsal.finetuning import FinetuneResult, finetune
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
+    from fastsal.fisher.collection.budget import MemoryPlan
+    from fastsal.fisher.collection.collect import collect
+    from fastsal.fisher.merging import merge_files
     from fastsal.gradients import per_sample_gradients, select_parameters
     from fastsal.masks import Masks
-    from fastsal.memory_plan import MemoryPlan
-    from fastsal.merging import merge_files
     from fastsal.patterns import rank_pattern
     from fastsal.planning import plan_memory
     from fastsal.pruning import PruneResult, prune
@@ -54,7 +54,7 @@ _HOME = {
     "open_images": "data.opening",
     "Shares": "transfer.splits",
     "ImageSet": "data.folders",
-    "collect": "collection",
+    "collect": "fisher.collection.collect",
     "CompensationReport": "compensation",
     "compensate": "compensation",
     "corrupt": "data.corruptions",
@@ -73,13 +73,13 @@ _HOME = {
     "UnsupportedLayer": "errors",
     "FinetuneResult": "finetuning",
     "finetune": "finetuning",
-    "BlockFisher": "fisher",
+    "BlockFisher": "fisher.block_fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
     "imbalanced": "data.imbalance",
     "Masks": "masks",
-    "MemoryPlan": "memory_plan",
-    "merge_files": "merging",
+    "MemoryPlan": "fisher.collection.budget",
+    "merge_files": "fisher.merging",
     "plan_memory": "planning",
     "PruneResult": "pruning",
     "rank_pattern": "patterns",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.errors import DataError, FactorizationError
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.gradients.losses import cross_entropy
 from fastsal.gradients.tokens import to_model
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection import Loss
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
+from fastsal.fisher.collection.collect import Loss
 from fastsal.freezing import trained_parameters, training_only
 from fastsal.gradients.losses import check_autocast
 from fastsal.masks import Masks

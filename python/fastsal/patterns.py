@@ -22,9 +22,9 @@ from fastsal import _core
 from fastsal.criteria.block_fisher import raise_failed
 from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher, check_damping
+from fastsal.fisher.block_fisher import BlockFisher, check_damping
+from fastsal.fisher.parts import Part, Parts, flat, slices
 from fastsal.masks import Masks
-from fastsal.parts import Part, Parts, flat, slices
 
 LARGEST_GROUP = 8
 

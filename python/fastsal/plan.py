@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection_work import add_samples, collected
 from fastsal.compensation import moves
 from fastsal.criteria import CRITERIA, score
 from fastsal.criteria.scoring import model_parameters
@@ -21,11 +20,12 @@ from fastsal.data.held_out import Measured, Pair
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.examination import Examination
 from fastsal.feature_matching import HeldOutFeatures
-from fastsal.fisher import BlockFisher, check_damping
+from fastsal.fisher.block_fisher import BlockFisher, check_damping
+from fastsal.fisher.collection.budget import MemoryPlan
+from fastsal.fisher.collection.groups import add_samples, collected
+from fastsal.fisher.collection.passes import in_micro_batches
 from fastsal.gradients import choose_micro_batch
 from fastsal.masks import Masks
-from fastsal.memory_plan import MemoryPlan
-from fastsal.passes import in_micro_batches
 from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
 from fastsal.ranking import rank
 from fastsal.safety import Limit

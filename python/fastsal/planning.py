@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from fastsal import _core
-from fastsal.collection_work import Work, prepare
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.budget import MemoryPlan, Share, sums_nbytes, use_by_pruning
+from fastsal.fisher.collection.groups import Work, prepare
+from fastsal.fisher.collection.pass_memory import drop, first_samples
+from fastsal.fisher.parts import Part, by_key, whole
 from fastsal.gradients import select_parameters
-from fastsal.memory_plan import MemoryPlan, Share, sums_nbytes, use_by_pruning
-from fastsal.parts import Part, by_key, whole
-from fastsal.pass_memory import drop, first_samples
 from fastsal.utils.mapped_files import FileArrays, trim_heap
 
 # Weights on which sums and eliminations are tried.
@@ -137,7 +137,7 @@ def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:
 
     Samples are gone over so many times, and weights pruned in so many steps.
     """
-    from fastsal.distributed.costs import costs
+    from fastsal.fisher.collection.traffic import costs
 
     how = work.how
     paper = costs(

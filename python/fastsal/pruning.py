@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.checkpoint import Checkpoint
-from fastsal.collection import Loss
 from fastsal.criteria import CRITERIA
 from fastsal.criteria.scoring import find_criterion
 from fastsal.data.batches import Batches, as_batches, check_samples
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
+from fastsal.fisher.collection.budget import Use, use_by_pruning
+from fastsal.fisher.collection.collect import Loss
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
 from fastsal.masks import Masks
-from fastsal.memory_plan import Use, use_by_pruning
 from fastsal.plan import Job, Plan, copies
 from fastsal.ranking import check_ranking
 from fastsal.rounds import prune_in_rounds, rising_goals

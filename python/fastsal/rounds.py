@@ -14,7 +14,7 @@ from fastsal.checkpoint import Checkpoint
 from fastsal.damping import DampingChoice
 from fastsal.data.held_out import Holding, Measured, Pair, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.masks import Masks
 from fastsal.plan import Attempt, Job, restore
 from fastsal.recalibration import recalibrate_if_better

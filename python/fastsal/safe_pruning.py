@@ -17,7 +17,7 @@ from fastsal.rounds import Clock
 from fastsal.safety import GRID, LOOK_AHEAD, Limit, SafetyReport, trusted_until
 
 if TYPE_CHECKING:
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
 
 # One sample in so many is kept for the test of a limit.
 _TESTED_EVERY = 4

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 import fastsal.distributed
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.errors import FactorizationError
-from fastsal.parts import slices
+from fastsal.fisher.parts import slices
 
 
 def net():

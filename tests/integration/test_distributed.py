@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import fastsal
-from fastsal.distributed.costs import costs
-from fastsal.sinks import step_rows
+from fastsal.fisher.collection.traffic import costs
+from fastsal.fisher.sinks.gathering import step_rows
 
 from . import ranks_job
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastsal
-from fastsal.collection_work import prepare
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.fisher.collection.groups import prepare
 from fastsal.utils.sizes import parse_bytes
 
 from .small_net import net

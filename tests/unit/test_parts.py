@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsal.parts import Part, by_key, cut, packed_bytes, slices, whole
+from fastsal.fisher.parts import Part, by_key, cut, packed_bytes, slices, whole
 
 SHAPES = st.lists(
     st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple), min_size=1, max_size=6

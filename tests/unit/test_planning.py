@@ -10,9 +10,9 @@ from torch import nn
 
 import fastsal
 from fastsal.cli import main
-from fastsal.distributed.costs import costs
 from fastsal.errors import InvalidArgument
-from fastsal.pass_memory import PassMemory
+from fastsal.fisher.collection.pass_memory import PassMemory
+from fastsal.fisher.collection.traffic import costs
 from fastsal.planning import plan_memory
 from fastsal.utils.live_memory import LiveMemory
 

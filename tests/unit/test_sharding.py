@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsal.distributed.sharding import regrouped, shares
-from fastsal.memory_plan import Share
-from fastsal.parts import Part, blocks, cut, packed_bytes, rows, whole
+from fastsal.fisher.collection.budget import Share
+from fastsal.fisher.parts import Part, blocks, cut, packed_bytes, rows, whole
 
 SHAPES = st.lists(
     st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6

@@ -11,17 +11,13 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import NonFiniteGradient
+from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.sinks.choosing import choose_sink
+from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
+from fastsal.fisher.sinks.slicing import PartSink
+from fastsal.fisher.sinks.streaming import RowStream
+from fastsal.fisher.sinks.tiles import DeviceTiles, tile_bytes
 from fastsal.gradients import GradientEngine, per_sample_gradients, select_parameters
-from fastsal.parts import Part, by_key, whole
-from fastsal.sinks import (
-    DeviceTiles,
-    PartSink,
-    RowGatherer,
-    RowStream,
-    choose_sink,
-    step_rows,
-)
-from fastsal.sinks.tiles import tile_bytes
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastsal.data.image_set import Batches
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.models.loading import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 
 
 @dataclass(frozen=True)

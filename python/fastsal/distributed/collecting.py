@@ -13,21 +13,21 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.collection_work import Work, add_in_groups, joining, placed, prepare
 from fastsal.data.batches import Batches
 from fastsal.data.held_out import Pair
-from fastsal.distributed.costs import costs
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import regrouped, shares
 from fastsal.distributed.whole_weights import whole_weights
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
-from fastsal.memory_plan import Share, sums_nbytes
-from fastsal.parts import Part, Parts, by_key, rows
-from fastsal.pass_memory import PassMemory
-from fastsal.recollection import GroupPass, Recollected
-from fastsal.statistics_files import write_index
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.budget import Share, sums_nbytes
+from fastsal.fisher.collection.groups import Work, add_in_groups, joining, placed, prepare
+from fastsal.fisher.collection.pass_memory import PassMemory
+from fastsal.fisher.collection.recollected import GroupPass, Recollected
+from fastsal.fisher.collection.traffic import costs
+from fastsal.fisher.files import write_index
+from fastsal.fisher.parts import Part, Parts, by_key, rows
 from fastsal.utils.progress import Report, reporter
 from fastsal.utils.sizes import gib
 
@@ -146,7 +146,7 @@ def add_samples(
     exchange: str = "rows",
     **options: Any,
 ) -> None:
-    """As `fastsal.collection_work.add_samples`, by several ranks."""
+    """As `fastsal.fisher.collection.groups.add_samples`, by several ranks."""
     work, plan = joining(fisher, model, batches, **options)
     assert fisher._shares is not None
     if isinstance(fisher, Recollected):

@@ -10,9 +10,9 @@ from torch import Tensor
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import Mine
 from fastsal.distributed.thresholds import assembled, rank_shards
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.parts import Part
 from fastsal.masks import Masks
-from fastsal.parts import Part
 from fastsal.patterns import (
     Pattern,
     expand_groups,

@@ -31,10 +31,10 @@ from fastsal.distributed.sharing import (
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.examination import Examination
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.budget import use_by_pruning
+from fastsal.fisher.parts import slices
 from fastsal.masks import Masks
-from fastsal.memory_plan import use_by_pruning
-from fastsal.parts import slices
 from fastsal.plan import Job, Plan, planned_micro_batch
 from fastsal.pruning import Makers, PruneResult
 from fastsal.safety import Limit

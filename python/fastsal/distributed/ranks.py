@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 
 
 class LostRankError(FastsalError, ConnectionError):

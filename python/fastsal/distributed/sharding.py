@@ -9,8 +9,18 @@ from itertools import zip_longest
 from torch import Tensor, nn
 
 from fastsal.distributed.ranks import Ranks
-from fastsal.fisher import BlockFisher
-from fastsal.parts import Cost, Part, Parts, Unit, blocks, by_key, evenly, packed_bytes, slices
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.parts import (
+    Cost,
+    Part,
+    Parts,
+    Unit,
+    blocks,
+    by_key,
+    evenly,
+    packed_bytes,
+    slices,
+)
 
 
 def shares(

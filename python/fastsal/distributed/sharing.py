@@ -14,8 +14,8 @@ from fastsal.data.held_out import Measured, Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.examination import Examination
+from fastsal.fisher.collection.passes import in_micro_batches
 from fastsal.masks import Masks
-from fastsal.passes import in_micro_batches
 from fastsal.safety import Limit
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsal.collection import collect
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.collect import collect
 from fastsal.plan import restore
 from fastsal.study.images import few, images_of
 from fastsal.study.settings import LandscapeSettings

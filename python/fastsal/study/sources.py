@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastsal.collection import collect
 from fastsal.damping import HeldOut
 from fastsal.data.held_out import Measured, Pair, holding_out, limited
 from fastsal.data.image_set import ImageSet
 from fastsal.feature_matching import HeldOutFeatures
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.collect import collect
 from fastsal.gradients.losses import cross_entropy
 from fastsal.models.features import evaluating
 from fastsal.models.loading import InputSpec

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 
 # Eigenvalues below this part of a block's greatest, for each of its weights, are rounding of
 # float32 sums: their eigenvectors mean nothing.

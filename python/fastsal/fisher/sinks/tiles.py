@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import NonFiniteGradient
-from fastsal.fisher import BlockFisher
-from fastsal.statistics import flat_rows
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.sums import flat_rows
 
 
 @dataclass

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import VIEW_BYTES, BlockFisher
+from fastsal.fisher.block_fisher import VIEW_BYTES, BlockFisher
+from fastsal.fisher.collection.pass_memory import OVERHEAD_BYTES, PassMemory, measure
+from fastsal.fisher.collection.passes import Gradients
+from fastsal.fisher.parts import Part, Unit, blocks, cut, packed_bytes, whole
 from fastsal.gradients.precision import row_dtype
-from fastsal.parts import Part, Unit, blocks, cut, packed_bytes, whole
-from fastsal.pass_memory import OVERHEAD_BYTES, PassMemory, measure
-from fastsal.passes import Gradients
 from fastsal.utils.mapped_files import check_folder
 from fastsal.utils.sizes import gib
 

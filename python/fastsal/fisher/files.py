@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from fastsal import _core
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.parts import Part, cut, packed_bytes, whole
-from fastsal.statistics import ParameterStatistics, widened
+from fastsal.fisher.parts import Part, cut, packed_bytes, whole
+from fastsal.fisher.sums import ParameterStatistics, widened
 from fastsal.utils import safetensors_files as streamed_files
 from fastsal.utils.atomic import write_text
 from fastsal.utils.mapped_files import give_back
@@ -31,7 +31,7 @@ from fastsal.utils.safetensors_files import Entry
 from fastsal.utils.sizes import parse_bytes
 
 if TYPE_CHECKING:
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
 
 FORMAT = "fastsal.BlockFisher"
 VERSION = 1
@@ -183,7 +183,7 @@ def _index(path: Path) -> dict[str, Any] | None:
 
 
 def _read_file(path: str | os.PathLike[str], *, verify: bool) -> BlockFisher:
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
 
     shown = repr(os.fspath(path))
     header, arrays, told = _mapped(Path(path), shown)
@@ -275,7 +275,7 @@ def _base(array: Array) -> mmap.mmap | None:
 
 def _joined(shards: Sequence[BlockFisher], names: Sequence[str]) -> BlockFisher:
     """One model's statistics from those of its shards."""
-    from fastsal.fisher import BlockFisher
+    from fastsal.fisher.block_fisher import BlockFisher
 
     first = shards[0]
     same = ("block_size", "precision", "_samples", "_rows_seen", "_steps")

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsal.collection_work import collected
 from fastsal.data.batches import Batches
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.groups import collected
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,13 +12,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.parts import Parts
+from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
+from fastsal.fisher.sinks.slicing import PartSink
+from fastsal.fisher.sinks.streaming import RowStream
+from fastsal.fisher.sinks.tiles import DeviceTiles, tile_bytes
 from fastsal.gradients.precision import row_dtype
-from fastsal.parts import Parts
-from fastsal.sinks.gathering import RowGatherer, step_rows
-from fastsal.sinks.slicing import PartSink
-from fastsal.sinks.streaming import RowStream
-from fastsal.sinks.tiles import DeviceTiles, tile_bytes
 
 __all__ = [
     "DeviceTiles",

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 
 _BUFFERS = 2
 

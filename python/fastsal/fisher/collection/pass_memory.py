@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastsal.fisher.collection.passes import Gradients
 from fastsal.gradients.precision import row_dtype
-from fastsal.passes import Gradients
 from fastsal.utils.live_memory import LiveMemory
 from fastsal.utils.mapped_files import trim_heap
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from fastsal.data.held_out import Pair
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.parts import Parts
+from fastsal.fisher.sinks.choosing import choose_sink
 from fastsal.gradients import GradientEngine
 from fastsal.gradients.losses import LossFunction
-from fastsal.parts import Parts
-from fastsal.sinks import choose_sink
 from fastsal.utils.progress import Report
 
 

@@ -22,18 +22,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal import _core, statistics_files
+from fastsal import _core
 from fastsal.errors import (
     InvalidArgument,
     NonFiniteGradient,
     UnknownParameter,
 )
-from fastsal.parts import Part, Parts, by_key, cut, flat, packed_bytes, shapes_of, whole
-from fastsal.statistics import ParameterStatistics, as_rows, is_supported, widened
+from fastsal.fisher import files as statistics_files
+from fastsal.fisher.parts import Part, Parts, by_key, cut, flat, packed_bytes, shapes_of, whole
+from fastsal.fisher.sums import ParameterStatistics, as_rows, is_supported, widened
 from fastsal.utils.mapped_files import FileArrays
 
 if TYPE_CHECKING:
-    from fastsal.memory_plan import MemoryPlan
+    from fastsal.fisher.collection.budget import MemoryPlan
 
 # Sums that are worked on at a time: what is computed from them takes about as much again.
 VIEW_BYTES = 2**28

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastsal.distributed.sharding import shares
-from fastsal.memory_plan import Share
-from fastsal.parts import Part, packed_bytes, whole
+from fastsal.fisher.collection.budget import Share
+from fastsal.fisher.parts import Part, packed_bytes, whole
 
 
 @dataclass(frozen=True)

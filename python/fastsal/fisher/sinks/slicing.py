@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastsal.fisher.parts import Part, Parts
+from fastsal.fisher.sums import flat_rows
 from fastsal.gradients.backward import Lender
-from fastsal.parts import Part, Parts
-from fastsal.statistics import flat_rows
 
 if TYPE_CHECKING:
-    from fastsal.sinks import Sink
+    from fastsal.fisher.sinks.choosing import Sink
 
 
 class PartSink:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastsal.fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.workspace import empty_pages
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal import _core
-from fastsal.parts import Part, evenly
+from fastsal.fisher.parts import Part, evenly
 
 if TYPE_CHECKING:
     from fastsal.utils.mapped_files import FileArrays

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastsal.data.batches import check_again
-from fastsal.fisher import BlockFisher
-from fastsal.parts import Part, Parts
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.parts import Part, Parts
 from fastsal.utils.mapped_files import trim_heap
 from fastsal.utils.progress import Report, reporter
 
 if TYPE_CHECKING:
-    from fastsal.collection_work import Work
+    from fastsal.fisher.collection.groups import Work
 
 # add(work, fisher, number, report): go over the images of a work once and add the statistics of a
 # group of parts.

@@ -14,10 +14,8 @@ from fastsal.data.batches import Batches, Source, check_again, check_samples
 from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
 from fastsal.feature_matching import without_classifier
-from fastsal.fisher import BlockFisher
-from fastsal.gradients import choose_micro_batch, select_parameters
-from fastsal.gradients.losses import LossFunction
-from fastsal.memory_plan import (
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.budget import (
     MemoryPlan,
     Share,
     Use,
@@ -26,10 +24,12 @@ from fastsal.memory_plan import (
     sums_nbytes,
     unlimited,
 )
-from fastsal.parts import Parts, by_key, rows, whole
-from fastsal.passes import Gradients, add_pass
-from fastsal.recollection import GroupPass, Recollected
-from fastsal.sinks import step_rows
+from fastsal.fisher.collection.passes import Gradients, add_pass
+from fastsal.fisher.collection.recollected import GroupPass, Recollected
+from fastsal.fisher.parts import Parts, by_key, rows, whole
+from fastsal.fisher.sinks.gathering import step_rows
+from fastsal.gradients import choose_micro_batch, select_parameters
+from fastsal.gradients.losses import LossFunction
 from fastsal.utils.mapped_files import FileArrays, trim_heap
 from fastsal.utils.progress import Report, reporter
 from fastsal.utils.sizes import parse_bytes
@@ -129,7 +129,7 @@ def collected(
 ) -> BlockFisher:
     """What `collect` returns; the options are those of `prepare`.
 
-    With a `use` that allows it, statistics may be nowhere (`fastsal.recollection`).
+    With a `use` that allows it, statistics may be nowhere (`fastsal.fisher.collection.recollected`).
     """
     work = prepare(model, batches, **options)
     groups = list(map(by_key, work.plan.groups))

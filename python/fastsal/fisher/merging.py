@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 
 from fastsal.errors import InvalidArgument
-from fastsal.fisher import BlockFisher
-from fastsal.statistics import ParameterStatistics
-from fastsal.statistics_files import read, write
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.files import read, write
+from fastsal.fisher.sums import ParameterStatistics
 
 
 def merge_files(

@@ -1,0 +1,1 @@
+"""Block-diagonal empirical Fisher statistics: accumulate, store, merge, collect."""

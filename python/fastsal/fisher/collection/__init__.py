@@ -1,0 +1,1 @@
+"""Collect Fisher statistics from a model and batches of images."""

@@ -1,0 +1,1 @@
+"""Sinks: the ways in which per-sample gradients reach the statistics."""
