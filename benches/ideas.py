@@ -51,7 +51,7 @@ def linear_goals(sparsity: float, rounds: int) -> list[float]:
 
 def linearly(model: nn.Module, images: Images, sparsity: float) -> object:
     """Eight rounds that take the same number of weights each."""
-    with mock.patch("fastsal.pruning.rising_goals", linear_goals):
+    with mock.patch("fastsal.pruning.prune.rising_goals", linear_goals):
         return fastsal.prune(model, [images], sparsity, rounds=8)
 
 

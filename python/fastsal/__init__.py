@@ -10,8 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastsal.compensation import CompensationReport, compensate
-    from fastsal.criteria import CRITERIA, score
     from fastsal.data.corruptions import corrupt
     from fastsal.data.image_set import ImageSet
     from fastsal.data.imbalance import imbalanced
@@ -35,12 +33,14 @@ if TYPE_CHECKING:
     from fastsal.fisher.collection.collect import collect
     from fastsal.fisher.merging import merge_files
     from fastsal.gradients import per_sample_gradients, select_parameters
-    from fastsal.masks import Masks
-    from fastsal.patterns import rank_pattern
-    from fastsal.planning import plan_memory
-    from fastsal.pruning import PruneResult, prune
-    from fastsal.ranking import rank
-    from fastsal.safety import SafetyReport
+    from fastsal.pruning.compensation import CompensationReport, compensate
+    from fastsal.pruning.criteria import CRITERIA, score
+    from fastsal.pruning.forecast import plan_memory
+    from fastsal.pruning.limits.bound import SafetyReport
+    from fastsal.pruning.masks.masks import Masks
+    from fastsal.pruning.masks.patterns import rank_pattern
+    from fastsal.pruning.masks.ranking import rank
+    from fastsal.pruning.prune import PruneResult, prune
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.overlap import fisher_overlap
@@ -55,11 +55,11 @@ _HOME = {
     "Shares": "transfer.splits",
     "ImageSet": "data.folders",
     "collect": "fisher.collection.collect",
-    "CompensationReport": "compensation",
-    "compensate": "compensation",
+    "CompensationReport": "pruning.compensation",
+    "compensate": "pruning.compensation",
     "corrupt": "data.corruptions",
-    "CRITERIA": "criteria",
-    "score": "criteria",
+    "CRITERIA": "pruning.criteria",
+    "score": "pruning.criteria",
     "DataError": "errors",
     "FactorizationError": "errors",
     "FastsalError": "errors",
@@ -77,15 +77,15 @@ _HOME = {
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
     "imbalanced": "data.imbalance",
-    "Masks": "masks",
+    "Masks": "pruning.masks.masks",
     "MemoryPlan": "fisher.collection.budget",
     "merge_files": "fisher.merging",
-    "plan_memory": "planning",
-    "PruneResult": "pruning",
-    "rank_pattern": "patterns",
-    "SafetyReport": "safety",
-    "prune": "pruning",
-    "rank": "ranking",
+    "plan_memory": "pruning.forecast",
+    "PruneResult": "pruning.prune",
+    "rank_pattern": "pruning.masks.patterns",
+    "SafetyReport": "pruning.limits.bound",
+    "prune": "pruning.prune",
+    "rank": "pruning.masks.ranking",
     "get_num_threads": "utils.threads",
     "set_num_threads": "utils.threads",
     "Task": "transfer",

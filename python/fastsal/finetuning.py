@@ -21,8 +21,8 @@ from fastsal.errors import InvalidArgument
 from fastsal.fisher.collection.collect import Loss
 from fastsal.freezing import trained_parameters, training_only
 from fastsal.gradients.losses import check_autocast
-from fastsal.masks import Masks
-from fastsal.plan import all_or_nothing, copies, restore
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.step import all_or_nothing, copies, restore
 from fastsal.training import Trainer
 from fastsal.training_checkpoint import TrainingCheckpoint
 from fastsal.utils.progress import Report, reporter

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.damping import outputs
 from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
 from fastsal.gradients.tokens import to_model
+from fastsal.pruning.damping import outputs
 
 # How timm's factory is asked for them, the same in all its versions.
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsal.checkpoint import as_asked, check_origin, digest
 from fastsal.errors import FileFormatError
 from fastsal.models.loading import read_pickle
+from fastsal.pruning.checkpoint import as_asked, check_origin, digest
 from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.epoch"

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastsal
 from fastsal import BlockFisher, _core
-from fastsal.masks import Masks
+from fastsal.pruning.masks.masks import Masks
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastsal
 from fastsal import BlockFisher
-from fastsal.patterns import Pattern, input_axes
+from fastsal.pruning.masks.patterns import Pattern, input_axes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

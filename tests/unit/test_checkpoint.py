@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fastsal
-import fastsal.plan
+import fastsal.pruning.step
 from fastsal.errors import FileFormatError
 
 
@@ -35,7 +35,7 @@ def prune(model, data, path, **given):
 
 def kill_in_round(monkeypatch, number):
     """Let everything of a later round fail."""
-    step = fastsal.plan.Plan.step
+    step = fastsal.pruning.step.Plan.step
     seen = []
 
     def counted(self, model, fisher, masks, goal, damping):
@@ -44,7 +44,7 @@ def kill_in_round(monkeypatch, number):
             raise Killed
         return step(self, model, fisher, masks, goal, damping)
 
-    monkeypatch.setattr(fastsal.plan.Plan, "step", counted)
+    monkeypatch.setattr(fastsal.pruning.step.Plan, "step", counted)
 
 
 @pytest.mark.parametrize("number", [2, 4])

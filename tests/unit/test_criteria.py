@@ -10,8 +10,8 @@ from torch import nn
 
 import fastsal
 from fastsal import BlockFisher, Masks
-from fastsal.criteria import CRITERIA
 from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.pruning.criteria import CRITERIA
 
 SHAPES = {"conv": (4, 3, 3, 3), "fc": (5, 7)}
 NAMES = ["block-fisher", "diag-fisher", "magnitude", "obs-greedy", "random", "taylor"]

@@ -13,10 +13,10 @@ from torch import nn
 
 from fastsal import BlockFisher, collect, prune
 from fastsal.errors import DataError, InvalidArgument, UnsupportedLayer
-from fastsal.feature_matching import HeldOutFeatures
 from fastsal.gradients import per_sample_gradients, select_parameters
 from fastsal.gradients.losses import draw_noise
 from fastsal.models.features import features
+from fastsal.pruning.measured import HeldOutFeatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import FactorizationError, InvalidArgument
-from fastsal.patterns import Pattern, expand_groups, group_scores, reduce_groups
+from fastsal.pruning.masks.patterns import Pattern, expand_groups, group_scores, reduce_groups
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from fastsal.cli import main
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.collection.pass_memory import PassMemory
 from fastsal.fisher.collection.traffic import costs
-from fastsal.planning import plan_memory
+from fastsal.pruning.forecast import plan_memory
 from fastsal.utils.live_memory import LiveMemory
 
 from .small_net import net
@@ -49,7 +49,7 @@ def test_prune_tells_what_was_planned(tmp_path):
 def test_sums_that_are_nowhere_are_collected_for_each_use(monkeypatch):
     how = {"damping": 1e-3, "micro_batch": 4, "memory_budget": "102MiB"}
     told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
-    monkeypatch.setattr("fastsal.planning._statistics_seconds", lambda *_: 10_000.0)
+    monkeypatch.setattr("fastsal.pruning.forecast._statistics_seconds", lambda *_: 10_000.0)
 
     def uses(**more):
         plan = plan_memory(net(), images(), samples=48, **how | more)

@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsal
-import fastsal.plan
+import fastsal.pruning.step
 from fastsal import collect, prune, rank, score
-from fastsal.criteria import CRITERIA
-from fastsal.damping import _MULTIPLES, HeldOut, candidates, choose_damping
 from fastsal.errors import (
     DataError,
     FactorizationError,
@@ -23,6 +21,8 @@ from fastsal.errors import (
     NonFiniteGradient,
     UnknownParameter,
 )
+from fastsal.pruning.criteria import CRITERIA
+from fastsal.pruning.damping import _MULTIPLES, HeldOut, candidates, choose_damping
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -208,7 +208,7 @@ def test_rounds(monkeypatch, criterion, compensate, scope):
         seen.append((sparsity, masks))
         return masks
 
-    monkeypatch.setattr("fastsal.plan.rank", watch)
+    monkeypatch.setattr("fastsal.pruning.step.rank", watch)
     model = trained()
     result = prune(
         model,
@@ -515,7 +515,7 @@ def test_errors_in_a_later_round_give_all_weights_back(damping):
 def test_errors_in_any_step_give_all_weights_back(monkeypatch, step):
     model = trained()
     before = state(model)
-    original = getattr(fastsal.plan, step)
+    original = getattr(fastsal.pruning.step, step)
     calls = []
 
     def fails(*args, **arguments):
@@ -524,7 +524,7 @@ def test_errors_in_any_step_give_all_weights_back(monkeypatch, step):
             raise FactorizationError("damping: no")
         return original(*args, **arguments)
 
-    monkeypatch.setattr(fastsal.plan, step, fails)
+    monkeypatch.setattr(fastsal.pruning.step, step, fails)
     with pytest.raises(FactorizationError):
         prune(model, BATCHES, 0.8, rounds=4, damping=0.01)
     assert_same(model, before)

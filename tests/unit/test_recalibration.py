@@ -8,7 +8,7 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import InvalidArgument
-from fastsal.recalibration import recalibrate, recalibrate_if_better
+from fastsal.pruning.recalibration import recalibrate, recalibrate_if_better
 
 
 def make():

@@ -16,7 +16,7 @@ from torch import nn
 import fastsal
 from fastsal.cli import main
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.safety import GRID, Limit, is_below, trusted_until, upper_bound
+from fastsal.pruning.limits.bound import GRID, Limit, is_below, trusted_until, upper_bound
 
 
 def bernoulli(p):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import Batches
     from fastsal.finetuning import FinetuneResult
-    from fastsal.masks import Masks
+    from fastsal.pruning.masks.masks import Masks
 
 
 @click.command(short_help="Train a pruned model; zeros stay.")

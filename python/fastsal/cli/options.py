@@ -14,8 +14,8 @@ CRITERIA_HELP = "Magnitude, random, taylor, diag-fisher, block-fisher or obs-gre
 
 
 def criterion(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Check that a criterion is in `fastsal.criteria.CRITERIA`."""
-    from fastsal.criteria import CRITERIA
+    """Check that a criterion is in `fastsal.pruning.criteria.CRITERIA`."""
+    from fastsal.pruning.criteria import CRITERIA
 
     if value not in CRITERIA:
         names = ", ".join(sorted(CRITERIA))

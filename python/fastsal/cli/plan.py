@@ -51,7 +51,7 @@ def plan(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.cli.setup import collect_options, open_model, set_threads, training_batches
     from fastsal.gradients import select_parameters
-    from fastsal.planning import plan_memory
+    from fastsal.pruning.forecast import plan_memory
 
     if given["tokens"] is not None and not given["meta"]:
         raise InvalidArgument(

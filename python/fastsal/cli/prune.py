@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastsal.data.image_set import Batches
-    from fastsal.masks import Masks
-    from fastsal.safety import SafetyReport
+    from fastsal.pruning.limits.bound import SafetyReport
+    from fastsal.pruning.masks.masks import Masks
 
 
 @click.command(short_help="Prune a model into a folder.")
@@ -93,7 +93,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.safety import summary
+    from fastsal.pruning.limits.bound import summary
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
 

@@ -19,7 +19,7 @@ from fastsal.utils.progress import peak_memory
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.masks import Masks
+    from fastsal.pruning.masks.masks import Masks
 
 MODEL, MASKS, REPORT = "model.safetensors", "masks.safetensors", "report.json"
 

@@ -13,7 +13,7 @@ from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastsal.masks import Masks
+    from fastsal.pruning.masks.masks import Masks
 
 _SHOWN = 10  # failures that are printed before the rest is counted
 

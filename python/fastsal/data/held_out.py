@@ -18,7 +18,7 @@ Pair = tuple[Tensor, Tensor | None]
 
 
 class Measured(Protocol):
-    """Images to measure a model on; `fastsal.damping.HeldOut` is one."""
+    """Images to measure a model on; `fastsal.pruning.damping.HeldOut` is one."""
 
     @property
     def samples(self) -> int:

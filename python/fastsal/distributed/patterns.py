@@ -12,8 +12,8 @@ from fastsal.distributed.sharding import Mine
 from fastsal.distributed.thresholds import assembled, rank_shards
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Part
-from fastsal.masks import Masks
-from fastsal.patterns import (
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.patterns import (
     Pattern,
     expand_groups,
     group_scores,
@@ -23,7 +23,7 @@ from fastsal.patterns import (
     joint_choice,
     joint_costs,
 )
-from fastsal.ranking import check_ranking, rank
+from fastsal.pruning.masks.ranking import check_ranking, rank
 
 
 def rank_pattern_shards(

@@ -11,11 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import fastsal.pruning
-from fastsal.compensation import moves
-from fastsal.criteria import CRITERIA, score
-from fastsal.criteria.scoring import score_tensors
-from fastsal.damping import candidates_of
+import fastsal.pruning.prune
 from fastsal.data.batches import Batches
 from fastsal.data.held_out import Measured, Pair
 from fastsal.distributed.collecting import add_samples, collected
@@ -30,14 +26,18 @@ from fastsal.distributed.sharing import (
 )
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
-from fastsal.examination import Examination
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.budget import use_by_pruning
 from fastsal.fisher.parts import slices
-from fastsal.masks import Masks
-from fastsal.plan import Job, Plan, planned_micro_batch
-from fastsal.pruning import Makers, PruneResult
-from fastsal.safety import Limit
+from fastsal.pruning.compensation import moves
+from fastsal.pruning.criteria import CRITERIA, score
+from fastsal.pruning.criteria.scoring import score_tensors
+from fastsal.pruning.damping import candidates_of
+from fastsal.pruning.limits.bound import Limit
+from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.prune import Makers, PruneResult
+from fastsal.pruning.step import Job, Plan, planned_micro_batch
 
 
 def prune(
@@ -82,7 +82,7 @@ def prune(
         partial(use_by_pruning, ranks=ranks.size, gathered=gathered_bytes(model)),
     )
     with whole_weights(model) as inner:
-        result = fastsal.pruning.prune(inner, batches, sparsity, _makers=makers, **options)
+        result = fastsal.pruning.prune.prune(inner, batches, sparsity, _makers=makers, **options)
     result.history[-1]["ranks"] = {
         "size": ranks.size,
         "sent_bytes": dict(ranks.sent),

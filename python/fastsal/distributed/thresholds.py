@@ -17,8 +17,8 @@ from torch import Tensor
 from fastsal import _core
 from fastsal.distributed.ranks import Ranks
 from fastsal.fisher.parts import Part
-from fastsal.masks import Masks
-from fastsal.ranking import check_ranking, floor_counts, global_count, layer_counts
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.ranking import check_ranking, floor_counts, global_count, layer_counts
 
 Scores = Mapping[str, NDArray[np.float32]]
 _ALL = 2**64 - 1

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastsal.criteria import CRITERIA
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
-from fastsal.masks import Masks
-from fastsal.plan import Job, Plan
-from fastsal.rounds import Found, prune_in_rounds, rising_goals
+from fastsal.pruning.criteria import CRITERIA
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.rounds import Found, prune_in_rounds, rising_goals
+from fastsal.pruning.step import Job, Plan
 from fastsal.study.cells import Cell
 from fastsal.study.sources import Source
 from fastsal.transfer.headed import PREFIX

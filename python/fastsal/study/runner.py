@@ -12,7 +12,7 @@ from typing import Any
 
 from fastsal.errors import FastsalError
 from fastsal.models.loading import save_weights
-from fastsal.plan import restore
+from fastsal.pruning.step import restore
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
 from fastsal.study.cells import Cell, cells_of
 from fastsal.study.images import digests_of, images_of, open_tasks, parts_of

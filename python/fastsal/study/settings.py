@@ -397,7 +397,7 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
 
 
 def _criterion(r: Reader) -> CriterionSettings:
-    from fastsal.criteria.registry import CRITERIA
+    from fastsal.pruning.criteria.registry import CRITERIA
 
     r.only(
         "name", "criterion", "compensate", "damping", "labels", "rounds", "scope", "floor",
@@ -418,7 +418,7 @@ def _criterion(r: Reader) -> CriterionSettings:
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
     pattern = r.optional_text("pattern")
     if pattern is not None:
-        from fastsal.patterns import Pattern
+        from fastsal.pruning.masks.patterns import Pattern
 
         try:
             Pattern.parse(pattern)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastsal.data.image_set import Batches
 from fastsal.finetuning import FinetuneResult, finetune
-from fastsal.masks import Masks
+from fastsal.pruning.masks.masks import Masks
 from fastsal.study.images import few
 from fastsal.study.settings import FinetuneSettings
 from fastsal.study.sources import Source

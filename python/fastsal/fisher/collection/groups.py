@@ -13,7 +13,6 @@ from torch import nn
 from fastsal.data.batches import Batches, Source, check_again, check_samples
 from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
-from fastsal.feature_matching import without_classifier
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.budget import (
     MemoryPlan,
@@ -30,6 +29,7 @@ from fastsal.fisher.parts import Parts, by_key, rows, whole
 from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.losses import LossFunction
+from fastsal.pruning.measured import without_classifier
 from fastsal.utils.mapped_files import FileArrays, trim_heap
 from fastsal.utils.progress import Report, reporter
 from fastsal.utils.sizes import parse_bytes

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fastsal.damping import loss_of_guessing
 from fastsal.errors import InvalidArgument
+from fastsal.pruning.damping import loss_of_guessing
 
 # Coarse where nothing is at stake, fine where it is. Fixed beforehand: the order may not depend on
 # the images.

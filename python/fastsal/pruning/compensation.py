@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsal import _core
-from fastsal.criteria.block_fisher import raise_failed
-from fastsal.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.errors import MaskError
 from fastsal.fisher.block_fisher import BlockFisher, check_damping
 from fastsal.fisher.parts import flat, slices
+from fastsal.pruning.criteria.block_fisher import raise_failed
+from fastsal.pruning.criteria.scoring import check_mask_shapes, model_parameters
 from fastsal.utils.mapped_files import Shelf
 
 

@@ -19,8 +19,6 @@ import torch
 from torch import nn
 
 from fastsal import _core
-from fastsal.criteria import CRITERIA
-from fastsal.criteria.scoring import find_criterion
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
@@ -29,6 +27,8 @@ from fastsal.fisher.collection.groups import Work, prepare
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.parts import Part, by_key, whole
 from fastsal.gradients import select_parameters
+from fastsal.pruning.criteria import CRITERIA
+from fastsal.pruning.criteria.scoring import find_criterion
 from fastsal.utils.mapped_files import FileArrays, trim_heap
 
 # Weights on which sums and eliminations are tried.

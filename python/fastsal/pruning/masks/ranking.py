@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fastsal import _core
 from fastsal.errors import InvalidArgument
-from fastsal.masks import Masks
-from fastsal.patterns import Pattern, expand_groups, group_scores, input_axes
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.patterns import Pattern, expand_groups, group_scores, input_axes
 
 SCOPES = ("global", "layer", "erk")
 

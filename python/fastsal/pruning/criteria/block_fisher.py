@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fastsal.criteria.registry import Inputs, Scores, criterion
 from fastsal.errors import FactorizationError
+from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
 @criterion("block-fisher", needs_fisher=True, needs_damping=True)

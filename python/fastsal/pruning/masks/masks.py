@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
-from fastsal.holding import hold
+from fastsal.pruning.masks.hold import hold
 from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.Masks"

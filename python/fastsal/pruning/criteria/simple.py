@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsal.criteria.registry import Inputs, Scores, criterion
+from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
 @criterion("magnitude", needs_fisher=False)

@@ -1,4 +1,4 @@
-"""Prune to the highest sparsity that keeps a limit on held-out images (see `fastsal.safety`)."""
+"""Prune to the highest sparsity that keeps a limit on held-out images (see `fastsal.pruning.limits.bound`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from fastsal.data.batches import Batches, as_batches
 from fastsal.data.held_out import Holding, Pair, Repeated, limited
 from fastsal.errors import InvalidArgument
-from fastsal.examination import Examination
-from fastsal.masks import Masks
-from fastsal.plan import Job, Outcome, restore
-from fastsal.rounds import Clock
-from fastsal.safety import GRID, LOOK_AHEAD, Limit, SafetyReport, trusted_until
+from fastsal.pruning.limits.bound import GRID, LOOK_AHEAD, Limit, SafetyReport, trusted_until
+from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.rounds import Clock
+from fastsal.pruning.step import Job, Outcome, restore
 
 if TYPE_CHECKING:
     from fastsal.fisher.block_fisher import BlockFisher

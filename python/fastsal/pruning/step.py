@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.compensation import moves
-from fastsal.criteria import CRITERIA, score
-from fastsal.criteria.scoring import model_parameters
-from fastsal.damping import DampingChoice, HeldOut, candidates, choose_damping
 from fastsal.data.batches import Batches, as_batches
 from fastsal.data.held_out import Measured, Pair
 from fastsal.errors import InvalidArgument, PrecisionWarning
-from fastsal.examination import Examination
-from fastsal.feature_matching import HeldOutFeatures
 from fastsal.fisher.block_fisher import BlockFisher, check_damping
 from fastsal.fisher.collection.budget import MemoryPlan
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.fisher.collection.passes import in_micro_batches
 from fastsal.gradients import choose_micro_batch
-from fastsal.masks import Masks
-from fastsal.patterns import LARGEST_GROUP, Pattern, rank_pattern
-from fastsal.ranking import rank
-from fastsal.safety import Limit
+from fastsal.pruning.compensation import moves
+from fastsal.pruning.criteria import CRITERIA, score
+from fastsal.pruning.criteria.scoring import model_parameters
+from fastsal.pruning.damping import DampingChoice, HeldOut, candidates, choose_damping
+from fastsal.pruning.limits.bound import Limit
+from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.patterns import LARGEST_GROUP, Pattern, rank_pattern
+from fastsal.pruning.masks.ranking import rank
+from fastsal.pruning.measured import HeldOutFeatures
 from fastsal.utils.mapped_files import Shelf
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.damping import loss_of_guessing, outputs
 from fastsal.data.held_out import Pair
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.safety import Limit, differences, is_below, losses_of, upper_bound
+from fastsal.pruning.damping import loss_of_guessing, outputs
+from fastsal.pruning.limits.bound import Limit, differences, is_below, losses_of, upper_bound
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 

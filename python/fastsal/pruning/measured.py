@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastsal.damping import in_evaluation
 from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
 from fastsal.freezing import find_head
@@ -25,6 +24,7 @@ from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
 from fastsal.gradients.tokens import to_model
 from fastsal.models.features import feature_outputs
+from fastsal.pruning.damping import in_evaluation
 
 
 def without_classifier(

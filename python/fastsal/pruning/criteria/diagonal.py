@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsal.criteria.registry import Inputs, Scores, criterion
+from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
 @criterion("diag-fisher", needs_fisher=True)

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fastsal import _core
-from fastsal.criteria.block_fisher import raise_failed
-from fastsal.criteria.scoring import model_parameters
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher, check_damping
 from fastsal.fisher.parts import Part, Parts, flat, slices
-from fastsal.masks import Masks
+from fastsal.pruning.criteria.block_fisher import raise_failed
+from fastsal.pruning.criteria.scoring import model_parameters
+from fastsal.pruning.masks.masks import Masks
 
 LARGEST_GROUP = 8
 
@@ -91,7 +91,7 @@ def rank_pattern(
         InvalidArgument: Bad pattern, sparsity, floor or damping.
         FactorizationError: A damped block is not positive definite.
     """
-    from fastsal.ranking import check_fixed, rank
+    from fastsal.pruning.masks.ranking import check_fixed, rank
 
     check_damping(damping)
     wanted = Pattern.parse(pattern)

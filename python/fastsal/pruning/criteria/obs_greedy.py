@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastsal import _core
-from fastsal.criteria.block_fisher import raise_failed
-from fastsal.criteria.registry import Inputs, Scores, criterion
+from fastsal.pruning.criteria.block_fisher import raise_failed
+from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
 @criterion("obs-greedy", needs_fisher=True, needs_damping=True)

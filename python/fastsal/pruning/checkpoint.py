@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError
-from fastsal.masks import Masks
+from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
 from fastsal.utils.safetensors_files import Entry
 

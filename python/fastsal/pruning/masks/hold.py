@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from fastsal.errors import InvalidArgument, MaskError
 
 if TYPE_CHECKING:
-    from fastsal.masks import Masks
+    from fastsal.pruning.masks.masks import Masks
 
 # Parameter to boolean tensor of its shape, on its device, True = pruned.
 Pruned = Mapping[nn.Parameter, Tensor]

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.checkpoint import Checkpoint
-from fastsal.criteria import CRITERIA
-from fastsal.criteria.scoring import find_criterion
 from fastsal.data.batches import Batches, as_batches, check_samples
 from fastsal.errors import InvalidArgument
-from fastsal.feature_matching import without_classifier
 from fastsal.fisher.collection.budget import Use, use_by_pruning
 from fastsal.fisher.collection.collect import Loss
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import resolve_loss
-from fastsal.masks import Masks
-from fastsal.plan import Job, Plan, copies
-from fastsal.ranking import check_ranking
-from fastsal.rounds import prune_in_rounds, rising_goals
-from fastsal.safe_pruning import prune_safely
-from fastsal.safety import Limit, SafetyReport
+from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.criteria import CRITERIA
+from fastsal.pruning.criteria.scoring import find_criterion
+from fastsal.pruning.limits.bound import Limit, SafetyReport
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.ranking import check_ranking
+from fastsal.pruning.measured import without_classifier
+from fastsal.pruning.prune_to_limit import prune_safely
+from fastsal.pruning.rounds import prune_in_rounds, rising_goals
+from fastsal.pruning.step import Job, Plan, copies
 from fastsal.utils.mapped_files import Shelf
 
 
@@ -146,7 +146,7 @@ def prune(
         progress: A bar, or a function.
         seed: Of everything with chance in it.
         max_loss_increase: Instead of `sparsity`: prune to the highest that keeps the rise of the
-            mean loss below this on images that were held out (see `fastsal.safety`; the loss of an
+            mean loss below this on images that were held out (see `fastsal.pruning.limits.bound`; the loss of an
             image counts at most what guessing costs). One round, no pattern.
         max_accuracy_drop: The same for top-1 accuracy, a fraction.
         confidence: Of that promise.

@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.errors import InvalidArgument, MaskError, PrecisionWarning, UnknownParameter
 from fastsal.fisher.block_fisher import BlockFisher, check_damping
 from fastsal.fisher.parts import Parts, slices, whole
 from fastsal.gradients import select_parameters
-from fastsal.masks import Masks
+from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
+from fastsal.pruning.masks.masks import Masks
 from fastsal.utils.warn import warn_user
 
 _TOLERANCE = 0.01

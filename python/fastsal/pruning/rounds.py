@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from fastsal.checkpoint import Checkpoint
-from fastsal.damping import DampingChoice
 from fastsal.data.held_out import Holding, Measured, Pair, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.masks import Masks
-from fastsal.plan import Attempt, Job, restore
-from fastsal.recalibration import recalibrate_if_better
+from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.damping import DampingChoice
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.recalibration import recalibrate_if_better
+from fastsal.pruning.step import Attempt, Job, restore
 
 
 @dataclass(frozen=True)

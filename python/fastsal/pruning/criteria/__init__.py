@@ -1,0 +1,15 @@
+"""What a weight is worth: one file per family of criteria, one registry, one call.
+
+A score is the loss expected from removing the weight, low = prune first.
+"""
+
+from fastsal.pruning.criteria import block_fisher as _block_fisher
+from fastsal.pruning.criteria import diagonal as _diagonal
+from fastsal.pruning.criteria import obs_greedy as _obs_greedy
+from fastsal.pruning.criteria import simple as _simple
+from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
+from fastsal.pruning.criteria.scoring import score
+
+del _block_fisher, _diagonal, _obs_greedy, _simple
+
+__all__ = ["CRITERIA", "Criterion", "Inputs", "score"]

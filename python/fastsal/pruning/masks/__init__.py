@@ -1,0 +1,1 @@
+"""Masks: from scores to masks, and masks on models and in files."""
