@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fastsal.pruning.prune import PruneResult, prune
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
-    from fastsal.transfer.overlap import fisher_overlap
+    from fastsal.transfer.fisher_overlap import fisher_overlap
     from fastsal.transfer.splits import Shares
     from fastsal.utils.threads import get_num_threads, set_num_threads
 
@@ -91,7 +91,7 @@ _HOME = {
     "Task": "transfer",
     "evaluate": "transfer",
     "fit_heads": "transfer",
-    "fisher_overlap": "transfer.overlap",
+    "fisher_overlap": "transfer.fisher_overlap",
 }
 
 __all__ = [

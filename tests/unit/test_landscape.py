@@ -10,7 +10,7 @@ from torch import nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.transfer import measure
-from fastsal.transfer.landscape import line
+from fastsal.transfer.loss_line import line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,7 +7,7 @@ import torch
 
 from fastsal import BlockFisher
 from fastsal.errors import InvalidArgument
-from fastsal.transfer.overlap import fisher_overlap
+from fastsal.transfer.fisher_overlap import fisher_overlap
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsal.errors import DataError
-from fastsal.transfer.probe import L2_GRID, solve_probe
+from fastsal.transfer.logistic import L2_GRID, solve_probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,9 @@ from fastsal.study.images import few, images_of
 from fastsal.study.settings import LandscapeSettings
 from fastsal.study.sources import Source
 from fastsal.transfer.evaluation import measure_tasks
+from fastsal.transfer.fisher_overlap import fisher_overlap
 from fastsal.transfer.headed import PREFIX, Headed
-from fastsal.transfer.landscape import line
-from fastsal.transfer.overlap import fisher_overlap
+from fastsal.transfer.loss_line import line
 from fastsal.transfer.tasks import Task
 
 PATHS = (("dense", "pruned"), ("pruned", "tuned"))

@@ -21,8 +21,8 @@ from fastsal.models.features import evaluating, features
 from fastsal.models.loading import InputSpec, input_spec
 from fastsal.transfer.knn import KnnHead, fit_knn
 from fastsal.transfer.linear_head import Head
+from fastsal.transfer.logistic import solve_probe
 from fastsal.transfer.own import Columns, OwnHead, own_head
-from fastsal.transfer.probe import solve_probe
 from fastsal.transfer.ridge import best_scale, solve_ridge
 from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of
 
@@ -96,7 +96,7 @@ def fit_heads(
             not matter. Of "ridge".
         k: how many neighbours vote. Of "knn".
         temperature: their votes weigh exp(cosine similarity / temperature). Of "knn".
-        l2: penalty, see `fastsal.transfer.probe`; None chooses one on held-out images. Of "probe".
+        l2: penalty, see `fastsal.transfer.logistic`; None chooses one on held-out images. Of "probe".
         columns: of "own": the names of all the model's classes in the order of its logits, or
             `{class: logit}`. None takes classes named by numbers as those logits, and others as
             all the logits in order.
