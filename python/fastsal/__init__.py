@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnknownParameter,
         UnsupportedLayer,
     )
-    from fastsal.finetuning import FinetuneResult, finetune
+    from fastsal.finetuning.finetune import FinetuneResult, finetune
     from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.fisher.collection.budget import MemoryPlan
     from fastsal.fisher.collection.collect import collect
@@ -71,8 +71,8 @@ _HOME = {
     "PrecisionWarning": "errors",
     "UnknownParameter": "errors",
     "UnsupportedLayer": "errors",
-    "FinetuneResult": "finetuning",
-    "finetune": "finetuning",
+    "FinetuneResult": "finetuning.finetune",
+    "finetune": "finetuning.finetune",
     "BlockFisher": "fisher.block_fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",

@@ -114,7 +114,7 @@ def test_a_killed_command_goes_on(command, tmp_path, monkeypatch):
     assert run(*command).exit_code == 0
     path, out = tmp_path / "epoch.pt", tmp_path / "again"
     again = [*command[:-1], out, "--checkpoint", path]
-    epoch = fastsal.training.Trainer.epoch
+    epoch = fastsal.finetuning.trainer.Trainer.epoch
 
     def until_third(self, number, report):
         if number == 3:
@@ -122,7 +122,7 @@ def test_a_killed_command_goes_on(command, tmp_path, monkeypatch):
         return epoch(self, number, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastsal.training.Trainer.epoch", until_third)
+        patch.setattr("fastsal.finetuning.trainer.Trainer.epoch", until_third)
         result = run(*again)
     assert result.exit_code == 130
     assert path.exists()

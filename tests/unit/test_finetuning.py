@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastsal
-import fastsal.training
+import fastsal.finetuning.trainer
 from fastsal import Masks
 from fastsal.errors import (
     DataError,
@@ -222,7 +222,7 @@ def test_schedules(schedule, rates, has_length):
 
 def test_the_best_epoch_is_kept(data, held_out, monkeypatch):
     losses = iter([2.0, 1.5, math.nan, 1.4, 1.6, 1.4, 0.1])
-    monkeypatch.setattr(fastsal.training.Trainer, "mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr(fastsal.finetuning.trainer.Trainer, "mean_loss", lambda *_: next(losses))
     model = net()
     result = finetune(model, data, held_out=held_out, patience=2, epochs=9, schedule="constant")
     assert result.before == 2.0

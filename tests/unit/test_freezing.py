@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.freezing import find_head, normalisation_layers, trained_parameters
+from fastsal.finetuning.freezing import find_head, normalisation_layers, trained_parameters
 
 
 def test_heads():

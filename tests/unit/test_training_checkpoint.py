@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastsal
-import fastsal.training
+import fastsal.finetuning.trainer
 from fastsal import Masks
 from fastsal.errors import FileFormatError
 
@@ -58,14 +58,14 @@ class Killed(Exception):
 
 
 def kill_in_epoch(monkeypatch, number):
-    epoch = fastsal.training.Trainer.epoch
+    epoch = fastsal.finetuning.trainer.Trainer.epoch
 
     def until(self, now, report):
         if now == number:
             raise Killed
         return epoch(self, now, report)
 
-    monkeypatch.setattr(fastsal.training.Trainer, "epoch", until)
+    monkeypatch.setattr(fastsal.finetuning.trainer.Trainer, "epoch", until)
 
 
 def killed(model, data, path, monkeypatch, number=3, **given):

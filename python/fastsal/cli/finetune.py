@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastsal.data.image_set import Batches
-    from fastsal.finetuning import FinetuneResult
+    from fastsal.finetuning.finetune import FinetuneResult
     from fastsal.pruning.masks.masks import Masks
 
 

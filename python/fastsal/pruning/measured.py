@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsal.data.held_out import Pair
 from fastsal.errors import InvalidArgument
-from fastsal.freezing import find_head
+from fastsal.finetuning.freezing import find_head
 from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable

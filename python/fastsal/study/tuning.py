@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsal.data.image_set import Batches
-from fastsal.finetuning import FinetuneResult, finetune
+from fastsal.finetuning.finetune import FinetuneResult, finetune
 from fastsal.pruning.masks.masks import Masks
 from fastsal.study.images import few
 from fastsal.study.settings import FinetuneSettings

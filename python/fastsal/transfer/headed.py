@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.freezing import find_head
+from fastsal.finetuning.freezing import find_head
 from fastsal.gradients import select_parameters
 from fastsal.models.features import feature_outputs
 from fastsal.transfer.linear_head import Head

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
+from fastsal.finetuning.checkpoint import TrainingCheckpoint
+from fastsal.finetuning.freezing import trained_parameters, training_only
+from fastsal.finetuning.trainer import Trainer
 from fastsal.fisher.collection.collect import Loss
-from fastsal.freezing import trained_parameters, training_only
 from fastsal.gradients.losses import check_autocast
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.step import all_or_nothing, copies, restore
-from fastsal.training import Trainer
-from fastsal.training_checkpoint import TrainingCheckpoint
 from fastsal.utils.progress import Report, reporter
 
 

@@ -1,0 +1,1 @@
+"""Fine-tune pruned models with the mask held."""
