@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from fastsal.report import html
-from fastsal.report.findings import sections
-from fastsal.report.results import read_results
-from fastsal.report.wording import bounds
+from fastsal.study.report import html
+from fastsal.study.report.findings import sections
+from fastsal.study.report.results import read_results
+from fastsal.study.report.wording import bounds
 
 from ..unit.report.study_folder import read_table, write_study
 from .commands import failed, run
@@ -190,7 +190,7 @@ def test_markdown_links_its_pictures(tmp_path):
 
 
 def test_markdown_needs_no_jinja_and_the_page_says_that_it_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastsal.report.html.find_spec", lambda name: None)
+    monkeypatch.setattr("fastsal.study.report.html.find_spec", lambda name: None)
     folder = write_study(tmp_path)
     failed(run("report", folder), "pip install 'fastsal[report]'")
     assert not (folder / "report.html").exists()

@@ -53,10 +53,10 @@ def report(**given: Any) -> None:
     number. It needs the extra: pip install "fastsal[report]"; Markdown does not.
     """
     from fastsal.errors import InvalidArgument
-    from fastsal.report import html, markdown
-    from fastsal.report.findings import sections
-    from fastsal.report.overview import write_pictures
-    from fastsal.report.results import read_results
+    from fastsal.study.report import html, markdown
+    from fastsal.study.report.findings import sections
+    from fastsal.study.report.overview import write_pictures
+    from fastsal.study.report.results import read_results
     from fastsal.utils.atomic import write_text
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]

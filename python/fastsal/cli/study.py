@@ -13,7 +13,7 @@ import click
 from fastsal.cli.group import STATUS_INTERRUPTED
 
 if TYPE_CHECKING:
-    from fastsal.study.settings import Study
+    from fastsal.study.settings.schema import Study
 
 STATUS_FAILED_CELLS = 1
 
@@ -95,8 +95,8 @@ def _report(out: Path) -> Path | None:
 
     if find_spec("jinja2") is None:
         return None
-    from fastsal.report import html
-    from fastsal.report.results import read_results
+    from fastsal.study.report import html
+    from fastsal.study.report.results import read_results
 
     path = out / "report.html"
     write_text(path, html.page(read_results(out)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsal.study.runner import Summary, run_study
-    from fastsal.study.settings import Study, load_study
+    from fastsal.study.settings.schema import Study, load_study
 
 __all__ = ["Study", "Summary", "load_study", "run_study"]
 

@@ -13,7 +13,7 @@ from fastsal.data.opening import open_images
 from fastsal.errors import InvalidArgument
 from fastsal.models.loading import InputSpec, input_spec, load_model
 from fastsal.pruning.step import copies
-from fastsal.study.settings import ModelSettings, Study, TaskSettings
+from fastsal.study.settings.schema import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
 from fastsal.transfer.head_cache import HeadCache
 from fastsal.transfer.headed import backbone_parameters

@@ -10,12 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastsal.study.settings import (
-    CriterionSettings,
-    ModelSettings,
-    SourceSettings,
-    Study,
-)
+from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
 
 # Rows made by another version of the engine are not mixed with these.
 ENGINE = 1

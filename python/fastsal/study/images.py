@@ -16,7 +16,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
 from fastsal.data.opening import open_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
-from fastsal.study.settings import MOST_SAMPLES, SourceSettings, Study, TaskSettings
+from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import Shares
 from fastsal.transfer.tasks import Task
 from fastsal.utils.atomic import write_text

@@ -11,7 +11,7 @@ from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.collect import collect
 from fastsal.pruning.step import restore
 from fastsal.study.images import few, images_of
-from fastsal.study.settings import LandscapeSettings
+from fastsal.study.settings.schema import LandscapeSettings
 from fastsal.study.sources import Source
 from fastsal.transfer.evaluation import measure_tasks
 from fastsal.transfer.fisher_overlap import fisher_overlap

@@ -17,8 +17,8 @@ from fastsal.study.backbones import Backbone, check_files, digest_of, open_backb
 from fastsal.study.cells import Cell, cells_of
 from fastsal.study.images import digests_of, images_of, open_tasks, parts_of
 from fastsal.study.landscape import landscape_of, overlap_of
-from fastsal.study.pruning import Pruned, plain_masks, prune_cell
-from fastsal.study.settings import SourceSettings, Study
+from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
+from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.study.sources import Source
 from fastsal.study.store import Store
 from fastsal.study.tables import require_tables, write_tables

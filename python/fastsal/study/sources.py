@@ -25,7 +25,7 @@ from fastsal.pruning.measured import HeldOutFeatures
 from fastsal.pruning.rounds import Found
 from fastsal.study.backbones import Backbone
 from fastsal.study.images import SourcePart
-from fastsal.study.settings import SourceSettings, Study
+from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.transfer.headed import PREFIX, Headed
 
 

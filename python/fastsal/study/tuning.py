@@ -14,7 +14,7 @@ from fastsal.data.image_set import Batches
 from fastsal.finetuning.finetune import FinetuneResult, finetune
 from fastsal.pruning.masks.masks import Masks
 from fastsal.study.images import few
-from fastsal.study.settings import FinetuneSettings
+from fastsal.study.settings.schema import FinetuneSettings
 from fastsal.study.sources import Source
 from fastsal.transfer.headed import Headed, SegmentedCrossEntropy
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsal.report import palette
-from fastsal.report.chart import (
+from fastsal.study.report import palette
+from fastsal.study.report.chart import (
     Axis,
     Ids,
     Panel,
@@ -24,10 +24,10 @@ from fastsal.report.chart import (
     marker,
     svg,
 )
-from fastsal.report.figures import sparsity_axis
-from fastsal.report.findings import sections
-from fastsal.report.overview import picture
-from fastsal.report.results import read_results
+from fastsal.study.report.figures import sparsity_axis
+from fastsal.study.report.findings import sections
+from fastsal.study.report.overview import picture
+from fastsal.study.report.results import read_results
 
 from .study_folder import write_study
 

@@ -6,16 +6,10 @@ import statistics
 
 import pytest
 
-from fastsal.report.findings import (
-    Change,
-    judge_pruning,
-    judge_tuning,
-    pooled,
-    sections,
-)
-from fastsal.report.results import Method, read_results
-from fastsal.report.statistics import Interval
-from fastsal.report.summaries import winner, wins
+from fastsal.study.report.findings import Change, judge_pruning, judge_tuning, pooled, sections
+from fastsal.study.report.intervals import Interval
+from fastsal.study.report.results import Method, read_results
+from fastsal.study.report.summaries import winner, wins
 
 from .study_folder import change_table, read_table, write_study
 

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from fastsal.report import markdown
-from fastsal.report.findings import sections
-from fastsal.report.results import read_results
-from fastsal.report.wording import bounds, points, sparsity
+from fastsal.study.report import markdown
+from fastsal.study.report.findings import sections
+from fastsal.study.report.results import read_results
+from fastsal.study.report.wording import bounds, points, sparsity
 
 from .study_folder import write_study
 

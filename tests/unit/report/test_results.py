@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.report.results import read_results
+from fastsal.study.report.results import read_results
 
 from .study_folder import change_table, read_table, write_study
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsal.report.statistics import band, median, t_interval, t_quantile
+from fastsal.study.report.intervals import band, median, t_interval, t_quantile
 
 NUMBERS = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
 

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastsal.errors import FastsalError
-from fastsal.report import figures, forest, looks, palette, summaries, wording
-from fastsal.report.chart import Ids, marker, method_group, wrap
-from fastsal.report.figures import Figure, Table
-from fastsal.report.findings import MARGIN, Finding, Section, sections
-from fastsal.report.provenance import provenance, settings_text
-from fastsal.report.results import Method, Results
+from fastsal.study.report import figures, forest, looks, palette, summaries, wording
+from fastsal.study.report.chart import Ids, marker, method_group, wrap
+from fastsal.study.report.figures import Figure, Table
+from fastsal.study.report.findings import MARGIN, Finding, Section, sections
+from fastsal.study.report.provenance import provenance, settings_text
+from fastsal.study.report.results import Method, Results
 
 BOTH_STAGES = 4  # methods; with more, lines of after fine-tuning wait for a click
 
@@ -72,7 +72,7 @@ def page(results: Results, *, landscape: bool = True, margin: float = MARGIN) ->
     table, averaged = summaries.full_table(judged)
     tuned = any(section.p2 for section in judged)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastsal.report"),
+        loader=jinja2.PackageLoader("fastsal.study.report"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,

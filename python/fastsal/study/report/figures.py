@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastsal.report import wording
-from fastsal.report.chart import (
+from fastsal.study.report import wording
+from fastsal.study.report.chart import (
     Axis,
     Ids,
     Panel,
@@ -19,9 +19,9 @@ from fastsal.report.chart import (
     method_group,
     svg,
 )
-from fastsal.report.findings import Section
-from fastsal.report.results import SOURCE, Layer, Method
-from fastsal.report.statistics import band, mean
+from fastsal.study.report.findings import Section
+from fastsal.study.report.intervals import band, mean
+from fastsal.study.report.results import SOURCE, Layer, Method
 
 
 @dataclass(frozen=True)

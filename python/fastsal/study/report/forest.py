@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsal.report import wording
-from fastsal.report.chart import LETTER, Axis, Ids, Panel, cut, inner_axis, label, svg, whisker
-from fastsal.report.findings import Finding, Section
-from fastsal.report.statistics import Interval
+from fastsal.study.report import wording
+from fastsal.study.report.chart import (
+    LETTER,
+    Axis,
+    Ids,
+    Panel,
+    cut,
+    inner_axis,
+    label,
+    svg,
+    whisker,
+)
+from fastsal.study.report.findings import Finding, Section
+from fastsal.study.report.intervals import Interval
 
 
 def forest(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastsal.report import wording
-from fastsal.report.figures import Table
-from fastsal.report.findings import HELD, Finding, Section, pooled
-from fastsal.report.results import Method, Row
-from fastsal.report.statistics import mean, median, t_interval
+from fastsal.study.report import wording
+from fastsal.study.report.figures import Table
+from fastsal.study.report.findings import HELD, Finding, Section, pooled
+from fastsal.study.report.intervals import mean, median, t_interval
+from fastsal.study.report.results import Method, Row
 
 MOST_ROWS = 4000  # of the table of all rows; beyond, seeds are averaged
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.report.tables import column, read_records, read_rows
+from fastsal.study.report.tables import column, read_records, read_rows
 
 FORMAT = 1
 SOURCE, TRANSFER = "source", "transfer"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastsal.errors import InvalidArgument
-from fastsal.study.toml_lines import Place, line_of
+from fastsal.study.settings.toml_lines import Place, line_of
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastsal.report import wording
-from fastsal.report.chart import LETTER, Axis, Ids, Panel, Series, counted_axis, linear_axis, svg
-from fastsal.report.figures import Figure, Table
-from fastsal.report.findings import Section
-from fastsal.report.results import DENSE_PRUNED, SOURCE, Landscape, Overlap, in_order
-from fastsal.report.statistics import mean
+from fastsal.study.report import wording
+from fastsal.study.report.chart import (
+    LETTER,
+    Axis,
+    Ids,
+    Panel,
+    Series,
+    counted_axis,
+    linear_axis,
+    svg,
+)
+from fastsal.study.report.figures import Figure, Table
+from fastsal.study.report.findings import Section
+from fastsal.study.report.intervals import mean
+from fastsal.study.report.results import DENSE_PRUNED, SOURCE, Landscape, Overlap, in_order
 
 
 def paths(part: Section, rows: Sequence[Landscape], ids: Ids) -> list[tuple[float, Figure]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastsal.errors import InvalidArgument
-from fastsal.study.fields import Reader
-from fastsal.study.toml_lines import read_toml
+from fastsal.study.settings.fields import Reader
+from fastsal.study.settings.toml_lines import read_toml
 
 HEADS = ("ridge", "knn", "probe", "own")
 CORRUPTIONS = ("gaussian-noise", "blur", "jpeg", "brightness", "contrast")

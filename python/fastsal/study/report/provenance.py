@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastsal.report import wording
-from fastsal.report.results import Results, in_order
+from fastsal.study.report import wording
+from fastsal.study.report.results import Results, in_order
 
 
 def provenance(results: Results) -> list[tuple[str, str]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from fastsal.report import summaries, wording
-from fastsal.report.findings import MARGIN, Finding, Section, sections
-from fastsal.report.provenance import command, provenance
-from fastsal.report.results import SOURCE, Results
+from fastsal.study.report import summaries, wording
+from fastsal.study.report.findings import MARGIN, Finding, Section, sections
+from fastsal.study.report.provenance import command, provenance
+from fastsal.study.report.results import SOURCE, Results
 
 _SPACE = re.compile(r"[^\S\u00a0]+")  # all but the space that is never broken
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|~])")

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from fastsal.report.findings import (
-    HELD,
-    NOT_HELD,
-    OPEN,
-    UNKNOWN,
-    Finding,
-    Section,
-    pooled,
-)
-from fastsal.report.results import SOURCE, TRANSFER, Results, in_order
-from fastsal.report.statistics import Interval
+from fastsal.study.report.findings import HELD, NOT_HELD, OPEN, UNKNOWN, Finding, Section, pooled
+from fastsal.study.report.intervals import Interval
+from fastsal.study.report.results import SOURCE, TRANSFER, Results, in_order
 
 PAPER = "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
 PAPER_URL = "https://arxiv.org/abs/2509.24066"

@@ -8,10 +8,10 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from fastsal.report import figures, palette
-from fastsal.report.chart import Ids, marker, method_group, n, wrap
-from fastsal.report.findings import Section
-from fastsal.report.results import Method
+from fastsal.study.report import figures, palette
+from fastsal.study.report.chart import Ids, marker, method_group, n, wrap
+from fastsal.study.report.findings import Section
+from fastsal.study.report.results import Method
 from fastsal.utils.atomic import write_text
 
 _GAP, _EDGE, _COLUMNS = 22.0, 14.0, 3
@@ -85,7 +85,7 @@ def _legend(methods: list[Method], width: float) -> tuple[str, float]:
 
 
 def _style() -> str:
-    css = files("fastsal.report").joinpath("templates/chart.css").read_text(encoding="utf-8")
+    css = files("fastsal.study.report").joinpath("templates/chart.css").read_text(encoding="utf-8")
     css = css.replace("\n", "") + ".paper{fill:var(--bg)}"
     light, dark = palette.concrete(css, palette.LIGHT), palette.concrete(css, palette.DARK)
     return f"{light}@media (prefers-color-scheme:dark){{{dark}}}"

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from fastsal.report.results import SOURCE, TRANSFER, Method, Results, Row, in_order
-from fastsal.report.statistics import Interval, mean, t_interval
+from fastsal.study.report.intervals import Interval, mean, t_interval
+from fastsal.study.report.results import SOURCE, TRANSFER, Method, Results, Row, in_order
 
 MARGIN = 1.0  # points
 

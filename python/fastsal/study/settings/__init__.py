@@ -1,0 +1,1 @@
+"""Settings of a study: the TOML file and its schema."""
