@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastsal
-from fastsal.bench.machine import describe
+from fastsal.cli.bench.machine import describe
 
 
 class Noise:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastsal.demo import load_backbone
+from fastsal.cli.demo.study import load_backbone
 
 
 def lite0() -> nn.Module:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsal import _core
-from fastsal.bench import describe, refuse_debug_build
+from fastsal.cli.bench import describe, refuse_debug_build
 from fastsal.errors import InvalidArgument
 
 THREADS = min(2, os.cpu_count() or 1)

@@ -9,7 +9,7 @@ import os
 
 import pytest
 
-from fastsal.bench import Size, cases, run
+from fastsal.cli.bench import Size, cases, run
 
 SIZE = Size.full() if os.environ.get("FASTSAL_BENCH") == "full" else Size()
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from fastsal.cli import main
-from fastsal.demo_figure import spread
+from fastsal.cli.demo.figure import spread
 
 MISSING = [
     name
@@ -42,7 +42,7 @@ def test_quick_demo_draws_its_curves(tmp_path):
 
 @needs_extra
 def test_parts_of_the_digits_share_no_image():
-    from fastsal.demo import load_digits
+    from fastsal.cli.demo.study import load_digits
 
     parts = load_digits(100)
     seen = [
@@ -55,7 +55,7 @@ def test_parts_of_the_digits_share_no_image():
 
 
 def test_without_the_extra_it_says_how_to_install_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("fastsal.demo.find_spec", lambda name: None)
+    monkeypatch.setattr("fastsal.cli.demo.study.find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "x")])
     assert result.exit_code == 2
     assert 'pip install "fastsal[demo]"' in result.stderr

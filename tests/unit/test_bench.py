@@ -8,9 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from fastsal import _core
-from fastsal.bench import Result, Size, cases, run
-from fastsal.bench.timing import Case, Comparison, Skip
 from fastsal.cli import main
+from fastsal.cli.bench import Result, Size, cases, run
+from fastsal.cli.bench.timing import Case, Comparison, Skip
 
 
 def test_both_sides_run_in_turn_and_the_median_ratio_is_kept():

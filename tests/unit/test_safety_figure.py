@@ -31,7 +31,7 @@ def text_of(path):
 @pytest.mark.parametrize("kind", ["accuracy", "loss"])
 @pytest.mark.parametrize("predicts", [True, False])
 def test_the_picture_says_what_the_report_says(tmp_path, kind, predicts):
-    from fastsal.report.safety_figure import draw
+    from fastsal.cli.safety_figure import draw
 
     curve = [p | ({} if predicts else {"predicted": None}) for p in CURVE]
     trusted = 0.4 if predicts else None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from fastsal.cli.bench import bench
+from fastsal.cli.bench.command import bench
 from fastsal.cli.compensate import compensate
-from fastsal.cli.demo import demo
+from fastsal.cli.demo.command import demo
 from fastsal.cli.evaluate import evaluate
 from fastsal.cli.finetune import finetune
 from fastsal.cli.group import Group

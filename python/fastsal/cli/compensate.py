@@ -23,15 +23,15 @@ from fastsal.cli import options
 def compensate(**given: Any) -> None:
     """Set the pruned weights of the dense MODEL to zero and move the kept ones to the optimum."""
     import fastsal
-    from fastsal.cli.output import console, emit
-    from fastsal.cli.runfolder import masks_file
-    from fastsal.cli.setup import (
+    from fastsal.cli.inputs import (
         collect,
         open_model,
         refuse_overwrite,
         set_threads,
         training_batches,
     )
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.runfolder import masks_file
     from fastsal.errors import InvalidArgument
     from fastsal.models.loading import save_weights
 

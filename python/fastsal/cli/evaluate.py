@@ -22,8 +22,8 @@ def evaluate(**given: Any) -> None:
 
     --weights takes the folder of a run: its pruned model.
     """
+    from fastsal.cli.inputs import open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit
-    from fastsal.cli.setup import open_batches, open_model, set_threads
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
 

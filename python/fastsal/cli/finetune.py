@@ -94,9 +94,9 @@ def finetune(**given: Any) -> None:
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
+    from fastsal.cli.inputs import Clock, check_test, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
-    from fastsal.cli.setup import Clock, check_test, open_batches, open_model, set_threads
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
 

@@ -48,8 +48,8 @@ def plan(**given: Any) -> None:
 
     Example: fastsal plan vit_large_patch16_224 --samples 1024 --memory-budget 8GiB --scratch /tmp
     """
+    from fastsal.cli.inputs import collect_options, open_model, set_threads, training_batches
     from fastsal.cli.output import console, emit
-    from fastsal.cli.setup import collect_options, open_model, set_threads, training_batches
     from fastsal.gradients import select_parameters
     from fastsal.pruning.forecast import plan_memory
 

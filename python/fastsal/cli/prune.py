@@ -82,9 +82,7 @@ def prune(**given: Any) -> None:
 
 def _prune(given: dict[str, Any], rank: int) -> None:
     """Do it; rank 0 writes."""
-    from fastsal.cli.output import console, emit, kept_table, run_summary
-    from fastsal.cli.runfolder import check_target, run_facts, write_run
-    from fastsal.cli.setup import (
+    from fastsal.cli.inputs import (
         Clock,
         check_test,
         open_batches,
@@ -93,6 +91,8 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
+    from fastsal.cli.output import console, emit, kept_table, run_summary
+    from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.pruning.limits.bound import summary
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
@@ -161,8 +161,8 @@ def _pruned(
 ) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal
+    from fastsal.cli.inputs import collect_options
     from fastsal.cli.ranks import world_size
-    from fastsal.cli.setup import collect_options
 
     call: Any = fastsal.prune
     if world_size() > 1:
@@ -189,7 +189,7 @@ def _pruned(
 
 def _draw(safety: SafetyReport, folder: Path) -> bool:
     """Draw what was tested into the run's folder, if matplotlib is here."""
-    from fastsal.report.safety_figure import draw
+    from fastsal.cli.safety_figure import draw
 
     try:
         draw(safety, folder / "safety.svg")

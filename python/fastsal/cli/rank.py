@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def rank(scores: Path, **given: Any) -> None:
     """Keep the weights of the highest SCORES (a file of `fastsal score`) and write the masks."""
     import fastsal
+    from fastsal.cli.inputs import ranking, refuse_overwrite
     from fastsal.cli.output import console, emit, kept_table
-    from fastsal.cli.setup import ranking, refuse_overwrite
     from fastsal.utils.atomic import atomic_path
 
     ranked = ranking(given)

@@ -31,8 +31,7 @@ def score(**given: Any) -> None:
     from safetensors.torch import save_file
 
     import fastsal
-    from fastsal.cli.output import console, emit
-    from fastsal.cli.setup import (
+    from fastsal.cli.inputs import (
         Clock,
         collect,
         open_model,
@@ -40,6 +39,7 @@ def score(**given: Any) -> None:
         set_threads,
         training_batches,
     )
+    from fastsal.cli.output import console, emit
     from fastsal.utils.atomic import atomic_path
 
     if given["statistics"] is not None and given["data"] is not None:

@@ -37,7 +37,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
 
     Example: fastsal sweep studies/cifar.toml --out results/cifar
     """
-    from fastsal.cli.setup import set_threads
+    from fastsal.cli.inputs import set_threads
     from fastsal.cli.study import print_cells, run_and_report
     from fastsal.study.settings.schema import load_study
 

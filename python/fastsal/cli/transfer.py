@@ -105,7 +105,7 @@ def transfer(ctx: click.Context, /, **given: Any) -> None:
     Example: fastsal transfer resnet50 --weights pretrained --task pets=data/pets
     --task cars=data/cars --source pets --out study
     """
-    from fastsal.cli.setup import set_threads
+    from fastsal.cli.inputs import set_threads
     from fastsal.cli.study import run_and_report
     from fastsal.study.settings.fields import Reader
     from fastsal.study.settings.schema import study_of

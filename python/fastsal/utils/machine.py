@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import fastsal
-from fastsal.bench.machine import processor
+from fastsal.cli.bench.machine import processor
 
 
 def threads() -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fastsal.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from fastsal.demo import Outcome
+    from fastsal.cli.demo.study import Outcome
 
 # Okabe and Ito's colours: told apart with any colour vision; markers say it a second time.
 _STYLES = (

@@ -12,7 +12,7 @@ from fastsal.cli import options
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastsal.demo import Outcome
+    from fastsal.cli.demo.study import Outcome
 
 
 @click.command(short_help="A small study from installed packages, no network.")
@@ -34,11 +34,11 @@ def demo(**given: Any) -> None:
     """
     import time
 
+    from fastsal.cli.demo.figure import draw
+    from fastsal.cli.demo.study import QUICK, Plan, require_extra, run
+    from fastsal.cli.inputs import set_threads
     from fastsal.cli.output import console, emit, to_json
     from fastsal.cli.runfolder import check_target
-    from fastsal.cli.setup import set_threads
-    from fastsal.demo import QUICK, Plan, require_extra, run
-    from fastsal.demo_figure import draw
     from fastsal.utils.atomic import write_text
 
     require_extra()

@@ -26,7 +26,7 @@ def refuse_debug_build() -> None:
 
 def describe() -> dict[str, Any]:
     """Processor, threads and versions."""
-    from fastsal.bench.timing import fresh_memory_cost
+    from fastsal.cli.bench.timing import fresh_memory_cost
 
     version, isa, _ = _core.build_info()
     return {

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import fastsal
 from fastsal import _core
-from fastsal.bench.peers import (
+from fastsal.cli.bench.peers import (
     sparseml_fisher,
     torch_fisher,
     torch_func_gradients,
     torch_inverse_diagonal,
 )
-from fastsal.bench.timing import Case, Comparison, Skip, keep_freed_memory
+from fastsal.cli.bench.timing import Case, Comparison, Skip, keep_freed_memory
 from fastsal.gradients import GradientEngine, select_parameters
 from fastsal.gradients.workspace import empty_pages
 

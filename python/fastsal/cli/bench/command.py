@@ -11,7 +11,7 @@ import click
 from fastsal.cli import options
 
 if TYPE_CHECKING:
-    from fastsal.bench import Result
+    from fastsal.cli.bench import Result
 
 
 @click.command(short_help="Time the parts against their peers.")
@@ -36,7 +36,7 @@ def bench(**given: Any) -> None:
     import torch
 
     from fastsal import _core
-    from fastsal.bench import Size, cases, describe, refuse_debug_build, run
+    from fastsal.cli.bench import Size, cases, describe, refuse_debug_build, run
     from fastsal.cli.output import console, emit
     from fastsal.utils.atomic import atomic_path
 

@@ -1,0 +1,1 @@
+"""The command `fastsal demo` and its study of an installed model."""
