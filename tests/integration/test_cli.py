@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastsal.cli import main
-from fastsal.models.loading import load_model, read_weights, save_weights
+from fastsal.models.loading import load_model
+from fastsal.models.weights import read_weights, save_weights
 
 from .commands import failed, run
 

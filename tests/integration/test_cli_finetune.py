@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastsal
-from fastsal.models.loading import load_model, read_weights, save_weights
+from fastsal.models.loading import load_model
+from fastsal.models.weights import read_weights, save_weights
 
 from .commands import failed, run
 
@@ -96,7 +97,7 @@ def test_images_come_in_a_new_order_each_epoch_and_a_seed_repeats_it(command, tm
 def test_shuffled_batches(tiny_npz, model):
     from fastsal.data.folders import load_images
     from fastsal.data.shuffled import Shuffled
-    from fastsal.models.loading import input_spec
+    from fastsal.models.inputs import input_spec
 
     batches = load_images(tiny_npz).batches(input_spec(load_model(model)), 16)
     shuffled = Shuffled(batches)

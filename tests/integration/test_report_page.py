@@ -15,7 +15,7 @@ from fastsal.study.report.findings import sections
 from fastsal.study.report.results import read_results
 from fastsal.study.report.wording import bounds
 
-from ..unit.report.study_folder import read_table, write_study
+from ..unit.study.report.study_folder import read_table, write_study
 from .commands import failed, run
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 import fastsal
-from fastsal.models.loading import input_spec, load_model
+from fastsal.models.inputs import input_spec
+from fastsal.models.loading import load_model
 from fastsal.study import load_study, run_study
 
 from .commands import failed, run

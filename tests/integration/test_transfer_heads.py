@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastsal.data.opening import open_images
-from fastsal.models.loading import input_spec
+from fastsal.models.inputs import input_spec
 from fastsal.transfer import HeadCache, Shares, Task, fit_heads, measure_tasks
 from fastsal.transfer.heads import KINDS
 

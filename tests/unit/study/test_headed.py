@@ -11,7 +11,7 @@ import fastsal
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
 from fastsal.models.features import features
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer import Task, fit_heads
 from fastsal.transfer.headed import (
     PREFIX,

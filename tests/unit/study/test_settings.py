@@ -6,7 +6,7 @@ import pytest
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study.cells import cells_of
-from fastsal.study.settings.schema import load_study
+from fastsal.study.settings.reading import load_study
 
 SMALL = """
 name = "small"

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.utils.mapped_files import FileArrays, Shelf
+from fastsal.pruning.shelf import Shelf
+from fastsal.utils.mapped_files import FileArrays
 from fastsal.utils.sizes import gib
 
 

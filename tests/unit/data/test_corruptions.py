@@ -15,7 +15,7 @@ from fastsal.data.corruptions import KINDS, Corruption, corrupt
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,10 +10,10 @@ import torch
 
 import fastsal
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.fisher.collection.groups import prepare
+from fastsal.fisher.collection.prepare import prepare
 from fastsal.utils.sizes import parse_bytes
 
-from .small_net import net
+from ...small_net import net
 
 
 def images(count=48):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.finetuning.freezing import find_head, normalisation_layers, trained_parameters
+from fastsal.finetuning.freezing import normalisation_layers, trained_parameters
+from fastsal.models.classifier import find_head
 
 
 def test_heads():

@@ -10,15 +10,10 @@ from torch import nn
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.models import loading as models
-from fastsal.models.loading import (
-    IMAGENET_MEAN,
-    class_count,
-    input_spec,
-    load_model,
-    load_weights,
-    read_weights,
-    save_weights,
-)
+from fastsal.models.classifier import class_count
+from fastsal.models.inputs import IMAGENET_MEAN, input_spec
+from fastsal.models.loading import load_model
+from fastsal.models.weights import load_weights, read_weights, save_weights
 
 
 class Tied(nn.Module):
@@ -56,7 +51,7 @@ def test_an_unknown_timm_name_lists_close_ones():
     [("gpt_125m", 124_439_808, 84_934_656), ("gpt_1b", 1_011_476_480, 905_969_664)],
 )
 def test_the_example_decoders_are_built_without_memory(function, weights, linear):
-    example = Path(__file__).resolve().parents[2] / "examples" / "transformer.py"
+    example = Path(__file__).resolve().parents[3] / "examples" / "transformer.py"
     with torch.device("meta"):
         model = load_model(f"{example}:{function}")
         logits = model(torch.zeros(2, 64, dtype=torch.long))

@@ -11,12 +11,12 @@ from torch import nn
 import fastsal
 from fastsal.cli import main
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.collection.pass_memory import PassMemory
 from fastsal.fisher.collection.traffic import costs
+from fastsal.fisher.memory_plan import PassMemory
 from fastsal.pruning.forecast import plan_memory
 from fastsal.utils.live_memory import LiveMemory
 
-from .small_net import net
+from ..small_net import net
 
 
 def images(count=48):

@@ -10,7 +10,7 @@ from PIL import Image
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 
 RGB = InputSpec(3, None, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 GREY = InputSpec(1, None, (0.5,), (0.25,))

@@ -22,7 +22,8 @@ from fastsal.errors import (
     UnknownParameter,
 )
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.damping import _MULTIPLES, HeldOut, candidates, choose_damping
+from fastsal.pruning.damping import _MULTIPLES, candidates, choose_damping
+from fastsal.pruning.measured import HeldOut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,9 @@ from torch import nn
 import fastsal
 from fastsal.cli import main
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.pruning.limits.bound import GRID, Limit, is_below, trusted_until, upper_bound
+from fastsal.pruning.limits.bound import is_below, upper_bound
+from fastsal.pruning.limits.limit import Limit, trusted_until
+from fastsal.pruning.prune_to_limit import GRID
 
 
 def bernoulli(p):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer.knn import fit_knn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fastsal.pruning.limits.bound import Limit, SafetyReport
+from fastsal.pruning.limits.limit import Limit, SafetyReport
 
 pytest.importorskip("matplotlib", reason="needs the report extra")
 

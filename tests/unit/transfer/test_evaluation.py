@@ -12,7 +12,8 @@ from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.features import features
-from fastsal.models.loading import InputSpec, input_spec, load_model
+from fastsal.models.inputs import InputSpec, input_spec
+from fastsal.models.loading import load_model
 from fastsal.transfer.evaluation import accuracy, evaluate, measure, measure_tasks
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head

@@ -8,7 +8,8 @@ from torch import nn
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, UnsupportedLayer
 from fastsal.models.features import features
-from fastsal.models.loading import InputSpec, load_model
+from fastsal.models.inputs import InputSpec
+from fastsal.models.loading import load_model
 from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.ridge import solve_ridge

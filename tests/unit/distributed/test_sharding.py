@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsal.distributed.sharding import regrouped, shares
-from fastsal.fisher.collection.budget import Share
+from fastsal.fisher.memory_plan import Share
 from fastsal.fisher.parts import Part, blocks, cut, packed_bytes, rows, whole
+from fastsal.fisher.shares import regrouped, shares
 
 SHAPES = st.lists(
     st.lists(st.integers(1, 40), min_size=1, max_size=3).map(tuple), min_size=1, max_size=6

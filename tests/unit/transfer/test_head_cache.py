@@ -12,7 +12,7 @@ from torch import nn
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer import heads as heads_module
 from fastsal.transfer.head_cache import HeadCache, load_head, model_digest, part_digest, save_head
 from fastsal.transfer.heads import fit_heads

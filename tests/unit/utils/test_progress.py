@@ -6,7 +6,8 @@ import pytest
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils import progress as module
-from fastsal.utils.progress import peak_memory, reporter
+from fastsal.utils.machine import peak_memory
+from fastsal.utils.progress import reporter
 
 
 def test_a_function_is_called_itself():
