@@ -1,8 +1,8 @@
 """A job of many ranks on paper: `python -m benches.scaling [--model ...] [--ranks 2 4 64]`.
 
-Bytes that each rank sends and memory that it holds, by `fastsal.fisher.collection.traffic`, whose figures
-equal the counters of jobs of two and four ranks (`tests/integration/test_distributed.py`). Beside
-statistics a rank holds scores (4 bytes a weight of its share), masks (a byte of every weight), the
+Bytes that each rank sends and memory that it holds, by `fastsal.fisher.collection.traffic`, whose
+figures equal the counters of jobs of two and four ranks
+(`tests/integration/test_distributed.py`). Beside statistics a rank holds scores (4 bytes a weight of its share), masks (a byte of every weight), the
 model's weights, and what a pass takes.
 """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastsal.cli.demo.study import load_backbone
+from fastsal.models.lite0 import load_backbone
 
 
 def lite0() -> nn.Module:

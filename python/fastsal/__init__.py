@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     )
     from fastsal.finetuning.finetune import FinetuneResult, finetune
     from fastsal.fisher.block_fisher import BlockFisher
-    from fastsal.fisher.collection.budget import MemoryPlan
     from fastsal.fisher.collection.collect import collect
+    from fastsal.fisher.memory_plan import MemoryPlan
     from fastsal.fisher.merging import merge_files
     from fastsal.gradients import per_sample_gradients, select_parameters
     from fastsal.pruning.compensation import CompensationReport, compensate
     from fastsal.pruning.criteria import CRITERIA, score
     from fastsal.pruning.forecast import plan_memory
-    from fastsal.pruning.limits.bound import SafetyReport
+    from fastsal.pruning.limits.limit import SafetyReport
+    from fastsal.pruning.masks.joint import rank_pattern
     from fastsal.pruning.masks.masks import Masks
-    from fastsal.pruning.masks.patterns import rank_pattern
     from fastsal.pruning.masks.ranking import rank
     from fastsal.pruning.prune import PruneResult, prune
     from fastsal.study import Study, load_study, run_study
@@ -78,12 +78,12 @@ _HOME = {
     "select_parameters": "gradients",
     "imbalanced": "data.imbalance",
     "Masks": "pruning.masks.masks",
-    "MemoryPlan": "fisher.collection.budget",
+    "MemoryPlan": "fisher.memory_plan",
     "merge_files": "fisher.merging",
     "plan_memory": "pruning.forecast",
     "PruneResult": "pruning.prune",
-    "rank_pattern": "pruning.masks.patterns",
-    "SafetyReport": "pruning.limits.bound",
+    "rank_pattern": "pruning.masks.joint",
+    "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
     "rank": "pruning.masks.ranking",
     "get_num_threads": "utils.threads",
@@ -145,7 +145,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from fastsal import _core
+        import fastsal._core as _core
 
         value: Any = _core.build_info()[0]
     elif name in _HOME:

@@ -18,7 +18,7 @@ from fastsal.cli.score import score
 from fastsal.cli.sweep import sweep
 from fastsal.cli.transfer import transfer
 from fastsal.cli.verify import verify
-from fastsal.cli.versions import fastsal_version
+from fastsal.utils.machine import fastsal_version
 
 __all__ = ["main"]
 

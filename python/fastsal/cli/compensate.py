@@ -33,7 +33,7 @@ def compensate(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import masks_file
     from fastsal.errors import InvalidArgument
-    from fastsal.models.loading import save_weights
+    from fastsal.models.weights import save_weights
 
     if (given["statistics"] is None) == (given["data"] is None):
         raise InvalidArgument("data: takes one of --data and --statistics")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import Batches
     from fastsal.fisher.block_fisher import BlockFisher
-    from fastsal.models.loading import InputSpec
+    from fastsal.models.inputs import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone
 
@@ -54,7 +54,8 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     import torch
 
     from fastsal.cli.runfolder import weights_file
-    from fastsal.models.loading import input_spec, load_model
+    from fastsal.models.inputs import input_spec
+    from fastsal.models.loading import load_model
 
     weights = given["weights"]
     if weights is None and not given.get("meta"):
@@ -89,7 +90,7 @@ def open_batches(
     Without `labelled` images need no labels, and those that they have are not looked at.
     """
     from fastsal.data.folders import load_images
-    from fastsal.models.loading import class_count
+    from fastsal.models.classifier import class_count
 
     images = load_images(path, labelled=labelled)
     count = class_count(model) if labelled else None

@@ -10,7 +10,7 @@ from fastsal.cli import options
 from fastsal.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from fastsal.fisher.collection.budget import MemoryPlan
+    from fastsal.fisher.memory_plan import MemoryPlan
 
 
 @click.command(short_help="Say what pruning would take: memory, disk, passes, time.")

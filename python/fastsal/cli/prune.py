@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fastsal.data.image_set import Batches
-    from fastsal.pruning.limits.bound import SafetyReport
+    from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
 
 
@@ -93,7 +93,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     )
     from fastsal.cli.output import console, emit, kept_table, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
-    from fastsal.pruning.limits.bound import summary
+    from fastsal.pruning.limits.limit import summary
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
 

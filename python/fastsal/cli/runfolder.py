@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastsal.cli.output import to_json
-from fastsal.cli.versions import versions
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.utils.progress import peak_memory
+from fastsal.utils.machine import peak_memory, versions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +62,7 @@ def write_run(
 
     `report` is written with the sha256 of both tensor files.
     """
-    from fastsal.models.loading import save_weights
+    from fastsal.models.weights import save_weights
 
     target = folder.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)

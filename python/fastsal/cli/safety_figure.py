@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastsal.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from fastsal.pruning.limits.bound import SafetyReport
+    from fastsal.pruning.limits.limit import SafetyReport
 
 # Okabe and Ito's colours: told apart with any colour vision; line styles say it a second time.
 _MEASURED, _PREDICTED, _SAFE = "#0072B2", "#D55E00", "#009E73"

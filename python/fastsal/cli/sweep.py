@@ -39,7 +39,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     """
     from fastsal.cli.inputs import set_threads
     from fastsal.cli.study import print_cells, run_and_report
-    from fastsal.study.settings.schema import load_study
+    from fastsal.study.settings.reading import load_study
 
     set_threads(given["threads"])
     study = load_study(given["study"], root=given["root"])

@@ -108,7 +108,7 @@ def transfer(ctx: click.Context, /, **given: Any) -> None:
     from fastsal.cli.inputs import set_threads
     from fastsal.cli.study import run_and_report
     from fastsal.study.settings.fields import Reader
-    from fastsal.study.settings.schema import study_of
+    from fastsal.study.settings.reading import study_of
 
     set_threads(given["threads"])
     study = study_of(Reader(_table(given), file="transfer"), Path.cwd())

@@ -57,7 +57,8 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return what fails, in words, and the counts of what was read."""
     import fastsal
     from fastsal.cli.runfolder import masks_file, recorded_digests, sha256, weights_file
-    from fastsal.models.loading import load_model, read_weights
+    from fastsal.models.loading import load_model
+    from fastsal.models.weights import read_weights
 
     folder = Path(given["target"]) if given["target"] else None
     is_run = folder is not None and folder.is_dir()

@@ -1,1 +1,24 @@
 """Labeled images: reading, batching, corrupting, and holding some of them out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastsal.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from fastsal.data.folders import load_images
+    from fastsal.data.image_set import Batches, ImageSet
+    from fastsal.data.opening import open_images
+
+__all__ = ["Batches", "ImageSet", "load_images", "open_images"]
+
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Batches": "image_set",
+        "ImageSet": "image_set",
+        "load_images": "folders",
+        "open_images": "opening",
+    },
+)

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 
+from fastsal.data.batches import Pair
 from fastsal.errors import InvalidArgument
 
 # One sample in so many is held out for the choice of damping, at most so many in all.
 HELD_OUT_EVERY = 8
 HELD_OUT_MOST = 1024
-
-Pair = tuple[Tensor, Tensor | None]
-
-
-class Measured(Protocol):
-    """Images to measure a model on; `fastsal.pruning.damping.HeldOut` is one."""
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-
-    def mean_loss(self, model: nn.Module) -> float:
-        """Mean loss of a model on them."""
 
 
 def holding_out(

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastsal.data.image_set import ImageSet
 from fastsal.data.items import stack_items
-from fastsal.data.opening import DataName, missing
+from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
 
 _KEYS = ("split", "image", "label", "config", "revision", "download")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastsal.data.pixels import decode, prepare, size_text
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 
 _counter = itertools.count()
 

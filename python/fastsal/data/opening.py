@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,43 +12,13 @@ import numpy as np
 
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
-from fastsal.errors import DataError, FastsalError, InvalidArgument
+from fastsal.data.names import DataName, missing
+from fastsal.errors import DataError, InvalidArgument
 
 _TAKES = (
     "a folder of class folders, an .npz file, 'sklearn:digits', "
     "'torchvision:NAME?root=FOLDER&split=train' or 'hf:NAME?split=train&image=img&label=label'"
 )
-
-
-@dataclass(frozen=True)
-class DataName:
-    """What `library:name?key=value&key=value` says.
-
-    Attributes:
-        spec: as it was given, for messages.
-        library: "sklearn", "torchvision" or "hf".
-        name: of the data set there.
-        query: the keys and values.
-        root: the folder that relative paths start from.
-    """
-
-    spec: str
-    library: str
-    name: str
-    query: dict[str, str]
-    root: Path
-
-    @property
-    def may_download(self) -> bool:
-        """Whether `download=true` was asked for."""
-        value = self.query.get("download", "false")
-        if value not in ("true", "false"):
-            raise InvalidArgument(f"data: {self.spec!r}: download={value}; takes true or false")
-        return value == "true"
-
-    def path(self, text: str) -> Path:
-        """Return a path, below `root` if it is relative."""
-        return self.root / Path(text).expanduser()
 
 
 def open_images(
@@ -161,11 +130,6 @@ def _open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
     from fastsal.data.huggingface_images import open_hugging_face
 
     return open_hugging_face(name, train)
-
-
-def missing(spec: str, package: str) -> FastsalError:
-    """Return the error of a library that is not installed."""
-    return FastsalError(f"data: {spec!r} needs {package}: pip install {package}")
 
 
 _LIBRARIES: dict[str, Callable[[DataName, bool | None], ImageSet]] = {

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsal.errors import DataError
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastsal.data.image_set import ImageSet
 from fastsal.data.items import numbered, pixels_of, stack_items
-from fastsal.data.opening import DataName, missing
+from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
 
 # Arguments that are functions, which no text can give.

@@ -13,21 +13,22 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.data.batches import Batches
-from fastsal.data.held_out import Pair
+from fastsal.data.batches import Batches, Pair
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
-from fastsal.distributed.sharding import regrouped, shares
 from fastsal.distributed.whole_weights import whole_weights
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.budget import Share, sums_nbytes
-from fastsal.fisher.collection.groups import Work, add_in_groups, joining, placed, prepare
-from fastsal.fisher.collection.pass_memory import PassMemory
-from fastsal.fisher.collection.recollected import GroupPass, Recollected
+from fastsal.fisher.collection.budget import sums_nbytes
+from fastsal.fisher.collection.groups import add_in_groups, joining, placed
+from fastsal.fisher.collection.prepare import prepare
+from fastsal.fisher.collection.recollected import Recollected
 from fastsal.fisher.collection.traffic import costs
+from fastsal.fisher.collection.work import GroupPass, Work
 from fastsal.fisher.files import write_index
+from fastsal.fisher.memory_plan import PassMemory, Share
 from fastsal.fisher.parts import Part, Parts, by_key, rows
+from fastsal.fisher.shares import regrouped, shares
 from fastsal.utils.progress import Report, reporter
 from fastsal.utils.sizes import gib
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastsal.data.held_out import Pair
+from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.passes import Gradients, add_pass, in_micro_batches
+from fastsal.fisher.collection.passes import Gradients, add_pass
 from fastsal.fisher.parts import Part, by_key, shapes_of
 from fastsal.fisher.sums import flat_rows
 from fastsal.utils.progress import Report

@@ -12,16 +12,14 @@ from fastsal.distributed.sharding import Mine
 from fastsal.distributed.thresholds import assembled, rank_shards
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Part
+from fastsal.pruning.masks.joint import in_rows, joint_choice, joint_costs
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
     expand_groups,
     group_scores,
     grouped_shape,
-    in_rows,
     input_axes,
-    joint_choice,
-    joint_costs,
 )
 from fastsal.pruning.masks.ranking import check_ranking, rank
 

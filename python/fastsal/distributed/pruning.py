@@ -12,8 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastsal.pruning.prune
-from fastsal.data.batches import Batches
-from fastsal.data.held_out import Measured, Pair
+from fastsal.data.batches import Batches, Pair
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.patterns import rank_pattern_shards
 from fastsal.distributed.ranks import Ranks
@@ -27,17 +26,19 @@ from fastsal.distributed.sharing import (
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.budget import use_by_pruning
 from fastsal.fisher.parts import slices
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
 from fastsal.pruning.criteria.scoring import score_tensors
 from fastsal.pruning.damping import candidates_of
-from fastsal.pruning.limits.bound import Limit
+from fastsal.pruning.job import Job, planned_micro_batch
 from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.measured import Measured
+from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.prune import Makers, PruneResult
-from fastsal.pruning.step import Job, Plan, planned_micro_batch
+from fastsal.pruning.step import Plan
 
 
 def prune(

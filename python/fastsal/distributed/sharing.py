@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsal.data.held_out import Measured, Pair
+from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.collection.passes import in_micro_batches
 from fastsal.pruning.checkpoint import Checkpoint
-from fastsal.pruning.limits.bound import Limit
 from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.measured import Measured
 
 
 def own_pieces(images: list[Pair], ranks: Ranks, most: int | None = None) -> list[Pair]:

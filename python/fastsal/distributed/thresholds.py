@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.distributed.ranks import Ranks
 from fastsal.fisher.parts import Part
 from fastsal.pruning.masks.masks import Masks

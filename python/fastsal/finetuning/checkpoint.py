@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import FileFormatError
-from fastsal.models.loading import read_pickle
-from fastsal.pruning.checkpoint import as_asked, check_origin, digest
+from fastsal.models.weights import read_pickle
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.resuming import as_asked, check_origin, digest
 
 _FORMAT = "fastsal.epoch"
 

@@ -24,7 +24,7 @@ from fastsal.finetuning.trainer import Trainer
 from fastsal.fisher.collection.collect import Loss
 from fastsal.gradients.losses import check_autocast
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.step import all_or_nothing, copies, restore
+from fastsal.pruning.shelf import all_or_nothing, copies, restore
 from fastsal.utils.progress import Report, reporter
 
 

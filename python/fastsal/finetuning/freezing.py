@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.models.classifier import find_head
 
 _NORMALISATION = (
     nn.modules.batchnorm._NormBase,  # batch and instance normalisation
@@ -61,26 +62,6 @@ def trained_parameters(
             "and train_normalisation, and parameters that need no gradient never"
         )
     return trained
-
-
-def find_head(model: nn.Module) -> list[nn.Module]:
-    """Return the classifier: what timm's `get_classifier()` gives, else the last `Linear`.
-
-    Raises:
-        InvalidArgument: The model has neither.
-    """
-    for module in model.modules():  # a wrapper has no get_classifier; what it wraps may
-        ask = getattr(module, "get_classifier", None)
-        if callable(ask):
-            found = ask()
-            return list(found) if isinstance(found, (tuple, list)) else [found]
-    layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise InvalidArgument(
-            f"train_head: {type(model).__name__} has neither get_classifier() nor a Linear, so its "
-            "head cannot be told; takes train_head=True, with the head's names in frozen"
-        )
-    return layers[-1:]
 
 
 def normalisation_layers(model: nn.Module) -> list[nn.Module]:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
-from fastsal.gradients.tokens import to_model
-from fastsal.pruning.damping import outputs
+from fastsal.models.evaluating import outputs, to_model
 
 # How timm's factory is asked for them, the same in all its versions.
 SCHEDULES: dict[str, dict[str, Any]] = {

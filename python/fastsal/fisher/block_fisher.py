@@ -13,7 +13,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,37 +21,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import (
+    FactorizationError,
     InvalidArgument,
     NonFiniteGradient,
     UnknownParameter,
 )
 from fastsal.fisher import files as statistics_files
+from fastsal.fisher.checks import _listed
+from fastsal.fisher.inverses import InverseDiagonal, check_damping
 from fastsal.fisher.parts import Part, Parts, by_key, cut, flat, packed_bytes, shapes_of, whole
 from fastsal.fisher.sums import ParameterStatistics, as_rows, is_supported, widened
 from fastsal.utils.mapped_files import FileArrays
 
 if TYPE_CHECKING:
-    from fastsal.fisher.collection.budget import MemoryPlan
+    from fastsal.fisher.memory_plan import MemoryPlan
 
 # Sums that are worked on at a time: what is computed from them takes about as much again.
 VIEW_BYTES = 2**28
-
-
-@dataclass(frozen=True)
-class InverseDiagonal:
-    """`diag(A⁻¹)` of one parameter.
-
-    Attributes:
-        values: `[d]` float64.
-        failed: Blocks that are not positive definite in double precision; NaN in `values`.
-        errors: `[n_blocks]` bound of the relative error of `values` in each block.
-    """
-
-    values: NDArray[np.float64]
-    failed: list[int]
-    errors: NDArray[np.float64]
 
 
 class BlockFisher:
@@ -545,13 +532,6 @@ class BlockFisher:
             raise UnknownParameter(f"{argument}: {said}; takes {_listed(self._parameters)}")
 
 
-def check_damping(damping: float) -> None:
-    """Raise InvalidArgument unless `damping` is a finite number above zero."""
-    is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
-    if not (is_number and damping > 0 and math.isfinite(damping)):
-        raise InvalidArgument(f"damping: got {damping!r}; takes a finite number above zero")
-
-
 def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_] | None:
     """A parameter's mask `[d]` as NumPy, or None."""
     if masks is None or name not in masks:
@@ -559,7 +539,12 @@ def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_
     return flat(masks[name]).numpy()
 
 
-def _listed(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(n) for n in names[:most]) + more
+def raise_failed(name: str, failed: list[int], damping: float) -> None:
+    """Raise FactorizationError when blocks of a parameter failed."""
+    if failed:
+        listed = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
+        raise FactorizationError(
+            f"damping: {len(failed)} blocks of {name!r} ({listed}) are not positive definite with "
+            f"λ = {damping:g}; takes a larger λ (gradients near the float32 range also do this: "
+            "collect with precision='float64')"
+        )

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.fisher.parts import Part, cut, packed_bytes, whole
 from fastsal.fisher.sums import ParameterStatistics, widened

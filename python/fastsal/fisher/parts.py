@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastsal import _core
+import fastsal._core as _core
 
 
 @dataclass(frozen=True)

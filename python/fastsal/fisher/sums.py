@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.fisher.parts import Part, evenly
 
 if TYPE_CHECKING:

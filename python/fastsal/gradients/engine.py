@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +20,10 @@ from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.scaling import LossScale
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
-from fastsal.gradients.tokens import TokenLookups, to_model
+from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.two_samples import probe
 from fastsal.gradients.workspace import Workspace
-from fastsal.models.selection import select_parameters
+from fastsal.models.evaluating import to_model
 
 # The rows of the largest parameter of one micro-batch stay below this.
 _ROW_BYTES = 128 * 2**20
@@ -375,52 +375,3 @@ def _feature_call() -> Call:
 def _usable(tensor: Tensor) -> Tensor:
     # What was made under inference_mode cannot be saved for a backward pass.
     return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def per_sample_gradients(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor | None,
-    *,
-    parameters: str | Sequence[str] | None = None,
-    loss: str | LossFunction = "cross-entropy",
-    labels_mode: str = "true",
-    seed: int = 0,
-    autocast: torch.dtype | None = None,
-    micro_batch: int | None = None,
-    loss_scale: float | None = None,
-) -> dict[str, Tensor]:
-    """Return the gradient of each sample's loss, name to `[n, *shape]`, float32 or float64.
-
-    Convenient where everything fits into memory; `GradientEngine` hands rows over one parameter
-    at a time. The arguments are those of `GradientEngine` (`labels_mode` is its `labels`) and of
-    `select_parameters`.
-    """
-    selected = select_parameters(model, parameters)
-    checks.check_images(images)
-    with torch.inference_mode(False):
-        result = {
-            name: torch.empty(
-                (images.shape[0], *value.shape), dtype=row_dtype(value), device=value.device
-            )
-            for name, value in selected.items()
-        }
-    filled = dict.fromkeys(selected, 0)
-
-    def keep(name: str, rows: Tensor) -> None:
-        start = filled[name]
-        filled[name] = start + rows.shape[0]
-        result[name][start : filled[name]].copy_(rows)
-
-    with GradientEngine(
-        model,
-        selected,
-        loss=loss,
-        labels=labels_mode,
-        seed=seed,
-        autocast=autocast,
-        micro_batch=micro_batch,
-        loss_scale=loss_scale,
-    ) as engine:
-        engine.run(images, labels, keep)
-    return result

@@ -13,13 +13,6 @@ from torch.overrides import TorchFunctionMode
 from fastsal.gradients.capture import make_root
 
 
-def to_model(images: Tensor, parameter: Tensor) -> Tensor:
-    """Move images to a parameter's device and type; integers, which are tokens, stay integers."""
-    if not images.is_floating_point():
-        return images.to(parameter.device)
-    return images.to(parameter.device, parameter.dtype)
-
-
 class TokenLookups(TorchFunctionMode):
     """Starts the graph where tokens are looked up, as `requires_grad_` does at images.
 

@@ -5,9 +5,7 @@ Axes: n images, f features.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -57,22 +55,6 @@ def feature_outputs(model: nn.Module, images: Tensor) -> Tensor:
             "takes [n, f], [n, tokens, f] or [n, f, h, w]"
         )
     return found
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put every module in evaluation mode; give each its own mode back after.
-
-    Yields:
-        The device of the model's first parameter.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _last_linear_input(model: nn.Module, images: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
 from fastsal.utils.warn import warn_user
 
 _TABLES = (nn.Embedding,)
@@ -127,3 +127,37 @@ def _match(
             only_exclusions = False
             included |= hits
     return (default if only_exclusions else included) - excluded
+
+
+def model_parameters(
+    model: nn.Module, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, nn.Parameter]:
+    """Return the model's parameters of these names.
+
+    Raises:
+        UnknownParameter: The model lacks one of them, or has it in another shape.
+    """
+    owned = dict(model.named_parameters(remove_duplicate=False))
+    for name, shape in shapes.items():
+        if name not in owned:
+            raise UnknownParameter(
+                f"model: has no parameter {name!r}; takes the model that it was made for"
+            )
+        if tuple(owned[name].shape) != tuple(shape):
+            raise UnknownParameter(
+                f"model: parameter {name!r} has shape {tuple(owned[name].shape)}; "
+                f"takes the model that it was made for, {tuple(shape)}"
+            )
+    return {name: owned[name] for name in shapes}
+
+
+def check_mask_shapes(
+    argument: str, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    """Raise MaskError for a mask of another shape than its parameter."""
+    for name, mask in masks.items():
+        if name in parameters and mask.shape != parameters[name].shape:
+            raise MaskError(
+                f"{argument}: {name!r} has shape {tuple(mask.shape)}; "
+                f"takes {tuple(parameters[name].shape)}"
+            )

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import MaskError
-from fastsal.fisher.block_fisher import BlockFisher, check_damping
+from fastsal.fisher.block_fisher import BlockFisher, raise_failed
+from fastsal.fisher.inverses import check_damping
 from fastsal.fisher.parts import flat, slices
-from fastsal.pruning.criteria.block_fisher import raise_failed
-from fastsal.pruning.criteria.scoring import check_mask_shapes, model_parameters
-from fastsal.utils.mapped_files import Shelf
+from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.pruning.shelf import Shelf
 
 
 @dataclass(frozen=True)

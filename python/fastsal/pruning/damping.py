@@ -15,14 +15,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.gradients.losses import cross_entropy
-from fastsal.gradients.tokens import to_model
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
@@ -40,82 +34,6 @@ class DampingChoice:
 
     damping: float
     evidence: list[tuple[float, float]]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Images that the statistics did not see, and what to expect of them.
-
-    Attributes:
-        batches: Pairs `(images, labels or None)`.
-        targets: For each batch without labels, the dense model's class probabilities.
-        loss: `(outputs, labels)` to losses `[n]`.
-    """
-
-    batches: list[tuple[Tensor, Tensor | None]]
-    targets: list[Tensor | None]
-    loss: Callable[[Tensor, Tensor], Tensor]
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        batches: list[tuple[Tensor, Tensor | None]],
-        loss: Callable[[Tensor, Tensor], Tensor],
-    ) -> HeldOut:
-        """Hold images out; where they have no labels the dense model's own outputs stand in."""
-        targets = [
-            None if labels is not None else outputs(model, images).softmax(1)
-            for images, labels in batches
-        ]
-        return cls(batches, targets, loss)
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-        return sum(images.shape[0] for images, _ in self.batches)
-
-    def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of a model on these images.
-
-        A cross-entropy counts at most what guessing costs, `log C`.
-        """
-        total = 0.0
-        for (images, labels), target in zip(self.batches, self.targets, strict=True):
-            out = outputs(model, images)
-            if labels is not None:
-                losses = self.loss(out, labels.to(out.device))
-            elif target is not None:
-                losses = F.cross_entropy(out, target, reduction="none")
-            if labels is None or self.loss is cross_entropy:
-                losses = losses.clamp(max=loss_of_guessing(out))
-            total += float(losses.double().sum())
-        return total / self.samples
-
-
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model puts out in evaluation mode; its modes are restored."""
-    return in_evaluation(model, images, lambda model, images: model(images))
-
-
-def in_evaluation(
-    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor]
-) -> Tensor:
-    """What `call(model, images)` returns in evaluation mode, float32; its modes are restored."""
-    first = next(model.parameters())
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return call(model, to_model(images, first)).float()
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def loss_of_guessing(outputs: Tensor) -> float:
-    """Return the cross-entropy of equal logits `[n, C]`: `log C`."""
-    return math.log(max(2, outputs.shape[1]))
 
 
 def candidates(fisher: BlockFisher) -> list[float]:

@@ -18,18 +18,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.budget import MemoryPlan, Share, sums_nbytes, use_by_pruning
-from fastsal.fisher.collection.groups import Work, prepare
+from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
+from fastsal.fisher.collection.prepare import prepare
+from fastsal.fisher.collection.work import Work
+from fastsal.fisher.memory_plan import MemoryPlan, Share
 from fastsal.fisher.parts import Part, by_key, whole
 from fastsal.gradients import select_parameters
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
-from fastsal.utils.mapped_files import FileArrays, trim_heap
+from fastsal.pruning.memory_use import use_by_pruning
+from fastsal.utils.live_memory import trim_heap
+from fastsal.utils.mapped_files import FileArrays
 
 # Weights on which sums and eliminations are tried.
 _TRIED = 2**20

@@ -10,80 +10,18 @@ Axes: n images, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsal.data.held_out import Pair
-from fastsal.errors import InvalidArgument
-from fastsal.finetuning.freezing import find_head
-from fastsal.gradients.fallback import differentiate
-from fastsal.gradients.losses import check_images
-from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
-from fastsal.gradients.tokens import to_model
+from fastsal.data.batches import Pair
+from fastsal.gradients.losses import cross_entropy
+from fastsal.models.evaluating import in_evaluation, outputs
 from fastsal.models.features import feature_outputs
-from fastsal.pruning.damping import in_evaluation
-
-
-def without_classifier(
-    model: nn.Module,
-    chosen: Mapping[str, nn.Parameter],
-    asked: str | Sequence[str] | None,
-    images: Tensor | None,
-) -> dict[str, nn.Parameter]:
-    """Leave the classifier's weights out, which features do not depend on.
-
-    Args:
-        model: Any module.
-        chosen: Name to parameter, from `select_parameters`.
-        asked: What it was given; what stands there by its exact name stays.
-        images: `[n, C, H, W]`; one of them tells whether the last `Linear` is the classifier, or
-            part of a backbone that has none. None takes it for the classifier.
-
-    Raises:
-        DataError: Images that cannot be used.
-        InvalidArgument: Nothing is left.
-    """
-    exact = {asked} if isinstance(asked, str) else set(asked or ())
-    try:
-        head = {p for module in find_head(model) for p in module.parameters()}
-    except InvalidArgument:  # neither `get_classifier` nor a Linear
-        head = set()
-    suspects = {name: p for name, p in chosen.items() if p in head and name not in exact}
-    if not suspects:
-        return dict(chosen)
-    reached: Collection[str] = () if images is None else _reached(model, suspects, images)
-    left = {name: p for name, p in chosen.items() if not (name in suspects and name not in reached)}
-    if not left:
-        raise InvalidArgument(
-            f"parameters: the features of {type(model).__name__} depend on none of "
-            f"{', '.join(chosen)}; with labels='features' takes weights before the classifier"
-        )
-    return left
-
-
-def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: Tensor) -> list[str]:
-    """Name the parameters that gradients of the features reach."""
-    check_images(images)
-    first = next(iter(candidates.values()))
-    image = to_model(images[:1].detach().clone(), first)
-    frozen = FrozenModel(model)
-
-    def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        outputs = feature_outputs(model, image)
-        if not outputs.requires_grad:
-            return dict.fromkeys(copies)
-        found = torch.autograd.grad(outputs.sum(), list(copies.values()), allow_unused=True)
-        return dict(zip(copies, found, strict=True))
-
-    try:
-        with differentiable(), PrivateRandomness(first.device).active(keep=False):
-            found = differentiate(model, candidates, gradients)
-    finally:
-        frozen.restore()
-    return [name for name, gradient in found.items() if gradient is not None]
 
 
 @dataclass(frozen=True)
@@ -125,3 +63,70 @@ class HeldOutFeatures:
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
     return in_evaluation(model, images, feature_outputs)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that the statistics did not see, and what to expect of them.
+
+    Attributes:
+        batches: Pairs `(images, labels or None)`.
+        targets: For each batch without labels, the dense model's class probabilities.
+        loss: `(outputs, labels)` to losses `[n]`.
+    """
+
+    batches: list[tuple[Tensor, Tensor | None]]
+    targets: list[Tensor | None]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        batches: list[tuple[Tensor, Tensor | None]],
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> HeldOut:
+        """Hold images out; where they have no labels the dense model's own outputs stand in."""
+        targets = [
+            None if labels is not None else outputs(model, images).softmax(1)
+            for images, labels in batches
+        ]
+        return cls(batches, targets, loss)
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+        return sum(images.shape[0] for images, _ in self.batches)
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the mean loss of a model on these images.
+
+        A cross-entropy counts at most what guessing costs, `log C`.
+        """
+        total = 0.0
+        for (images, labels), target in zip(self.batches, self.targets, strict=True):
+            out = outputs(model, images)
+            if labels is not None:
+                losses = self.loss(out, labels.to(out.device))
+            elif target is not None:
+                losses = F.cross_entropy(out, target, reduction="none")
+            if labels is None or self.loss is cross_entropy:
+                losses = losses.clamp(max=loss_of_guessing(out))
+            total += float(losses.double().sum())
+        return total / self.samples
+
+
+def loss_of_guessing(outputs: Tensor) -> float:
+    """Return the cross-entropy of equal logits `[n, C]`: `log C`."""
+    return math.log(max(2, outputs.shape[1]))
+
+
+class Measured(Protocol):
+    """Images to measure a model on; `fastsal.pruning.measured.HeldOut` is one."""
+
+    @property
+    def samples(self) -> int:
+        """Number of images."""
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Mean loss of a model on them."""

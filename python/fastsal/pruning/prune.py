@@ -13,21 +13,23 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, as_batches, check_samples
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.collection.budget import Use, use_by_pruning
 from fastsal.fisher.collection.collect import Loss
+from fastsal.fisher.memory_plan import Use
 from fastsal.gradients import select_parameters
+from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import resolve_loss
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
-from fastsal.pruning.limits.bound import Limit, SafetyReport
+from fastsal.pruning.job import Job
+from fastsal.pruning.limits.limit import Limit, SafetyReport
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import check_ranking
-from fastsal.pruning.measured import without_classifier
+from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
-from fastsal.pruning.step import Job, Plan, copies
-from fastsal.utils.mapped_files import Shelf
+from fastsal.pruning.shelf import Shelf, copies
+from fastsal.pruning.step import Plan
 
 
 @dataclass(frozen=True)
@@ -146,8 +148,8 @@ def prune(
         progress: A bar, or a function.
         seed: Of everything with chance in it.
         max_loss_increase: Instead of `sparsity`: prune to the highest that keeps the rise of the
-            mean loss below this on images that were held out (see `fastsal.pruning.limits.bound`; the loss of an
-            image counts at most what guessing costs). One round, no pattern.
+            mean loss below this on images that were held out (the loss of an image counts
+            at most what guessing costs). One round, no pattern.
         max_accuracy_drop: The same for top-1 accuracy, a fraction.
         confidence: Of that promise.
         held_out: Labelled images to test the limit on; None holds one sample in four out. The

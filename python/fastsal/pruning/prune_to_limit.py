@@ -1,20 +1,23 @@
-"""Prune to the highest sparsity that keeps a limit on held-out images (see `fastsal.pruning.limits.bound`)."""
+"""Prune to the highest sparsity that keeps a limit on held-out images (see `limits.bound`)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
-from fastsal.data.batches import Batches, as_batches
-from fastsal.data.held_out import Holding, Pair, Repeated, limited
+from fastsal.data.batches import Batches, Pair, as_batches
+from fastsal.data.held_out import Holding, Repeated, limited
 from fastsal.errors import InvalidArgument
-from fastsal.pruning.limits.bound import GRID, LOOK_AHEAD, Limit, SafetyReport, trusted_until
+from fastsal.pruning.job import Job
 from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.limits.limit import Limit, SafetyReport, trusted_until
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.rounds import Clock
-from fastsal.pruning.step import Job, Outcome, restore
+from fastsal.pruning.shelf import restore
+from fastsal.pruning.step import Outcome
+from fastsal.utils.clock import Clock
 
 if TYPE_CHECKING:
     from fastsal.fisher.block_fisher import BlockFisher
@@ -106,3 +109,14 @@ def _search(
         examination.limit, safe, examination.images, examination.cap, curve, trusted_until(curve)
     )
     return Outcome(scores, masks, predicted), report
+
+
+# Coarse where nothing is at stake, fine where it is. Fixed beforehand: the order may not depend on
+# the images.
+GRID = tuple(
+    round(s, 3) for s in (*np.arange(0.1, 0.5, 0.1), *np.arange(0.5, 0.96, 0.025), 0.97, 0.98, 0.99)
+)
+
+
+# Measured past the first failure, for the curve only.
+LOOK_AHEAD = 4

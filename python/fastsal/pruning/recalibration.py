@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.gradients.tokens import to_model
+from fastsal.models.evaluating import to_model
 
 # What keeps running moments, and is evaluated with them.
 _Normalisation = nn.modules.batchnorm._BatchNorm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +9,19 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from fastsal.data.held_out import Holding, Measured, Pair, Repeated, holding_out, limited
+from fastsal.data.batches import Pair
+from fastsal.data.held_out import Holding, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.damping import DampingChoice
+from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.measured import Measured
 from fastsal.pruning.recalibration import recalibrate_if_better
-from fastsal.pruning.step import Attempt, Job, restore
+from fastsal.pruning.shelf import restore
+from fastsal.pruning.step import Attempt
+from fastsal.utils.clock import Clock
 
 
 @dataclass(frozen=True)
@@ -152,17 +156,3 @@ def rising_goals(sparsity: float | None, rounds: int) -> list[float | None]:
         return [None] * rounds
     rising = [1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)]
     return [*rising, sparsity]
-
-
-class Clock:
-    """Seconds of named steps."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """End a step that began with the last lap."""
-        now = time.perf_counter()
-        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
-        self._last = now

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches
-from fastsal.data.held_out import Measured, Pair
+from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument, PrecisionWarning
-from fastsal.fisher.block_fisher import BlockFisher, check_damping
-from fastsal.fisher.collection.budget import MemoryPlan
-from fastsal.fisher.collection.groups import add_samples, collected
-from fastsal.fisher.collection.passes import in_micro_batches
-from fastsal.gradients import choose_micro_batch
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.inverses import check_damping
+from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.models.selection import model_parameters
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
-from fastsal.pruning.criteria.scoring import model_parameters
-from fastsal.pruning.damping import DampingChoice, HeldOut, candidates, choose_damping
-from fastsal.pruning.limits.bound import Limit
-from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.damping import DampingChoice, candidates, choose_damping
+from fastsal.pruning.masks.joint import LARGEST_GROUP, rank_pattern
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.masks.patterns import LARGEST_GROUP, Pattern, rank_pattern
+from fastsal.pruning.masks.patterns import Pattern
 from fastsal.pruning.masks.ranking import rank
-from fastsal.pruning.measured import HeldOutFeatures
-from fastsal.utils.mapped_files import Shelf
+from fastsal.pruning.measured import Measured
+from fastsal.pruning.shelf import Shelf, restore
 
 
 @dataclass(frozen=True)
@@ -266,127 +260,3 @@ class Plan:
 
 def _told(plan: MemoryPlan) -> dict[str, Any]:
     return {"memory_plan": plan.as_dict()}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A model, its images, and how to prune it.
-
-    Attributes:
-        model: To be pruned in place.
-        batches: What `prune` was given.
-        samples: Samples of each round; None takes all.
-        plan: How.
-        chosen: Name to parameter.
-        statistics: Arguments of `collect` but model, batches, samples and seed.
-        loss: `(outputs, labels)` to losses `[n]`.
-        dense: Name to the weights whose features are to be matched, with `labels="features"`; None
-            where the model has them.
-    """
-
-    model: nn.Module
-    batches: Batches | None
-    samples: int | None
-    plan: Plan
-    chosen: Mapping[str, nn.Parameter]
-    statistics: dict[str, Any]
-    loss: Callable[[Tensor, Tensor], Tensor]
-    dense: Mapping[str, Tensor] | None = None
-
-    def source(self) -> Iterable[Pair]:
-        """The images, checked; nothing without any."""
-        if self.batches is None:
-            return ()
-        return as_batches(self.batches, self.samples, self.statistics["labels"])
-
-    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
-        """Images to measure a model on, by its loss or, with `labels="features"`, its features.
-
-        They go through the model in micro-batches, of which the statistics know the size.
-        """
-        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
-        images = list(in_micro_batches(images, size, size))
-        if self.statistics["labels"] != "features":
-            return HeldOut.of(self.model, images, self.loss)
-        if self.dense is None:
-            return HeldOutFeatures.of(self.model, images)
-        present = self.plan.shelf.put("present", self.chosen)
-        restore(self.chosen, self.dense)
-        try:
-            return HeldOutFeatures.of(self.model, images)
-        finally:
-            restore(self.chosen, present)
-
-    def examination(
-        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
-    ) -> Examination:
-        """The test of a limit on some images."""
-        if size := planned_micro_batch(fisher):
-            images = list(in_micro_batches(images, size, size))
-        return Examination(self.model, images, limit, self.loss)
-
-    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
-        """Statistics of some images."""
-        if isinstance(self.batches, Iterator):
-            source = iter(source)  # so that it is known to give them once
-        return self._collected(source, self._options(seed, quiet=quiet))
-
-    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
-        return collected(self.model, source, **options)
-
-    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
-        add_samples(fisher, self.model, images, **options)
-
-    def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
-        """Arguments of `collect` for some images."""
-        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
-
-    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
-        """Return what adds the statistics of held-out images to others, in place.
-
-        They are collected at once, or, where memory is limited, when they are added. The model has
-        the same weights then.
-        """
-        if fisher._plan is not None:
-            options = self._options(seed, quiet=True)
-            return lambda: self._add(fisher, held, options)
-        rest = self.collect(held, seed, quiet=True)
-        return lambda: fisher.merge(rest)
-
-    def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
-        """Give the weights back if anything goes wrong; yields a copy of them."""
-        return all_or_nothing(self.chosen, self.plan.shelf)
-
-
-def planned_micro_batch(fisher: BlockFisher | None) -> int | None:
-    """Samples of a pass within the memory budget of statistics; None without a budget."""
-    return None if fisher is None or fisher._plan is None else fisher._plan.micro_batch
-
-
-@contextlib.contextmanager
-def all_or_nothing(
-    tensors: Mapping[str, Tensor], shelf: Shelf | None = None
-) -> Iterator[dict[str, Tensor]]:
-    """Give parameters and buffers their values back if anything goes wrong; yields a copy."""
-    original = (shelf or Shelf()).put("original", tensors)
-    try:
-        yield original
-    except BaseException:
-        restore(tensors, original)
-        raise
-
-
-def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of values, to go back to."""
-    return Shelf().put("copies", tensors)
-
-
-def restore(
-    tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], shelf: Shelf | None = None
-) -> None:
-    """Copy those values back that there are, from a shelf one at a time."""
-    with torch.no_grad():
-        for name, value in values.items():
-            tensors[name].copy_(value)
-            if shelf is not None:
-                shelf.release()

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from fastsal.data.opening import open_images
 from fastsal.errors import InvalidArgument
-from fastsal.models.loading import InputSpec, input_spec, load_model
-from fastsal.pruning.step import copies
+from fastsal.models.inputs import InputSpec, input_spec
+from fastsal.models.loading import load_model
+from fastsal.pruning.shelf import copies
 from fastsal.study.settings.schema import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
 from fastsal.transfer.head_cache import HeadCache

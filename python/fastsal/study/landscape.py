@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.collect import collect
-from fastsal.pruning.step import restore
+from fastsal.pruning.shelf import restore
 from fastsal.study.images import few, images_of
 from fastsal.study.settings.schema import LandscapeSettings
 from fastsal.study.sources import Source

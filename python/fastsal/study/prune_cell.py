@@ -9,9 +9,10 @@ from typing import Any
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
 from fastsal.pruning.criteria import CRITERIA
+from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.rounds import Found, prune_in_rounds, rising_goals
-from fastsal.pruning.step import Job, Plan
+from fastsal.pruning.step import Plan
 from fastsal.study.cells import Cell
 from fastsal.study.sources import Source
 from fastsal.transfer.headed import PREFIX

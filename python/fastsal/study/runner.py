@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FastsalError
-from fastsal.models.loading import save_weights
-from fastsal.pruning.step import restore
+from fastsal.models.weights import save_weights
+from fastsal.pruning.shelf import restore
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
 from fastsal.study.cells import Cell, cells_of
 from fastsal.study.images import digests_of, images_of, open_tasks, parts_of
@@ -25,8 +25,8 @@ from fastsal.study.tables import require_tables, write_tables
 from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
-from fastsal.utils.machine import threads, versions_of
-from fastsal.utils.progress import Report, peak_memory, reporter
+from fastsal.utils.machine import peak_memory, threads, versions_of
+from fastsal.utils.progress import Report, reporter
 
 GRID = ("models", "sources", "criteria", "sparsities", "seeds", "rounds", "save")
 

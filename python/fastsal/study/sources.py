@@ -13,15 +13,15 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastsal.data.held_out import Measured, Pair, holding_out, limited
+from fastsal.data.batches import Pair
+from fastsal.data.held_out import holding_out, limited
 from fastsal.data.image_set import ImageSet
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.collect import collect
 from fastsal.gradients.losses import cross_entropy
-from fastsal.models.features import evaluating
-from fastsal.models.loading import InputSpec
-from fastsal.pruning.damping import HeldOut
-from fastsal.pruning.measured import HeldOutFeatures
+from fastsal.models.evaluating import evaluating
+from fastsal.models.inputs import InputSpec
+from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
 from fastsal.pruning.rounds import Found
 from fastsal.study.backbones import Backbone
 from fastsal.study.images import SourcePart

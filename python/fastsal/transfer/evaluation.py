@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models.features import evaluating, features
+from fastsal.models.evaluating import evaluating
+from fastsal.models.features import features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of

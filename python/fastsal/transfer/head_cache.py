@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.finetuning.freezing import find_head
 from fastsal.gradients import select_parameters
+from fastsal.models.classifier import classifier_of
 from fastsal.models.features import feature_outputs
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
@@ -95,14 +95,6 @@ class SegmentedCrossEntropy:
         return F.cross_entropy(
             outputs.float().masked_fill(~mine, -torch.inf), labels, reduction="none"
         )
-
-
-def classifier_of(model: nn.Module) -> list[nn.Module]:
-    """Return a model's own classifier; nothing where it has none."""
-    try:
-        return find_head(model)
-    except InvalidArgument:
-        return []
 
 
 def backbone_parameters(

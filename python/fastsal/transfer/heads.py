@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models.features import evaluating, features
-from fastsal.models.loading import InputSpec, input_spec
+from fastsal.models.evaluating import evaluating
+from fastsal.models.features import features
+from fastsal.models.inputs import InputSpec, input_spec
 from fastsal.transfer.knn import KnnHead, fit_knn
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.logistic import solve_probe
@@ -96,7 +97,7 @@ def fit_heads(
             not matter. Of "ridge".
         k: how many neighbours vote. Of "knn".
         temperature: their votes weigh exp(cosine similarity / temperature). Of "knn".
-        l2: penalty, see `fastsal.transfer.logistic`; None chooses one on held-out images. Of "probe".
+        l2: penalty, see `logistic.py`; None chooses one on held-out images. Of "probe".
         columns: of "own": the names of all the model's classes in the order of its logits, or
             `{class: logit}`. None takes classes named by numbers as those logits, and others as
             all the logits in order.

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer.ridge import best_scale
 
 _CHUNK = 1024  # images whose similarities to all others are held at a time

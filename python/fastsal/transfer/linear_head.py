@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 
 
 @dataclass(frozen=True, eq=False)

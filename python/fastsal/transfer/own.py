@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
-from fastsal.models.loading import InputSpec, class_count
+from fastsal.models.classifier import class_count
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer.tasks import Task
 
 Columns = Mapping[str, int] | Sequence[str]

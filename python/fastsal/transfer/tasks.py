@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.models.loading import InputSpec
+from fastsal.models.inputs import InputSpec
 from fastsal.transfer.splits import PARTS, Shares, check_classes, check_parts, cut, pick
 
 Part = ImageSet | Iterable[tuple[Tensor, Tensor]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -77,3 +78,11 @@ def _has_storage(tensor: Tensor) -> bool:
     except (NotImplementedError, RuntimeError):  # sparse, or a subclass without one
         return False
     return True
+
+
+def trim_heap() -> None:
+    """Give free memory of the C library's heap back to the system, where that can be asked for."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

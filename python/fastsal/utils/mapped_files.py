@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import math
 import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import DTypeLike, NDArray
-from torch import Tensor
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils.sizes import gib
@@ -84,51 +81,6 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-class Shelf:
-    """Where copies of tensors are put: in memory, or in files of a scratch folder.
-
-    A file has a purpose, and what is put there next for the same purpose replaces it.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
-        self._folder = folder
-        self._files: dict[str, tuple[FileArrays, dict[str, Tensor]]] = {}
-
-    def room(
-        self, purpose: str, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
-    ) -> dict[str, Tensor]:
-        """Tensors to be filled, on the CPU."""
-        if self._folder is None:
-            return {name: torch.empty(tuple(shape), dtype=dtype) for name, shape in shapes.items()}
-        key = f"{purpose} {dtype} {[tuple(s) for s in shapes.values()]}"
-        if key not in self._files:
-            sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-            file = FileArrays(self._folder, sum(map(aligned, sizes.values())))
-            places = {
-                n: torch.from_numpy(file.take((size,), np.uint8)) for n, size in sizes.items()
-            }
-            self._files[key] = file, {n: p.view(dtype).view(shapes[n]) for n, p in places.items()}
-        return dict(self._files[key][1])
-
-    def put(self, purpose: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies: on their own devices in memory, or in a file."""
-        if self._folder is None:
-            return {name: p.detach().clone() for name, p in tensors.items()}
-        kept = {}
-        for dtype in {p.dtype for p in tensors.values()}:
-            some = {name: p for name, p in tensors.items() if p.dtype == dtype}
-            places = self.room(purpose, {n: p.shape for n, p in some.items()}, dtype)
-            for name, place in places.items():
-                kept[name] = place.copy_(some[name].detach())
-                self.release()
-        return {name: kept[name] for name in tensors}
-
-    def release(self) -> None:
-        """Give back the memory of what lies in files."""
-        for file, _ in self._files.values():
-            file.release()
-
-
 def check_folder(folder: str | os.PathLike[str], nbytes: int) -> None:
     """Raise InvalidArgument unless `folder` is a folder whose disk has `nbytes` left."""
     if not Path(folder).is_dir():
@@ -145,11 +97,3 @@ def no_room(folder: str | os.PathLike[str], nbytes: int) -> InvalidArgument:
     return InvalidArgument(
         f"scratch: needs {gib(nbytes)} in {os.fspath(folder)!r}, which has {gib(free)} left"
     )
-
-
-def trim_heap() -> None:
-    """Give free memory of the C library's heap back to the system, where that can be asked for."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.machine import peak_memory
 
 Report = Callable[[int, int | None], None]
 _LINE_EVERY = 10.0  # seconds between two plain lines
@@ -42,16 +43,6 @@ def reporter(progress: bool | Report, description: str, unit: str = "samples") -
         raise InvalidArgument(
             f"progress: got {progress!r}; takes True, False or a function of (done, total)"
         )
-
-
-def peak_memory() -> int | None:
-    """Return the most memory that this process has held, in bytes; None where not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def _nothing(done: int, total: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import InvalidArgument
 
 

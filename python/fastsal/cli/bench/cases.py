@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.cli.bench.peers import (
     sparseml_fisher,
     torch_fisher,

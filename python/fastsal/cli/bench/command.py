@@ -35,7 +35,7 @@ def bench(**given: Any) -> None:
 
     import torch
 
-    from fastsal import _core
+    import fastsal._core as _core
     from fastsal.cli.bench import Size, cases, describe, refuse_debug_build, run
     from fastsal.cli.output import console, emit
     from fastsal.utils.atomic import atomic_path

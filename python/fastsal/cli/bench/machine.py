@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import InvalidArgument
+from fastsal.utils.machine import processor
 
 
 def refuse_debug_build() -> None:
@@ -42,14 +42,3 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "first touch of fresh memory, s/GiB": round(fresh_memory_cost(), 2),
     }
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

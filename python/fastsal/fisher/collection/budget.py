@@ -11,24 +11,22 @@ Axes: d weights, B weights of a block, n samples of a micro-batch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import VIEW_BYTES, BlockFisher
-from fastsal.fisher.collection.pass_memory import OVERHEAD_BYTES, PassMemory, measure
+from fastsal.fisher.collection.pass_memory import measure
 from fastsal.fisher.collection.passes import Gradients
-from fastsal.fisher.parts import Part, Unit, blocks, cut, packed_bytes, whole
+from fastsal.fisher.memory_plan import _VIEWS, OVERHEAD_BYTES, MemoryPlan, PassMemory, Share, Use
+from fastsal.fisher.parts import Part, blocks, cut, packed_bytes, whole
 from fastsal.gradients.precision import row_dtype
 from fastsal.utils.mapped_files import check_folder
 from fastsal.utils.sizes import gib
 
 # Of a budget, what is planned with: the rest is for what no plan sees.
 _PLANNED = 0.94
-# Of the sums that are worked on at a time: they, what is made of them, and a margin.
-_VIEWS = 3
 # Of the planned, what activations may take before the micro-batch is halved.
 _ACTIVATIONS = 0.4
 # A larger share is taken before micro-batches are so small that kernels change with them, and with
@@ -36,151 +34,6 @@ _ACTIVATIONS = 0.4
 _SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.8
 # Of what is left for statistics, what they may take where more samples are to join.
 _JOINED = 0.85
-# Rows of a part from all ranks, at most, on their way to its sums, and how often they are there.
-_IN_FLIGHT, _COPIES = 2**27, 3
-
-
-@dataclass(frozen=True)
-class Use:
-    """What statistics are for, as far as memory goes.
-
-    Attributes:
-        kept: Bytes that are held beside them while weights are scored and moved.
-        kept_collecting: Bytes that are held while sums are made.
-        joins: Whether more samples join later, for whose sums there must be room.
-        again: Whether sums may be collected again whenever they are used, as the model has the
-            weights that they are of.
-    """
-
-    kept: int = 0
-    kept_collecting: int = 0
-    joins: bool = False
-    again: bool = False
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one of several processes takes of the statistics.
-
-    Attributes:
-        ranks: Number of processes, which share sums out.
-        sums_first: Whether each sums whole groups over its own samples before they are shared out.
-        unit: What of a parameter stays together; None is a block.
-        agree: What all processes plan with, from what each has measured.
-    """
-
-    ranks: int = 1
-    sums_first: bool = False
-    unit: Unit | None = None
-    agree: Callable[[PassMemory], PassMemory] = lambda memory: memory
-
-    def of(self, nbytes: int, part: Part, block_size: int | None) -> int:
-        """Bytes that a process has of those of a part, which is shared out in units."""
-        unit = (self.unit or blocks(block_size))(part)
-        least = -(-nbytes * min(unit, len(part)) // len(part))
-        return max(-(-nbytes // self.ranks), least)
-
-    def rows(self, micro_batch: int) -> int:
-        """Rows of all processes at a time."""
-        return micro_batch * self.ranks
-
-    def longest(self, micro_batch: int, block_size: int | None, budget: int | None) -> int | None:
-        """Weights of what is sent at a time, at most; None for one process, which sends nothing."""
-        if self.ranks == 1:
-            return None
-        packed = ((block_size or 64) + 1) // 2 + 1
-        return max(1, _in_flight(budget) // (4 * max(self.rows(micro_batch), packed)))
-
-    def sent(self, budget: int | None) -> int:
-        """Bytes for what is on its way."""
-        return 0 if self.ranks == 1 else _COPIES * _in_flight(budget)
-
-
-def _in_flight(budget: int | None) -> int:
-    return _IN_FLIGHT if budget is None else min(_IN_FLIGHT, budget // 32)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """How statistics are collected within a memory budget. Bytes are those that are added.
-
-    Attributes:
-        budget: Bytes that may be added to the process; None for no limit.
-        micro_batch: Samples of one forward and backward pass.
-        step: Samples that are gathered before they are added to the statistics.
-        groups: Parts of the model that one pass over the images collects, one group a pass.
-        place: Where the statistics are kept: `"memory"`, a `"file"` of the scratch folder, or
-            `"nowhere"`: they are collected again, in all these passes, for each use.
-        statistics: Bytes of all packed blocks and sums.
-        group: Bytes of the sums of the largest group.
-        rows: Bytes of the rows that are gathered for it.
-        activations: Bytes of a forward and backward pass, with what kernels need.
-        kept: Bytes that are held beside sums while weights are scored and moved: scores, masks,
-            copies of weights.
-        kept_collecting: Bytes that are held while sums are made.
-        view: Bytes of sums that are worked on at a time.
-        spare: Bytes that are left for the sums of samples that join later.
-        scratch: The scratch folder, if one is used.
-        ranks: Processes that share the work out; all else is of one of them.
-        sent: What one sends to the others to bytes; empty where it is not planned for several.
-        seconds: Name of a step to its estimated time; empty without calibration.
-    """
-
-    budget: int | None
-    micro_batch: int
-    step: int
-    groups: list[list[Part]]
-    place: str
-    statistics: int
-    group: int
-    rows: int
-    activations: int
-    kept: int
-    kept_collecting: int
-    view: int
-    spare: int = 0
-    scratch: str | None = None
-    ranks: int = 1
-    sent: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def passes(self) -> int:
-        """Times that the images are gone over."""
-        return len(self.groups)
-
-    @property
-    def memory(self) -> int:
-        """The most bytes that are added to the process."""
-        collecting = self.kept_collecting + self.group + self.rows + self.activations
-        held = {"memory": self.statistics, "file": 0, "nowhere": self.group}[self.place]
-        return max(collecting, self.kept + held + _VIEWS * self.view)
-
-    @property
-    def disk(self) -> int:
-        """Bytes in the scratch folder."""
-        return self.statistics if self.place == "file" else 0
-
-    def as_dict(self) -> dict[str, object]:
-        """Values for JSON."""
-        return {
-            "memory_budget": self.budget,
-            "memory": self.memory,
-            "disk": self.disk,
-            "passes": self.passes,
-            "micro_batch": self.micro_batch,
-            "rows_a_step": self.step,
-            "place": self.place,
-            "statistics": self.statistics,
-            "statistics_of_a_pass": self.group,
-            "rows": self.rows,
-            "activations": self.activations,
-            "kept": self.kept,
-            "kept_collecting": self.kept_collecting,
-            "ranks": self.ranks,
-            "sent_bytes": self.sent,
-            "seconds": self.seconds,
-        }
 
 
 def unlimited(how: Gradients, fisher: BlockFisher, share: Share) -> MemoryPlan:
@@ -411,37 +264,3 @@ def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:
 
 def _and_kept(kept: int) -> str:
     return f", {gib(kept)} for scores, masks and copies of weights" if kept else ""
-
-
-def use_by_pruning(
-    chosen: Mapping[str, nn.Parameter],
-    *,
-    is_auto: bool,
-    rounds: int,
-    has_scratch: bool,
-    needs_fisher: bool = True,
-    joins: bool = False,
-    ranks: int = 1,
-    gathered: int = 0,
-) -> Use:
-    """What pruning keeps beside statistics.
-
-    Scores and two masks; weights to go back to and those that compensation finds, and the best try
-    where a damping is chosen. With a scratch folder copies of weights and of scores lie there.
-    While sums are made there are the masks of the round before, or of the best try. Several `ranks`
-    share out what is scored by statistics and moved; `gathered` is the memory of weights that lie
-    on other processes else.
-    """
-    weights = sum(p.numel() for p in chosen.values())
-    copies = sum(p.numel() * p.element_size() for p in chosen.values())
-    own = -(-weights // ranks)
-    kept, collecting = 4 * (own if needs_fisher else weights) + 2 * weights, 0
-    if is_auto:
-        kept += weights
-    if is_auto or rounds > 1:
-        collecting += 2 * weights
-    if not has_scratch:
-        tries = 2 * copies + 4 * own if is_auto else 0
-        kept += copies + 4 * own + tries
-        collecting += copies + tries
-    return Use(kept + gathered, collecting + gathered, joins=joins, again=not has_scratch)

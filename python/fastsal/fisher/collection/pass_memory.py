@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fastsal.fisher.collection.passes import Gradients
+from fastsal.fisher.memory_plan import PassMemory
 from fastsal.gradients.precision import row_dtype
-from fastsal.utils.live_memory import LiveMemory
-from fastsal.utils.mapped_files import trim_heap
-
-# What a process takes beside the tensors of a pass: buffers inside of kernels, free lists.
-_OVERHEAD, OVERHEAD_BYTES = 1.1, 80 * 2**20
-
-
-@dataclass(frozen=True)
-class PassMemory:
-    """What one forward and backward pass takes, besides the statistics.
-
-    Attributes:
-        fixed: Bytes whatever the samples.
-        sample: Bytes a sample.
-    """
-
-    fixed: float
-    sample: float
-
-    def of(self, n: int) -> int:
-        """Bytes of the process for `n` samples; the probe always takes two."""
-        return round(_OVERHEAD * (self.fixed + self.sample * max(n, 2)) + OVERHEAD_BYTES)
+from fastsal.utils.live_memory import LiveMemory, trim_heap
 
 
 def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | None) -> PassMemory:

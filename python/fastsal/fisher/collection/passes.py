@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fastsal.data.held_out import Pair
+from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts
 from fastsal.fisher.sinks.choosing import choose_sink
@@ -96,43 +96,3 @@ def add_pass(
             sink.end_micro_batch(images.shape[0])
             report(total, gradients.samples)
         sink.flush()
-
-
-def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:
-    """Cut and join batches to micro-batches of one size, none of which lies across two steps.
-
-    So a sample is in the same step, and as a rule in a full micro-batch, whatever batches it came
-    in. Images of another shape than those before them are not joined with them.
-    """
-    total = 0
-    rest: Pair | None = None
-    for pair in pairs:
-        joined = pair if rest is None else _joined(rest, pair)
-        if joined is None and rest is not None:
-            yield rest
-            total += len(rest[0])
-            joined = pair
-        rest = joined
-        while rest is not None and len(rest[0]) >= (wanted := min(size, step - total % step)):
-            yield _slice(rest, 0, wanted)
-            total += wanted
-            rest = _slice(rest, wanted, None) if len(rest[0]) > wanted else None
-    if rest is not None:
-        yield rest
-
-
-def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
-    images, labels = pair
-    return images[start:stop], None if labels is None else labels[start:stop]
-
-
-def _joined(first: Pair, second: Pair) -> Pair | None:
-    """One batch of both; None where they do not fit together."""
-    (a, x), (b, y) = first, second
-    if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
-        return None
-    if x is None or y is None:
-        return None if x is not y else (torch.cat([a, b]), None)
-    if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype or x.device != y.device:
-        return None
-    return torch.cat([a, b]), torch.cat([x, y])

@@ -6,21 +6,18 @@ So a model is pruned whose sums fit neither into memory nor onto a disk, in seve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fastsal.data.batches import check_again
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.work import GroupPass
 from fastsal.fisher.parts import Part, Parts
-from fastsal.utils.mapped_files import trim_heap
+from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.progress import Report, reporter
 
 if TYPE_CHECKING:
-    from fastsal.fisher.collection.groups import Work
-
-# add(work, fisher, number, report): go over the images of a work once and add the statistics of a
-# group of parts.
-GroupPass = Callable[["Work", BlockFisher, int, Report], None]
+    from fastsal.fisher.collection.work import Work
 
 
 class Recollected(BlockFisher):

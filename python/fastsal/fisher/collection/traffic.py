@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastsal.distributed.sharding import shares
-from fastsal.fisher.collection.budget import Share
+from fastsal.fisher.memory_plan import Share
 from fastsal.fisher.parts import Part, packed_bytes, whole
+from fastsal.fisher.shares import shares
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ machine) has its room here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts
+from fastsal.fisher.sinks.base import Sink
 from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
 from fastsal.fisher.sinks.slicing import PartSink
 from fastsal.fisher.sinks.streaming import RowStream
@@ -32,22 +32,6 @@ __all__ = [
 
 # Of a GPU's free memory, what statistics may take: activations and rows need the rest.
 _GPU_SHARE = 0.6
-
-
-class Sink(Protocol):
-    """Takes the rows of every parameter, once a micro-batch, during the backward pass."""
-
-    def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
-
-    def __call__(self, name: str, rows: Tensor) -> None:
-        """Take rows `[n, *shape]` of a parameter; the memory is valid during the call only."""
-
-    def end_micro_batch(self, n: int) -> None:
-        """All parameters have had their rows of `n` samples."""
-
-    def flush(self) -> None:
-        """Bring everything into the statistics."""
 
 
 def choose_sink(

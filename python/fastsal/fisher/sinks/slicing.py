@@ -12,7 +12,7 @@ from fastsal.fisher.sums import flat_rows
 from fastsal.gradients.backward import Lender
 
 if TYPE_CHECKING:
-    from fastsal.fisher.sinks.choosing import Sink
+    from fastsal.fisher.sinks.base import Sink
 
 
 class PartSink:

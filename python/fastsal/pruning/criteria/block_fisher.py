@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsal.errors import FactorizationError
+from fastsal.fisher.block_fisher import raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
@@ -26,14 +26,3 @@ def block_fisher(inputs: Inputs) -> Scores:
         scores[name] = w.square() / (2 * torch.from_numpy(inverse.values).reshape(w.shape))
         inputs.errors[name] = inverse.errors
     return scores
-
-
-def raise_failed(name: str, failed: list[int], damping: float) -> None:
-    """Raise FactorizationError when blocks of a parameter failed."""
-    if failed:
-        listed = ", ".join(map(str, failed[:5])) + (", ..." if len(failed) > 5 else "")
-        raise FactorizationError(
-            f"damping: {len(failed)} blocks of {name!r} ({listed}) are not positive definite with "
-            f"λ = {damping:g}; takes a larger λ (gradients near the float32 range also do this: "
-            "collect with precision='float64')"
-        )

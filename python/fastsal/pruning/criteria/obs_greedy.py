@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fastsal import _core
-from fastsal.pruning.criteria.block_fisher import raise_failed
+import fastsal._core as _core
+from fastsal.fisher.block_fisher import raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 

@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.errors import InvalidArgument, MaskError, PrecisionWarning, UnknownParameter
-from fastsal.fisher.block_fisher import BlockFisher, check_damping
+from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.inverses import check_damping
 from fastsal.fisher.parts import Parts, slices, whole
 from fastsal.gradients import select_parameters
+from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils.warn import warn_user
@@ -102,40 +104,6 @@ def find_criterion(criterion: str) -> str:
     raise InvalidArgument(
         f"criterion: got {criterion!r}{hint}; takes {', '.join(map(repr, CRITERIA))}"
     )
-
-
-def model_parameters(
-    model: nn.Module, shapes: Mapping[str, Sequence[int]]
-) -> dict[str, nn.Parameter]:
-    """Return the model's parameters of these names.
-
-    Raises:
-        UnknownParameter: The model lacks one of them, or has it in another shape.
-    """
-    owned = dict(model.named_parameters(remove_duplicate=False))
-    for name, shape in shapes.items():
-        if name not in owned:
-            raise UnknownParameter(
-                f"model: has no parameter {name!r}; takes the model that it was made for"
-            )
-        if tuple(owned[name].shape) != tuple(shape):
-            raise UnknownParameter(
-                f"model: parameter {name!r} has shape {tuple(owned[name].shape)}; "
-                f"takes the model that it was made for, {tuple(shape)}"
-            )
-    return {name: owned[name] for name in shapes}
-
-
-def check_mask_shapes(
-    argument: str, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
-) -> None:
-    """Raise MaskError for a mask of another shape than its parameter."""
-    for name, mask in masks.items():
-        if name in parameters and mask.shape != parameters[name].shape:
-            raise MaskError(
-                f"{argument}: {name!r} has shape {tuple(mask.shape)}; "
-                f"takes {tuple(parameters[name].shape)}"
-            )
 
 
 def warn_imprecise(

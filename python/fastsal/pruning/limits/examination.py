@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.held_out import Pair
+from fastsal.data.batches import Pair
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.pruning.damping import loss_of_guessing, outputs
-from fastsal.pruning.limits.bound import Limit, differences, is_below, losses_of, upper_bound
+from fastsal.models.evaluating import outputs
+from fastsal.pruning.limits.bound import is_below, upper_bound
+from fastsal.pruning.limits.limit import Limit, differences, losses_of
+from fastsal.pruning.measured import loss_of_guessing
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 

@@ -12,10 +12,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fastsal import _core
+import fastsal._core as _core
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.masks.patterns import Pattern, expand_groups, group_scores, input_axes
+from fastsal.pruning.masks.patterns import (
+    Pattern,
+    _check_fraction,
+    check_fixed,
+    expand_groups,
+    group_scores,
+    input_axes,
+)
 
 SCOPES = ("global", "layer", "erk")
 
@@ -192,26 +199,6 @@ def _erk(
         step = min(above[name] - kept[name], keep - sum(kept.values()))
         kept[name] += step
     return {name: sizes[name] - kept[name] for name in sizes}
-
-
-def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:
-    """Raise InvalidArgument for a sparsity or a floor that N:M does not have."""
-    fixed = 1 - pattern.n / pattern.m
-    if sparsity is not None and abs(sparsity - fixed) > 1e-9:
-        raise InvalidArgument(
-            f"sparsity: got {sparsity} with pattern {pattern}, which fixes it to {fixed:g}; "
-            "leave one of them out"
-        )
-    _check_fraction("floor", floor)
-    if floor > pattern.n / pattern.m:
-        kept = f"{pattern.n / pattern.m:g}"
-        raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {kept} of a parameter")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 <= value <= 1):
-        raise InvalidArgument(f"{name}: got {value!r}; takes a fraction from 0 to 1")
 
 
 def _check_floor(sparsity: float, floor: float, count: int, most: int) -> None:

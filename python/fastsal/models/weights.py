@@ -1,0 +1,194 @@
+"""Weights of a model on disk."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.models.classifier import class_count
+from fastsal.utils.atomic import atomic_path
+from fastsal.utils.suggestions import _close, _few
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Fill `model` in place from a file. Everything is checked first: all tensors, or none.
+
+    Args:
+        model: the module to fill.
+        path: a `.safetensors`, `.pth` or `.pt` file: a state dict, bare or under "state_dict" or
+            "model". A "module." prefix is dropped. Only tensors are read, never code.
+
+    Raises:
+        FileFormatError: the file cannot be read, or names or shapes do not fit the model.
+    """
+    state = read_weights(path)
+    own = model.state_dict()
+    _fill_aliases(state, own)
+    problems = _misfits(state, own)
+    if problems:
+        hint = _class_hint(model, state, own)
+        raise FileFormatError(
+            f"weights: {path} does not fit the model: {'; '.join(problems)}{hint}"
+        )
+    for name, _ in model.named_parameters():
+        if not bool(torch.isfinite(state[name]).all()):
+            raise FileFormatError(f"weights: {path} holds NaN or infinity in {name!r}")
+    model.load_state_dict(state, strict=True)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict from a file, see `load_weights`.
+
+    Returns:
+        Tensors on the CPU, by name.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    _check_weights_path(path)
+    if path.suffix == ".safetensors":
+        loaded: Any = _read_safetensors(path)
+    else:
+        loaded = read_pickle(path, "weights", "an undamaged state dict, without other objects")
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+            break
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    ):
+        raise FileFormatError(
+            f"weights: {path} holds no state dict; takes a dict from names to tensors, "
+            "bare or under 'state_dict' or 'model'"
+        )
+    if all(name.startswith("module.") for name in loaded):
+        loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
+    return dict(loaded)
+
+
+def read_pickle(path: Path, argument: str, takes: str) -> Any:
+    """Read what `torch.save` wrote: tensors, containers and numbers, never code.
+
+    Raises:
+        FileFormatError: the file is missing, damaged, or holds something else; the message names
+            `argument` and what it takes.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        LookupError,
+        ValueError,
+    ) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileFormatError(
+            f"{argument}: {path} cannot be read as plain tensors ({why}); takes {takes}"
+        ) from None
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write the state dict of `model` as plain safetensors under its ordinary names.
+
+    A tensor that stands under several names is written once; `load_weights` knows them again.
+    The file appears whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_model
+
+    with atomic_path(path) as temporary:
+        save_model(model, str(temporary), metadata={"format": "pt"})
+
+
+def _check_weights_path(path: Path) -> None:
+    if path.suffix not in WEIGHT_SUFFIXES:
+        raise InvalidArgument(
+            f"weights: got {str(path)!r}; takes 'pretrained' or a file that ends in "
+            f"{', '.join(WEIGHT_SUFFIXES)}"
+        )
+    if not path.is_file():
+        raise InvalidArgument(f"weights: there is no file {path}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(str(path)))
+    except SafetensorError as error:
+        raise FileFormatError(f"weights: {path} is no whole safetensors file ({error})") from None
+
+
+def _fill_aliases(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+    """Give missing names of a shared tensor the value of the name that is there.
+
+    Batch counters (`num_batches_tracked`), which old files lack, keep the model's own value.
+    """
+    by_tensor: dict[tuple[Any, ...], list[str]] = {}
+    for name, value in own.items():
+        if value.numel():
+            key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+            by_tensor.setdefault(key, []).append(name)
+    for names in by_tensor.values():
+        there = next((name for name in names if name in state), None)
+        for name in names:
+            if there is not None and name not in state:
+                state[name] = state[there]
+    for name, value in own.items():
+        if name.endswith("num_batches_tracked") and name not in state:
+            state[name] = value.clone()
+
+
+def _misfits(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
+    """List in words how `state` differs from `own`; empty if it fits."""
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    shapes = [
+        f"{name} {list(state[name].shape)} (the model's: {list(own[name].shape)})"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    kinds = [
+        f"{name} {state[name].dtype} (the model's: {own[name].dtype})"
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {_few(missing)}{_close(missing[0], extra)}")
+    if extra:
+        problems.append(f"{len(extra)} unexpected: {_few(extra)}{_close(extra[0], missing)}")
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {_few(shapes)}")
+    if kinds:
+        problems.append(f"{len(kinds)} of another type: {_few(kinds)}")
+    return problems
+
+
+def _class_hint(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Point to `num_classes` when the classifier alone differs."""
+    count = class_count(model)
+    wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
+    if count is None or not wrong or set(own) != set(state):
+        return ""
+    if any(own[n].shape[:1] != (count,) for n in wrong):
+        return ""
+    return f". The file's classifier has {state[wrong[0]].shape[0]} classes: give num_classes"

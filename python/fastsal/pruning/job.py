@@ -1,0 +1,115 @@
+"""A pruning job: a model, its images and how to prune it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.collection.groups import add_samples, collected
+from fastsal.gradients import choose_micro_batch
+from fastsal.pruning.limits.examination import Examination
+from fastsal.pruning.limits.limit import Limit
+from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
+from fastsal.pruning.shelf import all_or_nothing, restore
+from fastsal.pruning.step import Plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, its images, and how to prune it.
+
+    Attributes:
+        model: To be pruned in place.
+        batches: What `prune` was given.
+        samples: Samples of each round; None takes all.
+        plan: How.
+        chosen: Name to parameter.
+        statistics: Arguments of `collect` but model, batches, samples and seed.
+        loss: `(outputs, labels)` to losses `[n]`.
+        dense: Name to the weights whose features are to be matched, with `labels="features"`; None
+            where the model has them.
+    """
+
+    model: nn.Module
+    batches: Batches | None
+    samples: int | None
+    plan: Plan
+    chosen: Mapping[str, nn.Parameter]
+    statistics: dict[str, Any]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    dense: Mapping[str, Tensor] | None = None
+
+    def source(self) -> Iterable[Pair]:
+        """The images, checked; nothing without any."""
+        if self.batches is None:
+            return ()
+        return as_batches(self.batches, self.samples, self.statistics["labels"])
+
+    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
+        """Images to measure a model on, by its loss or, with `labels="features"`, its features.
+
+        They go through the model in micro-batches, of which the statistics know the size.
+        """
+        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
+        images = list(in_micro_batches(images, size, size))
+        if self.statistics["labels"] != "features":
+            return HeldOut.of(self.model, images, self.loss)
+        if self.dense is None:
+            return HeldOutFeatures.of(self.model, images)
+        present = self.plan.shelf.put("present", self.chosen)
+        restore(self.chosen, self.dense)
+        try:
+            return HeldOutFeatures.of(self.model, images)
+        finally:
+            restore(self.chosen, present)
+
+    def examination(
+        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
+    ) -> Examination:
+        """The test of a limit on some images."""
+        if size := planned_micro_batch(fisher):
+            images = list(in_micro_batches(images, size, size))
+        return Examination(self.model, images, limit, self.loss)
+
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
+        """Statistics of some images."""
+        if isinstance(self.batches, Iterator):
+            source = iter(source)  # so that it is known to give them once
+        return self._collected(source, self._options(seed, quiet=quiet))
+
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+        return collected(self.model, source, **options)
+
+    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+        add_samples(fisher, self.model, images, **options)
+
+    def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
+        """Arguments of `collect` for some images."""
+        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
+
+    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
+        """Return what adds the statistics of held-out images to others, in place.
+
+        They are collected at once, or, where memory is limited, when they are added. The model has
+        the same weights then.
+        """
+        if fisher._plan is not None:
+            options = self._options(seed, quiet=True)
+            return lambda: self._add(fisher, held, options)
+        rest = self.collect(held, seed, quiet=True)
+        return lambda: fisher.merge(rest)
+
+    def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
+        """Give the weights back if anything goes wrong; yields a copy of them."""
+        return all_or_nothing(self.chosen, self.plan.shelf)
+
+
+def planned_micro_batch(fisher: BlockFisher | None) -> int | None:
+    """Samples of a pass within the memory budget of statistics; None without a budget."""
+    return None if fisher is None or fisher._plan is None else fisher._plan.micro_batch

@@ -1,0 +1,88 @@
+"""Copies of weights and scores, in memory or in a scratch file."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsal.utils.mapped_files import FileArrays, aligned
+
+
+class Shelf:
+    """Where copies of tensors are put: in memory, or in files of a scratch folder.
+
+    A file has a purpose, and what is put there next for the same purpose replaces it.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = folder
+        self._files: dict[str, tuple[FileArrays, dict[str, Tensor]]] = {}
+
+    def room(
+        self, purpose: str, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """Tensors to be filled, on the CPU."""
+        if self._folder is None:
+            return {name: torch.empty(tuple(shape), dtype=dtype) for name, shape in shapes.items()}
+        key = f"{purpose} {dtype} {[tuple(s) for s in shapes.values()]}"
+        if key not in self._files:
+            sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+            file = FileArrays(self._folder, sum(map(aligned, sizes.values())))
+            places = {
+                n: torch.from_numpy(file.take((size,), np.uint8)) for n, size in sizes.items()
+            }
+            self._files[key] = file, {n: p.view(dtype).view(shapes[n]) for n, p in places.items()}
+        return dict(self._files[key][1])
+
+    def put(self, purpose: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies: on their own devices in memory, or in a file."""
+        if self._folder is None:
+            return {name: p.detach().clone() for name, p in tensors.items()}
+        kept = {}
+        for dtype in {p.dtype for p in tensors.values()}:
+            some = {name: p for name, p in tensors.items() if p.dtype == dtype}
+            places = self.room(purpose, {n: p.shape for n, p in some.items()}, dtype)
+            for name, place in places.items():
+                kept[name] = place.copy_(some[name].detach())
+                self.release()
+        return {name: kept[name] for name in tensors}
+
+    def release(self) -> None:
+        """Give back the memory of what lies in files."""
+        for file, _ in self._files.values():
+            file.release()
+
+
+@contextlib.contextmanager
+def all_or_nothing(
+    tensors: Mapping[str, Tensor], shelf: Shelf | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Give parameters and buffers their values back if anything goes wrong; yields a copy."""
+    original = (shelf or Shelf()).put("original", tensors)
+    try:
+        yield original
+    except BaseException:
+        restore(tensors, original)
+        raise
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of values, to go back to."""
+    return Shelf().put("copies", tensors)
+
+
+def restore(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], shelf: Shelf | None = None
+) -> None:
+    """Copy those values back that there are, from a shelf one at a time."""
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+            if shelf is not None:
+                shelf.release()
