@@ -2,8 +2,8 @@
 
 Bytes that each rank sends and memory that it holds, by `fastsal.fisher.collection.traffic`, whose
 figures equal the counters of jobs of two and four ranks
-(`tests/integration/test_distributed.py`). Beside statistics a rank holds scores (4 bytes a weight of its share), masks (a byte of every weight), the
-model's weights, and what a pass takes.
+(`tests/integration/test_distributed.py`). Beside statistics a rank holds scores (4 bytes a weight
+of its share), masks (a byte of every weight), the model's weights, and what a pass takes.
 """
 
 from __future__ import annotations
