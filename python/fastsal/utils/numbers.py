@@ -21,7 +21,7 @@ def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int
     Raises:
         InvalidArgument: `value` is not an integer, or is out of range.
     """
-    number = as_whole(value)
+    number = as_integer(value)
     if number is None:
         raise InvalidArgument(f"{name} must be an integer, got {value!r:.80}")
     if number < least or (most is not None and number > most):
@@ -52,7 +52,7 @@ def real(
     Raises:
         InvalidArgument: `value` is not a number, is NaN or infinite, or is out of range.
     """
-    number = as_real(value)
+    number = _as_float(value)
     if number is None:
         raise InvalidArgument(f"{name} must be a number, got {value!r:.80}")
     is_valid = (
@@ -67,7 +67,7 @@ def real(
     return number
 
 
-def as_whole(value: Any) -> int | None:
+def as_integer(value: Any) -> int | None:
     """Return an integer scalar of Python, NumPy or PyTorch as an `int`; None for anything else."""
     if not _is_scalar(value):
         return None
@@ -78,7 +78,12 @@ def as_whole(value: Any) -> int | None:
 
 
 def as_real(value: Any) -> float | None:
-    """Return a real scalar of Python, NumPy or PyTorch as a `float`; None for anything else."""
+    """Return a finite real scalar of Python, NumPy or PyTorch as a `float`; None otherwise."""
+    number = _as_float(value)
+    return number if number is not None and math.isfinite(number) else None
+
+
+def _as_float(value: Any) -> float | None:
     if not _is_scalar(value) or isinstance(value, (str, bytes, bytearray)):
         return None
     try:

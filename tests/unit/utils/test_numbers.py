@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastsal.errors import InvalidArgument
-from fastsal.utils.numbers import as_real, as_whole, real, whole
+from fastsal.utils.numbers import as_integer, as_real, real, whole
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_real_takes_real_scalars(value):
     found = real("lr", value, above=0)
     assert found == 0.5
     assert type(found) is float
-    assert as_whole(value) is None
+    assert as_integer(value) is None
 
 
 @pytest.mark.parametrize(
@@ -48,12 +48,17 @@ def test_real_takes_real_scalars(value):
     ],
 )
 def test_neither_takes_anything_else(value):
-    assert as_whole(value) is None
+    assert as_integer(value) is None
     assert as_real(value) is None
     with pytest.raises(InvalidArgument, match="epochs must be an integer, got"):
         whole("epochs", value)
     with pytest.raises(InvalidArgument, match="lr must be a number, got"):
         real("lr", value)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, np.float32("inf"), torch.tensor(math.nan)])
+def test_as_real_is_finite(value):
+    assert as_real(value) is None
 
 
 def test_whole_rejects_floats_without_a_fraction():
