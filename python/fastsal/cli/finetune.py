@@ -94,10 +94,11 @@ def finetune(**given: Any) -> None:
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
-    from fastsal.cli.inputs import Clock, check_test, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     check_target(given["out"], given["force"])
@@ -131,7 +132,7 @@ def finetune(**given: Any) -> None:
         "kept_epoch": done.kept_epoch,
         "held_out_loss_before": done.before,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "seed")
     how = {"data": str(given["data"]), **{name: given[name] for name in names}}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,21 +18,6 @@ if TYPE_CHECKING:
     from fastsal.models.inputs import InputSpec
 
 WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone
-
-
-class Clock:
-    """Seconds that named steps took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time one step; times of one name add up."""
-        start = time.perf_counter()
-        yield
-        taken = time.perf_counter() - start
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
 
 
 def set_threads(threads: int | None) -> None:

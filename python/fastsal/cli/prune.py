@@ -83,7 +83,6 @@ def prune(**given: Any) -> None:
 def _prune(given: dict[str, Any], rank: int) -> None:
     """Do it; rank 0 writes."""
     from fastsal.cli.inputs import (
-        Clock,
         check_test,
         open_batches,
         open_model,
@@ -95,6 +94,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.pruning.limits.limit import summary
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
@@ -128,7 +128,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "history": history,
         "safety": safety.as_dict() if safety else None,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     recipe = {"model": given["model"], **ranked}
     write_run(given["out"], model, masks, recipe, result)

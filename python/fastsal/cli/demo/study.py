@@ -10,7 +10,6 @@ frozen. The backbone with the head of digits 0 to 4 is the classifier whose per-
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
+from fastsal.utils.clock import Clock
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
 _PACKAGES = {
@@ -154,26 +154,18 @@ def run(
     import fastsal
 
     require_extra()
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal start
-        now = time.perf_counter()
-        seconds[step] = round(now - start, 2)
-        start = now
-
+    clock = Clock()
     tell("EfficientNet-Lite0 and the digits")
     dense = load_backbone()
     spec = input_spec(dense, size=plan.size)
     parts = load_digits(plan.samples, seed)
     tasks = [parts.source, parts.unseen]
-    lap("load")
+    clock.lap("load")
     tell("heads: ridge regression on the dense features")
     heads = fit_heads(dense, tasks, spec=spec)
     found = evaluate(dense, tasks, heads)
     origin = Point("dense", 0.0, found[SOURCE], found[UNSEEN])
-    lap("heads")
+    clock.lap("heads")
     tell(f"statistics: per-sample gradients of {len(parts.prune)} images, once for all criteria")
     classifier, names = with_head(dense, heads[SOURCE])
     fisher = fastsal.collect(
@@ -187,7 +179,7 @@ def run(
         seed=seed,
     )
     damping = plan.damping * _mean(fisher.diagonal())
-    lap("statistics")
+    clock.lap("statistics")
     points = []
     for method in plan.methods:
         tell(f"{method.label}: score, prune, evaluate")
@@ -200,7 +192,7 @@ def run(
             masks.apply(pruned)
             found = evaluate(pruned, tasks, heads)
             points.append(Point(method.label, sparsity, found[SOURCE], found[UNSEEN]))
-        lap(method.label)
+        clock.lap(method.label)
     weights = sum(p.numel() for n, p in classifier.named_parameters() if n in set(names))
     images = {
         "prune, 0-4": len(parts.prune),
@@ -209,7 +201,7 @@ def run(
         "head, 5-9": _size(parts.unseen.fit),
         "test, 5-9": _size(parts.unseen.test),
     }
-    return Outcome(origin, tuple(points), weights, images, seconds, plan)
+    return Outcome(origin, tuple(points), weights, images, clock.rounded(2), plan)
 
 
 def load_digits(samples: int, seed: int = 0) -> Parts:

@@ -347,7 +347,7 @@ def test_fewer_samples_than_asked_for():
         ({"memory_budget": 1000}, InvalidArgument, "memory_budget: got 1 KiB; takes at least"),
         ({"parameters": "none"}, UnknownParameter, "parameters: 'none' matches no parameter"),
         ({"parameters": ["7.weight", "8.*"]}, UnknownParameter, "parameters: '8.*' matches"),
-        ({"parameters": "7.wieght"}, UnknownParameter, "close: 7.weight"),
+        ({"parameters": "7.wieght"}, UnknownParameter, "did you mean '7.weight'"),
         ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss: must return"),
     ],
 )
