@@ -13,7 +13,7 @@ from fastsal.errors import InvalidArgument, MaskError
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.finetuning.finetune import FinetuneResult
     from fastsal.pruning.masks.masks import Masks
 
@@ -171,8 +171,8 @@ def _trained(
     given: dict[str, Any],
     model: nn.Module,
     masks: Masks,
-    batches: Batches,
-    held_out: Batches | None,
+    batches: ImageBatches,
+    held_out: ImageBatches | None,
 ) -> FinetuneResult:
     """Train `model` in place."""
     import torch

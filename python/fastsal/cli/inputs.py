@@ -13,7 +13,7 @@ from fastsal.errors import DataError, InvalidArgument
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.models.inputs import InputSpec
 
@@ -67,7 +67,7 @@ def open_batches(
     samples: int | None = None,
     shuffle: bool = False,
     labelled: bool = True,
-) -> Batches:
+) -> ImageBatches:
     """Open labelled images and check that the model has a class for each label.
 
     Without `labelled` images need no labels, and those that they have are not looked at.
@@ -75,7 +75,7 @@ def open_batches(
     from fastsal.data.folders import load_images
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labelled=labelled)
+    images = load_images(path, labeled=labelled)
     count = class_count(model) if labelled else None
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
@@ -87,7 +87,9 @@ def open_batches(
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
 
 
-def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -> Batches | None:
+def training_batches(
+    given: dict[str, Any], model: nn.Module, spec: InputSpec
+) -> ImageBatches | None:
     """Open `--data`; None if the criterion needs none and none is given.
 
     Images that are sorted by class are shuffled by `--seed`.
@@ -111,7 +113,7 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
     )
 
 
-def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
+def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test") -> None:
     """Check that `--data` and `--test` number their classes alike; tell if they share images.
 
     `name` is the option that `test` was given by.
@@ -141,7 +143,7 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}
 
 
-def collect(given: dict[str, Any], model: nn.Module, batches: Batches) -> BlockFisher:
+def collect(given: dict[str, Any], model: nn.Module, batches: ImageBatches) -> BlockFisher:
     """Collect statistics as the options say."""
     import fastsal
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
 
@@ -156,8 +156,8 @@ def _pruned(
     given: dict[str, Any],
     ranked: dict[str, Any],
     model: nn.Module,
-    batches: Batches | None,
-    held_out: Batches | None,
+    batches: ImageBatches | None,
+    held_out: ImageBatches | None,
 ) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal

@@ -53,7 +53,7 @@ def load_model(
         for name, value in (("num_classes", num_classes), ("in_chans", in_chans))
         if value is not None
     }
-    seed = whole("seed", seed)
+    seed = whole("seed", seed, None)
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
         check_weights_path(Path(weights))

@@ -37,7 +37,9 @@ def read_json(path: str | os.PathLike[str], argument: str = "path") -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(f"{argument}: {os.fspath(path)} is not valid JSON ({error})") from None
+        raise FileFormatError(
+            f"{argument}: {os.fspath(path)} is not valid JSON ({error})"
+        ) from None
 
 
 def plain(value: Any) -> Any:

@@ -76,9 +76,17 @@ def test_a_model_from_a_file(tiny_file):
         ("rigid", {"num_classes": 4}, "num_classes must be None for .*rigid.*got 4"),
         ("tiny", {"in_chans": 1}, "in_chans must be None for .*arguments are num_classes, got 1"),
         ("tiny", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ("tiny", {"weights": "pretrained"}, "weights must be a path for a model from a file, got 'pretrained'"),
+        (
+            "tiny",
+            {"weights": "pretrained"},
+            "weights must be a path for a model from a file, got 'pretrained'",
+        ),
         ("tiny", {"weights": "nowhere.pth"}, "no file nowhere.pth"),
-        ("tiny", {"weights": "weights.bin"}, "weights must be 'pretrained' or a file that ends in .*, got 'weights.bin'"),
+        (
+            "tiny",
+            {"weights": "weights.bin"},
+            "weights must be 'pretrained' or a file that ends in .*, got 'weights.bin'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(tiny_file, function, arguments, message):
@@ -123,7 +131,10 @@ def test_weights_come_back(tiny_file, tmp_path, suffix, nest, prefix):
             lambda s: s.update({"conv.weight": torch.zeros(8, 3, 5, 5)}),
             r"1 of a different shape: conv.weight \[8, 3, 5, 5\]",
         ),
-        (lambda s: s.update({"fc.bias": torch.zeros(3, dtype=torch.int8)}), "1 of a different type"),
+        (
+            lambda s: s.update({"fc.bias": torch.zeros(3, dtype=torch.int8)}),
+            "1 of a different type",
+        ),
         (lambda s: s["fc.bias"].fill_(float("nan")), "NaN or infinity in 'fc.bias'"),
         (lambda s: s.update({f"e{i}": torch.zeros(1) for i in range(9)}), "9 unexpected.*4 more"),
     ],
@@ -142,7 +153,9 @@ def test_weights_that_do_not_fit_change_nothing(tiny_file, tmp_path, change, mes
 
 def test_another_number_of_classes_gets_a_hint(tiny_file, tmp_path):
     save_weights(load_model(f"{tiny_file}:tiny", num_classes=7), tmp_path / "w.safetensors")
-    with pytest.raises(FileFormatError, match="classifier in the file has 7 classes: pass num_classes=7"):
+    with pytest.raises(
+        FileFormatError, match="classifier in the file has 7 classes: pass num_classes=7"
+    ):
         load_model(f"{tiny_file}:tiny", weights=tmp_path / "w.safetensors")
 
 
@@ -207,7 +220,9 @@ def test_an_unreachable_hub_is_told(monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("timm.create_model", fail)
-    with pytest.raises(FastsalError, match=r"pretrained weights of 'resnet18' cannot be downloaded"):
+    with pytest.raises(
+        FastsalError, match=r"pretrained weights of 'resnet18' cannot be downloaded"
+    ):
         load_model("resnet18", weights="pretrained")
 
 

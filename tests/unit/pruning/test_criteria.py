@@ -213,7 +213,9 @@ def test_statistics_of_another_model(criterion):
     fisher = statistics()
     model = Holder()
     model.fc = nn.Parameter(torch.zeros(7, 5))
-    with pytest.raises(UnknownParameter, match=r"model: parameter 'fc' must have shape \(5, 7\), got \(7, 5\)"):
+    with pytest.raises(
+        UnknownParameter, match=r"model: parameter 'fc' must have shape \(5, 7\), got \(7, 5\)"
+    ):
         fastsal.score(model, fisher, criterion)
     del model.fc
     with pytest.raises(UnknownParameter, match="model: has no parameter 'fc'"):
