@@ -124,7 +124,7 @@ def _parse_size(size: object, own: tuple[int, int] | None) -> tuple[int, int] | 
     pair: list[Any] = []
     if as_integer(size) is not None:
         pair = [as_integer(size)] * 2
-    elif isinstance(size, Iterable) and not isinstance(size, str):
+    elif isinstance(size, Iterable) and not isinstance(size, str) and getattr(size, "ndim", 1) != 0:
         pair = [as_integer(v) for v in size]
     if len(pair) != 2 or None in pair or min(pair) < 1:
         raise InvalidArgument(
