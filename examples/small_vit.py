@@ -1,7 +1,8 @@
 """A small timm ViT for MNIST-sized digits, and a script that trains it on a CPU in minutes.
 
     python examples/small_vit.py --data mnist_train.npz --test mnist_test.npz
-    fastsal prune examples/small_vit.py:small_vit --weights vit.safetensors --data mnist_train.npz
+    fastsal prune examples/small_vit.py:small_vit --weights vit.safetensors \
+        --data mnist_train.npz --sparsity 0.9 --out run
 
 Without ``--data`` it trains on the 1,797 digits of scikit-learn, enlarged to 28 pixels.
 """
