@@ -152,7 +152,7 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
     return {
         "one round": {
             "plain": with_options(),
-            "labels drawn from the model": with_options(labels="sampled"),
+            "labels drawn from the model": with_options(curvature="sampled"),
             "blocks of 32": with_options(block_size=32),
             "blocks of 128": with_options(block_size=128),
             "blocks of 256": with_options(block_size=256),
@@ -173,7 +173,7 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
             "other images in every round": lambda model, images, s: fastsal.prune(
                 model, Fresh(train, n), s, rounds=8
             ),
-            "labels drawn from the model": with_options(rounds=8, labels="sampled"),
+            "labels drawn from the model": with_options(rounds=8, curvature="sampled"),
             "blocks of 128": with_options(rounds=8, block_size=128),
             "batch normalisation recalibrated where it helps": with_options(
                 rounds=8, recalibrate=True

@@ -96,12 +96,12 @@ def one_shot(model, images, test, damping):
             yield f"{criterion} + {update}", sparsity, accuracy(pruned, test)
 
 
-def rounds(model, images, test, count, sparsities, labels):
+def rounds(model, images, test, count, sparsities, curvature):
     """`prune` as users call it: greedy, joint, automatic damping."""
-    kind = "" if labels == "true" else f", labels={labels}"
+    kind = "" if curvature == "empirical" else f", curvature={curvature}"
     for sparsity in sparsities:
         pruned = copy.deepcopy(model)
-        result = fastsal.prune(pruned, [images], sparsity, rounds=count, labels=labels)
+        result = fastsal.prune(pruned, [images], sparsity, rounds=count, curvature=curvature)
         result.masks.verify(pruned)
         yield f"prune, {count} round(s), auto{kind}", sparsity, accuracy(pruned, test)
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
     parser.add_argument("--no-peers", action="store_true", help="the rows of `prune` only")
-    parser.add_argument("--labels", nargs="+", default=["true", "features"], help="of `prune`")
+    parser.add_argument("--curvature", nargs="+", default=["empirical", "features"])
     parser.add_argument("--damping", type=float, default=1e-5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -129,7 +129,8 @@ def main() -> None:
             for count in given.rounds:
                 wanted = [s for s in given.sparsities if count == 1 or s > SPARSITIES[0]]
                 jobs += [
-                    rounds(model, images, test, count, wanted, labels) for labels in given.labels
+                    rounds(model, images, test, count, wanted, curvature)
+                    for curvature in given.curvature
                 ]
             for job in jobs:
                 for name, sparsity, value in job:

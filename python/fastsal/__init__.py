@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastsal.data.corruptions import corrupt
+    from fastsal.data.folders import load_images
     from fastsal.data.image_set import ImageSet
     from fastsal.data.imbalance import imbalanced
     from fastsal.data.opening import open_images
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from fastsal.fisher.memory_plan import MemoryPlan
     from fastsal.fisher.merging import merge_files
     from fastsal.gradients import per_sample_gradients, select_parameters
+    from fastsal.models.inputs import input_spec
+    from fastsal.models.loading import load_model
     from fastsal.pruning.compensation import CompensationReport, compensate
     from fastsal.pruning.criteria import CRITERIA, score
     from fastsal.pruning.forecast import plan_memory
@@ -48,12 +51,15 @@ if TYPE_CHECKING:
     from fastsal.utils.threads import get_num_threads, set_num_threads
 
 _HOME = {
+    "input_spec": "models.inputs",
+    "load_model": "models.loading",
+    "load_images": "data.folders",
     "Study": "study",
     "run_study": "study",
     "load_study": "study",
     "open_images": "data.opening",
     "Shares": "transfer.splits",
-    "ImageSet": "data.folders",
+    "ImageSet": "data.image_set",
     "collect": "fisher.collection.collect",
     "CompensationReport": "pruning.compensation",
     "compensate": "pruning.compensation",
@@ -94,6 +100,12 @@ _HOME = {
     "fisher_overlap": "transfer.fisher_overlap",
 }
 
+# Packages that `fastsal.NAME` imports on first use, so that `import fastsal` is enough for them.
+_ROOMS = (
+    "data", "distributed", "finetuning", "fisher", "gradients",
+    "models", "pruning", "study", "transfer",
+)  # fmt: skip
+
 __all__ = [
     "CRITERIA",
     "BlockFisher",
@@ -128,6 +140,9 @@ __all__ = [
     "fit_heads",
     "get_num_threads",
     "imbalanced",
+    "input_spec",
+    "load_images",
+    "load_model",
     "load_study",
     "merge_files",
     "open_images",
@@ -150,6 +165,8 @@ def __getattr__(name: str) -> Any:
         value: Any = _core.build_info()[0]
     elif name in _HOME:
         value = getattr(importlib.import_module(f"fastsal.{_HOME[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"fastsal.{name}")
     else:
         raise AttributeError(f"module 'fastsal' has no attribute {name!r}")
     globals()[name] = value

@@ -50,8 +50,8 @@ HOW = {
     "layer": {"damping": 1e-3, "criterion": "block-fisher", "scope": "layer"},
     "erk": {"damping": 1e-3, "criterion": "magnitude", "scope": "erk", "floor": 0.1},
     "floor": {"damping": 1e-3, "floor": 0.25},
-    "sampled": {"damping": 1e-3, "labels": "sampled"},
-    "features": {"damping": 1e-3, "labels": "features"},
+    "sampled": {"damping": 1e-3, "curvature": "sampled"},
+    "features": {"damping": 1e-3, "curvature": "features"},
     "random": {"criterion": "random", "compensate": False},
     "2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
     "2:4 by sums": {
@@ -70,7 +70,7 @@ BUDGET = 104 * 2**20
 LIMITED = {
     "budget": {"damping": 1e-3},
     "budget auto": {"damping": "auto"},
-    "budget features": {"damping": 1e-3, "labels": "features"},
+    "budget features": {"damping": 1e-3, "curvature": "features"},
     "budget 2:4": {"damping": 1e-3, "pattern": "2:4", "sparsity": None},
     "again": {"damping": 1e-3},
     "again auto": {"damping": "auto"},

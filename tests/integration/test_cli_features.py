@@ -1,4 +1,4 @@
-"""Commands with `--labels features`: images alone, and models without a classifier."""
+"""Commands with `--curvature features`: images alone, and models without a classifier."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flat(tiny_npz, tmp_path):
 def test_prune_with_images_alone(tiny_file, flat, tmp_path, tiny_npz):
     out = tmp_path / "run"
     result = run(
-        "prune", f"{tiny_file}:tiny", "--data", flat, "--labels", "features", "--sparsity", 0.5,
+        "prune", f"{tiny_file}:tiny", "--data", flat, "--curvature", "features", "--sparsity", 0.5,
         "--test", tiny_npz, "--quiet", "--json", "--out", out,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
@@ -41,7 +41,7 @@ def test_score_with_labels_of_other_classes(tiny_file, tiny_npz, tmp_path):
     with np.load(tiny_npz) as data:
         np.savez(tmp_path / "other.npz", x=data["x"], y=data["y"] + 40)
     given = ("score", f"{tiny_file}:tiny", "--data", tmp_path / "other.npz", "--quiet")
-    result = run(*given, "--labels", "features", "--out", tmp_path / "scores.safetensors")
+    result = run(*given, "--curvature", "features", "--out", tmp_path / "scores.safetensors")
     assert result.exit_code == 0, result.output
     assert set(load_file(tmp_path / "scores.safetensors")) == {"conv.weight"}
     failed(run(*given, "--out", tmp_path / "no"), "has label 42; the model has 3 classes")
@@ -49,7 +49,7 @@ def test_score_with_labels_of_other_classes(tiny_file, tiny_npz, tmp_path):
 
 def test_a_limit_needs_labels(tiny_file, flat, tmp_path):
     result = run(
-        "prune", f"{tiny_file}:tiny", "--data", flat, "--labels", "features",
+        "prune", f"{tiny_file}:tiny", "--data", flat, "--curvature", "features",
         "--max-accuracy-drop", 0.1, "--quiet", "--out", tmp_path / "run",
     )  # fmt: skip
     failed(result, "has no folders; takes one folder of images per class")

@@ -258,11 +258,11 @@ corruption = "gaussian-noise"
 [[sources]]
 name = "unlabelled"
 tasks = "colours"
-labels = "sampled"
+curvature = "sampled"
 [[sources]]
 name = "features"
 tasks = "colours"
-labels = "features"
+curvature = "features"
 """
     edited(study_file, ('[[sources]]\ntasks = "colours"\n', kinds), ("[0.0, 0.5, 0.75]", "[0.6]"))
     edited(study_file, ('[[criteria]]\ncriterion = "magnitude"\n', ""), ("[0, 1]", "[0]"))
@@ -278,7 +278,7 @@ labels = "features"
 
 
 def test_a_criterion_may_have_statistics_of_its_own(study_file, tmp_path):
-    more = '[[criteria]]\ncriterion = "obs-greedy"\nlabels = "features"\n\n[[criteria]]'
+    more = '[[criteria]]\ncriterion = "obs-greedy"\ncurvature = "features"\n\n[[criteria]]'
     edited(study_file, ("[[criteria]]", more), ("[0.0, 0.5, 0.75]", "[0.75]"))
     out = tmp_path / "out"
     assert run_study(load_study(study_file), out).failed == {}

@@ -111,7 +111,7 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
     """
     if given["data"] is not None:
         limits = ("max_accuracy_drop", "max_loss_increase")  # tested on labels
-        labelled = given.get("labels") != "features" or any(given.get(n) for n in limits)
+        labelled = given.get("curvature") != "features" or any(given.get(n) for n in limits)
         return open_batches(
             given,
             model,
@@ -149,7 +149,7 @@ def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
 def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of `fastsal.collect` that were given; its defaults fill the rest."""
     names = (
-        *("block_size", "labels", "precision", "micro_batch"),
+        *("block_size", "curvature", "precision", "micro_batch"),
         *("memory_budget", "scratch", "scratch_budget"),
     )
     options = {name: given[name] for name in names if given.get(name) is not None}

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from fastsal.utils.choices import CURVATURES
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 CRITERIA_HELP = "Magnitude, random, taylor, diag-fisher, block-fisher or obs-greedy."
@@ -103,7 +105,7 @@ statistics_options: Callable[[F], F] = group(
     click.option(
         "--data",
         type=PATH,
-        help="Labelled images that the statistics are taken from; any with --labels features.",
+        help="Labelled images that the statistics are taken from; any with --curvature features.",
     ),
     click.option(
         "--samples",
@@ -113,11 +115,12 @@ statistics_options: Callable[[F], F] = group(
     click.option("--micro-batch", type=COUNT, help="Samples whose gradients are held at once."),
     click.option("--block-size", type=COUNT, help="Weights a Fisher block. [default: 64]"),
     click.option(
-        "--labels",
-        type=click.Choice(["true", "sampled", "features"]),
-        default="true",
+        "--curvature",
+        type=click.Choice(CURVATURES),
+        default="empirical",
         show_default=True,
-        help="Labels of the data, or drawn from the model, or none: features are matched.",
+        help="Gradient of the loss at the true label, at a label drawn from the model, or of "
+        "matching the model's own features, which needs no labels.",
     ),
     click.option(
         "--parameters",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsal.errors import DataError, InvalidArgument
 
 Batches = Iterable[Any]
+LabelUse = Literal["required", "optional", "ignored"]
 
 
 class Source:
@@ -20,10 +21,12 @@ class Source:
     Args:
         batches: As for `collect`.
         samples: Stop after so many.
-        labels: As for `collect`.
+        labels: Whether batches must have labels, may have them, or have them ignored.
     """
 
-    def __init__(self, batches: Batches, samples: int | None, labels: str) -> None:
+    def __init__(
+        self, batches: Batches, samples: int | None, labels: LabelUse = "required"
+    ) -> None:
         self._batches = batches
         self._samples = samples
         self._labels = labels
@@ -57,7 +60,7 @@ def check_again(samples: int, again: int) -> None:
 
 
 def as_batches(
-    batches: Batches, samples: int | None, labels: str = "true"
+    batches: Batches, samples: int | None, labels: LabelUse = "required"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Check what users iterate and stop after `samples`.
 
@@ -89,8 +92,8 @@ def check_samples(samples: int | None) -> None:
         raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
 
 
-def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None]:
-    if labels in ("sampled", "features"):
+def _unpack(batch: Any, number: int, labels: LabelUse) -> tuple[Tensor, Tensor | None]:
+    if labels != "required":
         if isinstance(batch, Tensor):
             batch = (batch, None)
         elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as a TensorDataset gives
@@ -105,7 +108,7 @@ def _unpack(batch: Any, number: int, labels: str) -> tuple[Tensor, Tensor | None
             f"batches: batch {number} has no images; takes tensors [n, C, H, W], or tokens "
             "[n, L], n >= 1"
         )
-    if labels == "features" and not isinstance(targets, Tensor):
+    if labels == "ignored" and not isinstance(targets, Tensor):
         targets = None  # whatever it is, it is not used
     if targets is not None:
         try:

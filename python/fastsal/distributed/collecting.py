@@ -110,10 +110,10 @@ def collected(
     """What `collect` returns, of a plain model; `by_rows` keeps groups of patterns together."""
     if exchange not in _WAYS:
         raise InvalidArgument(f"exchange: got {exchange!r}; takes {', '.join(map(repr, _WAYS))}")
-    if options.get("labels", "true") != "true":
+    if options.get("curvature", "empirical") != "empirical":
         if exchange == "sums":
             raise InvalidArgument(
-                "exchange: 'sums' takes labels='true'; drawn labels and features need 'rows'"
+                "exchange must be 'rows' with curvature='sampled' or 'features', got 'sums'"
             )
         exchange = "rows"
     share = Share(ranks.size, sums_first=exchange != "rows", agree=partial(_most, ranks))
@@ -153,7 +153,7 @@ def add_samples(
     if isinstance(fisher, Recollected):
         fisher._join(work)
         return
-    if work.how.labels != "true":
+    if work.how.curvature != "empirical":
         exchange = "rows"
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
     samples = work.how.samples

@@ -24,6 +24,7 @@ from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.two_samples import probe
 from fastsal.gradients.workspace import Workspace
 from fastsal.models.evaluating import to_model
+from fastsal.utils.choices import CURVATURES, Curvature
 
 # The rows of the largest parameter of one micro-batch stay below this.
 _ROW_BYTES = 128 * 2**20
@@ -65,17 +66,17 @@ class GradientEngine:
         parameters: Mapping[str, nn.Parameter],
         *,
         loss: str | LossFunction = "cross-entropy",
-        labels: str = "true",
+        curvature: Curvature = "empirical",
         seed: int = 0,
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
         loss_scale: float | None = None,
     ) -> None:
-        if labels not in ("true", "sampled", "features"):
-            raise InvalidArgument(f"labels: takes 'true', 'sampled' or 'features', got {labels!r}")
-        if labels == "features" and loss != "cross-entropy":
+        if curvature not in CURVATURES:
+            raise InvalidArgument(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+        if curvature == "features" and loss != "cross-entropy":
             raise InvalidArgument(
-                "loss: labels='features' has its own, that of matching features; leave loss out"
+                "loss: curvature='features' has its own, that of matching features; leave loss out"
             )
         if micro_batch is not None and micro_batch < 1:
             raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
@@ -91,8 +92,8 @@ class GradientEngine:
                 )
         self._model = model
         self._parameters = dict(parameters)
-        self._sampled = labels == "sampled"
-        self._by_features = labels == "features"
+        self._sampled = curvature == "sampled"
+        self._by_features = curvature == "features"
         self._classify = loss == "cross-entropy" and not self._by_features
         first = next(iter(self._parameters.values()))
         self._device = first.device
@@ -162,7 +163,7 @@ class GradientEngine:
 
         Args:
             images: `[n, C, H, W]`, normalised floating point; or tokens `[n, L]`, int64 or int32.
-            labels: `[n]`, or what `loss` takes, `[n, ...]`; may be None with `labels="sampled"`,
+            labels: `[n]`, or what `loss` takes, `[n, ...]`; may be None with `curvature="sampled"`,
                 and are ignored with `"features"`.
             sink: Called as `sink(name, rows)` once a parameter and micro-batch, during the
                 backward pass (after it, with a loss scale). `rows` `[n, *shape]` is contiguous,
@@ -313,7 +314,7 @@ class GradientEngine:
         if isinstance(outputs, Tensor):
             self._outputs = tuple(outputs.shape[1:])
         if self._classify or self._sampled:
-            why = "the cross-entropy" if self._classify else "labels='sampled'"
+            why = "the cross-entropy" if self._classify else "curvature='sampled'"
             self._classes = checks.check_logits(outputs, n, why)
 
     def _micro(
@@ -348,7 +349,7 @@ class GradientEngine:
         hooks.flush()
         if self._fallback is not None:
             if labels is None:
-                raise DataError("labels: None is taken only with labels='sampled' or 'features'")
+                raise DataError("labels: None is taken only with curvature='sampled' or 'features'")
             self._fallback.rows(images.detach(), labels, sink)
         self.samples_seen += n
         return values.float()

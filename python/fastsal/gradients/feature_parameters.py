@@ -48,7 +48,7 @@ def without_classifier(
     if not left:
         raise InvalidArgument(
             f"parameters: the features of {type(model).__name__} depend on none of "
-            f"{', '.join(chosen)}; with labels='features' takes weights before the classifier"
+            f"{', '.join(chosen)}; with curvature='features' takes weights before the classifier"
         )
     return left
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,15 @@ from torch import Tensor
 
 from fastsal.errors import DataError, InvalidArgument, NonFiniteGradient
 from fastsal.gradients.precision import at_least_float32, row_dtype
+from fastsal.utils.choices import Curvature
 
 LossFunction = Callable[[Any, Any], Tensor]
+# What becomes of the labels that batches bring.
+LABEL_USE: dict[Curvature, Literal["required", "optional", "ignored"]] = {
+    "empirical": "required",
+    "sampled": "optional",
+    "features": "ignored",
+}
 
 # Integers of more axes are taken for pixels that were not normalised.
 _TOKEN_AXES = 3
@@ -100,7 +107,7 @@ def check_images(images: Any) -> None:
 def check_labels(labels: Any, n: int) -> None:
     """Check what can be known before the model has run."""
     if labels is None:
-        raise DataError("labels: None is taken only with labels='sampled' or 'features'")
+        raise DataError("labels: None is taken only with curvature='sampled' or 'features'")
     if not isinstance(labels, Tensor):
         raise DataError(f"labels: takes a tensor, got {type(labels).__name__}")
     if labels.dim() == 0 or labels.shape[0] != n:

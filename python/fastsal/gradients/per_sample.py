@@ -12,6 +12,7 @@ from fastsal.gradients.engine import GradientEngine
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.models.selection import select_parameters
+from fastsal.utils.choices import Curvature
 
 
 def per_sample_gradients(
@@ -21,7 +22,7 @@ def per_sample_gradients(
     *,
     parameters: str | Sequence[str] | None = None,
     loss: str | LossFunction = "cross-entropy",
-    labels_mode: str = "true",
+    curvature: Curvature = "empirical",
     seed: int = 0,
     autocast: torch.dtype | None = None,
     micro_batch: int | None = None,
@@ -30,7 +31,7 @@ def per_sample_gradients(
     """Return the gradient of each sample's loss, name to `[n, *shape]`, float32 or float64.
 
     Convenient where everything fits into memory; `GradientEngine` hands rows over one parameter
-    at a time. The arguments are those of `GradientEngine` (`labels_mode` is its `labels`) and of
+    at a time. The arguments are those of `GradientEngine` and of
     `select_parameters`.
     """
     selected = select_parameters(model, parameters)
@@ -53,7 +54,7 @@ def per_sample_gradients(
         model,
         selected,
         loss=loss,
-        labels=labels_mode,
+        curvature=curvature,
         seed=seed,
         autocast=autocast,
         micro_batch=micro_batch,

@@ -13,6 +13,7 @@ from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.gradients import choose_micro_batch
+from fastsal.gradients.losses import LABEL_USE
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
@@ -32,8 +33,8 @@ class Job:
         chosen: Name to parameter.
         statistics: Arguments of `collect` but model, batches, samples and seed.
         loss: `(outputs, labels)` to losses `[n]`.
-        dense: Name to the weights whose features are to be matched, with `labels="features"`; None
-            where the model has them.
+        dense: Name to the weights whose features are to be matched, with `curvature="features"`;
+            None where the model has them.
     """
 
     model: nn.Module
@@ -49,16 +50,16 @@ class Job:
         """The images, checked; nothing without any."""
         if self.batches is None:
             return ()
-        return as_batches(self.batches, self.samples, self.statistics["labels"])
+        return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
 
     def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
-        """Images to measure a model on, by its loss or, with `labels="features"`, its features.
+        """Images to measure a model on, by its loss or, with `curvature="features"`, its features.
 
         They go through the model in micro-batches, of which the statistics know the size.
         """
         size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
         images = list(in_micro_batches(images, size, size))
-        if self.statistics["labels"] != "features":
+        if self.statistics["curvature"] != "features":
             return HeldOut.of(self.model, images, self.loss)
         if self.dense is None:
             return HeldOutFeatures.of(self.model, images)

@@ -1,4 +1,4 @@
-"""What `labels="features"` needs: weights that features depend on, and the loss of matching them.
+"""Losses on held-out images, by labels or by matching the features of the dense model.
 
 The loss is that of hints (FitNets, Romero et al., 2015): how far the features of a pruned model are
 from those of the dense one. It needs neither labels nor a classifier. Its Hessian at the dense

@@ -30,6 +30,7 @@ from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.pruning.step import Plan
+from fastsal.utils.choices import Curvature
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def prune(
     pattern: str | None = None,
     floor: float = 0.0,
     loss: str | Loss = "cross-entropy",
-    labels: str = "true",
+    curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     precision: str = "float32",
     micro_batch: int | None = None,
@@ -130,10 +131,10 @@ def prune(
             chosen by joint costs (`rank_pattern`), M up to 8.
         floor: Least kept fraction of any parameter.
         loss: As for `collect`; so are all that follow.
-        labels: `"true"`, `"sampled"` or `"features"`. With the last, batches need no labels and the
-            model no classifier (its weights are not pruned unless they are named exactly), and the
-            held-out loss is that of matching the dense model's features, `½ ‖f_θ(x) − f(x)‖² / F`,
-            an image counting at most what the mean feature costs as a guess.
+        curvature: `"empirical"`, `"sampled"` or `"features"`. With the last, batches need no labels
+            and the model no classifier (its weights are not pruned unless they are named exactly),
+            and the held-out loss is that of matching the dense model's features,
+            `½ ‖f_θ(x) − f(x)‖² / F`, an image counting at most what the mean feature costs as a guess.
         parameters: Names or patterns.
         precision: Of the sums.
         micro_batch: Samples of one pass.
@@ -186,7 +187,7 @@ def prune(
     plan.check(rounds, batches, recalibrate=recalibrate)
     check_samples(samples)
     chosen = select_parameters(model, parameters)
-    if labels == "features":
+    if curvature == "features":
         images, batches = _first_images(batches, samples)
         chosen = without_classifier(model, chosen, parameters, images)
         parameters = list(chosen)
@@ -194,7 +195,7 @@ def prune(
     statistics: dict[str, Any] = {
         "block_size": block_size,
         "loss": loss,
-        "labels": labels,
+        "curvature": curvature,
         "parameters": parameters,
         "precision": precision,
         "micro_batch": micro_batch,
@@ -220,7 +221,7 @@ def prune(
     elif scratch is not None or scratch_budget is not None:
         raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
     # Only a later round that measures has weights that are not the dense ones.
-    dense = copies(chosen) if labels == "features" and recalibrate and rounds > 1 else None
+    dense = copies(chosen) if curvature == "features" and recalibrate and rounds > 1 else None
     job = makers.job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
     limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
     # Bad fractions are refused before anything is computed.
@@ -234,7 +235,7 @@ def prune(
             how = {f.name: getattr(plan, f.name) for f in fields(Plan) if f.name != "shelf"}
             asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
             keeper = makers.checkpoint(
-                checkpoint, {**asked, "precision": precision, "labels": labels}
+                checkpoint, {**asked, "precision": precision, "curvature": curvature}
             )
         goals = rising_goals(sparsity, rounds)
         done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
@@ -262,4 +263,4 @@ def _first_images(
     else:
         first = list(itertools.islice(batches, 1))
     most = None if samples is None else 1
-    return next(as_batches(first, most, "features"))[0], batches
+    return next(as_batches(first, most, "ignored"))[0], batches

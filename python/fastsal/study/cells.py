@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
+from fastsal.utils.choices import Curvature
 
 # Rows made by another version of the engine are not mixed with these.
 ENGINE = 1
@@ -39,9 +40,9 @@ class Cell:
     key: str
 
     @property
-    def labels(self) -> str:
-        """Of the statistics."""
-        return self.criterion.labels or self.source.labels
+    def curvature(self) -> Curvature:
+        """Curvature of the statistics."""
+        return self.criterion.curvature or self.source.curvature
 
     def facts(self) -> dict[str, Any]:
         """Return the columns that say which cell it is."""

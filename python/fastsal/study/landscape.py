@@ -106,7 +106,7 @@ def _fisher(source: Source, name: str, task: Task) -> BlockFisher:
             shuffle_seed=source.seed,
         ),
         block_size=study.block_size,
-        labels=source.labels,
+        curvature=source.curvature,
         parameters=source.parameters,
     )
 

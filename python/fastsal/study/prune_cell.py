@@ -50,7 +50,7 @@ def prune_cell(source: Source, cell: Cell) -> Pruned:
     )
     model = source.models[0]
     chosen = select_parameters(model, source.parameters)
-    job = Job(model, None, None, plan, chosen, {"labels": source.labels}, cross_entropy)
+    job = Job(model, None, None, plan, chosen, {"curvature": source.curvature}, cross_entropy)
     waited = 0.0
     own: list[float] = []
 

@@ -25,6 +25,7 @@ from fastsal.study.tables import require_tables, write_tables
 from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
+from fastsal.utils.choices import Curvature
 from fastsal.utils.machine import peak_memory, threads, versions_of
 from fastsal.utils.progress import Report, reporter
 
@@ -137,12 +138,12 @@ def _with_sources(
             backbone = open_backbone(study, model, tasks, store.heads)
         except FastsalError as error:
             backbone = error
-        for (settings, seed, labels), group in groupby(
-            of_model, key=lambda c: (c.source, c.seed, c.labels)
+        for (settings, seed, curvature), group in groupby(
+            of_model, key=lambda c: (c.source, c.seed, c.curvature)
         ):
             source: Source | FastsalError
             try:
-                source = _opened(study, backbone, settings, tasks, seed, labels)
+                source = _opened(study, backbone, settings, tasks, seed, curvature)
             except FastsalError as error:
                 source = error
             for cell in group:
@@ -155,11 +156,11 @@ def _opened(
     settings: SourceSettings,
     tasks: Mapping[str, Task],
     seed: int,
-    labels: str,
+    curvature: Curvature,
 ) -> Source:
     if isinstance(backbone, FastsalError):
         raise backbone
-    return Source(study, settings, backbone, parts_of(settings, tasks, seed), seed, labels)
+    return Source(study, settings, backbone, parts_of(settings, tasks, seed), seed, curvature)
 
 
 def _result(store: Store, source: Source | FastsalError, cell: Cell) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def _run(store: Store, source: Source, cell: Cell) -> dict[str, Any]:
             cell.sparsity, cell.seed, study.seeds
         ):
             extra["landscape"] = landscape_of(source, states)
-            if source.labels == source.settings.labels:
+            if source.curvature == source.settings.curvature:
                 extra["overlap"] = overlap_of(source)
     finally:
         restore(backbone.tensors, backbone.dense)

@@ -27,6 +27,7 @@ from fastsal.study.backbones import Backbone
 from fastsal.study.images import SourcePart
 from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.transfer.headed import PREFIX, Headed
+from fastsal.utils.choices import Curvature
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Source:
         backbone: the model, dense when this is made.
         parts: its tasks and their images.
         seed: of the draw.
-        labels: of the statistics, as for `collect`.
+        curvature: of the statistics, as for `collect`.
         models: the backbone with the head of each part.
         seconds: that the statistics of the first round took.
         shared: those statistics, at the dense weights.
@@ -52,7 +53,7 @@ class Source:
     backbone: Backbone
     parts: list[SourcePart]
     seed: int
-    labels: str
+    curvature: Curvature
     models: list[Headed] = field(init=False)
     targets: list[npt.NDArray[np.int64]] = field(init=False)
     seconds: float = 0.0
@@ -64,7 +65,7 @@ class Source:
             Headed(self.backbone.model, [self.backbone.sources[part.task]]) for part in self.parts
         ]
         self.targets = [part.tune.y for part in self.parts]
-        if self.settings.labels != "true" and self.study.finetune is not None:
+        if self.settings.curvature != "empirical" and self.study.finetune is not None:
             self.targets = [
                 predicted(model, part.tune, self.backbone.spec, self.study.batch_size)
                 for model, part in zip(self.models, self.parts, strict=True)
@@ -113,9 +114,9 @@ class Source:
 
     def _measured(self, model: nn.Module, held: list[Pair]) -> Measured:
         """What λ is chosen by: the loss that the statistics are of."""
-        if self.labels == "features":
+        if self.curvature == "features":
             return HeldOutFeatures.of(model, held)
-        known = [(x, y if self.labels == "true" else None) for x, y in held]
+        known = [(x, y if self.curvature == "empirical" else None) for x, y in held]
         return HeldOut.of(model, known, cross_entropy)
 
     def _add(self, sums: BlockFisher | None, more: BlockFisher, weight: float) -> BlockFisher:
@@ -134,7 +135,7 @@ class Source:
             model,
             images,
             block_size=self.study.block_size,
-            labels=self.labels,
+            curvature=self.curvature,
             parameters=self.parameters,
             seed=seed,
         )

@@ -197,7 +197,7 @@ def test_sampled_labels():
             return F.cross_entropy(outputs, labels, reduction="none")
 
         with engine_for(
-            model, loss=loss, labels="sampled", seed=seed, micro_batch=micro_batch
+            model, loss=loss, curvature="sampled", seed=seed, micro_batch=micro_batch
         ) as engine:
             engine.run(wide, None, ignore)
         return torch.cat(drawn[1:])  # the first call is the probe's
@@ -211,7 +211,7 @@ def test_sampled_labels():
 def test_sampled_gradients_equal_true_ones_at_these_labels():
     model = net().eval()
     images, _ = data()
-    rows = per_sample_gradients(model, images, None, labels_mode="sampled", seed=5)
+    rows = per_sample_gradients(model, images, None, curvature="sampled", seed=5)
     uniforms = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     cumulative = model(images).softmax(1).cumsum(1)
     labels = (cumulative <= uniforms[:, None]).sum(1)
@@ -403,7 +403,7 @@ def test_wrong_use():
         GradientEngine(model, selected).run(*data(), ignore)
     with pytest.raises(UnknownParameter, match=r"5\.weight"):
         GradientEngine(net(), {"5.weight": selected["5.weight"]})
-    for options in ({"labels": "drawn"}, {"micro_batch": 0}, {"autocast": torch.float32}):
+    for options in ({"curvature": "drawn"}, {"micro_batch": 0}, {"autocast": torch.float32}):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             GradientEngine(model, selected, **options)
     with pytest.raises(InvalidArgument, match="nothing"):

@@ -303,8 +303,8 @@ def test_collect_score_and_compensate(case, dtype):
         {},
         {"criterion": "magnitude", "compensate": False},
         {"rounds": 2, "criterion": "block-fisher", "recalibrate": True},
-        {"labels": "features"},
-        {"labels": "sampled", "damping": 1e-3},
+        {"curvature": "features"},
+        {"curvature": "sampled", "damping": 1e-3},
     ],
 )
 def test_prune(dtype, arguments):

@@ -294,10 +294,10 @@ def test_decoder_is_pruned(is_tied):
 def test_decoder_without_labels():
     model, _ = decoder(tied=False)
     tokens = sequences(16)[0]
-    fisher = fastsal.collect(model, [tokens], labels="features", block_size=8)
+    fisher = fastsal.collect(model, [tokens], curvature="features", block_size=8)
     assert "head.weight" not in fisher.names
     assert all(v.any() for v in fisher.diagonal().values())
-    result = fastsal.prune(model, [tokens], 0.5, labels="features", block_size=8)
+    result = fastsal.prune(model, [tokens], 0.5, curvature="features", block_size=8)
     result.masks.verify(model)
 
 

@@ -392,7 +392,7 @@ def test_labels_may_be_missing_where_they_are_drawn():
     results = []
     for batches in ([images], [(images, None)], [(images, labels)]):
         model = trained()
-        result = prune(model, batches, 0.5, labels="sampled", seed=2)
+        result = prune(model, batches, 0.5, curvature="sampled", seed=2)
         assert gone(result.masks) == round(0.5 * TOTAL)
         assert result.history[0]["samples"] == 64
         results.append((result.masks, state(model)))
@@ -456,7 +456,7 @@ REFUSED = {
     "floor": ({"floor": 2}, InvalidArgument, "^floor: got 2"),
     "floor and sparsity": ({"floor": 0.6}, InvalidArgument, "^sparsity: 0.5 would prune"),
     "block size": ({"block_size": 0}, InvalidArgument, "^block_size: got 0"),
-    "labels": ({"labels": "none"}, InvalidArgument, "^labels: "),
+    "curvature": ({"curvature": "none"}, InvalidArgument, "^curvature must be"),
     "loss": ({"loss": "l2"}, InvalidArgument, "^loss: "),
     "parameters": ({"parameters": "x"}, UnknownParameter, "^parameters: 'x'"),
     "no batches": ({"batches": None}, InvalidArgument, "^batches: is None"),

@@ -117,7 +117,7 @@ BAD = [
     ('tasks = "a"', 'tasks = "c"', "line 19: sources[0].tasks: there is no task 'c'; takes a, b"),
     ('tasks = "a"', "tasks = {a = 0}", "sources[0].tasks.a: got 0; takes a weight above 0"),
     ('tasks = "a"', 'tasks = "a"\ndecay = 0.5', "line 20: sources[0].decay: is for a list of two"),
-    ('tasks = "a"', 'tasks = "a"\nlabels = "none"', "takes true, sampled, features"),
+    ('tasks = "a"', 'tasks = "a"\ncurvature = "none"', "takes empirical, sampled, features"),
     ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "(close: blur)"),
     ('tasks = "a"', 'tasks = "a"\nseverity = 6', "takes 1 to 5"),
     ('"obs-greedy"', '"obs-gredy"', "line 22: criteria[0].criterion: got 'obs-gredy' (close: obs-"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Batches
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
+from fastsal.utils.choices import Curvature
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,7 +23,7 @@ def collect(
     block_size: int | None = 64,
     samples: int | None = None,
     loss: str | Loss = "cross-entropy",
-    labels: str = "true",
+    curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     memory_budget: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
@@ -38,7 +39,7 @@ def collect(
 
     The model is in evaluation mode for it, and is left exactly as it was found.
 
-    With `labels="features"` no labels are needed, nor a classifier. The features `f_θ(x)` `[F]`
+    With `curvature="features"` no labels are needed, nor a classifier. The features `f_θ(x)` `[F]`
     that a classifier is given are taken for the mean of a Gaussian: a target `y = f(x) + √F ε`,
     `ε ~ N(0, I)`, is drawn for each image, the loss is `½ ‖f_θ(x) − y‖² / F`, and the gradient is
     `−J_f(x)ᵀ ε / √F`. Its outer products sum to the Gauss–Newton matrix `JᵀJ / F` (Martens, 2020,
@@ -52,17 +53,17 @@ def collect(
             Its weights may be float16 or bfloat16: gradients and sums are float32 then.
         batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised
             (or tokens `[n, L]`, int64 or int32), `[n]` integer (or what `loss` takes, `[n, ...]`).
-            With `labels="sampled"` and `"features"` the labels may be missing: None, or images
+            With `curvature="sampled"` and `"features"` the labels may be missing: None, or images
             alone.
         block_size: Weights of a block; None takes each parameter as one block.
         samples: Stop after so many; None takes all.
         loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`;
             outputs come in float32 at least.
-        labels: `"true"` for the empirical Fisher; `"sampled"` draws labels from the model's own
-            softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
+        curvature: `"empirical"` for the empirical Fisher; `"sampled"` draws labels from the model's
+            own softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
         parameters: Names or patterns; None takes the weights of Linear and ConvNd (tables of
             Embedding are taken where they are named, see `fastsal.models.selection`). With
-            `labels="features"` the classifier's are left out unless they are named exactly, as
+            `curvature="features"` the classifier's are left out unless they are named exactly, as
             features do not depend on them.
         memory_budget: Bytes that this may add to the process, or text as `"8GiB"`: statistics,
             rows, what a forward and backward pass takes. Where the statistics do not fit, the
@@ -96,7 +97,7 @@ def collect(
         block_size=block_size,
         samples=samples,
         loss=loss,
-        labels=labels,
+        curvature=curvature,
         parameters=parameters,
         memory_budget=memory_budget,
         scratch=scratch,

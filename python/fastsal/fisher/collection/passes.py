@@ -14,6 +14,7 @@ from fastsal.fisher.parts import Parts
 from fastsal.fisher.sinks.choosing import choose_sink
 from fastsal.gradients import GradientEngine
 from fastsal.gradients.losses import LossFunction
+from fastsal.utils.choices import Curvature
 from fastsal.utils.progress import Report
 
 
@@ -37,7 +38,7 @@ class Gradients:
     model: nn.Module
     chosen: Mapping[str, nn.Parameter]
     loss: str | LossFunction
-    labels: str
+    curvature: Curvature
     seed: int
     autocast: torch.dtype | None
     loss_scale: float | None
@@ -52,7 +53,7 @@ class Gradients:
             self.model,
             {name: p for name, p in self.chosen.items() if name in wanted},
             loss=self.loss,
-            labels=self.labels,
+            curvature=self.curvature,
             seed=self.seed,
             autocast=self.autocast,
             loss_scale=self.loss_scale,

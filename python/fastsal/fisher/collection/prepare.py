@@ -20,7 +20,8 @@ from fastsal.fisher.parts import rows
 from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.losses import LABEL_USE, LossFunction
+from fastsal.utils.choices import Curvature
 from fastsal.utils.sizes import parse_bytes
 
 
@@ -31,7 +32,7 @@ def prepare(
     block_size: int | None = 64,
     samples: int | None = None,
     loss: str | LossFunction = "cross-entropy",
-    labels: str = "true",
+    curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     memory_budget: int | str | None = None,
     scratch: str | os.PathLike[str] | None = None,
@@ -55,8 +56,8 @@ def prepare(
     if micro_batch is not None and micro_batch < 1:
         raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
     chosen = select_parameters(model, parameters)
-    source = Source(batches, samples, labels)
-    if labels == "features":
+    source = Source(batches, samples, LABEL_USE[curvature])
+    if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])
     fisher = BlockFisher(
         {name: tuple(p.shape) for name, p in chosen.items()},
@@ -68,7 +69,7 @@ def prepare(
         share = replace(share, unit=rows(fisher.shapes, block_size))
     size = micro_batch or choose_micro_batch(chosen)
     step = step_rows(chosen, fisher.final_nbytes, size, samples)
-    how = Gradients(model, chosen, loss, labels, seed, autocast, loss_scale, size, step, samples)
+    how = Gradients(model, chosen, loss, curvature, seed, autocast, loss_scale, size, step, samples)
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
             raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")

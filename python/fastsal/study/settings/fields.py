@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastsal.errors import InvalidArgument
 from fastsal.study.settings.toml_lines import Place, line_of
+
+Choice = TypeVar("Choice", bound=str)
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class Reader:
         """A string, or None where there is none."""
         return self.text(key) if key in self.table else None
 
-    def choice(self, key: str, known: Sequence[str], default: str) -> str:
+    def choice(self, key: str, known: Sequence[Choice], default: Choice) -> Choice:
         """One of some strings."""
         value = self.text(key, default)
         if value not in known:
             close = difflib.get_close_matches(value, known, n=1)
             hint = f" (close: {close[0]})" if close else ""
             raise self.error(key, f"got {value!r}{hint}; takes {', '.join(known)}")
-        return value
+        return next(each for each in known if each == value)  # the same text, of the narrower type
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""

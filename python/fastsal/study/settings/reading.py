@@ -13,7 +13,6 @@ from fastsal.study.settings.fields import Reader
 from fastsal.study.settings.schema import (
     CORRUPTIONS,
     HEADS,
-    LABELS,
     SAVES,
     CriterionSettings,
     FinetuneSettings,
@@ -25,6 +24,7 @@ from fastsal.study.settings.schema import (
     TaskSettings,
 )
 from fastsal.study.settings.toml_lines import read_toml
+from fastsal.utils.choices import CURVATURES
 
 
 def load_study(
@@ -135,7 +135,7 @@ def _task(r: Reader) -> TaskSettings:
 
 def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
     r.only(
-        "name", "tasks", "samples", "labels", "corruption", "severity", "imbalance", "decay"
+        "name", "tasks", "samples", "curvature", "corruption", "severity", "imbalance", "decay"
     )  # fmt: skip
     given = r.table.get("tasks")
     if isinstance(given, Mapping):
@@ -165,7 +165,7 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
         name=r.text("name", " + ".join(weights)),
         tasks=weights,
         samples=r.optional_count("samples") or samples,
-        labels=r.choice("labels", LABELS, "true"),
+        curvature=r.choice("curvature", CURVATURES, "empirical"),
         corruption=corruption,
         severity=severity,
         imbalance=r.number("imbalance", 1.0, lambda v: 0 < v <= 1, "a ratio above 0, to 1"),
@@ -177,7 +177,7 @@ def _criterion(r: Reader) -> CriterionSettings:
     from fastsal.pruning.criteria.registry import CRITERIA
 
     r.only(
-        "name", "criterion", "compensate", "damping", "labels", "rounds", "scope", "floor",
+        "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
         "pattern",
     )  # fmt: skip
     criterion = r.choice("criterion", tuple(CRITERIA), "")
@@ -189,9 +189,9 @@ def _criterion(r: Reader) -> CriterionSettings:
     name = criterion
     if compensate != CRITERIA[criterion].needs_damping:
         name += " + compensation" if compensate else " alone"
-    labels = r.choice("labels", LABELS, "") if "labels" in r.table else None
-    if labels is not None:
-        name += f", {labels}" if labels == "features" else f", {labels} labels"
+    curvature = r.choice("curvature", CURVATURES, "empirical") if "curvature" in r.table else None
+    if curvature is not None:
+        name += f", {curvature}"
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
     pattern = r.optional_text("pattern")
     if pattern is not None:
@@ -209,7 +209,7 @@ def _criterion(r: Reader) -> CriterionSettings:
         criterion=criterion,
         compensate=compensate,
         damping=damping,
-        labels=labels,
+        curvature=curvature,
         rounds=rounds,
         scope=r.choice("scope", ("global", "layer", "erk"), "global"),
         floor=r.share("floor", 0.0),

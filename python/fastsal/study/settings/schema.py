@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastsal.utils.choices import Curvature
+
 HEADS = ("ridge", "knn", "probe", "own")
 CORRUPTIONS = ("gaussian-noise", "blur", "jpeg", "brightness", "contrast")
 MOST_SAMPLES = 1024  # images of statistics where none are asked for
-LABELS = ("true", "sampled", "features")
 SAVES = ("none", "masks", "models")
 
 Named = TypeVar("Named", "ModelSettings", "TaskSettings", "SourceSettings", "CriterionSettings")
@@ -85,7 +86,7 @@ class SourceSettings:
     name: str
     tasks: Mapping[str, float]
     samples: int | None = None
-    labels: str = "true"
+    curvature: Curvature = "empirical"
     corruption: str | None = None
     severity: int = 3
     imbalance: float = 1.0
@@ -113,7 +114,7 @@ class CriterionSettings:
     criterion: str
     compensate: bool = True
     damping: float | str = "auto"
-    labels: str | None = None
+    curvature: Curvature | None = None
     rounds: tuple[int, ...] | None = None
     scope: str = "global"
     floor: float = 0.0

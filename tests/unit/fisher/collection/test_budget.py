@@ -48,9 +48,9 @@ def test_sums_are_those_without_a_budget(tmp_path, budget, samples):
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("labels", ["sampled", "features"])
-def test_what_is_drawn_is_the_same_in_every_pass(tmp_path, labels):
-    model, how = net(), {"micro_batch": 4, "labels": labels, "seed": 3}
+@pytest.mark.parametrize("curvature", ["sampled", "features"])
+def test_what_is_drawn_is_the_same_in_every_pass(tmp_path, curvature):
+    model, how = net(), {"micro_batch": 4, "curvature": curvature, "seed": 3}
     limited = fastsal.collect(model, images(), memory_budget="92MiB", scratch=tmp_path, **how)
     assert_equal(limited, fastsal.collect(model, images(), **how))
 
@@ -78,12 +78,12 @@ HOW = [
     {"damping": 1e-4},
     {"damping": "auto"},
     {"damping": "auto", "rounds": 3},
-    {"damping": "auto", "labels": "features", "recalibrate": True},
+    {"damping": "auto", "curvature": "features", "recalibrate": True},
     {"pattern": "2:4", "damping": 1e-4},
     {"pattern": "1x4", "damping": 1e-4, "floor": 0.1},
     {"criterion": "block-fisher", "compensate": False, "damping": 1e-3},
     {"criterion": "magnitude", "damping": 1e-3},
-    {"labels": "sampled", "damping": 1e-3},
+    {"curvature": "sampled", "damping": 1e-3},
 ]
 
 

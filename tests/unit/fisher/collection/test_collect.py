@@ -204,7 +204,7 @@ def test_sampled_labels_are_reproducible():
     model, (images, labels) = net(), data(40)
 
     def diagonal(batches, **arguments):
-        fisher = collect(model, batches, labels="sampled", precision="float64", **arguments)
+        fisher = collect(model, batches, curvature="sampled", precision="float64", **arguments)
         return fisher.diagonal()["7.weight"]
 
     first = diagonal([(images, labels)], seed=3)
@@ -231,7 +231,7 @@ def test_sampled_labels_tend_to_the_true_fisher():
         g = rows(model, images, torch.full((4,), c))["7.weight"]
         want = want + (p[:, c, None, None] * g.square()).mean(0)
     repeated = images.repeat(2000, 1, 1, 1)
-    got = collect(model, [repeated], labels="sampled").diagonal()["7.weight"]
+    got = collect(model, [repeated], curvature="sampled").diagonal()["7.weight"]
     assert (got - want).norm() < 0.05 * want.norm()
 
 
@@ -306,7 +306,7 @@ def bad_batches():
         "none": ([None], "batches: batch 0 is NoneType"),
         "arrays": ([(images.numpy(), labels)], "batches: batch 0 has no images"),
         "integers": ([((images * 10).long(), labels)], "images: takes normalised floating point"),
-        "no labels": ([(images, None)], "labels: None is taken only with labels='sampled'"),
+        "no labels": ([(images, None)], "labels: None is taken only with curvature='sampled'"),
         "one label": ([(images, 3)], "labels: batch 0 has"),
         "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 has"),
         "more labels": ([(images[:5], labels)], r"labels: batch 0 has \[8\] for 5 images"),
@@ -341,7 +341,7 @@ def test_fewer_samples_than_asked_for():
         ({"block_size": 0}, InvalidArgument, "block_size: got 0"),
         ({"precision": "half"}, InvalidArgument, "precision: got 'half'"),
         ({"micro_batch": 0}, InvalidArgument, "micro_batch: "),
-        ({"labels": "drawn"}, InvalidArgument, "labels: .*'drawn'"),
+        ({"curvature": "drawn"}, InvalidArgument, "curvature must be .*'drawn'"),
         ({"loss": "hinge"}, InvalidArgument, "loss: .*'hinge'"),
         ({"autocast": torch.float64}, InvalidArgument, "autocast: "),
         ({"memory_budget": 1000}, InvalidArgument, "memory_budget: got 1 KiB; takes at least"),
@@ -410,11 +410,11 @@ def peculiar():
     return model
 
 
-@pytest.mark.parametrize("labels", ["true", "sampled"])
-def test_the_model_is_left_as_it_was(labels):
+@pytest.mark.parametrize("curvature", ["empirical", "sampled"])
+def test_the_model_is_left_as_it_was(curvature):
     model = peculiar()
     before = everything(model)
-    collect(model, [data(9), data(3)], labels=labels, micro_batch=2)
+    collect(model, [data(9), data(3)], curvature=curvature, micro_batch=2)
     assert_untouched(model, before)
 
 

@@ -115,7 +115,7 @@ def features_with_graph(model, x):
 def test_statistics_equal_a_loop_with_autograd(kind, names, micro_batch):
     model, x = made(kind), images(13)
     fisher = collect(
-        model, [x[:6], (x[6:7], None), (x[7:], "no labels")], labels="features", seed=3,
+        model, [x[:6], (x[6:7], None), (x[7:], "no labels")], curvature="features", seed=3,
         precision="float64", micro_batch=micro_batch, block_size=6,
     )  # fmt: skip
     assert fisher.names == names
@@ -132,7 +132,7 @@ def test_statistics_equal_a_loop_with_autograd(kind, names, micro_batch):
 def test_weights_without_a_rule_get_the_same_draws():
     model, x, names = made(Table), images(7), ["scale", "conv.weight"]
     found = per_sample_gradients(
-        model, x, None, parameters=names, labels_mode="features", seed=1, micro_batch=3
+        model, x, None, parameters=names, curvature="features", seed=1, micro_batch=3
     )
     for name, rows in slow_rows(model, x, names, 1).items():
         torch.testing.assert_close(found[name], rows, rtol=1e-9, atol=1e-13)
@@ -142,7 +142,7 @@ def test_the_mean_over_draws_is_the_gauss_newton_matrix():
     model, x = made(Plain), images(3)
     draws = 4000
     fisher = collect(
-        model, [x.repeat(draws, 1, 1, 1)], labels="features", parameters="mix.weight",
+        model, [x.repeat(draws, 1, 1, 1)], curvature="features", parameters="mix.weight",
         block_size=None, precision="float64", micro_batch=1000,
     )  # fmt: skip
     model.eval()
@@ -175,7 +175,7 @@ def test_labels_are_not_looked_at_and_the_model_is_left_as_found():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     found = [
-        collect(model, batches, labels="features").blocks("mix.weight")
+        collect(model, batches, curvature="features").blocks("mix.weight")
         for batches in ([x], [[x]], [(x, None)], [(x, torch.full((8,), -7))], [(x, ["a"] * 8)])
     ]
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -189,7 +189,7 @@ def test_labels_are_not_looked_at_and_the_model_is_left_as_found():
 def test_the_classifier_is_left_out_where_features_do_not_need_it():
     x = images(8)
     chosen = {
-        kind: [collect(made(kind), [x], labels="features", parameters=asked).names
+        kind: [collect(made(kind), [x], curvature="features", parameters=asked).names
                for asked in (None, "*", ["!conv.*"])]
         for kind in (Plain, Backbone)
     }  # fmt: skip
@@ -198,21 +198,21 @@ def test_the_classifier_is_left_out_where_features_do_not_need_it():
         ["mix.weight", "fc.weight"]
     ]
     with pytest.raises(UnsupportedLayer, match=r"no gradient reaches fc\.weight"):
-        collect(made(Plain), [x], labels="features", parameters="fc.weight")
+        collect(made(Plain), [x], curvature="features", parameters="fc.weight")
     with pytest.raises(InvalidArgument, match="features of Plain depend on none of fc.weight"):
-        collect(made(Plain), [x], labels="features", parameters="f*")
+        collect(made(Plain), [x], curvature="features", parameters="f*")
 
 
 def test_what_is_not_taken():
     model, x = made(Plain), images(4)
-    with pytest.raises(InvalidArgument, match="labels: takes 'true', 'sampled' or 'features'"):
-        collect(model, [(x, None)], labels="feature")
-    with pytest.raises(InvalidArgument, match="^loss: labels='features' has its own"):
-        collect(model, [x], labels="features", loss=lambda out, y: out.sum(1))
+    with pytest.raises(InvalidArgument, match="curvature must be one of"):
+        collect(model, [(x, None)], curvature="feature")
+    with pytest.raises(InvalidArgument, match="^loss: curvature='features' has its own"):
+        collect(model, [x], curvature="features", loss=lambda out, y: out.sum(1))
     with pytest.raises(DataError, match="^batches: is empty"):
-        collect(model, [], labels="features")
+        collect(model, [], curvature="features")
     with pytest.raises(UnsupportedLayer, match="neither forward_features nor a Linear"):
-        collect(nn.Conv2d(2, 3, 3), [x.float()], labels="features")
+        collect(nn.Conv2d(2, 3, 3), [x.float()], curvature="features")
 
 
 @pytest.mark.parametrize(
@@ -227,12 +227,12 @@ def test_timm_models_with_and_without_a_classifier(name, options, pixels):
     torch.manual_seed(0)
     model = timm.create_model(name, **options)
     x = torch.randn(6, 3, pixels, pixels)
-    fisher = collect(model, [x], labels="features", micro_batch=3)
+    fisher = collect(model, [x], curvature="features", micro_batch=3)
     expected = [n for n in select_parameters(model) if not n.startswith(("head.", "fc."))]
     assert fisher.names == expected
     assert all(float(d.sum()) > 0 for d in fisher.diagonal().values())
     before = features(model.eval(), x)
-    result = prune(model, [x], 0.3, labels="features", samples=6, damping=1e-4)
+    result = prune(model, [x], 0.3, curvature="features", samples=6, damping=1e-4)
     assert list(result.masks) == expected
     after = features(model, x)
     assert (after - before).square().mean() < 0.5 * before.square().mean()
@@ -245,7 +245,7 @@ def matching_loss(model, x, target):
 def test_predicted_increase_is_that_of_the_feature_loss():
     model, x = made(Plain).eval(), images(2000)
     target = features(model, x)
-    result = prune(model, [x], 0.06, labels="features", damping=1e-9, precision="float64")
+    result = prune(model, [x], 0.06, curvature="features", damping=1e-9, precision="float64")
     measured = matching_loss(model, x, target)
     predicted = result.history[0]["predicted_increase"]
     assert measured > 1e-9
@@ -272,13 +272,13 @@ def test_held_out_loss_is_that_of_the_dense_features():
 def test_auto_damping_takes_the_least_held_out_feature_loss():
     model, x = made(Plain, torch.float32), images(400, dtype=torch.float32)
     dense = copy.deepcopy(model).eval()
-    result = prune(model, iter([x[:100], x[100:]]), 0.4, labels="features", samples=400)
+    result = prune(model, iter([x[:100], x[100:]]), 0.4, curvature="features", samples=400)
     evidence = result.history[0]["damping_evidence"]
     assert min(evidence, key=lambda pair: pair[1])[0] == result.history[0]["damping"]
     assert result.history[0]["samples"] in (350, 400)
     target = features(dense, x)
     random = copy.deepcopy(dense)
-    prune(random, [x], 0.4, labels="features", criterion="random", compensate=False)
+    prune(random, [x], 0.4, curvature="features", criterion="random", compensate=False)
     assert matching_loss(model.eval(), x, target) < 0.2 * matching_loss(random, x, target)
     # The classifier is as it was, in every case.
     for other in (model, random):
@@ -288,7 +288,7 @@ def test_auto_damping_takes_the_least_held_out_feature_loss():
 def test_a_later_round_is_measured_by_the_dense_features():
     model, x = made(Plain, torch.float32), images(160, dtype=torch.float32)
     dense = copy.deepcopy(model)
-    result = prune(model, [x], 0.5, labels="features", rounds=2, recalibrate=True)
+    result = prune(model, [x], 0.5, curvature="features", rounds=2, recalibrate=True)
     report = result.history[1]["recalibration"]
     held = HeldOutFeatures.of(dense, [(x[7::8], None)])
     last = report["after"] if report["kept"] else report["before"]
@@ -298,15 +298,15 @@ def test_a_later_round_is_measured_by_the_dense_features():
 
 def test_without_images_the_last_linear_is_the_classifier():
     model = made(Plain)
-    result = prune(model, None, 0.5, labels="features", criterion="magnitude", compensate=False)
+    result = prune(model, None, 0.5, curvature="features", criterion="magnitude", compensate=False)
     assert list(result.masks) == ["conv.weight", "mix.weight"]
 
 
 def test_a_limit_still_uses_the_labels():
     model, x = made(Plain, torch.float32), images(400, dtype=torch.float32)
     y = model.eval()(x).argmax(1)
-    result = prune(model, [(x, y)], labels="features", max_accuracy_drop=0.2)
+    result = prune(model, [(x, y)], curvature="features", max_accuracy_drop=0.2)
     assert result.safety is not None
     assert 0 < result.masks.sparsity < 1
     with pytest.raises(DataError, match="a limit is tested on labelled images"):
-        prune(made(Plain, torch.float32), [x], labels="features", max_accuracy_drop=0.2)
+        prune(made(Plain, torch.float32), [x], curvature="features", max_accuracy_drop=0.2)

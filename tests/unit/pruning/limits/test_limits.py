@@ -180,7 +180,7 @@ def test_bad_arguments_leave_the_model_alone(trained, given, match):
 def test_the_test_needs_labels(trained):
     model, (x, _) = trained
     with pytest.raises(DataError, match="labelled"):
-        fastsal.prune(model, [(x, None)], labels="sampled", max_accuracy_drop=0.1)
+        fastsal.prune(model, [(x, None)], curvature="sampled", max_accuracy_drop=0.1)
 
 
 def test_limit_of_nothing_is_none():
