@@ -1,4 +1,4 @@
-"""The pages are true to the package: names, links, Python blocks, commands and options."""
+"""The docs agree with the package: names, links, Python blocks, commands and options."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import click
 import pytest
 
 import fastsal
+import fastsal.distributed
 from fastsal.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,12 +26,10 @@ PAGES = [
     ROOT / "benches" / "results" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-# Files whose comments or docstrings hold commands, one a line.
+# A changelog also names what was removed.
+CURRENT = [p for p in PAGES if p.name != "CHANGELOG.md"]
+# Files with commands in comments or docstrings, one per line.
 COMMENTED = [*sorted((ROOT / "studies").glob("*.toml")), *sorted((ROOT / "examples").glob("*.py"))]
-
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "README.md").is_file(), reason="the pages are not beside the tests"
-)
 
 
 def name_of(path: Path) -> str:
@@ -59,8 +58,6 @@ def described() -> set[str]:
 
 
 def public() -> set[str]:
-    import fastsal.distributed
-
     names = set(fastsal.__all__) - {"__version__", "distributed"}
     return names | {f"distributed.{name}" for name in fastsal.distributed.__all__}
 
@@ -138,16 +135,47 @@ def test_python_blocks_call_what_exists(where: str, block: str):
     compile(block, where, "exec")
     for call in [n for n in ast.walk(ast.parse(block)) if isinstance(n, ast.Call)]:
         path = ast.unparse(call.func)
-        if not path.startswith("fastsal."):
-            continue
-        function = fastsal
-        for part in path.split(".")[1:]:
-            function = getattr(function, part)
-        accepted = inspect.signature(function).parameters
-        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
-            continue
+        if path.startswith("fastsal."):
+            check_keywords(where, path.removeprefix("fastsal."), call)
+
+
+def check_keywords(where: str, path: str, call: ast.Call) -> None:
+    """The function at a path below `fastsal` takes the keywords of a call."""
+    function = fastsal
+    for part in path.split("."):
+        function = getattr(function, part)
+    accepted = inspect.signature(function).parameters
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
         for keyword in call.keywords:
             assert keyword.arg in accepted, f"{where}: {path}({keyword.arg}=...)"
+
+
+def keywords() -> set[str]:
+    """Arguments of the public functions, and of the methods of public classes."""
+    functions = [getattr(fastsal, name) for name in fastsal.__all__]
+    functions += [getattr(fastsal.distributed, name) for name in fastsal.distributed.__all__]
+    for owner in [f for f in functions if inspect.isclass(f) and not issubclass(f, Exception)]:
+        functions += [m for _, m in inspect.getmembers(owner, inspect.isroutine)]
+    found: set[str] = set()
+    for function in functions:
+        try:
+            found.update(inspect.signature(function).parameters)
+        except (TypeError, ValueError):  # no function, or one of the interpreter
+            continue
+    return found
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
+def test_mentioned_arguments_exist(page: Path):
+    """`argument=value` and `function(argument=value)` in code spans."""
+    known = keywords()
+    for span in re.findall(r"`([^`\n]+)`", prose(page)):
+        if match := re.match(r"(\w+)=", span):
+            assert match[1] in known, f"{name_of(page)}: no function takes {span}"
+        if match := re.match(r"(?:fastsal\.)?(\w+)\(.*=.*\)$", span):
+            call = ast.parse(span, mode="eval").body
+            if match[1] in fastsal.__all__ and isinstance(call, ast.Call):
+                check_keywords(name_of(page), match[1], call)
 
 
 def test_there_are_python_blocks_in_the_readme():
@@ -221,7 +249,7 @@ def options_of(command: click.Command) -> set[str]:
     return named | {"--help", "-h"}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name != "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_mentioned_options_exist(page: Path):
     """An option in a code span of its own belongs to some command."""
     known = options_of(main).union(*map(options_of, main.commands.values()))
