@@ -134,7 +134,8 @@ def prune(
         curvature: `"empirical"`, `"sampled"` or `"features"`. With the last, batches need no labels
             and the model no classifier (its weights are not pruned unless they are named exactly),
             and the held-out loss is that of matching the dense model's features,
-            `½ ‖f_θ(x) − f(x)‖² / F`, an image counting at most what the mean feature costs as a guess.
+            `½ ‖f_θ(x) − f(x)‖² / F`, an image counting at most what the mean feature costs as a
+            guess.
         parameters: Names or patterns.
         precision: Of the sums.
         micro_batch: Samples of one pass.
