@@ -23,6 +23,7 @@ from fastsal.errors import DataError, FactorizationError
 from fastsal.fisher import BlockFisher
 from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import cross_entropy
+from fastsal.holdout import mean_of
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
@@ -75,12 +76,12 @@ class HeldOut:
         """Number of images."""
         return sum(images.shape[0] for images, _ in self.batches)
 
-    def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of a model on these images.
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the loss of a model on each batch, summed over its images.
 
         A cross-entropy counts at most what guessing costs, `log C`.
         """
-        total = 0.0
+        found = []
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
             out = outputs(model, images)
             if labels is not None:
@@ -89,8 +90,12 @@ class HeldOut:
                 losses = F.cross_entropy(out, target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
-            total += float(losses.double().sum())
-        return total / self.samples
+            found.append(float(losses.double().sum()))
+        return found
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the mean loss of a model on these images."""
+        return mean_of(self.losses(model), self.samples)
 
 
 def outputs(model: nn.Module, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Axes: n images, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.inputs import to_model
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
-from fastsal.holdout import Pair
+from fastsal.holdout import Pair, mean_of
 from fastsal.transfer.features import feature_outputs
 
 
@@ -101,11 +101,22 @@ class HeldOutFeatures:
     cap: float
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Pair]) -> HeldOutFeatures:
-        """Hold images out; labels are ignored."""
+    def of(
+        cls,
+        model: nn.Module,
+        batches: Sequence[Pair],
+        of_all: Callable[[list[Tensor]], list[Tensor]] = lambda features: features,
+    ) -> HeldOutFeatures:
+        """Hold images out; labels are ignored.
+
+        Args:
+            model: The dense model.
+            batches: Images; none where only others are measured.
+            of_all: Gives the features of all batches, in order, for those of these.
+        """
         images = [pair[0] for pair in batches]
         targets = [_features(model, x) for x in images]
-        variance = torch.cat(targets).double().var(dim=0, correction=0).mean()
+        variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
         # Features that are all the same, those of one image say, tell nothing about a guess.
         return cls(images, targets, float(variance) / 2 or math.inf)
 
@@ -114,13 +125,18 @@ class HeldOutFeatures:
         """Number of images."""
         return sum(len(x) for x in self.batches)
 
-    def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean of `½ ‖f_θ(x) − f(x)‖² / F`, each counting at most `cap`."""
-        total = 0.0
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, each counting at most `cap`."""
+        found = []
         for images, target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
-            total += float((error.square().mean(dim=1) / 2).clamp(max=self.cap).double().sum())
-        return total / self.samples
+            each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
+            found.append(float(each.double().sum()))
+        return found
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the mean over all images."""
+        return mean_of(self.losses(model), self.samples)
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:

@@ -28,6 +28,21 @@ class Measured(Protocol):
         """Mean loss of a model on them."""
 
 
+class InMicroBatches(Measured, Protocol):
+    """Images that are measured a micro-batch at a time."""
+
+    def losses(self, model: nn.Module) -> list[float]:
+        """Loss of a model on each micro-batch, summed over its images."""
+
+
+def mean_of(losses: Iterable[float], samples: int) -> float:
+    """The mean from the losses of micro-batches, added in their order wherever they are from."""
+    total = 0.0
+    for loss in losses:  # not `sum`, which rounds otherwise from Python 3.12 on
+        total += loss
+    return total / samples
+
+
 def holding_out(
     batches: Iterable[Pair],
     held: list[Pair],

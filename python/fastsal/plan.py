@@ -23,7 +23,7 @@ from fastsal.feature_matching import HeldOutFeatures
 from fastsal.file_arrays import Shelf
 from fastsal.fisher import BlockFisher, check_damping
 from fastsal.gradients import choose_micro_batch
-from fastsal.holdout import Measured, Pair
+from fastsal.holdout import InMicroBatches, Measured, Pair
 from fastsal.masks import Masks
 from fastsal.memory_plan import MemoryPlan
 from fastsal.passes import in_micro_batches
@@ -302,20 +302,29 @@ class Job:
     def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
         """Images to measure a model on, by its loss or, with `labels="features"`, its features.
 
-        They go through the model in micro-batches, of which the statistics know the size.
+        They go through the model in micro-batches of the size that statistics take, so that within
+        a budget and without one losses round alike.
         """
-        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
-        images = list(in_micro_batches(images, size, size))
+        asked = self.statistics["micro_batch"]
+        size = planned_micro_batch(fisher) or asked or choose_micro_batch(self.chosen)
+        return self._measured(list(in_micro_batches(images, size, size)))
+
+    def _measured(self, images: list[Pair]) -> InMicroBatches:
+        """What `held_out` returns, of micro-batches."""
         if self.statistics["labels"] != "features":
             return HeldOut.of(self.model, images, self.loss)
         if self.dense is None:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, images, self._of_all)
         present = self.plan.shelf.put("present", self.chosen)
         restore(self.chosen, self.dense)
         try:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, images, self._of_all)
         finally:
             restore(self.chosen, present)
+
+    def _of_all(self, features: list[Tensor]) -> list[Tensor]:
+        """Features of all micro-batches, from those that are measured here."""
+        return features
 
     def examination(
         self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
@@ -323,6 +332,9 @@ class Job:
         """The test of a limit on some images."""
         if size := planned_micro_batch(fisher):
             images = list(in_micro_batches(images, size, size))
+        return self._examination(images, limit)
+
+    def _examination(self, images: list[Pair], limit: Limit) -> Examination:
         return Examination(self.model, images, limit, self.loss)
 
     def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
