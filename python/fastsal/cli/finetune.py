@@ -70,7 +70,13 @@ if TYPE_CHECKING:
     help="Name or pattern of parameters that stay as they are; may be repeated.",
 )
 @click.option("--train-head", is_flag=True, help="Train the classifier too.")
-@click.option("--train-normalisation", is_flag=True, help="Train normalisation layers too.")
+@click.option(
+    "--train-normalization",
+    "--train-normalisation",
+    "train_normalization",
+    is_flag=True,
+    help="Train normalization layers too.",
+)
 @click.option(
     "--autocast",
     type=click.Choice(["bfloat16", "float16"]),
@@ -182,7 +188,7 @@ def _trained(
 
     names = (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalisation", "checkpoint", "seed",
+        "train_head", "train_normalization", "checkpoint", "seed",
     )  # fmt: skip
     return fastsal.finetune(
         model,
