@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -48,6 +49,7 @@ def images(count=52):
 HOW = {
     "fixed": {"damping": 1e-4},
     "auto": {"damping": "auto", "rounds": 2},
+    "auto features": {"damping": "auto", "labels": "features"},
     "layer": {"damping": 1e-3, "criterion": "block-fisher", "scope": "layer"},
     "erk": {"damping": 1e-3, "criterion": "magnitude", "scope": "erk", "floor": 0.1},
     "floor": {"damping": 1e-3, "floor": 0.25},
@@ -83,6 +85,21 @@ def prune(call, model, how, **more):
     """Prune in one of the ways."""
     how = {"sparsity": 0.7, **how, **more}
     return call(model, images(), how.pop("sparsity"), micro_batch=2, **how)
+
+
+@contextlib.contextmanager
+def watching(model):
+    """What runs through a model: the size of each micro-batch, and a digest of its images."""
+    seen = set()
+
+    def look(_, inputs):
+        x = inputs[0].detach().contiguous()
+        seen.add(f"{len(x)} {hashlib.sha1(x.numpy().tobytes()).hexdigest()}")
+
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    handle = inner[0].register_forward_pre_hook(look)
+    yield seen
+    handle.remove()
 
 
 def wrapped(name):
@@ -151,7 +168,8 @@ def main(folder):
         budget = {"memory_budget": BUDGET} if name in LIMITED else {}
         if name.startswith("budget"):
             budget["scratch"] = folder
-        result = prune(fastsal.distributed.prune, model, how, **budget)
+        with watching(model) as seen:
+            result = prune(fastsal.distributed.prune, model, how, **budget)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if name == "budget auto":
             result_of_auto = result.history[0]
@@ -160,6 +178,8 @@ def main(folder):
         told[name] = result.history[-1]["ranks"] | {
             "plan": result.history[-1].get("memory_plan"),
             "safe": None if result.safety is None else result.safety.as_dict(),
+            "evidence": result.history[0]["damping_evidence"],
+            "seen": sorted(seen),
         }
     smallest = result_of_auto["damping_evidence"][0][0]
     for name, more in {"memory": {}, "again": {"memory_budget": BUDGET}}.items():

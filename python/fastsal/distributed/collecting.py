@@ -55,7 +55,8 @@ def collect(
             (`fully_shard`) or by tensor parallelism, is taken as it is.
         batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
         group: Of `torch.distributed`; None is all processes.
-        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process.
+        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process
+            that runs PyTorch on as many threads as each rank.
             `"sums"`: every rank sums the whole model over its samples first, which takes the
             memory of all statistics on each. `"auto"`: the fewer bytes, where `samples` is given
             (sums from more than `(block_size + 1) / 2` samples a rank on); the choice is logged.

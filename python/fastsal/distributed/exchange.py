@@ -3,11 +3,13 @@
 Rows travel, unless partial sums are asked for. Rows are `4 d` bytes a sample, packed sums
 `2 (B + 1) d` once: beyond `(B + 1) / 2` samples a rank sums are fewer bytes. But a rank has to hold
 those of the whole model then, as many times the memory as there are ranks, and they round otherwise
-than those of one process; with rows the masks are the same, bit for bit.
+than those of one process; with rows the masks are the same, bit for bit. For that a micro-batch is
+never cut: kernels of PyTorch round otherwise for another number of samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -38,10 +40,6 @@ class StepSums:
         self._expected = expected
         self._rest: dict[str, Tensor] = {}
         self._waiting = 0
-
-    def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
-        self._expected = max(samples, self._expected or 0)
 
     def add(self, key: str, rows: Tensor) -> None:
         """Take the rows `[n, d]` of a part, once a micro-batch."""
@@ -94,7 +92,7 @@ class OwnerSink:
         self._most = 0
 
     def begin(self, counts: Sequence[int]) -> None:
-        """Samples of each rank in the micro-batch that comes."""
+        """Samples of each rank in the micro-batches that come."""
         self._counts = list(counts)
         self._most = max(counts)
 
@@ -111,7 +109,7 @@ class OwnerSink:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
                 self._sink.add(part.key, joined.cpu())
 
-    def end_micro_batch(self) -> None:
+    def end_micro_batches(self) -> None:
         """All parameters have had their rows."""
         self._sink.end_micro_batch(sum(self._counts))
 
@@ -128,7 +126,7 @@ def add_sharded_pass(
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """Go over images once, each rank over its part of every micro-batch.
+    """Go over images once; the micro-batches are those of one process, dealt out in turn.
 
     Args:
         settings: How; all ranks the same.
@@ -145,25 +143,19 @@ def add_sharded_pass(
     sink = OwnerSink(steps, shares, ranks)
     total = 0
     with settings.engine(part.name for share in shares for part in share) as engine:
-        size = settings.micro_batch * ranks.size
-        for images, labels in in_micro_batches(pairs, size, size):
-            n = len(images)
+        micro_batches = in_micro_batches(pairs, settings.micro_batch, settings.step)
+        while dealt := list(itertools.islice(micro_batches, ranks.size)):
             if total == 0:
-                engine.prepare(images, labels)
-            total += n
-            if settings.samples is None:
-                steps.expect(total)
-            counts = [n // ranks.size + (rank < n % ranks.size) for rank in range(ranks.size)]
-            start = sum(counts[: ranks.rank])
-            # A rank without samples goes along with one that is dropped.
-            stop = max(start + counts[ranks.rank], start + 1)
-            some = slice(min(start, n - 1), stop)
+                engine.prepare(*dealt[0])
+            counts = [len(images) for images, _ in dealt] + [0] * (ranks.size - len(dealt))
+            total += sum(counts)
             sink.begin(counts)
             with engine.rewinding():
-                engine.skip(start)
-                engine.run(images[some], None if labels is None else labels[some], sink)
-            engine.skip(n)
-            sink.end_micro_batch()
+                engine.skip(sum(counts[: ranks.rank]))
+                # A rank without one goes along with the last, and what it finds is dropped.
+                engine.run(*dealt[min(ranks.rank, len(dealt) - 1)], sink)
+            engine.skip(sum(counts))
+            sink.end_micro_batches()
             report(total, settings.samples)
         sink.flush()
     _check_same(ranks, total)

@@ -21,7 +21,7 @@ from fastsal.distributed.sharing import (
     SharedCheckpoint,
     SharedExamination,
     SharedMeasure,
-    own_pieces,
+    in_order,
 )
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
@@ -31,11 +31,11 @@ from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
 from fastsal.pruning.criteria.scoring import score_tensors
 from fastsal.pruning.damping import candidates_of
-from fastsal.pruning.job import Job, planned_micro_batch
+from fastsal.pruning.job import Job
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.prune import Makers, PruneResult
 from fastsal.pruning.step import Plan
@@ -192,22 +192,20 @@ class ShardedJob(Job):
     ranks: Ranks | None = None
     exchange: str = "rows"
 
-    def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
-        """Images to measure a model on, each rank its part of them."""
+    def _measured(self, images: list[Pair]) -> InMicroBatches:
+        """Micro-batches to measure a model on, dealt out to the ranks."""
         assert self.ranks is not None
-        pieces = own_pieces(images, self.ranks)
-        mine = super().held_out(pieces, fisher) if pieces else None
-        return SharedMeasure(mine, self.ranks)
+        return SharedMeasure(super()._measured(self.ranks.dealt(images)), self.ranks)
 
-    def examination(
-        self, images: list[Pair], limit: Limit, fisher: Statistics | None
-    ) -> Examination:
-        """The test of a limit, each rank on some images."""
+    def _of_all(self, features: list[Tensor]) -> list[Tensor]:
+        """Features of the micro-batches of all ranks."""
         assert self.ranks is not None
-        size = planned_micro_batch(fisher)
-        return SharedExamination(
-            self.model, images, limit, self.loss, ranks=self.ranks, micro_batch=size
-        )
+        return in_order(self.ranks.every([f.cpu() for f in features]))
+
+    def _examination(self, images: list[Pair], limit: Limit) -> Examination:
+        """The test of a limit, each rank on some batches."""
+        assert self.ranks is not None
+        return SharedExamination(self.model, images, limit, self.loss, ranks=self.ranks)
 
     def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> Statistics:
         assert self.ranks is not None

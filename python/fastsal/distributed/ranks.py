@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
 from fastsal.fisher.statistics import Statistics
+
+_Item = TypeVar("_Item")
 
 
 class LostRankError(FastsalError, ConnectionError):
@@ -88,6 +90,10 @@ class Ranks:
         if owner == self.rank:
             self.sent[what] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return there.to(tensor.device)
+
+    def dealt(self, items: Sequence[_Item]) -> list[_Item]:
+        """This rank's of some items, which are dealt out in turn; there may be none."""
+        return list(items[self.rank :: self.size])
 
     def every(self, value: Any) -> list[Any]:
         """A small value of every rank, in order."""

@@ -16,7 +16,7 @@ from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
-from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
+from fastsal.pruning.measured import HeldOut, HeldOutFeatures, InMicroBatches, Measured
 from fastsal.pruning.shelf import all_or_nothing, restore
 from fastsal.pruning.step import Plan
 
@@ -55,20 +55,29 @@ class Job:
     def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
         """Images to measure a model on, by its loss or, with `curvature="features"`, its features.
 
-        They go through the model in micro-batches, of which the statistics know the size.
+        They run through the model in micro-batches of the size that the statistics use, so that
+        losses round alike within a memory budget and without one.
         """
-        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
-        images = list(in_micro_batches(images, size, size))
+        asked = self.statistics["micro_batch"]
+        size = planned_micro_batch(fisher) or asked or choose_micro_batch(self.chosen)
+        return self._measured(list(in_micro_batches(images, size, size)))
+
+    def _measured(self, images: list[Pair]) -> InMicroBatches:
+        """Return what `held_out` does, from micro-batches."""
         if self.statistics["curvature"] != "features":
             return HeldOut.of(self.model, images, self.loss)
         if self.dense is None:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, images, self._of_all)
         present = self.plan.shelf.put("present", self.chosen)
         restore(self.chosen, self.dense)
         try:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, images, self._of_all)
         finally:
             restore(self.chosen, present)
+
+    def _of_all(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features of all micro-batches, from those that are measured here."""
+        return features
 
     def examination(
         self, images: list[Pair], limit: Limit, fisher: Statistics | None
@@ -76,6 +85,9 @@ class Job:
         """The test of a limit on some images."""
         if size := planned_micro_batch(fisher):
             images = list(in_micro_batches(images, size, size))
+        return self._examination(images, limit)
+
+    def _examination(self, images: list[Pair], limit: Limit) -> Examination:
         return Examination(self.model, images, limit, self.loss)
 
     def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> Statistics:

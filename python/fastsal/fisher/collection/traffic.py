@@ -59,7 +59,7 @@ def costs(
     every = shares(whole(shapes), block_size, ranks, most=most)
     total = sum(part.size for part in whole(shapes))
     own = [sum(map(len, share)) for share in every]
-    padded = sum(-(-n // ranks) for n in _micro_batches(samples, micro_batch * ranks))
+    padded = sum(min(n, micro_batch) for n in _micro_batches(samples, micro_batch * ranks))
 
     def held(parts: Sequence[Part]) -> int:
         return sum(packed_bytes(part, block_size, 4) for part in parts)
