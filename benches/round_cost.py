@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastsal
-from fastsal.cli.bench.machine import describe
+from fastsal.cli.bench.conditions import describe
 
 
 class Noise:
