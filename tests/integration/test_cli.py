@@ -181,7 +181,7 @@ def test_the_command_starts_without_torch(python_env):
         (["--sparsity", "nan"], "sparsity must be in [0, 1], got nan"),
         (["--sparsity", "0.5", "--floor", "2"], "floor must be in [0, 1], got 2.0"),
         ([], "--sparsity or --pattern is required"),
-        (["--sparsity", "0.5", "--samples", "61"], "samples: asked for 61"),
+        (["--sparsity", "0.5", "--samples", "61"], "got 61"),
         (["--sparsity", "0.5", "--parameters", "convv.weight"], "convv.weight"),
         (["--sparsity", "0.5", "--pattern", "two:four"], "two:four"),
         (["--sparsity", "0.5", "--size", "native", "--mean", "1,2"], "mean: got 2 values"),
@@ -227,7 +227,7 @@ def test_bad_folders(model, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "cats" / "1.png")
     failed(run("eval", model, "--data", folder, "--quiet"), "one class only (cats)")
     (folder / "dogs").mkdir()
-    failed(run("eval", model, "--data", folder, "--quiet"), "dogs holds no image")
+    failed(run("eval", model, "--data", folder, "--quiet"), "dogs contains no image file")
     (folder / "dogs" / "2.png").write_bytes(b"no image")
     failed(run("eval", model, "--data", folder, "--quiet"), "2.png cannot be read as an image")
     command = ["prune", model, "--data", folder, "--sparsity", 0.5, "--quiet"]
@@ -363,7 +363,7 @@ def test_an_interrupt_leaves_no_files(model, tiny_npz, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsal.cli.runfolder.sha256", interrupted)
+    monkeypatch.setattr("fastsal.cli.runfolder.file_digest", interrupted)
     out = tmp_path / "out" / "run"
     result = run(
         "prune", model, "--data", tiny_npz, "--criterion", "magnitude", "--sparsity", 0.5,

@@ -54,4 +54,4 @@ def test_a_limit_needs_labels(tiny_file, flat, tmp_path):
         "prune", f"{tiny_file}:tiny", "--data", flat, "--curvature", "features",
         "--max-accuracy-drop", 0.1, "--quiet", "--out", tmp_path / "run",
     )  # fmt: skip
-    failed(result, "has no folders; takes one folder of images per class")
+    failed(result, "must contain one folder of images per class, got no folder")

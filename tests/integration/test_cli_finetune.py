@@ -162,7 +162,7 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
         (["--optimizer", "best"], "optimizer: timm has no 'best'"),
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
         (["--frozen", "conv.*"], "frozen: leaves nothing to train"),
-        (["--samples", "61"], "samples: asked for 61"),
+        (["--samples", "61"], "got 61"),
         (["--lr", "1e38", "--schedule", "constant"], "takes a lower lr (it is 1e+38)"),
     ):
         failed(run(*command, *options), message)

@@ -16,7 +16,7 @@ from fastsal.utils.choices import AUTOCAST_TYPES, SCHEDULES
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.finetuning.finetune import FinetuneResult
     from fastsal.pruning.masks.masks import Masks
 
@@ -104,10 +104,11 @@ def finetune(**given: Any) -> None:
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
-    from fastsal.cli.inputs import Clock, check_test, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     check_target(given["out"], given["force"])
@@ -141,7 +142,7 @@ def finetune(**given: Any) -> None:
         "kept_epoch": done.kept_epoch,
         "held_out_loss_before": done.before,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "seed")
     how = {"data": str(given["data"]), **{name: given[name] for name in names}}
@@ -180,8 +181,8 @@ def _trained(
     given: dict[str, Any],
     model: nn.Module,
     masks: Masks,
-    batches: Batches,
-    held_out: Batches | None,
+    batches: ImageBatches,
+    held_out: ImageBatches | None,
 ) -> FinetuneResult:
     """Train `model` in place."""
     import torch

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +13,9 @@ from fastsal.errors import DataError, InvalidArgument
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.models.inputs import InputSpec
-
-
-class Clock:
-    """Seconds that named steps took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time one step; times of one name add up."""
-        start = time.perf_counter()
-        yield
-        taken = time.perf_counter() - start
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
 
 
 def set_threads(threads: int | None) -> None:
@@ -82,7 +65,7 @@ def open_batches(
     samples: int | None = None,
     shuffle: bool = False,
     labelled: bool = True,
-) -> Batches:
+) -> ImageBatches:
     """Open labeled images and check that the model has a class for each label.
 
     Without `labelled` the images need no labels, and existing labels are ignored.
@@ -90,7 +73,7 @@ def open_batches(
     from fastsal.data.folders import load_images
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labelled=labelled)
+    images = load_images(path, labeled=labelled)
     count = class_count(model) if labelled else None
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
@@ -102,7 +85,9 @@ def open_batches(
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
 
 
-def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -> Batches | None:
+def training_batches(
+    given: dict[str, Any], model: nn.Module, spec: InputSpec
+) -> ImageBatches | None:
     """Open `--data`; None if it is neither given nor required by the criterion.
 
     Images that are sorted by class are shuffled by `--seed`.
@@ -126,7 +111,7 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
     raise InvalidArgument(f"--data is required by the criterion {given['criterion']!r}")
 
 
-def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
+def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test") -> None:
     """Check that `--data` and `--test` have the same classes; note if they are the same images.
 
     `name` is the option by which `test` was given.
@@ -156,7 +141,7 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}
 
 
-def collect(given: dict[str, Any], model: nn.Module, batches: Batches) -> BlockFisher:
+def collect(given: dict[str, Any], model: nn.Module, batches: ImageBatches) -> BlockFisher:
     """Collect statistics from `batches` with the given options."""
     import fastsal
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
 
@@ -98,7 +98,6 @@ def prune(**given: Any) -> None:
 def _prune(given: dict[str, Any], rank: int) -> None:
     """Prune as the options say; rank 0 writes the folder."""
     from fastsal.cli.inputs import (
-        Clock,
         check_test,
         open_batches,
         open_model,
@@ -110,6 +109,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.pruning.limits.limit import summary
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
@@ -143,7 +143,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "history": history,
         "safety": safety.as_dict() if safety else None,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     recipe = {"model": given["model"], **ranked}
     write_run(given["out"], model, masks, recipe, result)
@@ -171,8 +171,8 @@ def _pruned(
     given: dict[str, Any],
     ranked: dict[str, Any],
     model: nn.Module,
-    batches: Batches | None,
-    held_out: Batches | None,
+    batches: ImageBatches | None,
+    held_out: ImageBatches | None,
 ) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal

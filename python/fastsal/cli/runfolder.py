@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsal.cli.output import to_json
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.utils.digests import file_digest
+from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.machine import peak_memory, versions
 
 if TYPE_CHECKING:
@@ -73,9 +73,8 @@ def write_run(
     try:
         save_weights(model, stage / MODEL)
         masks.save(stage / MASKS, dict(recipe))
-        digests = {name: sha256(stage / name) for name in (MODEL, MASKS)}
-        text = to_json({**report, "sha256": digests}) + "\n"
-        (stage / REPORT).write_text(text, encoding="utf-8")
+        digests = {name: file_digest(stage / name) for name in (MODEL, MASKS)}
+        write_json(stage / REPORT, {**report, "sha256": digests}, indent=2)
         if target.exists():
             for name in (MODEL, MASKS, REPORT):
                 os.replace(stage / name, target / name)
@@ -92,7 +91,7 @@ def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
     return {
         "command": ["fastsal", *sys.argv[1:]],
         "arguments": {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")},
-        "versions": versions(),
+        "versions": {**versions(), "platform": platform.platform()},
         "sparsity": masks.sparsity,
         "parameters": {name: {"shape": list(shapes[name]), "kept": kept[name]} for name in masks},
         "peak_memory_mib": round(peak / 2**20) if peak else None,
@@ -108,21 +107,12 @@ def recorded_digests(folder: Path) -> dict[str, str]:
     path = folder / REPORT
     if not path.is_file():
         return {}
+    report = read_json(path, "report")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
         digests = report.get("sha256", {})
         return {str(name): str(digest) for name, digest in digests.items()}
-    except (ValueError, AttributeError) as error:
+    except AttributeError as error:
         raise FileFormatError(f"report: {path} is not the report of a run ({error})") from None
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _within(folder: Path, name: str) -> Path:

@@ -42,7 +42,6 @@ def score(**given: Any) -> None:
 
     import fastsal
     from fastsal.cli.inputs import (
-        Clock,
         collect,
         open_model,
         refuse_overwrite,
@@ -51,6 +50,7 @@ def score(**given: Any) -> None:
     )
     from fastsal.cli.output import console, emit
     from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.clock import Clock
 
     if given["statistics"] is not None and given["data"] is not None:
         raise InvalidArgument("--statistics and --data are mutually exclusive")
@@ -94,7 +94,7 @@ def score(**given: Any) -> None:
         **recipe,
         "parameters": {name: list(value.shape) for name, value in scores.items()},
         "weights": count,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
         "out": str(given["out"]),
     }
     if given["as_json"]:

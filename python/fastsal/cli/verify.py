@@ -59,9 +59,10 @@ def verify(**given: Any) -> None:
 def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the failed checks as sentences, and counts of weights."""
     import fastsal
-    from fastsal.cli.runfolder import masks_file, recorded_digests, sha256, weights_file
+    from fastsal.cli.runfolder import masks_file, recorded_digests, weights_file
     from fastsal.models.loading import load_model
     from fastsal.models.weights import read_weights
+    from fastsal.utils.digests import file_digest
 
     folder = Path(given["target"]) if given["target"] else None
     is_run = folder is not None and folder.is_dir()
@@ -84,7 +85,7 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             for name, digest in recorded_digests(folder).items():
                 if not (folder / name).is_file():
                     failures.append(f"{name} is missing")
-                elif sha256(folder / name) != digest:
+                elif file_digest(folder / name) != digest:
                     failures.append(f"{name} does not match the checksum in the report")
         masks = fastsal.Masks.load(masks_path)
         if is_run or not given["target"]:

@@ -1,4 +1,4 @@
-"""Help pages: every option is explained, none is left out of the sections, torch is not imported."""
+"""Help pages: every option is explained and in a section; torch is not imported."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,7 +51,7 @@ def bench(**given: Any) -> None:
     from fastsal.cli.bench.conditions import describe, refuse_debug_build
     from fastsal.cli.bench.timing import run
     from fastsal.cli.output import console, emit
-    from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.json_files import write_json
 
     refuse_debug_build()
     if given["threads"]:
@@ -75,8 +73,7 @@ def bench(**given: Any) -> None:
         "results": [{**vars(r), "met": r.met} for r in results],
     }
     if given["out"]:
-        with atomic_path(given["out"]) as temporary:
-            Path(temporary).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(given["out"], record)
     if given["as_json"]:
         emit(record)
         return

@@ -40,9 +40,9 @@ def demo(**given: Any) -> None:
     from fastsal.cli.demo.figure import draw
     from fastsal.cli.demo.study import QUICK, DemoSettings, require_extra, run
     from fastsal.cli.inputs import set_threads
-    from fastsal.cli.output import console, emit, to_json
+    from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import check_target
-    from fastsal.utils.atomic import write_text
+    from fastsal.utils.json_files import write_json
 
     require_extra()
     check_target(given["out"], given["force"])
@@ -61,7 +61,7 @@ def demo(**given: Any) -> None:
     )
     pictures = draw(found, given["out"])
     result = {**found.as_dict(), "pictures": [str(path) for path in pictures]}
-    write_text(given["out"] / "demo.json", to_json(result) + "\n")
+    write_json(given["out"] / "demo.json", result, indent=2)
     if given["as_json"]:
         emit(result)
         return

@@ -10,7 +10,6 @@ digits 0 to 4. Heads, pruning and evaluation use disjoint splits.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -27,6 +26,7 @@ from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
+from fastsal.utils.clock import Clock
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
 _PACKAGES = {
@@ -154,26 +154,18 @@ def run(
     import fastsal
 
     require_extra()
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal start
-        now = time.perf_counter()
-        seconds[step] = round(now - start, 2)
-        start = now
-
+    clock = Clock()
     announce("load EfficientNet-Lite0 and the digits")
     dense = load_backbone()
     spec = input_spec(dense, size=settings.size)
     splits = load_digits(settings.samples, seed)
     tasks = [splits.source, splits.unseen]
-    lap("load")
+    clock.lap("load")
     announce("fit heads: ridge regression on dense features")
     heads = fit_heads(dense, tasks, spec=spec)
     found = evaluate(dense, tasks, heads)
     origin = Accuracies("dense", 0.0, found[SOURCE], found[UNSEEN])
-    lap("heads")
+    clock.lap("heads")
     announce(f"collect statistics of {len(splits.prune)} images, once for all criteria")
     classifier, names = with_head(dense, heads[SOURCE])
     fisher = fastsal.collect(
@@ -187,7 +179,7 @@ def run(
         seed=seed,
     )
     damping = settings.damping * _mean(fisher.diagonal())
-    lap("statistics")
+    clock.lap("statistics")
     points = []
     for method in settings.methods:
         announce(f"{method.label}: score, prune, evaluate")
@@ -200,7 +192,7 @@ def run(
             masks.apply(pruned)
             found = evaluate(pruned, tasks, heads)
             points.append(Accuracies(method.label, sparsity, found[SOURCE], found[UNSEEN]))
-        lap(method.label)
+        clock.lap(method.label)
     weights = sum(p.numel() for n, p in classifier.named_parameters() if n in set(names))
     images = {
         "prune, 0-4": len(splits.prune),
@@ -209,7 +201,7 @@ def run(
         "head, 5-9": _size(splits.unseen.fit),
         "test, 5-9": _size(splits.unseen.test),
     }
-    return DemoResult(origin, tuple(points), weights, images, seconds, settings)
+    return DemoResult(origin, tuple(points), weights, images, clock.rounded(2), settings)
 
 
 def load_digits(samples: int, seed: int = 0) -> DigitSplits:
