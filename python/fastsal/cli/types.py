@@ -59,7 +59,7 @@ class Choice(click.Choice):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return `value`, which must be one of the names."""
         try:
-            return super().convert(value, param, ctx)
+            return str(super().convert(value, param, ctx))
         except click.BadParameter:
             self.fail(f"must be one of {', '.join(self.choices)}, got {value!r}", param, ctx)
 
