@@ -76,8 +76,7 @@ def overlap_of(source: Source) -> Rows:
         before = backbone.state()
         restore(backbone.tensors, backbone.dense)
         try:
-            own = source.find(1, dense=True).joined()
-            assert own is not None
+            own = source.dense_fisher()
             source.overlaps = [
                 {
                     "task": name,

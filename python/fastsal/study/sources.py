@@ -18,6 +18,7 @@ from fastsal.data.held_out import holding_out, limited
 from fastsal.data.image_set import ImageSet
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.collect import collect
+from fastsal.fisher.statistics import Collected, Statistics
 from fastsal.gradients.losses import cross_entropy
 from fastsal.models.evaluating import evaluating
 from fastsal.models.inputs import InputSpec
@@ -91,6 +92,12 @@ class Source:
             self.shared, self.seconds = found, time.perf_counter() - start
         return found
 
+    def dense_fisher(self) -> BlockFisher:
+        """Return the statistics of all images at the dense weights."""
+        found = self.find(1, dense=True).joined()
+        assert isinstance(found, Collected)
+        return found.fisher
+
     def _find(self, seed: int) -> Found:
         """One sample in eight is held out of what λ is chosen with, and joins it for the rest."""
         fisher: BlockFisher | None = None
@@ -110,7 +117,7 @@ class Source:
             tuned.append((part.weight, self._measured(model, limited(held)), model))
             fisher = self._add(fisher, most, part.weight)
             joined = self._add(joined, whole, part.weight)
-        return Found(fisher, lambda: joined, MixedHeldOut(tuned))
+        return Found(_statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned))
 
     def _measured(self, model: nn.Module, held: list[Pair]) -> Measured:
         """What λ is chosen by: the loss that the statistics are of."""
@@ -175,3 +182,7 @@ def predicted(
 
 def _empty(like: BlockFisher) -> BlockFisher:
     return BlockFisher(like.shapes, block_size=like.block_size, precision=like.precision)
+
+
+def _statistics(fisher: BlockFisher | None) -> Statistics | None:
+    return None if fisher is None else Collected(fisher)
