@@ -1,6 +1,6 @@
 """The cases of `fastsal bench` under pytest-benchmark: `pytest benches/python`.
 
-FASTSAL_BENCH=full uses the sizes of the published figures.
+With FASTSAL_BENCH=full they have the sizes of the published figures.
 """
 
 from __future__ import annotations

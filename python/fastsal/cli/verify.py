@@ -67,14 +67,10 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     folder = Path(given["target"]) if given["target"] else None
     is_run = folder is not None and folder.is_dir()
     if is_run and (given["weights"] or given["masks"]):
-        raise InvalidArgument(
-            "--weights and --masks cannot be combined with the folder of a run, which has its own"
-        )
+        raise InvalidArgument("--weights and --masks cannot be combined with the folder of a run")
     if not is_run and not (given["weights"] and given["masks"]):
         what = f", got {folder}, which is not a folder" if folder else ""
-        raise InvalidArgument(
-            f"the folder of a run, or both --weights and --masks, must be given{what}"
-        )
+        raise InvalidArgument(f"the folder of a run, or --weights and --masks, is required{what}")
     weights_path = weights_file(folder if is_run and folder else Path(given["weights"]))
     masks_path = masks_file(folder if is_run and folder else given["masks"])
     if not masks_path.is_file():
