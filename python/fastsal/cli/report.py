@@ -41,9 +41,9 @@ from fastsal.cli import options
     help="Points that accuracy may lose and still count as kept.",
 )
 @click.option(
-    "--landscape/--no-landscape",
+    "--diagnostics/--no-diagnostics",
     default=None,
-    help="Show losses along lines and overlaps of Fishers. [default: where DIR has them]",
+    help="Show loss lines and Fisher overlaps. [default: if DIR has them]",
 )
 @options.force_option
 def report(**given: Any) -> None:
@@ -61,10 +61,10 @@ def report(**given: Any) -> None:
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
     results = read_results(folder)
-    if given["landscape"] and not (results.landscape or results.overlap):
+    if given["diagnostics"] and not (results.loss_lines or results.overlaps):
         raise InvalidArgument(
-            f"landscape: {folder} holds neither landscape.csv nor overlap.csv; the study did not "
-            "ask for them"
+            f"diagnostics: {folder} has neither loss_line.csv nor overlap.csv; add [diagnostics] "
+            "to the study to measure them"
         )
     out = given["out"] or folder / f"report.{kind}"
     if out.is_dir():
@@ -75,7 +75,7 @@ def report(**given: Any) -> None:
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])
     if kind == "html":
-        text = html.page(results, landscape=given["landscape"] is not False, margin=margin)
+        text = html.page(results, diagnostics=given["diagnostics"] is not False, margin=margin)
     else:
         links = {key: _link(path, out) for key, path in pictures.items()}
         text = markdown.page(results, margin=margin, pictures=links)

@@ -78,7 +78,7 @@ from fastsal.errors import InvalidArgument
     "--epochs", type=click.IntRange(min=0), default=0, show_default=True, help="Of fine-tuning."
 )
 @click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of it.")
-@click.option("--landscape", is_flag=True, help="Measure losses along lines, and overlaps.")
+@click.option("--diagnostics", is_flag=True, help="Measure loss lines and Fisher overlaps.")
 @click.option("--size", type=options.COUNT, help="Of the images. [default: the model's]")
 @click.option("--batch-size", type=options.COUNT, default=64, show_default=True, help="A pass.")
 @click.option(
@@ -158,8 +158,8 @@ def _table(given: dict[str, Any]) -> dict[str, Any]:
     }
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}
-    if given["landscape"]:
-        table["landscape"] = {}
+    if given["diagnostics"]:
+        table["diagnostics"] = {}
     return table
 
 
