@@ -28,7 +28,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Memory and disk": ("memory_budget", "scratch", "scratch_budget"),
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
-    "Report": ("kind", "figures", "margin", "landscape"),
+    "Report": ("kind", "figures", "margin", "diagnostics"),
     "Run": ("quick", "dry_run", "root", "retry_failed", "checkpoint", "seed", "threads", "quiet"),
     "Output": ("out", "force", "save", "as_json"),
 }  # fmt: skip

@@ -44,10 +44,10 @@ from fastsal.cli.types import PATH, Number, choice
     help="Largest loss of accuracy, in percentage points, that counts as preserved.",
 )
 @click.option(
-    "--landscape/--no-landscape",
+    "--diagnostics/--no-diagnostics",
     default=None,
-    show_default="landscape if DIR has the data",
-    help="Show the loss on lines between weights and the overlap of Fisher matrices.",
+    show_default="if DIR has them",
+    help="Show loss lines and Fisher overlaps.",
 )
 @options.force_option
 def report(**given: Any) -> None:
@@ -67,10 +67,10 @@ def report(**given: Any) -> None:
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
     results = read_results(folder)
-    if given["landscape"] and not (results.landscape or results.overlap):
+    if given["diagnostics"] and not (results.loss_lines or results.overlaps):
         raise InvalidArgument(
-            f"--landscape requires landscape.csv or overlap.csv in {folder}; rerun the study with "
-            "them enabled"
+            f"--diagnostics requires loss_line.csv or overlap.csv in {folder}; add [diagnostics] "
+            "to the study to measure them"
         )
     out = given["out"] or folder / f"report.{kind}"
     if out.is_dir():
@@ -81,7 +81,7 @@ def report(**given: Any) -> None:
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])
     if kind == "html":
-        text = html.page(results, landscape=given["landscape"] is not False, margin=margin)
+        text = html.page(results, diagnostics=given["diagnostics"] is not False, margin=margin)
     else:
         links = {key: _link(path, out) for key, path in pictures.items()}
         text = markdown.page(results, margin=margin, pictures=links)

@@ -112,7 +112,7 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     help="Initial learning rate of fine-tuning.",
 )
 @click.option(
-    "--landscape",
+    "--diagnostics",
     is_flag=True,
     help="Also measure the loss on lines between weights and the overlap of Fisher matrices.",
 )
@@ -205,8 +205,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     }
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}
-    if given["landscape"]:
-        table["landscape"] = {}
+    if given["diagnostics"]:
+        table["diagnostics"] = {}
     return table
 
 

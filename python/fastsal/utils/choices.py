@@ -37,8 +37,8 @@ HeadKind = Literal["ridge", "knn", "probe", "own"]
 HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 # Image corruptions, see `fastsal.data.corruptions`.
-Corruption = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
-CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+CorruptionKind = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
+CORRUPTION_KINDS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
 
 # What a study saves for each cell beside its numbers.
 Saved = Literal["none", "masks", "models"]

@@ -17,7 +17,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer import Task
-from fastsal.utils.choices import CORRUPTIONS
+from fastsal.utils.choices import CORRUPTION_KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,7 +74,7 @@ def slow(kind, pixels, parameter, seed, index):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", [(16, 20), (70, 66)])
-@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_corruptions_equal_their_formulas(kind, shape, channels):
     images = smooth(2, *shape, channels)
     parameter = CHANGES[kind][min(shape) > 64]
@@ -86,7 +86,7 @@ def test_corruptions_equal_their_formulas(kind, shape, channels):
         assert np.abs(found.x[i] - want).max() <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_higher_severities_change_more(kind):
     images = smooth(8, 32, 32)
     changes = [
@@ -97,7 +97,7 @@ def test_higher_severities_change_more(kind):
     assert changes[0] > 0.05
 
 
-@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_an_image_does_not_depend_on_the_others(kind):
     images = smooth(6)
     whole = corrupt(images, kind, seed=1)
@@ -118,7 +118,7 @@ def test_noise_differs_from_image_to_image():
     assert x.std() == pytest.approx(0.08 * 255, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", CORRUPTIONS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_files_are_corrupted_as_arrays_are(tmp_path, kind):
     images = smooth(6)
     for i, pixels in enumerate(images.x):
