@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fastsal.distributed
+from fastsal.distributed.collecting import collected
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.errors import FactorizationError
 from fastsal.fisher.parts import slices
@@ -122,12 +123,12 @@ def failing_on_one_rank(damping):
 
     real = module.score_tensors
 
-    def failing(mine, fisher, entry, given, *more):
+    def failing(mine, statistics, entry, given, *more):
         if given == damping and dist.get_rank() == dist.get_world_size() - 1:
-            for number, _ in enumerate(fisher._views()):
-                if number or fisher._plan is None:
+            for number, _ in enumerate(statistics.groups()):
+                if number or statistics.plan is None:
                     raise FactorizationError("singular")
-        return real(mine, fisher, entry, given, *more)
+        return real(mine, statistics, entry, given, *more)
 
     module.score_tensors = failing
     try:
@@ -150,10 +151,10 @@ def main(folder):
     )
     torch.save({name: summed.blocks(name) for name in summed.names}, folder / f"summed{rank}.pt")
     budget = {"memory_budget": BUDGET, "scratch": folder}
-    summed = fastsal.distributed.collect(
-        net(), images(), micro_batch=2, samples=52, exchange="sums", **budget
-    )
-    assert summed._plan.passes > 1
+    ranks = fastsal.distributed.Ranks()
+    how = {"micro_batch": 2, "samples": 52, "exchange": "sums", **budget}
+    assert collected(ranks, net(), images(), **how).plan.passes > 1
+    summed = fastsal.distributed.collect(net(), images(), **how)
     fastsal.distributed.save(summed, folder / "summed")
     # 26 samples a rank or fewer: rows are less than sums of blocks of 64.
     chosen = fastsal.distributed.collect(
@@ -188,13 +189,13 @@ def main(folder):
         told[f"failing {name}"] = {"evidence": evidence}
         torch.save(dict(result.masks), folder / f"failing {name}{rank}.pt")
     # Scores with many ties, over parts: the order of positions decides.
-    ranks = fastsal.distributed.Ranks()
+    shares = collected(ranks, net(), images(), micro_batch=2).shares
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters() if p.dim() > 1}
     torch.manual_seed(3)
     full = {name: torch.randint(0, 5, shape).float() for name, shape in shapes.items()}
-    parts = {part.key: part for part in fisher._shares[rank]}
+    parts = {part.key: part for part in shares[rank]}
     for floor in (0.0, 0.35):
-        masks = rank_shards(slices(full, parts), fisher._shares, shapes, ranks, 0.6, floor=floor)
+        masks = rank_shards(slices(full, parts), shares, shapes, ranks, 0.6, floor=floor)
         torch.save(dict(masks), folder / f"ties{floor}{rank}.pt")
     (folder / f"told{rank}.json").write_text(json.dumps(told))
     dist.barrier()

@@ -1,4 +1,4 @@
-"""What commands print: tables for people, or one JSON object."""
+"""Output of commands: tables for a terminal, or one JSON object."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def run_summary(report: Mapping[str, Any]) -> str:
-    """Return one line on what the report of a run says."""
+    """Return a one-line summary of the report of a run."""
     total = sum(math.prod(p["shape"]) for p in report["parameters"].values())
     kept = sum(p["kept"] for p in report["parameters"].values())
     text = f"{kept:,} of {total:,} weights kept, sparsity {report['sparsity']:.4f}"

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError
-from fastsal.utils.choices import CORRUPTIONS, Corruption
+from fastsal.utils.choices import CORRUPTION_KINDS, CorruptionKind
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
 
@@ -37,7 +37,7 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 
 # Parameters by severity, of small and of large images.
-_PARAMETERS: dict[Corruption, tuple[tuple[float, ...], tuple[float, ...]]] = {
+_PARAMETERS: dict[CorruptionKind, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "gaussian-noise": ((0.04, 0.06, 0.08, 0.09, 0.10), (0.08, 0.12, 0.18, 0.26, 0.38)),
     "blur": ((0.4, 0.6, 0.7, 0.8, 1.0), (1.0, 2.0, 3.0, 4.0, 6.0)),
     "jpeg": ((80, 65, 58, 50, 40), (25, 18, 15, 10, 7)),
@@ -48,7 +48,7 @@ _SMALL = 64  # largest shorter side of a small image, in pixels
 _REACH = 4  # radius of the Gaussian filter, in standard deviations
 
 
-def corrupt(images: ImageSet, kind: Corruption, severity: int = 3, seed: int = 0) -> ImageSet:
+def corrupt(images: ImageSet, kind: CorruptionKind, severity: int = 3, seed: int = 0) -> ImageSet:
     """Corrupt every image, as in CIFAR-10-C and ImageNet-C (Hendrycks & Dietterich, 2019).
 
     A corrupted image depends on the image, its `index` in its source and the arguments only, so
@@ -69,17 +69,17 @@ def corrupt(images: ImageSet, kind: Corruption, severity: int = 3, seed: int = 0
         DataError: Images for "jpeg" or "brightness" are neither grayscale nor RGB; for files,
             raised when they are read.
     """
-    check_choice("kind", kind, CORRUPTIONS)
+    check_choice("kind", kind, CORRUPTION_KINDS)
     return images.transformed(
-        CorruptionTransform(kind, whole("severity", severity, 1, 5), whole("seed", seed))
+        Corruption(kind, whole("severity", severity, 1, 5), whole("seed", seed))
     )
 
 
 @dataclass(frozen=True)
-class CorruptionTransform:
+class Corruption:
     """A corruption as a transform of an `ImageSet`, see `corrupt`."""
 
-    kind: Corruption
+    kind: CorruptionKind
     severity: int
     seed: int = 0
 

@@ -25,8 +25,8 @@ from fastsal.distributed.sharing import (
 )
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import slices
+from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
 from fastsal.pruning.criteria.scoring import score_tensors
@@ -105,7 +105,7 @@ class ShardedPlan(Plan):
     ranks: Ranks | None = None
 
     def score(
-        self, model: nn.Module, fisher: BlockFisher | None, masks: Masks | None, damping: float
+        self, model: nn.Module, fisher: Statistics | None, masks: Masks | None, damping: float
     ) -> dict[str, Tensor]:
         """Scores of this rank's parts, by their keys."""
         if fisher is None or self.ranks is None:
@@ -123,7 +123,7 @@ class ShardedPlan(Plan):
     def rank(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         scores: Mapping[str, Tensor],
         goal: float | None,
         damping: float,
@@ -143,7 +143,7 @@ class ShardedPlan(Plan):
     def move(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks,
         damping: float,
         *,
@@ -172,11 +172,11 @@ class ShardedPlan(Plan):
                 self.shelf.release()
         return float(sum(self.ranks.every(report.total)))
 
-    def grid(self, fisher: BlockFisher) -> list[float]:
+    def grid(self, fisher: Statistics) -> list[float]:
         """Dampings to try, from the mean squared gradient of all ranks' parts."""
         if self.ranks is None:
             return super().grid(fisher)
-        totals = self.ranks.every(fisher._squares())
+        totals = self.ranks.every(squared_gradients(fisher))
         return candidates_of(sum(t for t, _ in totals) / sum(n for _, n in totals))
 
 
@@ -207,10 +207,10 @@ class ShardedJob(Job):
         assert self.ranks is not None
         return SharedExamination(self.model, images, limit, self.loss, ranks=self.ranks)
 
-    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> Statistics:
         assert self.ranks is not None
         return collected(self.ranks, self.model, source, exchange=self.exchange, **options)
 
-    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+    def _add(self, fisher: Statistics, images: list[Pair], options: dict[str, Any]) -> None:
         assert self.ranks is not None
         add_samples(self.ranks, fisher, self.model, images, exchange=self.exchange, **options)

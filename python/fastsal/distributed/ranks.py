@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 
 _Item = TypeVar("_Item")
 
@@ -103,11 +103,11 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def failing_together(self, fisher: BlockFisher) -> Iterator[None]:
+    def failing_together(self, statistics: Statistics) -> Iterator[None]:
         """Let a block that cannot be factored on one rank end what all of them do in the block.
 
         Args:
-            fisher: The statistics that are used in it.
+            statistics: The statistics that are used in it.
 
         Raises:
             FactorizationError: On every rank, where one raised it.
@@ -118,7 +118,7 @@ class Ranks:
         except FactorizationError as error:
             failure = error
         if failure is not None:
-            fisher._finish()
+            statistics.finish()
         said = [text for text in self.every(str(failure) if failure else None) if text]
         if said:
             raise failure or FactorizationError(said[0])

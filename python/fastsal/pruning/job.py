@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import add_samples, collected
+from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE
 from fastsal.pruning.limits.examination import Examination
@@ -52,7 +52,7 @@ class Job:
             return ()
         return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
 
-    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
+    def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
         """Images to measure a model on, by its loss or, with `curvature="features"`, its features.
 
         They run through the model in micro-batches of the size that the statistics use, so that
@@ -80,7 +80,7 @@ class Job:
         return features
 
     def examination(
-        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
+        self, images: list[Pair], limit: Limit, fisher: Statistics | None
     ) -> Examination:
         """The test of a limit on some images."""
         if size := planned_micro_batch(fisher):
@@ -90,29 +90,29 @@ class Job:
     def _examination(self, images: list[Pair], limit: Limit) -> Examination:
         return Examination(self.model, images, limit, self.loss)
 
-    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> Statistics:
         """Statistics of some images."""
         if isinstance(self.batches, Iterator):
             source = iter(source)  # so that it is known to give them once
         return self._collected(source, self._options(seed, quiet=quiet))
 
-    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> Statistics:
         return collected(self.model, source, **options)
 
-    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+    def _add(self, fisher: Statistics, images: list[Pair], options: dict[str, Any]) -> None:
         add_samples(fisher, self.model, images, **options)
 
     def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
         """Arguments of `collect` for some images."""
         return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
 
-    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
+    def joining(self, fisher: Statistics, held: list[Pair], seed: int) -> Callable[[], None]:
         """Return what adds the statistics of held-out images to others, in place.
 
         They are collected at once, or, where memory is limited, when they are added. The model has
         the same weights then.
         """
-        if fisher._plan is not None:
+        if fisher.plan is not None:
             options = self._options(seed, quiet=True)
             return lambda: self._add(fisher, held, options)
         rest = self.collect(held, seed, quiet=True)
@@ -123,6 +123,6 @@ class Job:
         return all_or_nothing(self.chosen, self.plan.shelf)
 
 
-def planned_micro_batch(fisher: BlockFisher | None) -> int | None:
+def planned_micro_batch(fisher: Statistics | None) -> int | None:
     """Samples of a pass within the memory budget of statistics; None without a budget."""
-    return None if fisher is None or fisher._plan is None else fisher._plan.micro_batch
+    return None if fisher is None or fisher.plan is None else fisher.plan.micro_batch

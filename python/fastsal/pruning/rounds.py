@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Pair
 from fastsal.data.held_out import Holding, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.damping import DampingChoice
 from fastsal.pruning.job import Job
@@ -34,8 +34,8 @@ class Found:
         tuned: Those that are, to measure on.
     """
 
-    fisher: BlockFisher | None = None
-    joined: Callable[[], BlockFisher | None] = lambda: None
+    fisher: Statistics | None = None
+    joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
@@ -65,7 +65,7 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> F
     # Before they are used, as this checks them.
     join = job.joining(fisher, held, plan.seed + rounds + number)
 
-    def joined() -> BlockFisher:
+    def joined() -> Statistics:
         # In place: what was held out is of use for nothing else.
         join()
         return fisher

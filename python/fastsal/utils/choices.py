@@ -4,6 +4,28 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+# Saliency criteria, see `fastsal.pruning.criteria`.
+CriterionName = Literal[
+    "magnitude", "random", "taylor", "diag-fisher", "block-fisher", "obs-greedy"
+]  # fmt: skip
+CRITERION_NAMES: tuple[CriterionName, ...] = get_args(CriterionName)
+
+# How a sparsity is allocated to parameters, see `fastsal.rank`.
+Scope = Literal["global", "layer", "erk"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+# Learning-rate schedules of `fastsal.finetune`.
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+# Floating-point types in which statistics are accumulated.
+Precision = Literal["float32", "float64"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# Types of mixed-precision passes.
+Autocast = Literal["bfloat16", "float16"]
+AUTOCAST_TYPES: tuple[Autocast, ...] = get_args(Autocast)
+
 # Loss whose per-sample gradients define the statistics: at the given label (empirical Fisher), at a
 # label drawn from the model (true Fisher), or of matching noisy features.
 Curvature = Literal["empirical", "sampled", "features"]
@@ -15,13 +37,9 @@ HeadKind = Literal["ridge", "knn", "probe", "own"]
 HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 
 # Image corruptions, see `fastsal.data.corruptions`.
-Corruption = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
-CORRUPTIONS: tuple[Corruption, ...] = get_args(Corruption)
+CorruptionKind = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
+CORRUPTION_KINDS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
 
 # What a study saves for each cell beside its numbers.
 Saved = Literal["none", "masks", "models"]
 SAVED: tuple[Saved, ...] = get_args(Saved)
-
-# Learning-rate schedules of fine-tuning.
-Schedule = Literal["cosine", "linear", "constant"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
