@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
-from fastsal.models.weights import _check_weights_path, load_weights
-from fastsal.utils.suggestions import _close, _few
+from fastsal.models.weights import check_weights_path, load_weights
+from fastsal.utils.suggestions import did_you_mean, listed
 
 
 def load_model(
@@ -57,7 +57,7 @@ def load_model(
     }
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
-        _check_weights_path(Path(weights))
+        check_weights_path(Path(weights))
     with _seeded(seed):
         if ".py" in spec and _split_spec(spec):
             if pretrained:
@@ -107,8 +107,8 @@ def _from_file(spec: str, chosen: dict[str, int]) -> nn.Module:
             if callable(value) and getattr(value, "__module__", None) == module.__name__
         ]
         raise InvalidArgument(
-            f"model: {spec!r}: {file} defines no function {function!r}"
-            f"{_close(function, names) or '; it defines ' + _few(names)}"
+            f"model: {file} defines no function {function!r}, only {listed(names) or 'none'}"
+            f"{did_you_mean(function, names)}"
         )
     model = build(**_accepted(build, spec, chosen))
     if not isinstance(model, nn.Module):
@@ -148,7 +148,7 @@ def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> d
         if name not in parameters:
             raise InvalidArgument(
                 f"{name}: got {value}, but {spec!r} has no such argument; it takes "
-                f"{_few(list(parameters)) or 'none'}"
+                f"{listed(list(parameters)) or 'none'}"
             )
     return chosen
 
@@ -163,8 +163,8 @@ def _from_timm(name: str, pretrained: bool, chosen: dict[str, int]) -> nn.Module
         known = timm.list_models()
         if not timm.is_model(name):
             raise InvalidArgument(
-                f"model: timm knows no model {name!r}{_close(name, known)}; "
-                "takes a timm name or path/file.py:function"
+                f"model must be a timm name or path/file.py:function, got {name!r}"
+                f"{did_you_mean(name, known)}"
             ) from None
         if str(error).startswith(("Invalid pretrained tag", "No pretrained")):
             raise InvalidArgument(f"model: {name!r}: {error}") from None

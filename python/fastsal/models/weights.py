@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.utils.atomic import atomic_path
-from fastsal.utils.suggestions import _close, _few
+from fastsal.utils.suggestions import closest, listed
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -54,7 +54,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileFormatError: the file is missing, damaged, or holds something else.
     """
     path = Path(path)
-    _check_weights_path(path)
+    check_weights_path(path)
     if path.suffix == ".safetensors":
         loaded: Any = _read_safetensors(path)
     else:
@@ -117,7 +117,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         save_model(model, str(temporary), metadata={"format": "pt"})
 
 
-def _check_weights_path(path: Path) -> None:
+def check_weights_path(path: Path) -> None:
+    """Raise InvalidArgument unless `path` is an existing file of a type in `WEIGHT_SUFFIXES`."""
     if path.suffix not in WEIGHT_SUFFIXES:
         raise InvalidArgument(
             f"weights: got {str(path)!r}; takes 'pretrained' or a file that ends in "
@@ -173,14 +174,19 @@ def _misfits(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     ]
     problems = []
     if missing:
-        problems.append(f"{len(missing)} missing: {_few(missing)}{_close(missing[0], extra)}")
+        problems.append(f"{len(missing)} missing: {listed(missing)}{_similar(missing[0], extra)}")
     if extra:
-        problems.append(f"{len(extra)} unexpected: {_few(extra)}{_close(extra[0], missing)}")
+        problems.append(f"{len(extra)} unexpected: {listed(extra)}{_similar(extra[0], missing)}")
     if shapes:
-        problems.append(f"{len(shapes)} of another shape: {_few(shapes)}")
+        problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
     if kinds:
-        problems.append(f"{len(kinds)} of another type: {_few(kinds)}")
+        problems.append(f"{len(kinds)} of another type: {listed(kinds)}")
     return problems
+
+
+def _similar(name: str, known: list[str]) -> str:
+    near = closest(name, known)
+    return f" (similar: {', '.join(near)})" if near else ""
 
 
 def _class_hint(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
