@@ -16,7 +16,7 @@ from fastsal.cli import options
 @click.option(
     "--statistics", type=options.PATH, metavar="FILE", help="Use these instead of --data."
 )
-@options.damping_option("1e-5")
+@options.damping_option("0.1x")
 @options.input_options
 @options.run_options
 @options.out_option("FILE", "The compensated weights, safetensors.")
@@ -51,13 +51,14 @@ def compensate(**given: Any) -> None:
         batches = training_batches(given, model, spec)
         assert batches is not None  # --data is given
         fisher = collect(given, model, batches)
-    fastsal.compensate(model, fisher, masks, damping=given["damping"])
+    report = fastsal.compensate(model, fisher, masks, damping=given["damping"])
     masks.verify(model)
     save_weights(model, given["out"])
     result = {
         "sparsity": masks.sparsity,
         "parameters": len(masks),
         "samples": fisher.samples,
+        "damping": report.damping,
         "out": str(given["out"]),
     }
     if given["as_json"]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from fastsal.utils.choices import CURVATURES
+from fastsal.utils.choices import CRITERION_NAMES, CURVATURES, PRECISIONS, SCOPES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-CRITERIA_HELP = "Magnitude, random, taylor, diag-fisher, block-fisher or obs-greedy."
+CRITERIA_HELP = f"Score of a weight: {', '.join(CRITERION_NAMES)}."
 
 
 def criterion(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -26,18 +27,18 @@ def criterion(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def damping(ctx: click.Context, param: click.Parameter, value: str) -> float | str:
-    """Parse a positive number, or "auto" where the default is that."""
-    auto = param.default == "auto"
-    if auto and value == "auto":
-        return value
+    """Parse a positive number, a multiple such as "0.1x", or "auto" where that is the default."""
+    from fastsal.errors import InvalidArgument
+    from fastsal.pruning.damping import parse_damping
+
+    given: float | str = value
+    with contextlib.suppress(ValueError):
+        given = float(value)
     try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        also = ", or auto" if auto else ""
-        raise click.BadParameter(f"{value!r}; takes a number above 0{also}.", ctx, param)
-    return number
+        parsed = parse_damping(given, auto=param.default == "auto")
+    except InvalidArgument as error:
+        raise click.BadParameter(f"{error}.", ctx, param) from None
+    return parsed if isinstance(parsed, (str, float)) else str(parsed)
 
 
 def size(
@@ -129,9 +130,7 @@ statistics_options: Callable[[F], F] = group(
         help="Name or pattern of weights to prune; may be repeated. "
         "[default: weights of linear and convolution layers]",
     ),
-    click.option(
-        "--precision", type=click.Choice(["float32", "float64"]), help="Of the statistics."
-    ),
+    click.option("--precision", type=click.Choice(PRECISIONS), help="Of the statistics."),
 )
 
 
@@ -167,7 +166,7 @@ ranking_options: Callable[[F], F] = group(
     click.option("--sparsity", type=float, help="Share of weights to prune, 0 to 1."),
     click.option(
         "--scope",
-        type=click.Choice(["global", "layer", "erk"]),
+        type=click.Choice(SCOPES),
         default="global",
         show_default=True,
         help="Where weights compete.",
@@ -198,12 +197,12 @@ def damping_option(default: str) -> Callable[[F], F]:
     """Return `--damping`; it takes "auto" if that is the default."""
     return click.option(
         "--damping",
-        metavar="NUMBER|auto" if default == "auto" else "NUMBER",
+        metavar="NUMBER|MULTIPLEx|auto" if default == "auto" else "NUMBER|MULTIPLEx",
         callback=damping,
         default=default,
         show_default=True,
-        help="Added to the diagonal of the Fisher"
-        + ("; auto holds samples out to choose it." if default == "auto" else "."),
+        help="Number to add to the diagonal of the Fisher, or a multiple of its mean such as 0.1x"
+        + ("; auto chooses it on held-out samples." if default == "auto" else "."),
     )
 
 

@@ -14,7 +14,7 @@ from fastsal.errors import InvalidArgument
 @click.command(short_help="Score every weight; keep the scores in a file.")
 @options.model_options
 @options.criterion_option("block-fisher")
-@options.damping_option("1e-5")
+@options.damping_option("0.1x")
 @options.statistics_options
 @options.budget_options
 @click.option(
@@ -40,6 +40,7 @@ def score(**given: Any) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit
+    from fastsal.pruning.damping import resolve_damping
     from fastsal.utils.atomic import atomic_path
 
     if given["statistics"] is not None and given["data"] is not None:
@@ -64,13 +65,16 @@ def score(**given: Any) -> None:
             extra["seed"] = given["seed"]
             if given["parameters"]:
                 extra["parameters"] = list(given["parameters"])
+        damping = given["damping"]
+        if fisher is not None:
+            damping = resolve_damping(damping, fisher)
         scores = fastsal.score(
-            model, fisher, criterion=given["criterion"], damping=given["damping"], **extra
+            model, fisher, criterion=given["criterion"], damping=damping, **extra
         )
     recipe = {
         "model": given["model"],
         "criterion": given["criterion"],
-        "damping": given["damping"],
+        "damping": damping,
         "samples": fisher.samples if fisher is not None else 0,
     }
     with atomic_path(given["out"]) as temporary:

@@ -1,4 +1,4 @@
-"""Which rank owns which weights."""
+"""The weights that each rank owns."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fastsal.fisher.parts import (
 
 @dataclass(frozen=True)
 class Mine:
-    """A model of which this rank has statistics of some parts.
+    """The parts of a model that this rank has statistics of.
 
     Attributes:
-        parameters: Name to parameter, of all that there are statistics of, in the model's order.
+        parameters: Name to parameter, all with statistics on some rank, in the model's order.
         shares: Parts of every rank.
         parts: This rank's, by their keys.
         weights: Key to this rank's weights.
@@ -35,7 +35,7 @@ class Mine:
 
     @classmethod
     def of(cls, model: nn.Module, fisher: BlockFisher, ranks: Ranks) -> Mine:
-        """Look a model over, with the statistics of this rank."""
+        """Return the parts of a model by the statistics of this rank."""
         assert fisher._shares is not None
         assert fisher._whole is not None
         found = dict(model.named_parameters(remove_duplicate=False))
@@ -45,5 +45,5 @@ class Mine:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape."""
+        """Parameter name to shape."""
         return {name: tuple(p.shape) for name, p in self.parameters.items()}

@@ -1,8 +1,9 @@
-"""What ranks do together besides statistics: they measure models, and keep one checkpoint."""
+"""Measurements and checkpoints that ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -13,6 +14,7 @@ from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.history import Round
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
@@ -20,7 +22,7 @@ from fastsal.pruning.measured import Measured
 
 
 def own_pieces(images: list[Pair], ranks: Ranks, most: int | None = None) -> list[Pair]:
-    """This rank's part of some images: every so many-th piece, of up to `most` of them."""
+    """Return this rank's part of images, in pieces of at most `most`."""
     total = sum(len(x) for x, _ in images)
     size = max(1, min(total // ranks.size, most or total))
     return list(in_micro_batches(images, size, size))[ranks.rank :: ranks.size]
@@ -28,25 +30,30 @@ def own_pieces(images: list[Pair], ranks: Ranks, most: int | None = None) -> lis
 
 @dataclass(frozen=True)
 class SharedMeasure:
-    """Held-out images of which every rank measures some; all learn the same mean."""
+    """Held-out images of which every rank measures a part; all get the same mean loss.
+
+    Attributes:
+        mine: The images of this rank; None if it has none.
+        ranks: The processes.
+    """
 
     mine: Measured | None
     ranks: Ranks
 
     @property
     def samples(self) -> int:
-        """Number of images, of this rank."""
+        """Number of images of this rank."""
         return self.mine.samples if self.mine is not None else 0
 
     def mean_loss(self, model: nn.Module) -> float:
-        """Mean loss over the images of all ranks."""
+        """Return the mean loss over the images of all ranks."""
         total = self.mine.mean_loss(model) * self.samples if self.mine is not None else 0.0
-        found = self.ranks.every((total, self.samples))
+        found = self.ranks.all_gather((total, self.samples))
         return float(sum(t for t, _ in found) / sum(n for _, n in found))
 
 
 class SharedExamination(Examination):
-    """The test of a limit, each rank on some of the images; all come to the same verdict.
+    """The test of a limit, in which every rank measures a part; all get the same result.
 
     Raises:
         InvalidArgument: There are fewer images than ranks.
@@ -65,8 +72,7 @@ class SharedExamination(Examination):
         count = sum(len(x) for x, _ in images)
         if count < ranks.size:
             raise InvalidArgument(
-                f"held_out: {count} images are left to test the limit on; takes one for each of "
-                f"{ranks.size} ranks or more"
+                f"held_out must have at least one image for each of {ranks.size} ranks, got {count}"
             )
         self._ranks = ranks
         super().__init__(model, own_pieces(images, ranks, micro_batch), limit, loss)
@@ -74,43 +80,51 @@ class SharedExamination(Examination):
 
     @property
     def images(self) -> int:
-        """Images of the test, on all ranks."""
+        """Number of test images, of all ranks."""
         return self._count
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Of all ranks, in the order of the images."""
-        found = self._ranks.every(super().measured(model))
+        """Return the increases of all images, in their order."""
+        found = self._ranks.all_gather(super().measured(model))
         return [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None]
 
 
 class SharedCheckpoint(Checkpoint):
-    """A checkpoint that rank 0 writes and all ranks read."""
+    """A checkpoint that rank 0 writes and all ranks read.
 
-    def __init__(self, *given: Any, ranks: Ranks) -> None:
-        super().__init__(*given)
+    Args:
+        path: The file, which all ranks must share.
+        asked: Arguments of the run, as JSON values.
+        ranks: The processes.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], *, ranks: Ranks
+    ) -> None:
+        super().__init__(path, asked)
         self._ranks = ranks
 
-    def save(self, *state: Any) -> None:
+    def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
         """Write the state after a round."""
         if self._ranks.rank == 0:
-            super().save(*state)
-        self._ranks.every(None)
+            super().save(weights, masks, history)
+        self._ranks.all_gather(None)
 
-    def resume(self, *given: Any) -> tuple[Masks | None, list[dict[str, Any]]]:
-        """Bring parameters to the state of the file, if there is one.
+    def resume(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Masks | None, list[Round]]:
+        """Restore the state of the file, if it exists.
 
         Raises:
-            InvalidArgument: Not all ranks see it.
+            InvalidArgument: Not all ranks can read it.
         """
-        masks, history = super().resume(*given)
-        seen = self._ranks.every(len(history))
+        masks, history = super().resume(parameters)
+        seen = self._ranks.all_gather(len(history))
         if len(set(seen)) > 1:
             raise InvalidArgument(
-                f"checkpoint: ranks see {seen} rounds done; takes a file that all of them see"
+                f"checkpoint must be a file that all ranks can read, got {seen} complete rounds"
             )
         return masks, history
 
     def remove(self) -> None:
-        """All rounds are done."""
+        """Remove the file, after all rounds are complete."""
         if self._ranks.rank == 0:
             super().remove()

@@ -8,11 +8,10 @@ from typing import Any
 
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
-from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.rounds import Found, prune_in_rounds, rising_goals
-from fastsal.pruning.step import Plan
+from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.rounds import RoundStatistics, prune_in_rounds, rising_goals
 from fastsal.study.cells import Cell
 from fastsal.study.sources import Source
 from fastsal.transfer.headed import PREFIX
@@ -36,11 +35,8 @@ class Pruned:
 def prune_cell(source: Source, cell: Cell) -> Pruned:
     """Prune the dense backbone of a source in place, as a cell says."""
     how = cell.criterion
-    entry = CRITERIA[how.criterion]
-    plan = Plan(
-        criterion=how.criterion,
-        needs_fisher=entry.needs_fisher or how.compensate,
-        needs_damping=entry.needs_damping or how.compensate,
+    recipe = Recipe.of(
+        how.criterion,
         compensate=how.compensate,
         damping=how.damping,
         ranking={"scope": how.scope, "pattern": how.pattern, "floor": how.floor},
@@ -50,35 +46,35 @@ def prune_cell(source: Source, cell: Cell) -> Pruned:
     )
     model = source.models[0]
     chosen = select_parameters(model, source.parameters)
-    job = Job(model, None, None, plan, chosen, {"curvature": source.curvature}, cross_entropy)
+    job = Job(model, None, None, recipe, chosen, {"curvature": source.curvature}, cross_entropy)
     waited = 0.0
     own: list[float] = []
 
-    def find(number: int, *, holds_out: bool) -> Found:
+    def find(number: int, *, holds_out: bool) -> RoundStatistics:
         nonlocal waited
-        if not plan.needs_fisher:
-            return Found()
+        if not recipe.needs_fisher:
+            return RoundStatistics()
         start = time.perf_counter()
         found = source.find(number, dense=number == 1)
         taken = time.perf_counter() - start
         waited += taken
         if number > 1:
             own.append(taken)
-        return found if holds_out else Found(found.joined(), found.joined)
+        return found if holds_out else RoundStatistics(found.joined(), found.joined)
 
     start = time.perf_counter()
     goals = rising_goals(cell.sparsity, cell.rounds)
     masks, _, history = prune_in_rounds(job, goals, recalibrate=False, find=find)
     taken = time.perf_counter() - start - waited
     # Statistics at the dense weights are shared and count in full; those after are a cell's own.
-    statistics = source.seconds + sum(own) if plan.needs_fisher else 0.0
+    statistics = source.seconds + sum(own) if recipe.needs_fisher else 0.0
     last = history[-1]
-    fisher = source.shared.joined() if plan.needs_fisher and source.shared is not None else None
+    fisher = source.shared.joined() if recipe.needs_fisher and source.shared is not None else None
     facts = {
-        "samples": last["samples"],
-        "damping": last["damping"],
+        "samples": last.samples,
+        "damping": last.damping,
         "sparsity_reached": masks.sparsity,
-        "predicted_increase": _sum(entry["predicted_increase"] for entry in history),
+        "predicted_increase": _sum(entry.predicted_increase for entry in history),
         "statistics_bytes": 0 if fisher is None else fisher.nbytes,
         "seconds_statistics": statistics,
         "seconds_prune": taken,

@@ -22,7 +22,7 @@ from fastsal.gradients.losses import cross_entropy
 from fastsal.models.evaluating import evaluating
 from fastsal.models.inputs import InputSpec
 from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
-from fastsal.pruning.rounds import Found
+from fastsal.pruning.rounds import RoundStatistics
 from fastsal.study.backbones import Backbone
 from fastsal.study.images import SourcePart
 from fastsal.study.settings.schema import SourceSettings, Study
@@ -57,7 +57,7 @@ class Source:
     models: list[Headed] = field(init=False)
     targets: list[npt.NDArray[np.int64]] = field(init=False)
     seconds: float = 0.0
-    shared: Found | None = None
+    shared: RoundStatistics | None = None
     overlaps: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Source:
         """Names of the pruned weights, as in `models`."""
         return [PREFIX + name for name in self.backbone.names]
 
-    def find(self, number: int, *, dense: bool) -> Found:
+    def find(self, number: int, *, dense: bool) -> RoundStatistics:
         """Statistics for one round; those at the dense weights are kept for other cells.
 
         Args:
@@ -91,7 +91,7 @@ class Source:
             self.shared, self.seconds = found, time.perf_counter() - start
         return found
 
-    def _find(self, seed: int) -> Found:
+    def _find(self, seed: int) -> RoundStatistics:
         """One sample in eight is held out of what λ is chosen with, and joins it for the rest."""
         fisher: BlockFisher | None = None
         joined: BlockFisher | None = None
@@ -110,7 +110,7 @@ class Source:
             tuned.append((part.weight, self._measured(model, limited(held)), model))
             fisher = self._add(fisher, most, part.weight)
             joined = self._add(joined, whole, part.weight)
-        return Found(fisher, lambda: joined, MixedHeldOut(tuned))
+        return RoundStatistics(fisher, lambda: joined, MixedHeldOut(tuned))
 
     def _measured(self, model: nn.Module, held: list[Pair]) -> Measured:
         """What λ is chosen by: the loss that the statistics are of."""

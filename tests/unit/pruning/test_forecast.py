@@ -40,7 +40,7 @@ def test_collect_does_what_was_planned(tmp_path):
 def test_prune_tells_what_was_planned(tmp_path):
     how = {"damping": 1e-3, "scratch": tmp_path, **BUDGET}
     plan = plan_memory(net(), images(), samples=48, calibrate=False, **how)
-    told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
+    told = fastsal.prune(net(), images(), 0.5, **how).history[0].memory_plan
     assert told["memory"] == plan.memory
     assert told["passes"] == plan.passes
     assert told["kept"] == plan.kept > 0
@@ -48,7 +48,7 @@ def test_prune_tells_what_was_planned(tmp_path):
 
 def test_sums_that_are_nowhere_are_collected_for_each_use(monkeypatch):
     how = {"damping": 1e-3, "micro_batch": 4, "memory_budget": "102MiB"}
-    told = fastsal.prune(net(), images(), 0.5, **how).history[0]["memory_plan"]
+    told = fastsal.prune(net(), images(), 0.5, **how).history[0].memory_plan
     monkeypatch.setattr("fastsal.pruning.forecast._statistics_seconds", lambda *_: 10_000.0)
 
     def uses(**more):
@@ -80,7 +80,7 @@ def test_one_of_several_ranks(budget):
         "weights": max(paper.weights),
         "masks": max(paper.masks),
     }
-    with pytest.raises(InvalidArgument, match="ranks: got 0; takes 1 or more"):
+    with pytest.raises(InvalidArgument, match="ranks must be at least 1, got 0"):
         plan_memory(net(), images(), ranks=0)
 
 

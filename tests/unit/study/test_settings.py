@@ -121,7 +121,11 @@ BAD = [
     ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "(close: blur)"),
     ('tasks = "a"', 'tasks = "a"\nseverity = 6', "takes 1 to 5"),
     ('"obs-greedy"', '"obs-gredy"', "line 22: criteria[0].criterion: got 'obs-gredy' (close: obs-"),
-    ('"magnitude"', '"magnitude"\ndamping = 0', "criteria[1].damping: got 0; takes a λ above 0"),
+    (
+        '"magnitude"',
+        '"magnitude"\ndamping = 0',
+        "criteria[1].damping: damping must be",
+    ),
     ('"magnitude"', '"magnitude"\npattern = "5:4"', "criteria[1].pattern: "),
     ('"magnitude"', '"magnitude"\n[finetune]\nlr = 0.1', "finetune.epochs: is missing"),
     ('"magnitude"', '"magnitude"\n[finetune]\nepochs=1\nlr=0.1\npatience=2', "give held_out"),

@@ -27,6 +27,7 @@ from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
+from fastsal.utils.choices import CriterionName
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
 _PACKAGES = {
@@ -41,7 +42,7 @@ class Method:
     """A criterion, with joint compensation of the kept weights or without."""
 
     label: str
-    criterion: str
+    criterion: CriterionName
     compensate: bool = False
 
 

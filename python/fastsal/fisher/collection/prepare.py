@@ -21,8 +21,9 @@ from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.sizes import parse_bytes
+from fastsal.utils.suggestions import check_choice
 
 
 def prepare(
@@ -56,6 +57,7 @@ def prepare(
     if micro_batch is not None and micro_batch < 1:
         raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
     chosen = select_parameters(model, parameters)
+    check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])
     if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])

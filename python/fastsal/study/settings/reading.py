@@ -175,6 +175,7 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
 
 def _criterion(r: Reader) -> CriterionSettings:
     from fastsal.pruning.criteria.registry import CRITERIA
+    from fastsal.pruning.damping import parse_damping
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
@@ -183,8 +184,12 @@ def _criterion(r: Reader) -> CriterionSettings:
     criterion = r.choice("criterion", tuple(CRITERIA), "")
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
-    if r.table.get("damping", "auto") != "auto":
-        damping = r.number("damping", None, lambda v: 0 < v < float("inf"), "a λ above 0, or auto")
+    if "damping" in r.table:
+        try:
+            parsed = parse_damping(r.table["damping"], auto=True)
+        except InvalidArgument as error:
+            raise r.error("damping", str(error)) from None
+        damping = parsed if isinstance(parsed, (str, float)) else str(parsed)
     # A criterion that goes with compensation by itself is called by its name alone.
     name = criterion
     if compensate != CRITERIA[criterion].needs_damping:

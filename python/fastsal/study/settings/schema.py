@@ -101,7 +101,7 @@ class CriterionSettings:
         name: in tables and figures.
         criterion: one of `fastsal.CRITERIA`.
         compensate: whether kept weights move.
-        damping: λ, or `"auto"`.
+        damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"`.
         labels: of the statistics, `"true"`, `"sampled"` or `"features"`; None takes the source's.
             Fine-tuning does not depend on it.
         rounds: None takes the study's.
