@@ -461,7 +461,7 @@ REFUSED = {
     "parameters": ({"parameters": "x"}, UnknownParameter, "^parameters: 'x'"),
     "no batches": ({"batches": None}, InvalidArgument, "^batches must be .*, got None"),
     "empty": ({"batches": []}, DataError, "^batches: is empty"),
-    "iterator": ({"batches": iter(BATCHES), "rounds": 2}, InvalidArgument, "^batches must be iterable"),
+    "iterator": ({"batches": iter(BATCHES), "rounds": 2}, InvalidArgument, "^batches must be iter"),
     "too few to hold out": ({"samples": 7}, InvalidArgument, "^damping: 'auto' .*hold one"),
     "NaN image": ({"batches": nan_in(20), "damping": 0.1}, NonFiniteGradient, "^sample 20: "),
     "NaN image held out": ({"batches": nan_in(15)}, NonFiniteGradient, "its loss is nan"),

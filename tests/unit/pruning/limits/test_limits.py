@@ -159,8 +159,8 @@ def test_a_limit_that_nothing_keeps_leaves_the_model_whole(trained):
     ("given", "match"),
     [
         ({"max_accuracy_drop": 0.1, "max_loss_increase": 0.1}, "both"),
-        ({"max_accuracy_drop": 0.0}, "max_accuracy_drop: got 0"),
-        ({"max_accuracy_drop": 1.5}, "max_accuracy_drop: got 1.5"),
+        ({"max_accuracy_drop": 0.0}, r"max_accuracy_drop must be in \(0, 1\), got 0"),
+        ({"max_accuracy_drop": 1.5}, r"max_accuracy_drop must be in \(0, 1\), got 1.5"),
         ({"max_loss_increase": -1.0}, "max_loss_increase"),
         ({"max_accuracy_drop": 0.1, "confidence": 1.0}, "confidence"),
         ({"max_accuracy_drop": 0.1, "sparsity": 0.5}, "exclude sparsity:"),

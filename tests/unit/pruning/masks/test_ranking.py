@@ -277,7 +277,7 @@ def test_pattern_with_the_sparsity_it_has():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": -0.1}, "sparsity: got -0.1; takes a fraction from 0 to 1"),
+        ({"sparsity": -0.1}, r"sparsity must be in \[0, 1\], got -0.1"),
         ({"sparsity": 1.0001}, r"sparsity must be in \[0, 1\], got 1.0001"),
         ({"sparsity": 70}, r"sparsity must be in \[0, 1\], got 70"),
         ({"sparsity": math.nan}, r"sparsity must be in \[0, 1\], got nan"),
@@ -343,7 +343,7 @@ def test_floor_and_sparsity_that_just_fit():
         ({"w": torch.zeros(4, dtype=torch.bool)}, "scores must be .*floating .*got torch.bool"),
         ({"a": torch.zeros(4), "w": torch.tensor([[0.0, 1.0], [math.nan, math.nan]])},
          "scores must not be NaN, got NaN at position 2 of 'w'"),
-        ({"w": torch.tensor([math.nan], dtype=torch.float64)}, "scores must not be NaN, .*position 0 of 'w'"),
+        ({"w": torch.tensor([math.nan], dtype=torch.float64)}, "scores must not be NaN, .*position 0"),
     ],
 )  # fmt: skip
 def test_scores_that_are_not_taken(scores, message, arguments):
