@@ -230,10 +230,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_are_done(study_file, tmp_p
     bad = [row for row in rows if row["status"] == "failed"]
     assert len(bad) == 18
     assert {row["source"] for row in bad} == {"too many"}
-    assert all(
-        "images in split 'prune' of 'colours', got 1000" in row["error"]
-        for row in bad
-    )
+    assert all("images in split 'prune' of 'colours', got 1000" in row["error"] for row in bad)
     assert sum(row["status"] == "done" for row in rows) == 36
     # They are not tried again unless that is asked for.
     assert run_study(load_study(study_file), out).done == 0
@@ -407,7 +404,10 @@ def test_the_results_of_another_study_are_left_alone(study_file, tmp_path):
     run_study(load_study(study_file), out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     edited(study_file, ("epochs = 1", "epochs = 2"))
-    failed(run("sweep", study_file, "--out", out), "another study (different settings: finetune.epochs)")
+    failed(
+        run("sweep", study_file, "--out", out),
+        "another study (different settings: finetune.epochs)",
+    )
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
@@ -455,3 +455,10 @@ def test_the_models_own_classifier_is_a_head_too(study_file, tmp_path):
     assert {r["dense"] for r in rows} == {str(right / len(places))}
     # The classifier stays as it is.
     assert {row["layer"] for row in rows_of(out, "layers")} == {"conv.weight"}
+
+
+def test_paths_may_be_strings_and_the_summary_is_short(study_file, tmp_path):
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    done = run_study(load_study(str(study_file), root=str(tmp_path)), str(tmp_path / "out"))
+    assert repr(done).startswith("Summary(cells=3, done=3, failed=0, rows=6, warned=0, seconds=")
+    assert run_study(load_study(study_file, root=tmp_path), tmp_path / "out").done == 0

@@ -188,3 +188,21 @@ def test_the_studies_of_the_repository_are_right(path):
     for model in study.models:
         file = model.model.rpartition(":")[0]
         assert (study.folder / file).is_file()
+
+
+def test_choices_are_those_of_the_rooms_that_implement_them():
+    from fastsal.data import corruptions
+    from fastsal.finetuning import trainer
+    from fastsal.pruning.criteria import CRITERIA
+    from fastsal.utils import choices
+
+    assert set(corruptions.KINDS) == set(choices.CORRUPTION_KINDS)
+    assert set(trainer.SCHEDULES) == set(choices.SCHEDULES)
+    assert set(CRITERIA) == set(choices.CRITERION_NAMES)
+
+
+def test_a_study_is_shown_in_one_line(write):
+    study = load_study(write(SMALL))
+    assert repr(study) == (
+        "Study('small', models=1, tasks=2, sources=1, criteria=2, sparsities=2, seeds=2, rounds=1)"
+    )
