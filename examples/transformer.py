@@ -2,8 +2,8 @@
 
     python examples/transformer.py --sequences 8 --length 64
 
-Its functions are taken wherever the command takes MODEL: `examples/transformer.py:gpt_125m`. A
-model that does not fit into memory is built without weights: `with torch.device("meta"): gpt_1b()`.
+Its functions can be used as MODEL on the command line: `examples/transformer.py:gpt_125m`. A model
+that does not fit into memory is built without weights: `with torch.device("meta"): gpt_1b()`.
 
 Axes: n sequences, L tokens, V words, H heads.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a normalisation and beside a shortcut."""
+    """Attention and a perceptron, each with a preceding normalization and a shortcut."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Causal self-attention over `[n, L, width]`."""
+        """Apply causal self-attention to `[n, L, width]`."""
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [n, H, L, width / H]
             for layer in (self.q, self.k, self.v)
@@ -40,13 +40,13 @@ class Block(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[n, L, width]` to the same."""
+        """Map `[n, L, width]` to `[n, L, width]`."""
         x = x + self.attend(self.norm1(x))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class Decoder(nn.Module):
-    """Tokens `[n, L]` to logits of the next token `[n, L, V]`."""
+    """Decoder from tokens `[n, L]` to logits of the next token `[n, L, V]`."""
 
     def __init__(
         self, words: int, width: int, layers: int, heads: int, context: int, *, tied: bool = True
@@ -69,22 +69,22 @@ class Decoder(nn.Module):
 
 
 def gpt_125m() -> nn.Module:
-    """12 layers of width 768: 124 million weights, 85 million of them in linear layers."""
+    """Build 12 layers of width 768: 124 million weights, 85 million of them in linear layers."""
     return Decoder(words=50_257, width=768, layers=12, heads=12, context=1024)
 
 
 def gpt_1b() -> nn.Module:
-    """18 layers of width 2,048: 1.01 billion weights."""
+    """Build 18 layers of width 2,048: 1.01 billion weights."""
     return Decoder(words=50_257, width=2048, layers=18, heads=16, context=1024)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each sequence `[n]`, from logits `[n, L, V]` and labels `[n, L]`."""
+    """Return mean cross-entropies `[n]`, from logits `[n, L, V]` and labels `[n, L]`."""
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
 
 
 def main() -> None:
-    """Score the linear weights on random tokens; print time and memory."""
+    """Score the linear weights on random tokens and print time and memory."""
     import fastsal
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -97,7 +97,7 @@ def main() -> None:
     tokens = torch.randint(50_257, (given.sequences, given.length + 1))
     batch = (tokens[:, :-1], tokens[:, 1:])
     start = time.perf_counter()
-    # The head is the table of tokens, which stays.
+    # The head is tied to the token table, which is not pruned.
     fisher = fastsal.collect(
         model, [batch], block_size=given.block_size, loss=next_token_loss, parameters="!wte.weight"
     )

@@ -385,7 +385,7 @@ def two_sizes(folder: Path) -> None:
     ("spoil", "message"),
     [
         (grey_cube, "has 5 channels; the model takes 3"),
-        (two_sizes, "a model of native size takes one size: give size"),
+        (two_sizes, "size must be given for images of different sizes"),
     ],
 )
 def test_images_that_the_model_does_not_take_are_said_once(spoil, message, study_file, tmp_path):

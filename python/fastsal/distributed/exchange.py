@@ -3,11 +3,13 @@
 Rows travel, unless partial sums are asked for. Rows are `4 d` bytes a sample, packed sums
 `2 (B + 1) d` once: beyond `(B + 1) / 2` samples a rank sums are fewer bytes. But a rank has to hold
 those of the whole model then, as many times the memory as there are ranks, and they round otherwise
-than those of one process; with rows the masks are the same, bit for bit.
+than those of one process; with rows the masks are the same, bit for bit. For that a micro-batch is
+never cut: kernels of PyTorch round otherwise for another number of samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.passes import Gradients, add_pass
+from fastsal.fisher.collection.passes import PassSettings, add_pass
+from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, shapes_of
-from fastsal.fisher.sums import flat_rows
+from fastsal.fisher.rows import flat_rows
 from fastsal.utils.progress import Report
 
 
@@ -27,33 +29,29 @@ class StepSums:
     """Adds rows to sums in steps of so many samples, whatever the numbers that they come in.
 
     Args:
-        fisher: Statistics of this rank's parts.
+        sums: Sums of this rank's parts.
         step: Rows that are added at a time.
         expected: Samples to come in all, if known.
     """
 
-    def __init__(self, fisher: BlockFisher, step: int, expected: int | None) -> None:
-        self._fisher = fisher
+    def __init__(self, sums: ModelSums, step: int, expected: int | None) -> None:
+        self._sums = sums
         self._step = step
         self._expected = expected
         self._rest: dict[str, Tensor] = {}
         self._waiting = 0
-
-    def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
-        self._expected = max(samples, self._expected or 0)
 
     def add(self, key: str, rows: Tensor) -> None:
         """Take the rows `[n, d]` of a part, once a micro-batch."""
         rest = self._rest.pop(key, None)
         if rest is not None:
             rows = torch.cat([rest, rows])
-        seen = self._fisher._rows_seen
+        seen = self._sums.rows_seen
         steps = len(rows) // self._step * self._step
         for start in range(0, steps, self._step):
-            self._fisher._rows_seen = seen + start  # so that an error names the sample
-            self._fisher._add(key, rows[start : start + self._step], self._expected)
-        self._fisher._rows_seen = seen
+            self._sums.rows_seen = seen + start  # so that an error names the sample
+            self._sums.add(key, rows[start : start + self._step], self._expected)
+        self._sums.rows_seen = seen
         if len(rows) > steps:
             self._rest[key] = rows[steps:].clone()
 
@@ -61,16 +59,16 @@ class StepSums:
         """All parts have had their rows of `n` samples."""
         self._waiting += n
         while self._waiting >= self._step:
-            self._fisher._count(self._step)
+            self._sums.count(self._step)
             self._waiting -= self._step
 
     def flush(self) -> None:
         """Add what waits."""
         for key, rows in self._rest.items():
-            self._fisher._add(key, rows, self._expected)
+            self._sums.add(key, rows, self._expected)
         self._rest.clear()
         if self._waiting:
-            self._fisher._count(self._waiting)
+            self._sums.count(self._waiting)
         self._waiting = 0
 
 
@@ -94,7 +92,7 @@ class OwnerSink:
         self._most = 0
 
     def begin(self, counts: Sequence[int]) -> None:
-        """Samples of each rank in the micro-batch that comes."""
+        """Samples of each rank in the micro-batches that come."""
         self._counts = list(counts)
         self._most = max(counts)
 
@@ -111,7 +109,7 @@ class OwnerSink:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
                 self._sink.add(part.key, joined.cpu())
 
-    def end_micro_batch(self) -> None:
+    def end_micro_batches(self) -> None:
         """All parameters have had their rows."""
         self._sink.end_micro_batch(sum(self._counts))
 
@@ -121,18 +119,18 @@ class OwnerSink:
 
 
 def add_sharded_pass(
-    gradients: Gradients,
-    fisher: BlockFisher,
+    settings: PassSettings,
+    sums: ModelSums,
     shares: Sequence[Sequence[Part]],
     ranks: Ranks,
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """Go over images once, each rank over its part of every micro-batch.
+    """Go over images once; the micro-batches are those of one process, dealt out in turn.
 
     Args:
-        gradients: How; all ranks the same.
-        fisher: Statistics of this rank's parts, by their keys.
+        settings: How; all ranks the same.
+        sums: Sums of this rank's parts, by their keys.
         shares: Parts of every rank.
         ranks: The processes.
         pairs: Images and labels; all ranks give the same.
@@ -141,30 +139,24 @@ def add_sharded_pass(
     Raises:
         DataError: Ranks were given different numbers of samples.
     """
-    sums = StepSums(fisher, gradients.step, gradients.samples)
-    sink = OwnerSink(sums, shares, ranks)
+    steps = StepSums(sums, settings.step, settings.samples)
+    sink = OwnerSink(steps, shares, ranks)
     total = 0
-    with gradients.engine(part.name for share in shares for part in share) as engine:
-        size = gradients.micro_batch * ranks.size
-        for images, labels in in_micro_batches(pairs, size, size):
-            n = len(images)
+    with settings.engine(part.name for share in shares for part in share) as engine:
+        micro_batches = in_micro_batches(pairs, settings.micro_batch, settings.step)
+        while dealt := list(itertools.islice(micro_batches, ranks.size)):
             if total == 0:
-                engine.prepare(images, labels)
-            total += n
-            if gradients.samples is None:
-                sums.expect(total)
-            counts = [n // ranks.size + (rank < n % ranks.size) for rank in range(ranks.size)]
-            start = sum(counts[: ranks.rank])
-            # A rank without samples goes along with one that is dropped.
-            stop = max(start + counts[ranks.rank], start + 1)
-            some = slice(min(start, n - 1), stop)
+                engine.prepare(*dealt[0])
+            counts = [len(images) for images, _ in dealt] + [0] * (ranks.size - len(dealt))
+            total += sum(counts)
             sink.begin(counts)
             with engine.rewinding():
-                engine.skip(start)
-                engine.run(images[some], None if labels is None else labels[some], sink)
-            engine.skip(n)
-            sink.end_micro_batch()
-            report(total, gradients.samples)
+                engine.skip(sum(counts[: ranks.rank]))
+                # A rank without one goes along with the last, and what it finds is dropped.
+                engine.run(*dealt[min(ranks.rank, len(dealt) - 1)], sink)
+            engine.skip(sum(counts))
+            sink.end_micro_batches()
+            report(total, settings.samples)
         sink.flush()
     _check_same(ranks, total)
 
@@ -177,8 +169,8 @@ def _check_same(ranks: Ranks, samples: int) -> None:
 
 
 def add_summed_pass(
-    gradients: Gradients,
-    fisher: BlockFisher,
+    settings: PassSettings,
+    sums: ModelSums,
     shares: Sequence[Sequence[Part]],
     ranks: Ranks,
     pairs: Iterable[Pair],
@@ -189,29 +181,27 @@ def add_summed_pass(
     The arguments are those of `add_sharded_pass`; labels are those of the images.
     """
     every = by_key([part for share in shares for part in share])
-    shapes = {name: tuple(p.shape) for name, p in gradients.chosen.items()}
-    own = BlockFisher(
-        shapes_of(every, shapes), block_size=fisher.block_size, precision=fisher.precision
-    )
+    shapes = {name: tuple(p.shape) for name, p in settings.chosen.items()}
+    own = ModelSums.empty(shapes_of(every, shapes), sums.block_size, sums.precision)
     total = 0
 
     def mine() -> Iterator[Pair]:
         nonlocal total
-        size = gradients.micro_batch * ranks.size
+        size = settings.micro_batch * ranks.size
         for images, labels in in_micro_batches(pairs, size, size):
             total += len(images)
             some = slice(ranks.rank, None, ranks.size)
             if len(images[some]):
                 yield images[some], None if labels is None else labels[some]
 
-    add_pass(gradients, own, every, mine(), report)
+    add_pass(settings, own, every, mine(), report)
     for owner, share in enumerate(shares):
         for part in share:
-            sums = own._parameters[part.key]
-            packed = ranks.reduce(torch.from_numpy(sums.fold()), owner)
-            plain = ranks.reduce(torch.from_numpy(sums.sums), owner)
+            found = own.parameters[part.key]
+            packed = ranks.reduce(torch.from_numpy(found.fold()), owner)
+            plain = ranks.reduce(torch.from_numpy(found.sums), owner)
             if owner == ranks.rank:
-                fisher._parameters[part.key].add_sums(packed.numpy(), plain.numpy())
-            sums.clear()
+                sums.parameters[part.key].add_sums(packed.numpy(), plain.numpy())
+            found.clear()
     _check_same(ranks, total)
-    fisher._count(total)
+    sums.count(total)

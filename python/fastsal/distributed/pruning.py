@@ -21,21 +21,21 @@ from fastsal.distributed.sharing import (
     SharedCheckpoint,
     SharedExamination,
     SharedMeasure,
-    own_pieces,
+    in_order,
 )
 from fastsal.distributed.thresholds import rank_shards
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import slices
+from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
 from fastsal.pruning.criteria.scoring import score_tensors
 from fastsal.pruning.damping import candidates_of
-from fastsal.pruning.job import Job, planned_micro_batch
+from fastsal.pruning.job import Job
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.prune import Makers, PruneResult
 from fastsal.pruning.step import Plan
@@ -105,7 +105,7 @@ class ShardedPlan(Plan):
     ranks: Ranks | None = None
 
     def score(
-        self, model: nn.Module, fisher: BlockFisher | None, masks: Masks | None, damping: float
+        self, model: nn.Module, fisher: Statistics | None, masks: Masks | None, damping: float
     ) -> dict[str, Tensor]:
         """Scores of this rank's parts, by their keys."""
         if fisher is None or self.ranks is None:
@@ -123,7 +123,7 @@ class ShardedPlan(Plan):
     def rank(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         scores: Mapping[str, Tensor],
         goal: float | None,
         damping: float,
@@ -143,7 +143,7 @@ class ShardedPlan(Plan):
     def move(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks,
         damping: float,
         *,
@@ -172,11 +172,11 @@ class ShardedPlan(Plan):
                 self.shelf.release()
         return float(sum(self.ranks.every(report.total)))
 
-    def grid(self, fisher: BlockFisher) -> list[float]:
+    def grid(self, fisher: Statistics) -> list[float]:
         """Dampings to try, from the mean squared gradient of all ranks' parts."""
         if self.ranks is None:
             return super().grid(fisher)
-        totals = self.ranks.every(fisher._squares())
+        totals = self.ranks.every(squared_gradients(fisher))
         return candidates_of(sum(t for t, _ in totals) / sum(n for _, n in totals))
 
 
@@ -192,27 +192,25 @@ class ShardedJob(Job):
     ranks: Ranks | None = None
     exchange: str = "rows"
 
-    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
-        """Images to measure a model on, each rank its part of them."""
+    def _measured(self, images: list[Pair]) -> InMicroBatches:
+        """Micro-batches to measure a model on, dealt out to the ranks."""
         assert self.ranks is not None
-        pieces = own_pieces(images, self.ranks)
-        mine = super().held_out(pieces, fisher) if pieces else None
-        return SharedMeasure(mine, self.ranks)
+        return SharedMeasure(super()._measured(self.ranks.dealt(images)), self.ranks)
 
-    def examination(
-        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
-    ) -> Examination:
-        """The test of a limit, each rank on some images."""
+    def _of_all(self, features: list[Tensor]) -> list[Tensor]:
+        """Features of the micro-batches of all ranks."""
         assert self.ranks is not None
-        size = planned_micro_batch(fisher)
-        return SharedExamination(
-            self.model, images, limit, self.loss, ranks=self.ranks, micro_batch=size
-        )
+        return in_order(self.ranks.every([f.cpu() for f in features]))
 
-    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> BlockFisher:
+    def _examination(self, images: list[Pair], limit: Limit) -> Examination:
+        """The test of a limit, each rank on some batches."""
+        assert self.ranks is not None
+        return SharedExamination(self.model, images, limit, self.loss, ranks=self.ranks)
+
+    def _collected(self, source: Iterable[Pair], options: dict[str, Any]) -> Statistics:
         assert self.ranks is not None
         return collected(self.ranks, self.model, source, exchange=self.exchange, **options)
 
-    def _add(self, fisher: BlockFisher, images: list[Pair], options: dict[str, Any]) -> None:
+    def _add(self, fisher: Statistics, images: list[Pair], options: dict[str, Any]) -> None:
         assert self.ranks is not None
         add_samples(self.ranks, fisher, self.model, images, exchange=self.exchange, **options)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
+
+_Item = TypeVar("_Item")
 
 
 class LostRankError(FastsalError, ConnectionError):
@@ -89,6 +91,10 @@ class Ranks:
             self.sent[what] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return there.to(tensor.device)
 
+    def dealt(self, items: Sequence[_Item]) -> list[_Item]:
+        """This rank's of some items, which are dealt out in turn; there may be none."""
+        return list(items[self.rank :: self.size])
+
     def every(self, value: Any) -> list[Any]:
         """A small value of every rank, in order."""
         values = [None] * self.size
@@ -97,11 +103,11 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def failing_together(self, fisher: BlockFisher) -> Iterator[None]:
+    def failing_together(self, statistics: Statistics) -> Iterator[None]:
         """Let a block that cannot be factored on one rank end what all of them do in the block.
 
         Args:
-            fisher: The statistics that are used in it.
+            statistics: The statistics that are used in it.
 
         Raises:
             FactorizationError: On every rank, where one raised it.
@@ -112,7 +118,7 @@ class Ranks:
         except FactorizationError as error:
             failure = error
         if failure is not None:
-            fisher._finish()
+            statistics.finish()
         said = [text for text in self.every(str(failure) if failure else None) if text]
         if said:
             raise failure or FactorizationError(said[0])

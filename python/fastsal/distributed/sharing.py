@@ -2,55 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastsal.data.batches import Pair, in_micro_batches
+from fastsal.data.batches import Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches, mean_of
+
+_Item = TypeVar("_Item")
 
 
-def own_pieces(images: list[Pair], ranks: Ranks, most: int | None = None) -> list[Pair]:
-    """This rank's part of some images: every so many-th piece, of up to `most` of them."""
-    total = sum(len(x) for x, _ in images)
-    size = max(1, min(total // ranks.size, most or total))
-    return list(in_micro_batches(images, size, size))[ranks.rank :: ranks.size]
+def in_order(dealt: Sequence[Sequence[_Item]]) -> list[_Item]:
+    """All items, in the order from which they were dealt out to the ranks."""
+    nothing = object()
+    turns = chain.from_iterable(zip_longest(*dealt, fillvalue=nothing))
+    return [item for item in turns if item is not nothing]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class SharedMeasure:
-    """Held-out images of which every rank measures some; all learn the same mean."""
+    """Held-out images of which every rank measures some micro-batches; all learn the same mean."""
 
-    mine: Measured | None
+    mine: InMicroBatches
     ranks: Ranks
 
     @property
     def samples(self) -> int:
         """Number of images, of this rank."""
-        return self.mine.samples if self.mine is not None else 0
+        return self.mine.samples
+
+    def losses(self, model: nn.Module) -> list[float]:
+        """Loss of a model on each micro-batch of all ranks, in order."""
+        return in_order(self.ranks.every(self.mine.losses(model)))
 
     def mean_loss(self, model: nn.Module) -> float:
         """Mean loss over the images of all ranks."""
-        total = self.mine.mean_loss(model) * self.samples if self.mine is not None else 0.0
-        found = self.ranks.every((total, self.samples))
-        return float(sum(t for t, _ in found) / sum(n for _, n in found))
+        return mean_of(self.losses(model), sum(self.ranks.every(self.samples)))
 
 
 class SharedExamination(Examination):
-    """The test of a limit, each rank on some of the images; all come to the same verdict.
-
-    Raises:
-        InvalidArgument: There are fewer images than ranks.
-    """
+    """The test of a limit, each rank on some of the batches; all come to the same verdict."""
 
     def __init__(
         self,
@@ -60,17 +60,14 @@ class SharedExamination(Examination):
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
         ranks: Ranks,
-        micro_batch: int | None,
     ) -> None:
-        count = sum(len(x) for x, _ in images)
-        if count < ranks.size:
-            raise InvalidArgument(
-                f"held_out: {count} images are left to test the limit on; takes one for each of "
-                f"{ranks.size} ranks or more"
-            )
         self._ranks = ranks
-        super().__init__(model, own_pieces(images, ranks, micro_batch), limit, loss)
-        self._count = count
+        super().__init__(model, images, limit, loss)
+        self._count = sum(len(x) for x, _ in images)
+        self.cap = ranks.every(self.cap)[0]  # rank 0 has the first batch
+
+    def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return self._ranks.dealt(batches)
 
     @property
     def images(self) -> int:
@@ -79,8 +76,7 @@ class SharedExamination(Examination):
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Of all ranks, in the order of the images."""
-        found = self._ranks.every(super().measured(model))
-        return [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None]
+        return in_order(self._ranks.every(super().measured(model)))
 
 
 class SharedCheckpoint(Checkpoint):

@@ -21,8 +21,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
-from fastsal.fisher.collection.collect import Loss
-from fastsal.gradients.losses import check_autocast
+from fastsal.gradients.losses import LossFunction, check_autocast
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
 from fastsal.utils.progress import Report, reporter
@@ -82,7 +81,7 @@ def finetune(
     frozen: str | Sequence[str] = (),
     train_head: bool = False,
     train_normalisation: bool = False,
-    loss: str | Loss = "cross-entropy",
+    loss: str | LossFunction = "cross-entropy",
     autocast: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Report = False,

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 import fastsal._core as _core
 from fastsal.errors import MaskError
-from fastsal.fisher.block_fisher import BlockFisher, raise_failed
-from fastsal.fisher.inverses import check_damping
+from fastsal.fisher.block_fisher import BlockFisher, sums_of
+from fastsal.fisher.checks import check_damping
+from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import flat, slices
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.shelf import Shelf
 
@@ -48,7 +50,7 @@ class CompensationReport:
 
 def compensate(
     model: nn.Module,
-    fisher: BlockFisher,
+    fisher: BlockFisher | Statistics,
     masks: Mapping[str, Tensor],
     damping: float = 1e-5,
     *,
@@ -71,14 +73,14 @@ def compensate(
         MaskError: A mask has no statistics or another shape.
         FactorizationError: A damped block is not positive definite. The model is as it was.
     """
-    check_damping(damping)
+    damping = check_damping(damping)
     owned = model_parameters(model, fisher.shapes)
     for name in masks:
         if name not in owned:
             raise MaskError(f"masks: {name!r} has no statistics; takes {', '.join(owned)}")
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
-    moved, report = moves(owned, fisher, masks, damping, before=before)
+    moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
     with torch.no_grad():
         for name, weights in moved.items():
             owned[name].copy_(weights)
@@ -87,7 +89,7 @@ def compensate(
 
 def moves(
     tensors: Mapping[str, Tensor],
-    fisher: BlockFisher,
+    statistics: Statistics,
     masks: Mapping[str, Tensor],
     damping: float,
     *,
@@ -101,8 +103,9 @@ def moves(
     shelf = shelf or Shelf()
     moved = shelf.room("moved", {name: p.shape for name, p in tensors.items() if name in masks})
     increase, uncompensated = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
-    for statistics, parts in fisher._views():
-        parameters, block_size = statistics._borrow_all(slices(before or {}, parts) or None)
+    for fisher, parts in statistics.groups():
+        others = slices(before or {}, parts) or None
+        parameters, block_size = sums_of(fisher).all_for_core(others)
         weights = [flat(w).float().numpy() for w in slices(tensors, parts).values()]
         kept = slices(masks, parts)
         kept_flat = [
@@ -117,5 +120,5 @@ def moves(
             increase[part.name] += float(after.sum())
             uncompensated[part.name] += float(bare.sum())
         shelf.release()
-        del statistics, parameters, weights, results  # before sums of the next parts are made
+        del fisher, parameters, weights, results  # before sums of the next parts are made
     return moved, CompensationReport(increase, uncompensated)

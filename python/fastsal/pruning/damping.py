@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastsal.errors import DataError, FactorizationError
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics, squared_gradients
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
@@ -36,9 +36,9 @@ class DampingChoice:
     evidence: list[tuple[float, float]]
 
 
-def candidates(fisher: BlockFisher) -> list[float]:
+def candidates(statistics: Statistics) -> list[float]:
     """Return dampings to try, rising: multiples of the mean squared gradient."""
-    total, count = fisher._squares()
+    total, count = squared_gradients(statistics)
     return candidates_of(total / count)
 
 

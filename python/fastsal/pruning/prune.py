@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, as_batches, check_samples
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.collection.collect import Loss
 from fastsal.fisher.memory_plan import Use
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import resolve_loss
+from fastsal.gradients.losses import LossFunction, resolve_loss
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
@@ -86,7 +85,7 @@ def prune(
     scope: str = "global",
     pattern: str | None = None,
     floor: float = 0.0,
-    loss: str | Loss = "cross-entropy",
+    loss: str | LossFunction = "cross-entropy",
     curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     precision: str = "float32",

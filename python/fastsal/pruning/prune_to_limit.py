@@ -20,7 +20,7 @@ from fastsal.pruning.step import Outcome
 from fastsal.utils.clock import Clock
 
 if TYPE_CHECKING:
-    from fastsal.fisher.block_fisher import BlockFisher
+    from fastsal.fisher.statistics import Statistics
 
 # One sample in so many is kept for the test of a limit.
 _TESTED_EVERY = 4
@@ -67,14 +67,14 @@ def prune_safely(
         clock.lap("damping")
         outcome, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
-    history = [plan.entry(1, fisher, choice, outcome, clock.laps)]
+    history = [plan.entry(1, fisher, choice, outcome, clock.seconds)]
     plan.sign(outcome.masks, history)
     outcome.masks.recipe["limit"] = vars(limit)
     return outcome.masks, outcome.scores, history, report
 
 
 def _search(
-    job: Job, fisher: BlockFisher | None, examination: Examination, damping: float
+    job: Job, fisher: Statistics | None, examination: Examination, damping: float
 ) -> tuple[Outcome, SafetyReport]:
     """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
     plan, model = job.plan, job.model

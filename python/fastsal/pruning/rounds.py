@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Pair
 from fastsal.data.held_out import Holding, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.damping import DampingChoice
 from fastsal.pruning.job import Job
@@ -34,8 +34,8 @@ class Found:
         tuned: Those that are, to measure on.
     """
 
-    fisher: BlockFisher | None = None
-    joined: Callable[[], BlockFisher | None] = lambda: None
+    fisher: Statistics | None = None
+    joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
@@ -65,7 +65,7 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> F
     # Before they are used, as this checks them.
     join = job.joining(fisher, held, plan.seed + rounds + number)
 
-    def joined() -> BlockFisher:
+    def joined() -> Statistics:
         # In place: what was held out is of use for nothing else.
         join()
         return fisher
@@ -130,7 +130,7 @@ def prune_in_rounds(
                 outcome = best.outcome
             scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")
-            entry = plan.entry(number, fisher, choice, outcome, clock.laps)
+            entry = plan.entry(number, fisher, choice, outcome, clock.seconds)
             history.append(entry | {"held_out_joined": joined} if chooses else entry)
             del outcome, best  # they hold scores
             if checkpoint is not None and number < len(goals):
@@ -141,7 +141,7 @@ def prune_in_rounds(
             source = holding_out(job.source(), [])
             history[-1]["recalibration"] = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")
-            history[-1]["seconds"].update(clock.laps)
+            history[-1]["seconds"].update(clock.seconds)
     if masks is None:
         raise InvalidArgument("rounds: takes 1 or more")
     plan.sign(masks, history)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument, PrecisionWarning
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.inverses import check_damping
+from fastsal.fisher.checks import check_damping
 from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.fisher.statistics import Statistics
 from fastsal.models.selection import model_parameters
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA, score
@@ -128,7 +128,7 @@ class Plan:
     def step(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks | None,
         goal: float | None,
         damping: float,
@@ -141,7 +141,7 @@ class Plan:
         return Outcome(scores, new, increase)
 
     def score(
-        self, model: nn.Module, fisher: BlockFisher | None, masks: Masks | None, damping: float
+        self, model: nn.Module, fisher: Statistics | None, masks: Masks | None, damping: float
     ) -> dict[str, Tensor]:
         """Name to scores, by the criterion."""
         named = {} if fisher is not None else {"parameters": self.parameters}
@@ -150,7 +150,7 @@ class Plan:
     def rank(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         scores: Mapping[str, Tensor],
         goal: float | None,
         damping: float,
@@ -163,7 +163,7 @@ class Plan:
     def move(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks,
         damping: float,
         *,
@@ -177,14 +177,14 @@ class Plan:
         restore(owned, moved, self.shelf)
         return report.total
 
-    def grid(self, fisher: BlockFisher) -> list[float]:
+    def grid(self, fisher: Statistics) -> list[float]:
         """Dampings to try."""
         return candidates(fisher)
 
     def choose(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks | None,
         goal: float | None,
         chosen: Mapping[str, nn.Parameter],
@@ -228,7 +228,7 @@ class Plan:
     def entry(
         self,
         number: int,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         choice: DampingChoice,
         outcome: Outcome,
         seconds: dict[str, float],
@@ -242,7 +242,7 @@ class Plan:
             "damping_evidence": choice.evidence,
             "predicted_increase": outcome.increase,
             "seconds": seconds,
-            **({} if fisher is None or fisher._plan is None else _told(fisher._plan)),
+            **({} if fisher is None or fisher.plan is None else _told(fisher.plan)),
         }
 
     def sign(self, masks: Masks, history: list[dict[str, Any]]) -> None:

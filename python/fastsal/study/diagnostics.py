@@ -74,8 +74,7 @@ def overlaps_of(source: PruningSource) -> Rows:
         before = backbone.state()
         restore(backbone.tensors, backbone.dense)
         try:
-            own = source.find(1, dense=True).joined()
-            assert own is not None
+            own = source.dense_fisher()
             source.overlaps = [
                 {
                     "task": name,

@@ -54,13 +54,13 @@ def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
     # The time of the shared statistics at the dense weights counts in full for every cell.
     statistics = source.seconds + sum(own) if plan.needs_fisher else 0.0
     last = history[-1]
-    fisher = source.shared.joined() if plan.needs_fisher and source.shared is not None else None
+    is_shared = plan.needs_fisher and source.shared is not None
     facts = {
         "samples": last["samples"],
         "damping": last["damping"],
         "sparsity_reached": masks.sparsity,
         "predicted_increase": _sum(entry["predicted_increase"] for entry in history),
-        "statistics_bytes": 0 if fisher is None else fisher.nbytes,
+        "statistics_bytes": source.dense_fisher().nbytes if is_shared else 0,
         "seconds_statistics": statistics,
         "seconds_prune": taken,
     }

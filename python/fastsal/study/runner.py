@@ -28,7 +28,7 @@ from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import Curvature
-from fastsal.utils.machine import peak_memory, threads, versions_of
+from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
 GRID = ("models", "sources", "criteria", "sparsities", "seeds", "rounds", "save")
@@ -128,7 +128,8 @@ def run_study(
             "failures": len(failed),
             "seconds": round(sum(r["seconds"] for r in results.values() if r), 3),
             "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in results.values() if r),
-            **versions_of(),
+            "versions": versions(),
+            "machine": machine(),
         }
     )
     warned = [c.key for c in cells if (r := results[c.key]) and r.get("warnings")]
@@ -197,7 +198,7 @@ def _result(store: Store, source: PruningSource | FastsalError, cell: Cell) -> d
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }
-    result["facts"] |= {**versions_of()["versions"], "threads": threads()}
+    result["facts"] |= {**versions(), "threads": torch_threads()}
     store.write(cell.key, result)
     return result
 

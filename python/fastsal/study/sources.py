@@ -16,6 +16,7 @@ from fastsal.data.batches import Batches
 from fastsal.data.held_out import Repeated
 from fastsal.data.image_set import ImageSet
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Collected, Statistics
 from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
 from fastsal.models.evaluating import evaluating
@@ -104,6 +105,10 @@ class PruningSource:
             self.shared, self.seconds = found, time.perf_counter() - start
         return found
 
+    def dense_fisher(self) -> BlockFisher:
+        """Return the statistics of all images at the dense weights."""
+        return _stored(self.find(1, dense=True).joined())
+
     def job(
         self,
         how: CriterionSettings,
@@ -136,6 +141,7 @@ class PruningSource:
             "curvature": self.curvature,
             "parameters": self.parameters,
             "block_size": self.study.block_size,
+            "micro_batch": None,
         }
         chosen = select_parameters(model, self.parameters)
         return Job(model, batches, None, plan, chosen, statistics, cross_entropy)
@@ -148,16 +154,14 @@ class PruningSource:
         for images, model in zip(self.images, self.models, strict=True):
             job = self.job(_STATISTICS, self.seed, model, self._batches(images))
             found = find_statistics(job, _SEEDS, number, holds_out=True)
-            assert found.fisher is not None
             assert found.tuned is not None
             tuned.append((images.weight, found.tuned, model))
             # Cells need the statistics with and without the held-out images; joining is in place.
-            without = copy.deepcopy(found.fisher)
-            whole = found.joined()
-            assert whole is not None
+            without = copy.deepcopy(_stored(found.fisher))
+            whole = _stored(found.joined())
             fisher = self._add(fisher, without, images.weight)
             joined = self._add(joined, whole, images.weight)
-        return Found(fisher, lambda: joined, MixedHeldOut(tuned))
+        return Found(_statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned))
 
     def _batches(self, images: SourceImages) -> Batches:
         """Return the images of the statistics; without labels if the source is unlabeled."""
@@ -217,3 +221,13 @@ def predicted(
 
 def _empty(like: BlockFisher) -> BlockFisher:
     return BlockFisher(like.shapes, block_size=like.block_size, precision=like.precision)
+
+
+def _statistics(fisher: BlockFisher | None) -> Statistics | None:
+    return None if fisher is None else Collected(fisher)
+
+
+def _stored(statistics: Statistics | None) -> BlockFisher:
+    """Return the sums of statistics that were collected without a memory budget."""
+    assert isinstance(statistics, Collected)
+    return statistics.fisher

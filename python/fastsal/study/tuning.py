@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsal.data.image_set import Batches
+from fastsal.data.image_set import ImageBatches
 from fastsal.finetuning.finetune import FinetuneResult, finetune
 from fastsal.pruning.masks.masks import Masks
 from fastsal.study.images import few
@@ -30,7 +30,7 @@ class TuningImages:
         shuffled: Whether each pass has a new order, drawn with the global generator of torch.
     """
 
-    parts: Sequence[Batches]
+    parts: Sequence[ImageBatches]
     shifts: Sequence[int]
     batch_size: int
     shuffled: bool = True
@@ -75,8 +75,8 @@ def tune(source: PruningSource, masks: Masks, settings: FinetuneSettings) -> Fin
     shifts = [int(n) for n in np.cumsum([0, *sizes[:-1]])]
     size = source.study.batch_size
     rng = np.random.default_rng(source.seed)
-    kept: list[Batches] = []
-    held: list[Batches] = []
+    kept: list[ImageBatches] = []
+    held: list[ImageBatches] = []
     for part, labels in zip(source.images, source.targets, strict=True):
         images = replace(part.tune, y=labels)
         if settings.images is not None:
@@ -84,8 +84,8 @@ def tune(source: PruningSource, masks: Masks, settings: FinetuneSettings) -> Fin
             images = images.subset(np.flatnonzero(np.isin(images.index, chosen.index)))
         order = rng.permutation(len(images))
         cut = round(settings.held_out * len(images))
-        held.append(Batches(images, backbone.spec, order[:cut], size))
-        kept.append(Batches(images, backbone.spec, order[cut:], size))
+        held.append(ImageBatches(images, backbone.spec, order[:cut], size))
+        kept.append(ImageBatches(images, backbone.spec, order[cut:], size))
     return finetune(
         model,
         TuningImages(kept, shifts, size),

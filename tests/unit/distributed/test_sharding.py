@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsal.fisher.memory_plan import Share
-from fastsal.fisher.parts import Part, blocks, cut, packed_bytes, rows, whole
+from fastsal.fisher.parts import Part, block_unit, cut, packed_bytes, row_unit, whole
 from fastsal.fisher.shares import regrouped, shares
 
 SHAPES = st.lists(
@@ -35,7 +35,7 @@ def check_complete(found, shapes, unit):
 
 @given(SHAPES, st.sampled_from([1, 3, 16, 64, None]), st.integers(1, 9), st.booleans(), st.data())
 def test_every_weight_has_one_owner(shapes, block_size, ranks, by_rows, data):
-    unit = rows(shapes, block_size) if by_rows else blocks(block_size)
+    unit = row_unit(shapes, block_size) if by_rows else block_unit(block_size)
     most = data.draw(st.none() | st.integers(1, 3000))
     found = shares(whole(shapes), block_size, ranks, unit=unit, most=most)
     assert len(found) == ranks
@@ -46,7 +46,7 @@ def test_every_weight_has_one_owner(shapes, block_size, ranks, by_rows, data):
 
 @given(SHAPES, st.sampled_from([1, 16, 64]), st.integers(1, 5), st.integers(20_000, 200_000))
 def test_groups_are_shared_out_one_by_one(shapes, block_size, ranks, room):
-    unit = rows(shapes, block_size)
+    unit = row_unit(shapes, block_size)
     groups = cut(shapes, block_size, in_bytes(block_size), room, unit=unit)
     if groups is None:
         return
@@ -79,7 +79,7 @@ def test_groups_of_shares_keep_owners_and_fit(shapes, ranks, room):
 
 
 def test_rows_of_patterns_stay_together():
-    unit = rows({"conv": (64, 64, 3, 3), "stem": (64, 3, 7, 7), "bias": (64,)}, 64)
+    unit = row_unit({"conv": (64, 64, 3, 3), "stem": (64, 3, 7, 7), "bias": (64,)}, 64)
     assert unit(Part("conv", 0, 36864, 36864)) == 576
     assert unit(Part("stem", 0, 9408, 9408)) == math.lcm(147, 64)
     assert unit(Part("bias", 0, 64, 64)) == 64
@@ -91,7 +91,9 @@ def test_what_a_rank_takes_is_not_planned_too_small(shapes, block_size, ranks):
     planned = sum(share.of(cost(part), part, block_size) for part in whole(shapes))
     for owned in shares(whole(shapes), block_size, ranks):
         # But for a unit, by which shares differ.
-        largest = max(cost(Part(p.name, 0, blocks(block_size)(p), p.size)) for p in whole(shapes))
+        largest = max(
+            cost(Part(p.name, 0, block_unit(block_size)(p), p.size)) for p in whole(shapes)
+        )
         assert sum(map(cost, owned)) <= planned + 2 * largest
 
 

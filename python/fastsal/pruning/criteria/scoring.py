@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.inverses import check_damping
+from fastsal.fisher.checks import check_damping
 from fastsal.fisher.parts import Parts, slices, whole
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
@@ -26,7 +27,7 @@ _TOLERANCE = 0.01
 
 def score(
     model: nn.Module,
-    fisher: BlockFisher | None,
+    fisher: BlockFisher | Statistics | None,
     criterion: str = "block-fisher",
     damping: float = 1e-5,
     *,
@@ -60,18 +61,19 @@ def score(
     """
     entry = CRITERIA[find_criterion(criterion)]
     if entry.needs_damping:
-        check_damping(damping)
+        damping = check_damping(damping)
     if entry.needs_fisher and fisher is None:
         raise InvalidArgument(f"fisher: is None; {criterion!r} needs statistics from collect")
-    chosen = _chosen(model, fisher, parameters)
+    statistics = None if fisher is None else statistics_of(fisher)
+    chosen = _chosen(model, statistics, parameters)
     kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
     check_mask_shapes("masks", kept, chosen)
-    return score_tensors(chosen, fisher, entry, damping, kept, seed)
+    return score_tensors(chosen, statistics, entry, damping, kept, seed)
 
 
 def score_tensors(
     tensors: Mapping[str, Tensor],
-    fisher: BlockFisher | None,
+    statistics: Statistics | None,
     entry: Criterion,
     damping: float,
     kept: Mapping[str, Tensor],
@@ -81,15 +83,15 @@ def score_tensors(
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, NDArray[np.float64]] = {}
     scores = {name: torch.empty(p.shape) for name, p in tensors.items()}
-    for statistics, parts in _views(tensors, fisher if entry.needs_fisher else None):
+    for fisher, parts in _groups(tensors, statistics if entry.needs_fisher else None):
         weights = {key: _double(key, w) for key, w in slices(tensors, parts).items()}
         some = slices(kept, parts) or None
-        inputs = Inputs(weights, statistics, damping, some, generator, errors)
+        inputs = Inputs(weights, fisher, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
             parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
-        del statistics, weights, inputs  # before sums of the next parts are made
-    if fisher is not None:
-        warn_imprecise(errors, fisher.precision, damping)
+        del fisher, weights, inputs  # before sums of the next parts are made
+    if statistics is not None:
+        warn_imprecise(errors, statistics.precision, damping)
     for name, mask in kept.items():
         scores[name].masked_fill_(~mask, -math.inf)
     return scores
@@ -124,25 +126,25 @@ def warn_imprecise(
         )
 
 
-def _views(
-    chosen: Mapping[str, Tensor], fisher: BlockFisher | None
+def _groups(
+    chosen: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Iterator[tuple[BlockFisher | None, Parts]]:
     """What is scored at a time: a group of parts with its statistics, or a parameter without."""
-    if fisher is not None:
-        yield from fisher._views()
+    if statistics is not None:
+        yield from statistics.groups()
         return
     for part in whole({name: p.shape for name, p in chosen.items()}):
         yield None, {part.key: part}
 
 
 def _chosen(
-    model: nn.Module, fisher: BlockFisher | None, parameters: str | Sequence[str] | None
+    model: nn.Module, statistics: Statistics | None, parameters: str | Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    if fisher is None:
+    if statistics is None:
         return select_parameters(model, parameters)
     if parameters is not None:
         raise InvalidArgument("parameters: are those of the statistics; leave it out")
-    return model_parameters(model, fisher.shapes)
+    return model_parameters(model, statistics.shapes)
 
 
 def _double(name: str, weights: Tensor) -> Tensor:

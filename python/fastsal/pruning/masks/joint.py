@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher, raise_failed
-from fastsal.fisher.inverses import check_damping
+from fastsal.fisher.block_fisher import BlockFisher, sums_of
+from fastsal.fisher.checks import check_damping
+from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import Part, Parts, flat, slices
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import model_parameters
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
@@ -28,7 +30,7 @@ LARGEST_GROUP = 8
 
 def rank_pattern(
     model: nn.Module,
-    fisher: BlockFisher,
+    fisher: BlockFisher | Statistics,
     pattern: str,
     sparsity: float | None = None,
     damping: float = 1e-5,
@@ -57,30 +59,31 @@ def rank_pattern(
     from fastsal.pruning.masks.patterns import check_fixed
     from fastsal.pruning.masks.ranking import rank
 
-    check_damping(damping)
+    damping = check_damping(damping)
     wanted = Pattern.parse(pattern)
     if wanted.m > LARGEST_GROUP:
         raise InvalidArgument(
             f"pattern: got {pattern!r}; by joint cost takes groups of up to {LARGEST_GROUP}; "
             "rank(scores, pattern=...) takes any"
         )
-    owned = model_parameters(model, fisher.shapes)
+    statistics = statistics_of(fisher)
+    owned = model_parameters(model, statistics.shapes)
     recipe = {"pattern": str(wanted), "joint": True}
     if wanted.is_whole:
-        costs = joint_costs(owned, fisher, wanted, damping)
+        costs = joint_costs(owned, statistics, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
         kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
         return Masks(kept, {**groups.recipe, **recipe})
     check_fixed(wanted, sparsity, floor)
-    return Masks(joint_choice(owned, fisher, wanted, damping), recipe)
+    return Masks(joint_choice(owned, statistics, wanted, damping), recipe)
 
 
 def joint_costs(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Name to the joint costs of whole groups `[outer, G, inner]`, by the statistics' names."""
     costs = {name: torch.empty(grouped_shape(w.shape, pattern.m)) for name, w in tensors.items()}
-    for weights, parts, given in _by_rows(tensors, fisher):
+    for weights, parts, given in _by_rows(tensors, statistics):
         found = _core.group_costs(*given, pattern.m, damping)
         for (key, part), (values, failed) in zip(parts.items(), found, strict=True):
             raise_failed(key, failed, damping)
@@ -93,11 +96,11 @@ def joint_costs(
 
 
 def joint_choice(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Name to the mask of N:M by joint costs, by the statistics' names."""
     kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
-    for _, parts, given in _by_rows(tensors, fisher):
+    for _, parts, given in _by_rows(tensors, statistics):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
         for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):
             raise_failed(key, failed, damping)
@@ -107,15 +110,15 @@ def joint_choice(
 
 
 def _by_rows(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher
+    tensors: Mapping[str, Tensor], statistics: Statistics
 ) -> Iterator[tuple[dict[str, Tensor], Parts, tuple[Any, Any, Any, int]]]:
     """Parts that end with rows of axis 0, as groups do: weights, parts, what the core takes."""
-    for statistics, parts in fisher._views(cuts=False):
+    for fisher, parts in statistics.groups(cuts=False):
         weights = {
             key: in_rows(values, tensors[parts[key].name].shape)
             for key, values in slices(tensors, parts).items()
         }
-        yield weights, parts, _inputs(statistics, weights)
+        yield weights, parts, _inputs(fisher, weights)
 
 
 def in_rows(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -131,6 +134,6 @@ def _rows_of(groups: Tensor, part: Part) -> Tensor:
 
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
     """Statistics, weights, axes and block size, as the core takes them."""
-    parameters, block_size = fisher._borrow_all(None)
+    parameters, block_size = sums_of(fisher).all_for_core()
     rows = [flat(w).float().numpy() for w in weights.values()]
     return parameters, rows, [input_axes(w.shape) for w in weights.values()], block_size

@@ -81,7 +81,7 @@ class SourceSettings:
         curvature: Kind of statistics, one of `CURVATURES`, as for `fastsal.collect`. With
             `"sampled"` and `"features"` the images are treated as unlabeled: fine-tuning learns
             the predictions of the dense model.
-        corruption: Corruption of the images, one of `CORRUPTION_KINDS`; None for none.
+        corruption: CorruptionKind of the images, one of `CORRUPTION_KINDS`; None for none.
         severity: Severity of the corruption, 1 to 5.
         imbalance: Number of images of the rarest class divided by that of the most frequent class,
             in (0, 1]; 1 keeps the images balanced.
