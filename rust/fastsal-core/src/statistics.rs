@@ -89,9 +89,7 @@ impl<'a> Statistics<'a> {
         parallel::run(|| {
             out.par_chunks_mut(stride * stride).enumerate().for_each(|(b, out)| {
                 let range = layout.packed_range(b);
-                let scaled: Vec<f64> = with_packed!(self.packed, packed => {
-                    packed[range].iter().map(|x| f64::from(*x) / samples).collect()
-                });
+                let scaled = with_packed!(self.packed, p => means(&p[range], samples));
                 out.fill(0.0);
                 unpack(&scaled, layout.size(b), out, stride);
             });
@@ -108,13 +106,8 @@ impl<'a> Statistics<'a> {
         check_length("out", out.len(), layout.len())?;
         parallel::run(|| {
             out.par_chunks_mut(layout.block()).enumerate().for_each(|(b, out)| {
-                let (size, range) = (layout.size(b), layout.packed_range(b));
-                with_packed!(self.packed, packed => {
-                    let block = &packed[range];
-                    for (i, out) in out.iter_mut().enumerate() {
-                        *out = f64::from(block[row_base(size, i) + i]) / samples;
-                    }
-                });
+                let range = layout.packed_range(b);
+                with_packed!(self.packed, p => diagonal_means(&p[range], samples, out));
             });
         });
         Ok(())
@@ -123,6 +116,19 @@ impl<'a> Statistics<'a> {
     /// Which weights of block `b` are kept.
     pub(crate) fn kept_in(&self, b: usize) -> Option<&'a [bool]> {
         self.kept.map(|kept| &kept[self.layout.range(b)])
+    }
+}
+
+/// Divide sums by the number of samples.
+fn means<T: Real>(packed: &[T], samples: f64) -> Vec<f64> {
+    packed.iter().map(|x| (*x).into() / samples).collect()
+}
+
+/// Divide the diagonal of a packed triangle by the number of samples.
+fn diagonal_means<T: Real>(packed: &[T], samples: f64, out: &mut [f64]) {
+    let size = out.len();
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = packed[row_base(size, i) + i].into() / samples;
     }
 }
 
