@@ -240,9 +240,6 @@ struct Packer<'a, T> {
 impl<T: Real> Packer<'_, T> {
     fn pack(&mut self, rows: usize) {
         let count = rows.min(self.n - self.row);
-        if count == 0 {
-            return;
-        }
         let Self { isa, first, row, column, stride, .. } = *self;
         let (panel, sums) = (&mut self.panel[row * stride..], &mut *self.sums);
         with_rows!(self.rows, rows => {
@@ -253,13 +250,17 @@ impl<T: Real> Packer<'_, T> {
     }
 
     fn finish(&mut self) {
-        self.pack(self.n);
+        if self.row < self.n {
+            self.pack(self.n);
+        }
     }
 }
 
 impl<T: Real> Between for Packer<'_, T> {
     fn step(&mut self) -> Ahead {
-        self.pack(self.step);
+        if self.row < self.n {
+            self.pack(self.step);
+        }
         let (row, column) = if self.row < self.n {
             (self.row, self.column)
         } else if std::mem::replace(&mut self.looks_ahead, false) {

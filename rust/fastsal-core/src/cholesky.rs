@@ -23,7 +23,8 @@ const ROWS: usize = 4;
 /// Reads and writes whole vectors from `from` rounded down to `padded(size)`.
 ///
 /// # Safety
-/// `to` and every `row(k)` are valid for `padded(size)` elements, and the instruction set is here.
+/// `to` and every `row(k)` are valid for `padded(size)` elements, and the processor has the instruction
+/// set.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // raw parts of two matrices and a row
 unsafe fn subtract_rows<S: Simd<T = f64>>(
@@ -98,7 +99,7 @@ unsafe fn subtract<S: Simd<T = f64>, const NV: usize>(
     }
 }
 
-/// [`subtract_rows`] for [`ROWS`] rows `to`, `stride` apart; `factors` of the rows lie side by side.
+/// [`subtract_rows`] for [`ROWS`] rows `to`, `stride` apart; `factors` of the rows are contiguous.
 ///
 /// # Safety
 /// As [`subtract_rows`], for each row.
@@ -272,7 +273,7 @@ impl Kernel<f64> for InvertFactor<'_> {
             let end = size.min(start + ROWS);
             let mut done = 0;
             if end - start == ROWS {
-                // SAFETY: as in the factorisation; row k is zero beyond column k, so that each
+                // SAFETY: as in the factorization; row k is zero beyond column k, so that each
                 // stretch of columns begins with the row of its start.
                 unsafe {
                     let (to, over) = (base.add(start * stride), |column| column..start);

@@ -74,7 +74,7 @@ impl Kernel<f64> for Block<'_> {
         let kept: Vec<usize> = (0..size).filter(|j| mask[*j] && was_kept(*j)).collect();
         let pruned: Vec<usize> = (0..size).filter(|j| !mask[*j] && was_kept(*j)).collect();
         let a = room(&mut scratch.upper, size * stride);
-        damped.write(S::ISA, b, a);
+        damped.write(b, a);
         let at = |i: usize, j: usize| a[i.min(j) * stride + i.max(j)];
         let theta = |j: usize| f64::from(weights[j]);
 

@@ -90,7 +90,7 @@ impl Kernel<f64> for Block<'_> {
         }
         let stride = padded(size);
         let t = room(&mut scratch.upper, size * stride);
-        damped.write(S::ISA, b, t);
+        damped.write(b, t);
         let (w, column) = zeros(&mut scratch.row, 2 * stride).split_at_mut(stride);
         for i in 0..size {
             for j in i..size {

@@ -4,7 +4,8 @@
 //! by `-H e_j θ_j / H_jj`; delete row and column `j` from `H` (a rank-one downdate); repeat. The
 //! downdates are those of a Cholesky factorization of `H` whose pivots the costs select, so the
 //! current column `j` is `h_j = H_:j - sum_s h_s h_s[j] / p_s`, with `h_s` the columns of the earlier
-//! steps and `p_s` their pivots. Small and large blocks share everything but the way to that column.
+//! steps and `p_s` their pivots. Small and large blocks share everything
+//! except how they compute that column.
 
 use rayon::prelude::*;
 

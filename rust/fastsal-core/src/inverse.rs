@@ -18,9 +18,7 @@ pub fn inverse_diagonal(damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
     let (isa, layout) = (Isa::best(), damped.layout());
     check_length("out", out.len(), layout.len())?;
     Ok(for_each_block(out, layout.block(), |scratch, b, out| {
-        let largest = damped.factor(isa, b, scratch)?;
-        dispatch(isa, ColumnSquares { lower: &scratch.lower, out });
-        Some(damped.sensitivity(b, largest, out.iter().sum()))
+        dispatch(isa, Diagonal { damped, b, scratch, out })
     }))
 }
 
@@ -61,25 +59,29 @@ fn for_each_block(
     sensitivities.into()
 }
 
-/// Sums of squares of the columns of a square lower triangular matrix.
-struct ColumnSquares<'a> {
-    lower: &'a [f64],
+/// `diag(A_b⁻¹)` of one block: the sums of squares of the columns of `M`.
+struct Diagonal<'a> {
+    damped: Damped<'a>,
+    b: usize,
+    scratch: &'a mut Scratch,
     out: &'a mut [f64],
 }
 
-impl Kernel<f64> for ColumnSquares<'_> {
-    type Output = ();
+impl Kernel<f64> for Diagonal<'_> {
+    type Output = Option<f64>;
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
-        let Self { lower, out } = self;
+    fn run<S: Simd<T = f64>>(self) -> Option<f64> {
+        let Self { damped, b, scratch, out } = self;
+        let largest = damped.factor(S::ISA, b, scratch)?;
         let size = out.len();
         out.fill(0.0);
-        for (i, row) in lower.chunks(padded(size)).take(size).enumerate() {
+        for (i, row) in scratch.lower.chunks(padded(size)).take(size).enumerate() {
             for (d, x) in out[..=i].iter_mut().zip(row) {
                 *d += x * x;
             }
         }
+        Some(damped.sensitivity(b, largest, out.iter().sum()))
     }
 }
 

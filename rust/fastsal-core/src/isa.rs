@@ -26,7 +26,7 @@ impl Isa {
     /// Return all instruction sets of this processor, slowest first.
     #[must_use]
     pub fn available() -> Vec<Self> {
-        #[allow(unused_mut)] // only x86-64 adds to it
+        #[allow(unused_mut)] // modified on x86-64 only
         let mut found = vec![Self::Portable];
         #[cfg(target_arch = "x86_64")]
         {

@@ -164,7 +164,7 @@ impl Group {
         group
     }
 
-    /// Compute `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` by a Cholesky factorisation of `[A⁻¹]_PP`; `P` as bits.
+    /// Compute `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` by a Cholesky factorization of `[A⁻¹]_PP`; `P` as bits.
     fn cost(&self, out: usize) -> f64 {
         let mut factor = [[0.0f64; LARGEST_GROUP]; LARGEST_GROUP];
         let mut solved = [0.0f64; LARGEST_GROUP];

@@ -52,7 +52,7 @@ pub(crate) trait Simd: Copy {
 }
 
 /// The table: a row for each register, one operation after the other. `equal` and the two functions
-/// of some lanes are expressions in the names that stand before them.
+/// of some lanes are expressions in the names in the parentheses before them.
 macro_rules! registers {
     ($(
         $name:ident: $t:ty, $v:ty, $w:literal lanes of $isa:ident, tiles of $rows:literal rows, half $half:ty;

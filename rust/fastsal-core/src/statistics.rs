@@ -159,59 +159,19 @@ impl<'a> Damped<'a> {
     }
 
     /// Write the upper triangle of `A_b` by rows to `a`; return `max_i F_ii`.
-    pub(crate) fn write(&self, isa: Isa, b: usize, a: &mut [f64]) -> f64 {
-        dispatch(isa, WriteBlock { damped: self, b, a })
+    ///
+    /// Inlined into the kernels that begin with it, for their instruction sets.
+    #[inline(always)]
+    pub(crate) fn write(&self, b: usize, a: &mut [f64]) -> f64 {
+        with_packed!(self.statistics.packed, packed => self.write_from(packed, b, a))
     }
-
-    /// Factor `A_b = UᵀU` and write `M = U⁻ᵀ` to `scratch.lower`; return `max_i F_ii`, or `None` when
-    /// `A_b` is not positive definite.
-    pub(crate) fn factor(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
-        let size = self.layout().size(b);
-        let a = room(&mut scratch.upper, size * padded(size));
-        let m = room(&mut scratch.lower, size * padded(size));
-        let largest = self.write(isa, b, a);
-        if !cholesky(isa, a, size) {
-            return None;
-        }
-        invert_factor(isa, a, m, size);
-        Some(largest)
-    }
-
-    /// Write `A_b⁻¹ = MᵀM`, packed, to `scratch.packed`; return its sensitivity, or `None` when `A_b`
-    /// is not positive definite.
-    pub(crate) fn invert(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
-        let largest = self.factor(isa, b, scratch)?;
-        let size = self.layout().size(b);
-        let packed = room(&mut scratch.packed, triangle(size));
-        syrk_of_lower(isa, &scratch.lower, size, packed);
-        let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
-        Some(self.sensitivity(b, largest, trace))
-    }
-}
-
-/// The kernel of [`Damped::write`].
-struct WriteBlock<'a> {
-    damped: &'a Damped<'a>,
-    b: usize,
-    a: &'a mut [f64],
-}
-
-impl Kernel<f64> for WriteBlock<'_> {
-    type Output = f64;
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> f64 {
-        with_packed!(self.damped.statistics.packed, packed => self.write_from(packed))
-    }
-}
-
-impl WriteBlock<'_> {
-    #[inline(always)]
-    fn write_from<T: Real>(self, packed: &[T]) -> f64 {
-        let Self { damped: Damped { statistics, damping }, b, a } = self;
-        let (layout, kept) = (statistics.layout, statistics.kept_in(b));
+    fn write_from<T: Real>(&self, packed: &[T], b: usize, a: &mut [f64]) -> f64 {
+        let Self { statistics: Statistics { layout, samples, .. }, damping } = *self;
+        let kept = self.kept_in(b);
         let (size, block) = (layout.size(b), &packed[layout.packed_range(b)]);
-        let (stride, scale) = (padded(size), 1.0 / statistics.samples);
+        let (stride, scale) = (padded(size), 1.0 / samples);
         let mut largest = 0.0f64;
         for i in 0..size {
             let from = &block[row_base(size, i) + i..row_base(size, i) + size];
@@ -234,6 +194,49 @@ impl WriteBlock<'_> {
             row[0] += damping;
         }
         largest
+    }
+
+    /// Factor `A_b = UᵀU` and write `M = U⁻ᵀ` to `scratch.lower`; return `max_i F_ii`, or `None` when
+    /// `A_b` is not positive definite. Inlined like [`Damped::write`].
+    #[inline(always)]
+    pub(crate) fn factor(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
+        let size = self.layout().size(b);
+        let a = room(&mut scratch.upper, size * padded(size));
+        let m = room(&mut scratch.lower, size * padded(size));
+        let largest = self.write(b, a);
+        if !cholesky(isa, a, size) {
+            return None;
+        }
+        invert_factor(isa, a, m, size);
+        Some(largest)
+    }
+
+    /// Write `A_b⁻¹ = MᵀM`, packed, to `scratch.packed`; return its sensitivity, or `None` when `A_b`
+    /// is not positive definite.
+    pub(crate) fn invert(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
+        dispatch(isa, Invert { damped: self, b, scratch })
+    }
+}
+
+/// The kernel of [`Damped::invert`].
+struct Invert<'a> {
+    damped: &'a Damped<'a>,
+    b: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl Kernel<f64> for Invert<'_> {
+    type Output = Option<f64>;
+
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self) -> Option<f64> {
+        let Self { damped, b, scratch } = self;
+        let largest = damped.factor(S::ISA, b, scratch)?;
+        let size = damped.layout().size(b);
+        let packed = room(&mut scratch.packed, triangle(size));
+        syrk_of_lower(S::ISA, &scratch.lower, size, packed);
+        let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
+        Some(damped.sensitivity(b, largest, trace))
     }
 }
 

@@ -2,10 +2,9 @@
 
 use fastsal_core::accumulate::{self as core, Sums};
 use fastsal_core::{Isa, Layout};
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice_mut, FloatsMut, Gradients};
+use crate::arrays::{must_be, slice_mut, FloatsMut, Gradients};
 use crate::errors::to_python;
 
 /// Length of the packed statistics of a parameter of `d` weights.
@@ -37,7 +36,7 @@ pub fn accumulate<'py>(
         (FloatsMut::F64(packed), FloatsMut::F64(sums)) => {
             Sums::F64 { packed: slice_mut("packed", packed)?, sums: slice_mut("sums", sums)? }
         }
-        _ => return Err(PyTypeError::new_err("packed and sums must have the same type")),
+        _ => return Err(must_be("sums", "of the type of packed", "another type")),
     };
     py.detach(|| core::accumulate(Isa::best(), layout, rows, sums, fresh)).map_err(to_python)
 }

@@ -26,7 +26,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Floats<'py> {
         object
             .extract()
             .map(Self::F64)
-            .map_err(|_| must_be("array", "a float32 or float64 array [n]"))
+            .map_err(|_| must_be("array", "a float32 or float64 array [n]", "another type"))
     }
 }
 
@@ -42,10 +42,9 @@ impl<'a, 'py> FromPyObject<'a, 'py> for FloatsMut<'py> {
         if let Ok(a) = object.extract() {
             return Ok(Self::F32(a));
         }
-        object
-            .extract()
-            .map(Self::F64)
-            .map_err(|_| must_be("array", "a writable float32 or float64 array [n]"))
+        object.extract().map(Self::F64).map_err(|_| {
+            must_be("array", "a writable float32 or float64 array [n]", "another type")
+        })
     }
 }
 
@@ -76,13 +75,14 @@ pub enum Gradients<'py> {
 impl<'py> Gradients<'py> {
     /// `dtype` is PyTorch's name of the element type.
     pub fn new(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Self> {
-        let fits = |_| must_be("gradients", "an array [n, d] of the type that `dtype` names");
+        let fits =
+            |_| must_be("gradients", "an array [n, d] of the type of `dtype`", "another type");
         match dtype {
             "float32" => array.extract().map(Self::F32).map_err(fits),
             "float64" => array.extract().map(Self::F64).map_err(fits),
             "float16" => array.extract().map(Self::F16).map_err(fits),
             "bfloat16" => array.extract().map(Self::Bf16).map_err(fits),
-            _ => Err(must_be("dtype", "float32, float64, float16 or bfloat16")),
+            _ => Err(must_be("dtype", "float32, float64, float16 or bfloat16", dtype)),
         }
     }
 
@@ -112,7 +112,7 @@ fn rows<'a, A: numpy::Element, E: StoredAs<A>>(
     let size = size_of::<A>() as isize;
     let (stride, inner) = (array.strides()[0], array.strides()[1]);
     if (inner != size && d > 1) || (n > 1 && (stride < 0 || stride % size != 0)) {
-        return Err(must_be("gradients", "rows [n, d] with contiguous elements"));
+        return Err(must_be("gradients", "rows [n, d] with contiguous elements", "other strides"));
     }
     let stride = if n > 1 { (stride / size) as usize } else { d };
     let len = if n == 0 || d == 0 { 0 } else { (n - 1) * stride + d };
@@ -153,10 +153,10 @@ pub fn to_numpy<T: numpy::Element>(py: Python<'_>, values: Vec<T>) -> Bound<'_, 
 }
 
 /// The error for an argument of the wrong type.
-pub fn must_be(what: &str, expected: &str) -> PyErr {
-    PyTypeError::new_err(format!("{what} must be {expected}"))
+pub fn must_be(what: &str, expected: &str, got: &str) -> PyErr {
+    PyTypeError::new_err(format!("{what} must be {expected}, got {got}"))
 }
 
 fn not_contiguous(what: &str) -> PyErr {
-    PyValueError::new_err(format!("{what} must be contiguous"))
+    PyValueError::new_err(format!("{what} must be contiguous, got a strided array"))
 }

@@ -23,7 +23,7 @@ pub fn dual_inverse_diagonal<'py>(
     let kept = optional("kept", kept.as_ref())?;
     let gradients = Gradients::new(gradients, dtype)?;
     if !matches!(gradients, Gradients::F32(_) | Gradients::F64(_)) {
-        return Err(must_be("dtype", "float32 or float64"));
+        return Err(must_be("dtype", "float32 or float64", dtype));
     }
     let rows = gradients.rows()?;
     let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
