@@ -268,16 +268,16 @@ def broken():
         "damping": (None, {"damping": -1.0}, InvalidArgument, "damping must be .*got -1.0"),
         "damping NaN": (None, {"damping": math.nan}, InvalidArgument, "damping must be .*got nan"),
         "damping auto": (None, {"damping": "auto"}, InvalidArgument, "damping must .*got 'auto'"),
-        "shape of the model": (other_model, {}, UnknownParameter, "'c' has shape"),
+        "shape of the model": (other_model, {}, UnknownParameter, "'c' must have shape"),
         "names of the model": (no_parameter, {}, UnknownParameter, "has no parameter 'c'"),
         "factorization": (overflow, {}, FactorizationError, "blocks of 'c'"),
         "names of masks": (foreign, {}, MaskError, "masks: 'd' has no statistics"),
-        "shape of masks": (reshaped, {}, MaskError, "masks: 'c' has shape"),
+        "shape of masks": (reshaped, {}, MaskError, "masks: 'c' must have shape"),
         "shape of before": (
             None,
             {"before": {"c": torch.ones(150, dtype=torch.bool)}},
             MaskError,
-            "before: 'c' has shape",
+            "before: 'c' must have shape",
         ),
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ class TrainingCheckpoint:
         """
         if not self._path.exists():
             return None
-        found = read_pickle(self._path, "checkpoint", "one of finetune, or another file")
+        found = read_pickle(self._path, "checkpoint", "pass another path")
         if not isinstance(found, dict):
             raise FileFormatError(f"checkpoint: {self._path} is no checkpoint of finetune")
         check_origin(self._path, "finetune", found, _FORMAT, self._start, self._asked)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.fisher.rows import Array, as_rows, is_supported
-from fastsal.utils.scalars import as_integer, as_real
+from fastsal.utils.numbers import as_integer, as_real
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:

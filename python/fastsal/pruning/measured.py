@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.gradients.losses import cross_entropy
-from fastsal.models.evaluating import in_evaluation, outputs
+from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
 
 
@@ -78,7 +78,7 @@ class HeldOutFeatures:
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
-    return in_evaluation(model, images, feature_outputs)
+    return outputs(model, images, feature_outputs)
 
 
 @dataclass(frozen=True)

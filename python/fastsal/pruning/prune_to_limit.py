@@ -67,7 +67,7 @@ def prune_safely(
         clock.lap("damping")
         outcome, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
-    history = [plan.entry(1, fisher, choice, outcome, clock.laps)]
+    history = [plan.entry(1, fisher, choice, outcome, clock.seconds)]
     plan.sign(outcome.masks, history)
     outcome.masks.recipe["limit"] = vars(limit)
     return outcome.masks, outcome.scores, history, report

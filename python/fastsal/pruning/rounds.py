@@ -130,7 +130,7 @@ def prune_in_rounds(
                 outcome = best.outcome
             scores, masks = outcome.scores, outcome.masks
             clock.lap("prune")
-            entry = plan.entry(number, fisher, choice, outcome, clock.laps)
+            entry = plan.entry(number, fisher, choice, outcome, clock.seconds)
             history.append(entry | {"held_out_joined": joined} if chooses else entry)
             del outcome, best  # they hold scores
             if checkpoint is not None and number < len(goals):
@@ -141,7 +141,7 @@ def prune_in_rounds(
             source = holding_out(job.source(), [])
             history[-1]["recalibration"] = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")
-            history[-1]["seconds"].update(clock.laps)
+            history[-1]["seconds"].update(clock.seconds)
     if masks is None:
         raise InvalidArgument("rounds: takes 1 or more")
     plan.sign(masks, history)

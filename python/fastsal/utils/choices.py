@@ -4,7 +4,42 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+# Saliency criteria, see `fastsal.pruning.criteria`.
+CriterionName = Literal[
+    "magnitude", "random", "taylor", "diag-fisher", "block-fisher", "obs-greedy"
+]  # fmt: skip
+CRITERION_NAMES: tuple[CriterionName, ...] = get_args(CriterionName)
+
+# How a sparsity is allocated to parameters, see `fastsal.rank`.
+Scope = Literal["global", "layer", "erk"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+# Learning-rate schedules of `fastsal.finetune`.
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+# Floating-point types in which statistics are accumulated.
+Precision = Literal["float32", "float64"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+# Types of mixed-precision passes.
+Autocast = Literal["bfloat16", "float16"]
+AUTOCAST_TYPES: tuple[Autocast, ...] = get_args(Autocast)
+
 # The gradients whose second moment the statistics are: of the loss at the true label (the empirical
 # Fisher), at a label drawn from the model (the true Fisher), of matching noisy features.
 Curvature = Literal["empirical", "sampled", "features"]
 CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
+
+# The classifier that a task is measured through: ridge regression, k-nearest neighbors, logistic
+# regression (a linear probe), or the model's own.
+HeadKind = Literal["ridge", "knn", "probe", "own"]
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
+# Image corruptions, see `fastsal.data.corruptions`.
+CorruptionKind = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
+CORRUPTION_KINDS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
+
+# What a study saves for each cell beside its numbers.
+Saved = Literal["none", "masks", "models"]
+SAVED: tuple[Saved, ...] = get_args(Saved)

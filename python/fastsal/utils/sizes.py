@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fastsal.errors import InvalidArgument
-from fastsal.utils.scalars import as_real
+from fastsal.utils.numbers import as_real
 
 
 def parse_bytes(value: int | str, name: str = "memory_budget") -> int:

@@ -20,7 +20,9 @@ def test_heads():
     assert find_head(deit) == [deit.head, deit.head_dist]
     plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.ReLU())
     assert find_head(plain) == [plain[2]]
-    with pytest.raises(InvalidArgument, match="^train_head: Conv2d has neither get_classifier"):
+    with pytest.raises(
+        InvalidArgument, match="^train_head must be True for Conv2d, which has neither"
+    ):
         find_head(nn.Conv2d(3, 3, 3))
 
 

@@ -12,7 +12,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.recollected import Recollected
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.utils.scalars import as_integer, as_real
+from fastsal.utils.numbers import as_integer, as_real
 from fastsal.utils.sizes import parse_bytes
 
 from ..small_net import net

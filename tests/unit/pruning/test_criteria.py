@@ -214,7 +214,9 @@ def test_statistics_of_another_model(criterion):
     fisher = statistics()
     model = Holder()
     model.fc = nn.Parameter(torch.zeros(7, 5))
-    with pytest.raises(UnknownParameter, match=r"model: parameter 'fc' has shape \(7, 5\)"):
+    with pytest.raises(
+        UnknownParameter, match=r"model: parameter 'fc' must have shape \(5, 7\), got \(7, 5\)"
+    ):
         fastsal.score(model, fisher, criterion)
     del model.fc
     with pytest.raises(UnknownParameter, match="model: has no parameter 'fc'"):
@@ -262,7 +264,7 @@ def test_pruned_weights_take_no_part_in_the_inverse():
 @pytest.mark.parametrize("criterion", NAMES)
 def test_masks_of_another_shape(criterion):
     masks = Masks({"fc": torch.ones(35)})
-    with pytest.raises(MaskError, match=r"masks: 'fc' has shape \(35,\); takes \(5, 7\)"):
+    with pytest.raises(MaskError, match=r"masks: 'fc' must have shape \(5, 7\), got \(35,\)"):
         fastsal.score(Holder(), statistics(), criterion, masks=masks)
 
 

@@ -298,22 +298,22 @@ def test_labels_out_of_range(batch, at, wrong, micro_batch):
 def bad_batches():
     images, labels = data(8)
     return {
-        "empty": ([], "batches: is empty"),
-        "empty iterator": (iter(()), "batches: is empty"),
-        "empty batch": ([(images[:0], labels[:0])], "batches: batch 0 has no images"),
+        "empty": ([], "batches must contain at least one batch"),
+        "empty iterator": (iter(()), "batches must contain at least one batch"),
+        "empty batch": ([(images[:0], labels[:0])], "batches: batch 0 must have a tensor"),
         "empty batch later": ([(images, labels), (images[:0], labels[:0])], "batches: batch 1"),
-        "images alone": ([images], "batches: batch 0 is Tensor; takes pairs"),
-        "triples": ([(images, labels, labels)], "batches: batch 0 is tuple"),
-        "dicts": ([{"image": images, "label": labels}], "batches: batch 0 is dict"),
-        "text": (["ab"], "batches: batch 0 is str"),
-        "none": ([None], "batches: batch 0 is NoneType"),
-        "arrays": ([(images.numpy(), labels)], "batches: batch 0 has no images"),
+        "images alone": ([images], "batches: batch 0 must be a pair .*a tensor"),
+        "triples": ([(images, labels, labels)], "batches: batch 0 must be a pair .*of length 3"),
+        "dicts": ([{"image": images, "label": labels}], "batches: batch 0 must be a pair .*dict"),
+        "text": (["ab"], "batches: batch 0 must be a pair .*str"),
+        "none": ([None], "batches: batch 0 must be a pair .*NoneType"),
+        "arrays": ([(images.numpy(), labels)], "batches: batch 0 must have a tensor"),
         "integers": ([((images * 10).long(), labels)], "images: takes normalised floating point"),
         "no labels": ([(images, None)], "labels: None is taken only with curvature='sampled'"),
-        "one label": ([(images, 3)], "labels: batch 0 has"),
-        "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 has"),
-        "more labels": ([(images[:5], labels)], r"labels: batch 0 has \[8\] for 5 images"),
-        "names": ([(images, ["cat"] * 8)], "labels: batch 0 has no tensor of labels"),
+        "one label": ([(images, 3)], "labels: batch 0 must have one label per image"),
+        "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 must have one"),
+        "more labels": ([(images[:5], labels)], r"labels: batch 0 .*\[8\] for 5 images"),
+        "names": ([(images, ["cat"] * 8)], "labels: batch 0 must have a tensor"),
         "floating labels": ([(images, labels.double())], "labels: takes integers"),
         "one-hot labels": ([(images, F.one_hot(labels))], "labels: takes"),
     }  # fmt: skip
@@ -332,41 +332,25 @@ def test_batches_that_are_not_taken(case, micro_batch):
 
 def test_fewer_samples_than_asked_for():
     images, labels = data(8)
-    with pytest.raises(DataError, match="^samples: asked for 20, but batches gave 16"):
+    with pytest.raises(DataError, match="^samples must be at most 16, .*got 20"):
         collect(net(), [(images, labels)] * 2, samples=20)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"samples": 0},
-            InvalidArgument,
-            "samples must be an integer of at least 1, or None, got 0",
-        ),
-        (
-            {"samples": -1},
-            InvalidArgument,
-            "samples must be an integer of at least 1, or None, got -1",
-        ),
-        (
-            {"block_size": 0},
-            InvalidArgument,
-            "block_size must be an integer of at least 1, or None, got 0",
-        ),
+        ({"samples": 0}, InvalidArgument, "samples must be .*at least 1.*, got 0"),
+        ({"samples": -1}, InvalidArgument, "samples must be .*at least 1.*, got -1"),
+        ({"block_size": 0}, InvalidArgument, "block_size must be .*at least 1.*, got 0"),
         ({"precision": "half"}, InvalidArgument, "precision must be .*, got 'half'"),
-        (
-            {"micro_batch": 0},
-            InvalidArgument,
-            "micro_batch must be an integer of at least 1, or None, got 0",
-        ),
+        ({"micro_batch": 0}, InvalidArgument, "micro_batch must be .*at least 1.*, got 0"),
         ({"curvature": "drawn"}, InvalidArgument, "curvature must be .*'drawn'"),
         ({"loss": "hinge"}, InvalidArgument, "loss: .*'hinge'"),
         ({"autocast": torch.float64}, InvalidArgument, "autocast: "),
         ({"memory_budget": 1000}, InvalidArgument, "memory_budget must be at least .*, got 1 KiB"),
         ({"parameters": "none"}, UnknownParameter, "parameters: 'none' matches no parameter"),
         ({"parameters": ["7.weight", "8.*"]}, UnknownParameter, "parameters: '8.*' matches"),
-        ({"parameters": "7.wieght"}, UnknownParameter, "close: 7.weight"),
+        ({"parameters": "7.wieght"}, UnknownParameter, "did you mean '7.weight'"),
         ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss: must return"),
     ],
 )
@@ -509,7 +493,7 @@ def test_as_batches_stops_exactly(counts, samples):
     batches = zip(images.split(counts), labels.split(counts), strict=True)
     out = as_batches(batches, samples)
     if samples > sum(counts):
-        with pytest.raises(DataError, match="^samples: asked for"):
+        with pytest.raises(DataError, match="^samples must be at most"):
             list(out)
         return
     pairs = list(out)
