@@ -14,7 +14,7 @@ from fastsal.distributed.sharing import in_order
 from fastsal.fisher.block_fisher import sums_of
 from fastsal.fisher.collection.passes import PassSettings, add_pass
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.fisher.parts import by_key, whole
+from fastsal.fisher.parts import by_key, uncut
 from fastsal.fisher.shares import shares
 from fastsal.fisher.sinks.gathering import RowGatherer
 
@@ -65,14 +65,14 @@ def test_micro_batches_are_dealt_out_whole(micro_batch, more, batches, size):
 
     def by_one(how, shapes, pairs):
         sums = ModelSums.empty(shapes, 64, "float32")
-        add_pass(how, sums, by_key(whole(shapes)), pairs, lambda *_: None)
+        add_pass(how, sums, by_key(uncut(shapes)), pairs, lambda *_: None)
 
     expected = run_through(step, micro_batch, batches, by_one)
     found = []
     for rank in range(size):
 
         def by_rank(how, shapes, pairs, rank=rank):
-            owned = shares(whole(shapes), 2, size)
+            owned = shares(uncut(shapes), 2, size)
             own = by_key(owned[rank])
             sums = ModelSums.empty({key: (len(p),) for key, p in own.items()}, 2, "float32")
             add_sharded_pass(how, sums, owned, Alone(rank, size), pairs, lambda *_: None)
