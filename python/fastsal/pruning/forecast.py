@@ -27,7 +27,7 @@ from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.work import Work
 from fastsal.fisher.memory_plan import MemoryPlan, Share
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
@@ -215,7 +215,7 @@ def _sums_seconds(work: Work, samples: int) -> float:
     how, sums, plan = work.how, work.sums, work.plan
     size = min(sums.block_size or 64, _TRIED)
     count = _TRIED // size * size
-    parts = by_key(whole({"tried": (count,)}))
+    parts = by_key(uncut({"tried": (count,)}))
     trial = ModelSums.empty({"tried": (count,)}, size, sums.precision)
     if plan.place == "file":
         nbytes = sums_nbytes(trial, parts["tried"], how.samples) + 256

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.checks import check_damping
-from fastsal.fisher.parts import Parts, slices, whole
+from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.selection import check_mask_shapes, model_parameters
@@ -133,7 +133,7 @@ def _groups(
     if statistics is not None:
         yield from statistics.groups()
         return
-    for part in whole({name: p.shape for name, p in chosen.items()}):
+    for part in uncut({name: p.shape for name, p in chosen.items()}):
         yield None, {part.key: part}
 
 
