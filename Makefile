@@ -5,19 +5,19 @@ BIN := $(VENV)/bin
 
 .PHONY: help install build lint test bench clean
 
-help:  ## Show this list
+help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-install: $(BIN)/python  ## Make .venv with everything for development; compiles the core
+install: $(BIN)/python  ## Create .venv with all dependencies for development and compile the core
 	$(BIN)/pip install --quiet -e '.[test,bench,report,lint]' maturin
 
-build: $(BIN)/python  ## Compile the core again after a change in rust/
+build: $(BIN)/python  ## Recompile the core after a change in rust/
 	$(BIN)/maturin develop --release --quiet
 
-lint:  ## Check format, lints, types and the stub of the compiled module
+lint:  ## Check formatting, lints, types and the stub of the compiled module
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
 	$(BIN)/ruff check --quiet .
@@ -25,13 +25,13 @@ lint:  ## Check format, lints, types and the stub of the compiled module
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest fastsal._core
 
-test:  ## Run all tests, Rust and Python
+test:  ## Run all Rust and Python tests
 	cargo test --quiet --workspace --locked
 	$(BIN)/python -m pytest -q
 
-bench:  ## Time the parts against their peers
+bench:  ## Run the Rust and Python benchmarks
 	cargo bench --quiet -p fastsal-core
 	$(BIN)/python -m pytest benches/python -q
 
-clean:  ## Remove what was built
+clean:  ## Remove build output and .venv
 	rm -rf target $(VENV)

@@ -1,7 +1,8 @@
-"""What else might prune better? `python -m benches.ideas`: one line an idea, beside plain `prune`.
+"""Variants of pruning compared with plain `prune`: `python -m benches.ideas`.
 
-The ResNet-20 of `examples/` on the calibration images of `benches.quality`, no fine-tuning; the
-mean difference to plain `prune` on the same images, in points of accuracy on `cifar10_test`.
+The ResNet-20 of `examples/` is pruned on the calibration images of `benches.quality` without
+fine-tuning. The table shows the mean difference from plain `prune` on the same images, in
+percentage points of accuracy on `cifar10_test`.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsal
-from benches.quality import ROOT, accuracy, draw, load
+from benches.quality import DATA_HELP, ROOT, accuracy, draw, load
 
 Images = tuple[Tensor, Tensor]
-# idea(model, images, sparsity): prunes the model in place
+# idea(model, images, sparsity) prunes the model in place
 Idea = Callable[[nn.Module, Images, float], object]
 DAMPING = (1e-7, 1e-6, 1e-5, 1e-4)
 
 
 def with_options(**options: object) -> Idea:
-    """`prune` with options."""
+    """Return the idea of calling `prune` with the given options."""
     return lambda model, images, s: fastsal.prune(model, [images], s, **options)
 
 
 class Fresh:
-    """Other images of the training set each time that it is iterated."""
+    """Batches that draw other training images on each iteration."""
 
     def __init__(self, train: Images, n: int) -> None:
         self.train, self.n, self.turn = train, n, 0
@@ -45,18 +46,18 @@ class Fresh:
 
 
 def linear_goals(sparsity: float, rounds: int) -> list[float]:
-    """The same number of weights in every round."""
+    """Return the sparsity after each round if every round prunes the same number of weights."""
     return [sparsity * r / rounds for r in range(1, rounds + 1)]
 
 
 def linearly(model: nn.Module, images: Images, sparsity: float) -> object:
-    """Eight rounds that take the same number of weights each."""
+    """Prune in eight rounds of the same number of weights."""
     with mock.patch("fastsal.pruning.prune.rising_goals", linear_goals):
         return fastsal.prune(model, [images], sparsity, rounds=8)
 
 
 def on_held_out(model: nn.Module, images: Images, attempt: Callable[[nn.Module, float], object]):
-    """Take the λ whose attempt leaves the least loss on one image in eight, held out."""
+    """Apply the attempt whose λ has the lowest loss on one image in eight, held out."""
     best = None
     for damping in DAMPING:
         tried = copy.deepcopy(model)
@@ -69,13 +70,13 @@ def on_held_out(model: nn.Module, images: Images, attempt: Callable[[nn.Module, 
 
 
 def kept_in(images: Images) -> Images:
-    """What `on_held_out` does not hold out."""
+    """Return the images that `on_held_out` does not hold out."""
     keep = torch.arange(len(images[1])) % 8 != 0
     return images[0][keep], images[1][keep]
 
 
 def newton_target(step: float) -> Idea:
-    """The gradient term: surgery on `θ - step A⁻¹ g`, the minimum of `gᵀδ + δᵀAδ/2`."""
+    """Return the idea of pruning `θ - step A⁻¹ g`, the minimum of `gᵀδ + δᵀAδ/2`."""
 
     def idea(model: nn.Module, images: Images, sparsity: float) -> None:
         fisher = fastsal.collect(model, [kept_in(images)])
@@ -92,7 +93,7 @@ def newton_target(step: float) -> Idea:
 
 
 def newton(model, fisher, mean, damping: float, step: float, masks=None) -> None:
-    """`θ -= step A⁻¹ g`, block by block, for the kept weights."""
+    """Update the kept weights by `θ -= step A⁻¹ g`, block by block."""
     parameters = dict(model.named_parameters())
     for name in fisher.names:
         blocks = fisher.blocks(name)
@@ -109,7 +110,7 @@ def newton(model, fisher, mean, damping: float, step: float, masks=None) -> None
 
 
 def relative_damping(model: nn.Module, images: Images, sparsity: float) -> None:
-    """A λ for each parameter, in proportion to its mean `F_jj`."""
+    """Prune with a λ for each parameter, proportional to its mean `F_jj`."""
     fisher = fastsal.collect(model, [kept_in(images)])
     level = {name: float(value.mean()) for name, value in fisher.diagonal().items()}
     middle = statistics.geometric_mean(level.values())
@@ -128,7 +129,7 @@ def relative_damping(model: nn.Module, images: Images, sparsity: float) -> None:
 
 
 def natural_gradient_after(model: nn.Module, images: Images, sparsity: float) -> None:
-    """Afterwards one damped Newton step of the kept weights; its length and λ by held-out loss."""
+    """Prune, then apply a damped Newton step to kept weights; held-out loss selects λ and step."""
     result = fastsal.prune(model, [images], sparsity)
     fisher = fastsal.collect(model, [kept_in(images)])
     mean = fisher.mean_gradient()
@@ -148,7 +149,7 @@ def natural_gradient_after(model: nn.Module, images: Images, sparsity: float) ->
 
 
 def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
-    """By the plain call that they are held against."""
+    """Return the ideas, grouped by the plain call that they are compared with."""
     return {
         "one round": {
             "plain": with_options(),
@@ -157,14 +158,14 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
             "blocks of 128": with_options(block_size=128),
             "blocks of 256": with_options(block_size=256),
             "sums in float64": with_options(precision="float64"),
-            "batch normalisation recalibrated where it helps": with_options(recalibrate=True),
+            "batch normalization recalibrated if that helps": with_options(recalibrate=True),
             "the same sparsity in every layer": with_options(scope="layer"),
             "sparsities by layer shape (ERK)": with_options(scope="erk"),
             "at least a twentieth of each layer kept": with_options(floor=0.05),
             "λ in proportion to each layer's Fisher": relative_damping,
             "the gradient term, whole step": newton_target(1.0),
             "the gradient term, a tenth of the step": newton_target(0.1),
-            "a Newton step of what is kept, afterwards": natural_gradient_after,
+            "a Newton step of the kept weights after pruning": natural_gradient_after,
         },
         "eight rounds": {
             "plain": with_options(rounds=8),
@@ -175,7 +176,7 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
             ),
             "labels drawn from the model": with_options(rounds=8, curvature="sampled"),
             "blocks of 128": with_options(rounds=8, block_size=128),
-            "batch normalisation recalibrated where it helps": with_options(
+            "batch normalization recalibrated if that helps": with_options(
                 rounds=8, recalibrate=True
             ),
         },
@@ -183,13 +184,15 @@ def ideas(train: Images, n: int) -> dict[str, dict[str, Idea]]:
 
 
 def main() -> None:
-    """Run all ideas and print how far each is from the plain call."""
+    """Run all ideas and print the difference of each from the plain call."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--only", default="", help="groups whose name contains this")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help=DATA_HELP
+    )
+    parser.add_argument("--samples", type=int, default=1024, help="number of calibration images")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="seeds of the draws")
+    parser.add_argument("--only", default="", help="run only groups whose name contains this text")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     model, train, test = load(given.data)
     sparsities = {"one round": (0.7, 0.8, 0.9), "eight rounds": (0.8, 0.9)}

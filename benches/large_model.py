@@ -1,6 +1,6 @@
-"""A large model on a small machine: `python -m benches.large_model [--model NAME] [--samples N]`.
+"""Time and memory of a large model: `python -m benches.large_model [--model NAME] [--samples N]`.
 
-The statistics are collected in a process of their own, whose peak memory is read from outside.
+Statistics are collected in a child process whose peak memory is measured by the parent.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import time
 
 
 def collect(name: str, samples: int, block_size: int) -> dict[str, float]:
-    """Collect once, and say where the time went."""
+    """Collect, score and rank once; return sizes and the seconds of each step."""
     import timm
     import torch
 
     import fastsal
+    from fastsal.fisher.model_sums import ModelSums
 
     spent = {"core": 0.0}
-    add = fastsal.BlockFisher._add
+    add = ModelSums.add
 
     def timed(self, *args):
         start = time.perf_counter()
         add(self, *args)
         spent["core"] += time.perf_counter() - start
 
-    fastsal.BlockFisher._add = timed
+    ModelSums.add = timed
     model = timm.create_model(name, pretrained=False).eval()
     size = model.pretrained_cfg["input_size"]
     generator = torch.Generator().manual_seed(0)
-    # A micro-batch at a time: the images themselves are not what is measured.
+    # One micro-batch at a time: memory of the images is not part of the measurement.
     batches = (
         (torch.randn(8, *size, generator=generator), torch.randint(0, 1000, (8,)))
         for _ in range(-(-samples // 8))
@@ -56,11 +57,11 @@ def collect(name: str, samples: int, block_size: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the child, print what it did and what it took."""
+    """Run the child process and print its measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--block-size", type=int, default=64)
+    parser.add_argument("--model", default="vit_base_patch16_224", help="name of a timm model")
+    parser.add_argument("--samples", type=int, default=256, help="number of random images")
+    parser.add_argument("--block-size", type=int, default=64, help="weights per Fisher block")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:

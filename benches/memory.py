@@ -1,8 +1,7 @@
-"""Pruning within memory budgets: peak memory seen from outside, time, and the masks.
+"""Peak memory, time and masks within memory budgets: `python -m benches.memory [--ranks 2]`.
 
-Every run is a process of its own, or several under `torchrun`, whose resident memory this one reads
-from the system a hundred times a second between the call and its return.
-`python -m benches.memory --model resnet50 [--ranks 2]`.
+Each run is a child process, or several under `torchrun`. The parent reads their resident memory
+from the operating system a hundred times per second between the call of `prune` and its return.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ GIB = 2**30
 
 
 def child(args: argparse.Namespace) -> None:
-    """Prune once; say when, and what came out."""
+    """Prune once; report begin, end and results to the parent process."""
     import timm
     import torch
 
@@ -39,7 +38,7 @@ def child(args: argparse.Namespace) -> None:
     images = torch.randn(args.samples, 3, args.size, args.size)
     labels = torch.randint(0, 1000, (args.samples,))
     batches = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, args.samples, 8)]
-    with torch.no_grad():  # what the libraries set up once
+    with torch.no_grad():  # one-time allocations of the libraries
         model.eval()(images[:2])
     damping = args.damping if args.damping == "auto" else float(args.damping)
     more: dict[str, Any] = {}
@@ -50,7 +49,7 @@ def child(args: argparse.Namespace) -> None:
     result = prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
     seconds = time.perf_counter() - start
     say("end")
-    time.sleep(1)  # until it is seen: what follows is not of the run
+    time.sleep(1)  # until the parent has read it: later memory is not part of the run
     digest = hashlib.sha256()
     for mask in result.masks.values():
         digest.update(mask.numpy().tobytes())
@@ -71,13 +70,13 @@ def child(args: argparse.Namespace) -> None:
 
 
 def say(*words: str) -> None:
-    """A line for the process that watches."""
+    """Write a line for the parent process."""
     line = f"@ {os.getpid()} {' '.join(words)}\n"
-    os.write(1, line.encode())  # in one piece, beside those of other ranks
+    os.write(1, line.encode())  # in one call, so that lines of ranks do not mix
 
 
 def resident(pid: int) -> int:
-    """Resident memory of a process, bytes."""
+    """Return the resident memory of a process in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) * 1024
@@ -85,7 +84,7 @@ def resident(pid: int) -> int:
 
 
 def watched(command: list[str], ranks: int) -> dict[str, Any]:
-    """Run children; the largest peak above where one began, and what they told."""
+    """Run the children; return the largest increase of memory and the reported results."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     base: dict[int, int] = {}
@@ -124,19 +123,29 @@ def watched(command: list[str], ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print a table, and write it as JSON."""
+    """Run all budgets, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--budgets", type=float, nargs="*", default=[0, 8, 4, 2, 1], help="GiB")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--damping", default="1e-6")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=1, help="processes; each has the budget")
+    parser.add_argument("--model", default="resnet50", help="name of a timm model")
     parser.add_argument(
-        "--scratch", default=tempfile.gettempdir(), help="a folder; '' for none, which takes longer"
+        "--budgets",
+        type=float,
+        nargs="*",
+        default=[0, 8, 4, 2, 1],
+        help="budgets in GiB; 0 for none",
     )
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--samples", type=int, default=32, help="number of random images")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
+    parser.add_argument("--damping", default="1e-6", help="λ, or auto")
+    parser.add_argument("--rounds", type=int, default=1, help="number of rounds")
+    parser.add_argument(
+        "--ranks", type=int, default=1, help="number of processes; each has the budget"
+    )
+    parser.add_argument(
+        "--scratch",
+        default=tempfile.gettempdir(),
+        help="folder of the scratch file; '' for none, which is slower",
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--budget", type=float, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.budget is not None:

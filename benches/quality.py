@@ -1,7 +1,8 @@
-"""What pruning costs in accuracy: `python -m benches.quality [--data FOLDER]`.
+"""Accuracy after pruning: `python -m benches.quality [--data FOLDER]`.
 
-The ResNet-20 of `examples/`, no fine-tuning, three draws of calibration images (the first is the
-first N training images), accuracy on `cifar10_test`, mean and spread.
+The ResNet-20 of `examples/` is pruned without fine-tuning, for three random draws of calibration
+images (the first draw is the first N training images). The table shows mean and standard deviation
+of the accuracy on `cifar10_test`.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from fastsal.models.loading import load_model
 ROOT = Path(__file__).resolve().parents[1]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPARSITIES = (0.6, 0.7, 0.8, 0.9)
+DATA_HELP = "folder of the data sets and of the weights of the ResNet-20"
 
 
 def load(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The model, the training and the test images."""
+    """Return the model, the training images and the test images."""
     spec = f"{ROOT / 'examples' / 'resnet20.py'}:resnet20"
     model = load_model(spec, weights=folder / "resnet20_cifar10.safetensors")
     sets = []
@@ -39,7 +41,7 @@ def load(folder: Path) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, 
 
 
 def draw(train: tuple[Tensor, Tensor], seed: int, n: int) -> tuple[Tensor, Tensor]:
-    """`n` training images; seed 0 takes the first ones."""
+    """Return `n` training images: the first ones for seed 0, else a random draw."""
     order = torch.arange(len(train[1]))
     if seed:
         order = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))
@@ -47,7 +49,7 @@ def draw(train: tuple[Tensor, Tensor], seed: int, n: int) -> tuple[Tensor, Tenso
 
 
 def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
-    """Top-1 on the test images."""
+    """Return the top-1 accuracy on the test images."""
     with torch.no_grad():
         right = [(model(x).argmax(1) == y).sum() for x, y in zip(*(t.split(500) for t in test))]
     return int(sum(right)) / len(test[1])
@@ -56,7 +58,7 @@ def accuracy(model: nn.Module, test: tuple[Tensor, Tensor]) -> float:
 def independent_update(
     model: nn.Module, fisher: fastsal.BlockFisher, masks: fastsal.Masks, damping: float
 ) -> None:
-    """The update of WoodFisher and oBERT: each pruned weight as if it were the only one."""
+    """Apply the update of WoodFisher and oBERT, which treats pruned weights independently."""
     parameters = dict(model.named_parameters())
     for name in fisher.names:
         blocks = fisher.blocks(name)
@@ -74,7 +76,7 @@ def independent_update(
 
 
 def one_shot(model, images, test, damping):
-    """Rows of the table that share one set of statistics."""
+    """Yield the rows of the table that share one set of statistics."""
     fisher = fastsal.collect(model, [images])
     for criterion, update in (
         ("magnitude", "none"),
@@ -97,7 +99,7 @@ def one_shot(model, images, test, damping):
 
 
 def rounds(model, images, test, count, sparsities, curvature):
-    """`prune` as users call it: greedy, joint, automatic damping."""
+    """Yield the rows of `prune` with its defaults: greedy, joint compensation, damping "auto"."""
     kind = "" if curvature == "empirical" else f", curvature={curvature}"
     for sparsity in sparsities:
         pruned = copy.deepcopy(model)
@@ -107,17 +109,31 @@ def rounds(model, images, test, count, sparsities, curvature):
 
 
 def main() -> None:
-    """Run and print the table; write it as JSON."""
+    """Run the benchmark, print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--samples", type=int, nargs="+", default=[1024])
-    parser.add_argument("--rounds", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
-    parser.add_argument("--no-peers", action="store_true", help="the rows of `prune` only")
-    parser.add_argument("--curvature", nargs="+", default=["empirical", "features"])
-    parser.add_argument("--damping", type=float, default=1e-5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help=DATA_HELP
+    )
+    parser.add_argument("--samples", type=int, nargs="+", default=[1024], help="numbers of images")
+    parser.add_argument("--rounds", type=int, nargs="*", default=[1, 8], help="numbers of rounds")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the draws"
+    )
+    parser.add_argument(
+        "--sparsities",
+        type=float,
+        nargs="+",
+        default=list(SPARSITIES),
+        help="sparsities of `prune`",
+    )
+    parser.add_argument("--no-peers", action="store_true", help="run only the rows of `prune`")
+    parser.add_argument(
+        "--curvature", nargs="+", default=["empirical", "features"], help="kinds of gradients"
+    )
+    parser.add_argument(
+        "--damping", type=float, default=1e-5, help="λ of the rows other than `prune`"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     model, train, test = load(given.data)
     table: dict[tuple[str, float], list[float]] = {}

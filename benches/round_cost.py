@@ -1,7 +1,8 @@
-"""What a round costs on top of its gradients: `python -m benches.round_cost [--samples 1024]`.
+"""Time of a round beyond its gradients: `python -m benches.round_cost [--samples 1024]`.
 
-`prune` on a large model of random weights and random images: seconds of the statistics (passes and
-sums), of the choice of λ, and of scoring, ranking, compensation and masking.
+A large model of random weights is pruned on random images. Reported are the seconds of the
+statistics (passes and accumulation), of the choice of λ, and of scoring, ranking, compensation and
+masking.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 import fastsal
-from fastsal.cli.bench.machine import describe
+from fastsal.cli.bench.conditions import describe
 
 
 class Noise:
-    """`samples` images in batches of 8, made as they are asked for."""
+    """Random images in batches of 8, generated on demand."""
 
     def __init__(self, samples: int, size: int) -> None:
         self.samples, self.size = samples, size
@@ -33,16 +34,16 @@ class Noise:
 
 
 def main() -> None:
-    """Time one round."""
+    """Time one round and print the seconds of its steps as JSON."""
     import timm
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--model", default="resnet50", help="name of a timm model")
+    parser.add_argument("--samples", type=int, default=1024, help="number of random images")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--damping", default="1e-5", help="λ, or auto")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=2, help="number of CPU threads")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     fastsal.set_num_threads(given.threads)

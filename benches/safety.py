@@ -1,8 +1,9 @@
-"""Is the promise of the safe threshold kept? `python -m benches.safety [--draws 20]`.
+"""Check the guarantee of an accuracy limit empirically: `python -m benches.safety [--draws 20]`.
 
-The ResNet-20 of `examples/`: each draw takes other calibration images, prunes to the highest
-sparsity that keeps an accuracy limit on half of `cifar10_test`, and is judged by the other half:
-the promise is about images like those held out, and the model was trained on the training images.
+For each draw of calibration images the ResNet-20 of `examples/` is pruned to the highest sparsity
+within an accuracy limit on half of `cifar10_test`, and the limit is checked on the other half. The
+guarantee holds for images distributed like the held-out ones; training images are not, because the
+model was trained on them.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from pathlib import Path
 import torch
 
 import fastsal
-from benches.quality import ROOT, accuracy, load
+from benches.quality import DATA_HELP, ROOT, accuracy, load
 
 
 def main() -> None:
-    """Print one line a draw, and how often the limit was broken."""
+    """Print one line per draw, and how often the limit was exceeded."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--draws", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--limit", type=float, default=0.02)
-    parser.add_argument("--confidence", type=float, default=0.9)
-    parser.add_argument("--damping", type=float, help="λ; chosen in each draw by default")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help=DATA_HELP
+    )
+    parser.add_argument("--draws", type=int, default=20, help="number of draws")
+    parser.add_argument("--samples", type=int, default=1024, help="number of calibration images")
+    parser.add_argument("--limit", type=float, default=0.02, help="largest drop in accuracy")
+    parser.add_argument("--confidence", type=float, default=0.9, help="confidence of the limit")
+    parser.add_argument("--damping", type=float, help="λ; by default chosen in each draw")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     model, train, test = load(given.data)
     rows = []
@@ -59,7 +62,9 @@ def main() -> None:
         )
         print(json.dumps(rows[-1]), flush=True)
     broken = sum(row["broken"] for row in rows)
-    print(f"broken in {broken} of {len(rows)} draws; promised: at most {1 - given.confidence:.0%}")
+    print(
+        f"exceeded in {broken} of {len(rows)} draws; guaranteed: at most {1 - given.confidence:.0%}"
+    )
     if given.out:
         asked = {k: v for k, v in vars(given).items() if k not in ("data", "out")}
         given.out.write_text(json.dumps({"asked": asked, "draws": rows}, indent=1) + "\n")

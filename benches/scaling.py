@@ -1,9 +1,9 @@
-"""A job of many ranks on paper: `python -m benches.scaling [--model ...] [--ranks 2 4 64]`.
+"""Calculated cost of a job of many ranks: `python -m benches.scaling [--ranks 2 4 64]`.
 
-Bytes that each rank sends and memory that it holds, by `fastsal.fisher.collection.traffic`, whose
-figures equal the counters of jobs of two and four ranks
-(`tests/integration/test_distributed.py`). Beside statistics a rank holds scores (4 bytes a weight
-of its share), masks (a byte of every weight), the model's weights, and what a pass takes.
+The table shows the bytes that each rank sends and holds, by `fastsal.fisher.collection.traffic`,
+whose figures equal the counters of jobs of two and four ranks
+(`tests/integration/test_distributed.py`). In addition to statistics a rank holds scores (4 bytes
+per weight of its share), masks (one byte per weight), the model, and the memory of a pass.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ GB = 1e9
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the table of all numbers of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="vit_large_patch16_224")
-    parser.add_argument("--samples", type=int, default=8192)
-    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64])
+    parser.add_argument("--model", default="vit_large_patch16_224", help="name of a timm model")
+    parser.add_argument("--samples", type=int, default=8192, help="number of images of the job")
+    parser.add_argument(
+        "--ranks", type=int, nargs="*", default=[2, 4, 8, 16, 32, 64], help="numbers of ranks"
+    )
     args = parser.parse_args()
     with torch.device("meta"):
         model = timm.create_model(args.model)

@@ -1,4 +1,4 @@
-"""The README's table from a results file: `python -m benches.table FILE.json`."""
+"""Print a results file of `fastsal bench` as Markdown: `python -m benches.table FILE.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Print Markdown."""
+    """Print the table and the machine of the results file."""
     record = json.loads(Path(sys.argv[1]).read_text())
     print("| what | against | ratio | aim |\n|---|---|---|---|")
     for r in record["results"]:

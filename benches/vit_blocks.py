@@ -1,11 +1,11 @@
-"""Should blocks follow the way attention uses its weights? `python -m benches.vit_blocks`.
+"""Fisher blocks aligned with the structure of attention: `python -m benches.vit_blocks`.
 
-A small ViT (`examples/small_vit.py`, trained here unless `--weights` are given) is pruned by greedy
-elimination with joint compensation, each time with the same gradients and the same number of
-weights a block, but with other weights side by side in a block. Attention uses `q` and `k` only in
-their product, head by head, and `v` and `proj` too, as an MLP does `fc1` and `fc2`. No fine-tuning;
-the damping is picked for each way by the loss on images that were not collected; three draws,
-accuracy on `mnist_test`, mean and spread.
+A small ViT (`examples/small_vit.py`, trained here unless `--weights` is given) is pruned by greedy
+elimination with joint compensation. All arrangements use the same gradients and block size but
+group other weights into a block. Attention uses `q` and `k` only in their product, head by head,
+and likewise `v` and `proj`, as an MLP does `fc1` and `fc2`. There is no fine-tuning; for each
+arrangement λ minimizes the loss on held-out images. The table shows mean and standard deviation of
+the accuracy on `mnist_test` over three draws.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ DAMPING = (1e-6, 1e-5, 1e-4, 1e-3)
 BLOCK = 64
 HALF = BLOCK // 2
 
-# Places of a parameter's weights, `[out, in]`: their positions in all weights, one after another.
+# Positions of a parameter's weights, `[out, in]`, in the concatenation of all weights.
 Places = Mapping[str, Tensor]
-# block(places of one transformer block, heads) -> places in their new order, name to `[n]`
+# way(places of one transformer block, heads) -> places in a new order, name to `[n]`
 Way = Callable[[Places, int], dict[str, Tensor]]
 
 
@@ -50,13 +50,13 @@ def _parts(block: Places) -> dict[str, Tensor]:
 
 
 def _pairs(a: Tensor, b: Tensor) -> Tensor:
-    """Half a block of a row of `a`, then half a block of the same row of `b`, and so on."""
+    """Alternate half blocks of a row of `a` with half blocks of the same row of `b`."""
     a, b = (x.reshape(len(x), -1, HALF) for x in (a, b))
     return torch.stack([a, b], 2).flatten()
 
 
 def _tiles(a: Tensor, heads: int) -> Tensor:
-    """Blocks of all rows of a head and a few of their inputs."""
+    """Form blocks from all rows of a head and a few of their inputs."""
     rows = len(a) // heads
     return a.reshape(heads, rows, -1, BLOCK // rows).transpose(1, 2).flatten()
 
@@ -67,7 +67,7 @@ def _flat(block: Places, heads: int) -> dict[str, Tensor]:
 
 
 def _with(**ways: Callable[[dict[str, Tensor], int], Tensor]) -> Way:
-    """The parts of a transformer block as they are, but those whose names a way's name joins."""
+    """Return the way that rearranges the parts named by the keys, joined by `_`."""
 
     def way(block: Places, heads: int) -> dict[str, Tensor]:
         parts = _parts(block)
@@ -98,7 +98,7 @@ WAYS: dict[str, Way] = {
 
 
 class Rearranged:
-    """The weights of a ViT, in the order that a way gives them."""
+    """The weights of a ViT in the order defined by a way."""
 
     def __init__(self, model: nn.Module, way: Way, block_size: int = BLOCK) -> None:
         self._shapes = {name: p.shape for name, p in select_parameters(model, None).items()}
@@ -126,13 +126,13 @@ class Rearranged:
     def arrange(
         self, tensors: Mapping[str, Tensor], samples: int | None = None
     ) -> dict[str, Tensor]:
-        """Weights, or with `samples` their gradients `[n, *shape]`, in the new order."""
+        """Return weights, or with `samples` gradients `[n, *shape]`, in the new order."""
         lead = [] if samples is None else [samples]
         flat = torch.cat([tensors[n].detach().reshape(*lead, -1) for n in self._shapes], -1)
         return {name: flat[..., order] for name, order in self._order.items()}
 
     def restore(self, arranged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of `arrange`."""
+        """Return tensors in the original order, the inverse of `arrange`."""
         first = next(iter(arranged.values()))
         flat = first.new_empty(sum(s.numel() for s in self._shapes.values()))
         for name, order in self._order.items():
@@ -141,7 +141,7 @@ class Rearranged:
         return {n: p.reshape(s) for (n, s), p in zip(self._shapes.items(), parts, strict=True)}
 
     def prune(self, model: nn.Module, sparsity: float, damping: float) -> nn.Module:
-        """A copy, pruned by greedy elimination and joint compensation."""
+        """Return a copy pruned by greedy elimination and joint compensation."""
         weights = nn.ParameterDict(self.arrange(dict(model.named_parameters())))
         scores = fastsal.score(weights, self.fisher, "obs-greedy", damping)
         masks = fastsal.rank(scores, sparsity)
@@ -152,7 +152,7 @@ class Rearranged:
 
 
 def products(model: nn.Module) -> dict[str, Tensor]:
-    """Magnitude times that of what the weight is multiplied by: a row of `q` by that of `k`, ..."""
+    """Score by the magnitude of a weight times that of the weights it is multiplied by."""
     scores = fastsal.score(model, None, "magnitude")
     with torch.no_grad():
         for i, block in enumerate(model.blocks):
@@ -169,19 +169,21 @@ def products(model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Mean cross-entropy."""
+    """Return the mean cross-entropy."""
     with torch.no_grad():
         return float(F.cross_entropy(model(images), labels))
 
 
 def main() -> None:
-    """Run, print the table, write it."""
+    """Run the benchmark, print the table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--weights", type=Path, help="of examples/small_vit.py")
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--data", type=Path, default=ROOT.parent / "shared" / "data", help="folder of the data sets"
+    )
+    parser.add_argument("--weights", type=Path, help="weights of examples/small_vit.py")
+    parser.add_argument("--samples", type=int, default=1024, help="number of calibration images")
+    parser.add_argument("--draws", type=int, default=3, help="number of draws")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     spec = importlib.util.spec_from_file_location("small_vit", ROOT / "examples" / "small_vit.py")
     vit = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What all benches share: a release build and fixed threads."""
+"""Conditions of all benches: a release build and a fixed number of threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastsal import _core
-from fastsal.cli.bench import describe, refuse_debug_build
+from fastsal.cli.bench.conditions import describe, refuse_debug_build
 from fastsal.errors import InvalidArgument
 
 THREADS = min(2, os.cpu_count() or 1)

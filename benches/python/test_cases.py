@@ -1,6 +1,6 @@
 """The cases of `fastsal bench` under pytest-benchmark: `pytest benches/python`.
 
-FASTSAL_BENCH=full takes the sizes of the published figures.
+With FASTSAL_BENCH=full they have the sizes of the published figures.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import os
 
 import pytest
 
-from fastsal.cli.bench import Size, cases, run
+from fastsal.cli.bench.cases import BenchSize, cases_of
+from fastsal.cli.bench.timing import run
 
-SIZE = Size.full() if os.environ.get("FASTSAL_BENCH") == "full" else Size()
+SIZE = BenchSize.full() if os.environ.get("FASTSAL_BENCH") == "full" else BenchSize()
 
 
-@pytest.mark.parametrize("case", list(cases(SIZE)), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(cases_of(SIZE)), ids=lambda case: case.name)
 def test_case(case, benchmark, capsys):
     results = []
     benchmark.pedantic(lambda: results.extend(run(iter([case]))), rounds=1)

@@ -1,4 +1,4 @@
-"""Running a command, and what a bad input must look like."""
+"""Run a command in a test, and check how it reports invalid input."""
 
 from __future__ import annotations
 

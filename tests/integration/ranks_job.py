@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fastsal.distributed
+from fastsal.distributed.collecting import collected
 from fastsal.distributed.thresholds import masks_of_shards
 from fastsal.errors import FactorizationError
 from fastsal.fisher.parts import slices
@@ -48,6 +50,7 @@ def images(count=52):
 HOW = {
     "fixed": {"damping": 1e-4},
     "auto": {"damping": "auto", "rounds": 2},
+    "auto features": {"damping": "auto", "curvature": "features"},
     "layer": {"damping": 1e-3, "criterion": "block-fisher", "scope": "layer"},
     "erk": {"damping": 1e-3, "criterion": "magnitude", "scope": "erk", "floor": 0.1},
     "floor": {"damping": 1e-3, "floor": 0.25},
@@ -85,6 +88,21 @@ def prune(call, model, how, **more):
     return call(model, images(), how.pop("sparsity"), micro_batch=2, **how)
 
 
+@contextlib.contextmanager
+def watching(model):
+    """What runs through a model: the size of each micro-batch, and a digest of its images."""
+    seen = set()
+
+    def look(_, inputs):
+        x = inputs[0].detach().contiguous()
+        seen.add(f"{len(x)} {hashlib.sha1(x.numpy().tobytes()).hexdigest()}")
+
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    handle = inner[0].register_forward_pre_hook(look)
+    yield seen
+    handle.remove()
+
+
 def wrapped(name):
     """The model as it is trained: alone, in DDP, or sharded by FSDP2."""
     model = net()
@@ -106,12 +124,12 @@ def failing_on_one_rank(damping):
 
     real = module.score_tensors
 
-    def failing(mine, fisher, entry, given, *more):
+    def failing(mine, statistics, entry, given, *more):
         if given == damping and dist.get_rank() == dist.get_world_size() - 1:
-            for number, _ in enumerate(fisher._views()):
-                if number or fisher._plan is None:
+            for number, _ in enumerate(statistics.groups()):
+                if number or statistics.plan is None:
                     raise FactorizationError("singular")
-        return real(mine, fisher, entry, given, *more)
+        return real(mine, statistics, entry, given, *more)
 
     module.score_tensors = failing
     try:
@@ -134,10 +152,10 @@ def main(folder):
     )
     torch.save({name: summed.blocks(name) for name in summed.names}, folder / f"summed{rank}.pt")
     budget = {"memory_budget": BUDGET, "scratch": folder}
-    summed = fastsal.distributed.collect(
-        net(), images(), micro_batch=2, samples=52, exchange="sums", **budget
-    )
-    assert summed._plan.passes > 1
+    ranks = fastsal.distributed.Ranks()
+    how = {"micro_batch": 2, "samples": 52, "exchange": "sums", **budget}
+    assert collected(ranks, net(), images(), **how).plan.passes > 1
+    summed = fastsal.distributed.collect(net(), images(), **how)
     fastsal.distributed.save(summed, folder / "summed")
     # 26 samples a rank or fewer: rows are less than sums of blocks of 64.
     chosen = fastsal.distributed.collect(
@@ -151,7 +169,8 @@ def main(folder):
         budget = {"memory_budget": BUDGET} if name in LIMITED else {}
         if name.startswith("budget"):
             budget["scratch"] = folder
-        result = prune(fastsal.distributed.prune, model, how, **budget)
+        with watching(model) as seen:
+            result = prune(fastsal.distributed.prune, model, how, **budget)
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
         if name == "budget auto":
             result_of_auto = result.history[0]
@@ -160,6 +179,8 @@ def main(folder):
         told[name] = asdict(result.history[-1].ranks) | {
             "plan": result.history[-1].memory_plan,
             "safe": None if result.safety is None else result.safety.as_dict(),
+            "evidence": result.history[0].damping_evidence,
+            "seen": sorted(seen),
         }
     smallest = result_of_auto.damping_evidence[0][0]
     for name, more in {"memory": {}, "again": {"memory_budget": BUDGET}}.items():
@@ -169,15 +190,13 @@ def main(folder):
         told[f"failing {name}"] = {"evidence": evidence}
         torch.save(dict(result.masks), folder / f"failing {name}{rank}.pt")
     # Scores with many ties, over parts: the order of positions decides.
-    ranks = fastsal.distributed.Ranks()
+    shares = collected(ranks, net(), images(), micro_batch=2).shares
     shapes = {name: tuple(p.shape) for name, p in net().named_parameters() if p.dim() > 1}
     torch.manual_seed(3)
     full = {name: torch.randint(0, 5, shape).float() for name, shape in shapes.items()}
-    parts = {part.key: part for part in fisher._shares[rank]}
+    parts = {part.key: part for part in shares[rank]}
     for floor in (0.0, 0.35):
-        masks = masks_of_shards(
-            slices(full, parts), fisher._shares, shapes, ranks, 0.6, floor=floor
-        )
+        masks = masks_of_shards(slices(full, parts), shares, shapes, ranks, 0.6, floor=floor)
         torch.save(dict(masks), folder / f"ties{floor}{rank}.pt")
     (folder / f"told{rank}.json").write_text(json.dumps(told))
     dist.barrier()

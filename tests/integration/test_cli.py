@@ -176,17 +176,20 @@ def test_the_command_starts_without_torch(python_env):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sparsity", "1.5"], "sparsity: got 1.5; takes a share from 0 to 1"),
-        (["--sparsity", "-0.1"], "sparsity: got -0.1"),
-        (["--sparsity", "nan"], "sparsity: got nan"),
-        (["--sparsity", "0.5", "--floor", "2"], "floor: got 2.0"),
-        ([], "sparsity: is missing"),
-        (["--sparsity", "0.5", "--samples", "61"], "samples: asked for 61"),
+        (["--sparsity", "1.5"], "sparsity must be in [0, 1], got 1.5"),
+        (["--sparsity", "-0.1"], "sparsity must be in [0, 1], got -0.1"),
+        (["--sparsity", "nan"], "sparsity must be in [0, 1], got nan"),
+        (["--sparsity", "0.5", "--floor", "2"], "floor must be in [0, 1], got 2.0"),
+        ([], "--sparsity or --pattern is required"),
+        (["--sparsity", "0.5", "--samples", "61"], "got 61"),
         (["--sparsity", "0.5", "--parameters", "convv.weight"], "convv.weight"),
         (["--sparsity", "0.5", "--pattern", "two:four"], "two:four"),
-        (["--sparsity", "0.5", "--size", "native", "--mean", "1,2"], "mean: got 2 values"),
+        (
+            ["--sparsity", "0.5", "--size", "native", "--mean", "1,2"],
+            "mean must have 1 value or one per channel",
+        ),
         (["--sparsity", "0.5", "--weights", "none.pth"], "none.pth"),
-        (["--sparsity", "0.5", "--num-classes", "2"], "labels: "),
+        (["--sparsity", "0.5", "--num-classes", "2"], "must be in 0 to 1 for a model of 2 classes"),
     ],
 )
 def test_bad_options_are_one_line(options, message, model, tiny_npz, tmp_path):
@@ -198,14 +201,27 @@ def test_bad_options_are_one_line(options, message, model, tiny_npz, tmp_path):
 
 def test_a_criterion_without_its_data(model, tmp_path):
     result = run("prune", model, "--sparsity", 0.5, "--out", tmp_path / "run")
-    failed(result, "needs labelled images; give --data")
+    failed(result, "--data is required by the criterion 'obs-greedy'")
 
 
 def test_usage_errors(model, tmp_path):
-    for options in (["--criterion", "best"], ["--damping", "-1"], ["--size", "big"]):
+    for options, message in (
+        (["--criterion", "best"], "--criterion must be one of magnitude, random, taylor"),
+        (["--damping", "-1"], "--damping "),
+        (["--size", "big"], "--size must be "),
+        (["--rounds", "0"], "--rounds must be an integer of at least 1, got 0"),
+        (["--rounds", "two"], "--rounds must be an integer of at least 1, got 'two'"),
+        (["--floor", "low"], "--floor must be a number, got 'low'"),
+        (["--mean", "1,b"], "--mean must be numbers separated by commas"),
+        (["--sparsty", "0.5"], "no such option"),
+    ):
         result = run("prune", model, *options, "--out", tmp_path / "run")
-        assert result.exit_code == 2
-        assert "Error: " in result.stderr
+        failed(result, message)
+        failed(result, "(see fastsal prune --help)")
+    failed(run("prune", model), "--out is required (see fastsal prune --help)")
+    failed(run("prune", "--out", tmp_path / "run"), "MODEL is required")
+    failed(run("prun"), "no such command 'prun'")
+    failed(run("--bug"), "(see fastsal --help)")
 
 
 def test_bad_folders(model, tmp_path):
@@ -214,7 +230,7 @@ def test_bad_folders(model, tmp_path):
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "cats" / "1.png")
     failed(run("eval", model, "--data", folder, "--quiet"), "one class only (cats)")
     (folder / "dogs").mkdir()
-    failed(run("eval", model, "--data", folder, "--quiet"), "dogs holds no image")
+    failed(run("eval", model, "--data", folder, "--quiet"), "dogs contains no image file")
     (folder / "dogs" / "2.png").write_bytes(b"no image")
     failed(run("eval", model, "--data", folder, "--quiet"), "2.png cannot be read as an image")
     command = ["prune", model, "--data", folder, "--sparsity", 0.5, "--quiet"]
@@ -241,7 +257,10 @@ def test_labels_out_of_range(model, tiny_npz, tmp_path):
     data["y"] = data["y"] + 1
     data.pop("classes")
     np.savez(tmp_path / "bad.npz", **data)
-    failed(run("eval", model, "--data", tmp_path / "bad.npz"), "the model has 3 classes, 0 to 2")
+    failed(
+        run("eval", model, "--data", tmp_path / "bad.npz"),
+        "must be in 0 to 2 for a model of 3 classes, got 3",
+    )
 
 
 def test_test_images_of_other_classes(model, tiny_npz, tmp_path):
@@ -252,7 +271,7 @@ def test_test_images_of_other_classes(model, tiny_npz, tmp_path):
         "prune", model, "--data", tiny_npz, "--test", tmp_path / "other.npz", "--sparsity", 0.5,
         "--out", tmp_path / "run",
     )  # fmt: skip
-    failed(result, "has classes blue, green, red")
+    failed(result, "test must have the classes of --data (red, green, blue), got ")
 
 
 def test_a_run_is_not_overwritten_unless_forced(pruned, model, tiny_npz):
@@ -282,7 +301,7 @@ def test_a_pruned_weight_that_lives(pruned):
     state["conv.weight"][tuple(zero)] = 1e-30
     save_file(state, pruned / "model.safetensors")
     not_verified(run("verify", pruned), "conv.weight: 1 pruned weights are not zero")
-    not_verified(run("verify", pruned), "model.safetensors is not the file that the report")
+    not_verified(run("verify", pruned), "model.safetensors does not match the checksum")
     answer = json.loads(run("verify", pruned, "--json").stdout)
     assert answer["ok"] is False
     assert len(answer["failures"]) == 2
@@ -306,23 +325,25 @@ def test_masks_that_are_damaged(pruned, damage):
 def test_masks_of_another_model(pruned, tiny_file, tmp_path):
     wide = tmp_path / "wide.safetensors"
     save_weights(load_model(f"{tiny_file}:wide"), wide)
-    not_verified(run("verify", "--weights", wide, "--masks", pruned), "conv.weight: mask [8, 3, 3")
+    not_verified(run("verify", "--weights", wide, "--masks", pruned), "but its mask has [8, 3, 3")
     save_weights(load_model("test_resnet"), wide)
-    not_verified(run("verify", "--weights", wide, "--masks", pruned), "the weights do not")
+    not_verified(
+        run("verify", "--weights", wide, "--masks", pruned), "in the masks but not in the weights"
+    )
 
 
 def test_verify_with_a_model(pruned, model):
     weights, masks = pruned / "model.safetensors", pruned / "masks.safetensors"
     assert run("verify", model, "--weights", weights, "--masks", masks).exit_code == 0
     assert run("verify", "--weights", weights, "--masks", masks).exit_code == 0
-    failed(run("verify"), "takes the folder of a run, or --weights and --masks")
-    failed(run("verify", pruned.parent), "holds no model.safetensors")
+    failed(run("verify"), "the folder of a run, or --weights and --masks, is required")
+    failed(run("verify", pruned.parent), "model.safetensors is missing")
 
 
 def test_rank_refuses_what_is_no_scores(weights, tmp_path):
     out = ["--sparsity", 0.5, "--out", tmp_path / "m.safetensors"]
-    failed(run("rank", weights, *out), "is no whole file of fastsal score")
-    failed(run("rank", tmp_path / "none.safetensors", *out), "there is no file")
+    failed(run("rank", weights, *out), "is truncated or was not written by fastsal score")
+    failed(run("rank", tmp_path / "none.safetensors", *out), "no such file")
 
 
 # ------------------------------------------------------------------------ errors and signals
@@ -345,7 +366,7 @@ def test_an_interrupt_leaves_no_files(model, tiny_npz, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsal.cli.runfolder.sha256", interrupted)
+    monkeypatch.setattr("fastsal.cli.runfolder.file_digest", interrupted)
     out = tmp_path / "out" / "run"
     result = run(
         "prune", model, "--data", tiny_npz, "--criterion", "magnitude", "--sparsity", 0.5,

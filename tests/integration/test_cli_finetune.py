@@ -128,7 +128,10 @@ def test_a_killed_command_goes_on(command, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert path.exists()
     assert not out.exists()
-    failed(run(*again, "--lr", 0.2), "with other lr; give the same arguments, or another file")
+    failed(
+        run(*again, "--lr", 0.2),
+        "with other values of lr; pass the same arguments, or another path",
+    )
     assert run(*again).exit_code == 0
     assert not path.exists()
     name = "model.safetensors"
@@ -137,7 +140,7 @@ def test_a_killed_command_goes_on(command, tmp_path, monkeypatch):
 
 def test_masks_from_elsewhere(command, pruned, tmp_path):
     files = ["--weights", pruned / "model.safetensors"]
-    failed(run(*command, *files), "masks: are missing; give --masks, or a run's folder as")
+    failed(run(*command, *files), "--masks is required unless --weights is the folder of a run")
     assert run(*command, *files, "--masks", pruned).exit_code == 0
     masks = pruned / "masks.safetensors"
     assert run(*command, *files, "--masks", masks, "--force").exit_code == 0
@@ -147,7 +150,7 @@ def test_weights_that_break_their_masks(command, pruned, tmp_path):
     dense = tmp_path / "dense.safetensors"
     result = run(*command, "--weights", dense, "--masks", pruned)
     failed(result, "are not zero, the first at")
-    failed(result, "takes the weights that were pruned with these masks")
+    failed(result, "must be those that were pruned with these masks")
     assert not (tmp_path / "tuned").exists()
     state = load_file(pruned / "model.safetensors")
     del state["fc.weight"]
@@ -162,8 +165,8 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
         (["--optimizer", "best"], "optimizer: timm has no 'best'"),
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
         (["--frozen", "conv.*"], "frozen: leaves nothing to train"),
-        (["--samples", "61"], "samples: asked for 61"),
-        (["--lr", "1e38", "--schedule", "constant"], "takes a lower lr (it is 1e+38)"),
+        (["--samples", "61"], "got 61"),
+        (["--lr", "1e38", "--schedule", "constant"], "use a lower lr than 1e+38"),
     ):
         failed(run(*command, *options), message)
         assert not (tmp_path / "tuned").exists()
@@ -171,5 +174,5 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
     data["classes"] = data["classes"][::-1]
     np.savez(tmp_path / "other.npz", **data)
     other = tmp_path / "other.npz"
-    failed(run(*command, "--held-out", other), "held_out: ")
-    failed(run(*command, "--test", other), "test: ")
+    failed(run(*command, "--held-out", other), "held_out must have the classes of --data")
+    failed(run(*command, "--test", other), "test must have the classes of --data")

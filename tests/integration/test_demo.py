@@ -32,22 +32,24 @@ def test_quick_demo_draws_its_curves(tmp_path):
     found = json.loads((out / "demo.json").read_text(encoding="utf-8"))
     assert found["dense"]["source"] > 0.9
     assert found["dense"]["unseen"] > 0.85
-    assert len(found["points"]) == len(found["plan"]["methods"]) * len(found["plan"]["sparsities"])
+    assert len(found["points"]) == len(found["settings"]["methods"]) * len(
+        found["settings"]["sparsities"]
+    )
     at = {(p["method"], p["sparsity"]): p for p in found["points"]}
-    most = max(found["plan"]["sparsities"])
+    most = max(found["settings"]["sparsities"])
     best = at["obs-greedy + compensation", most]
     assert best["source"] > at["magnitude", most]["source"] + 0.1
     assert best["unseen"] > at["magnitude", most]["unseen"] + 0.1
 
 
 @needs_extra
-def test_parts_of_the_digits_share_no_image():
+def test_splits_of_the_digits_are_disjoint():
     from fastsal.cli.demo.study import load_digits
 
-    parts = load_digits(100)
+    splits = load_digits(100)
     seen = [
-        parts.prune,
-        *(t for task in (parts.source, parts.unseen) for t in (task.fit, task.test)),
+        splits.prune,
+        *(t for task in (splits.source, splits.unseen) for t in (task.fit, task.test)),
     ]
     pixels = np.concatenate([part.x.reshape(len(part), -1) for part in seen])
     assert len(pixels) == 1797

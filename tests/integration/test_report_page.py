@@ -30,7 +30,7 @@ needs_jinja = pytest.mark.usefixtures("_jinja")
 
 NASTY = '<script>alert("x")</script> & a very long name that goes on, and on, and on'
 WAYS = {
-    "everything": dict(landscape=True, failed=[("magnitude", 0.9, 1)]),
+    "everything": dict(diagnostics=True, failed=[("magnitude", 0.9, 1)]),
     "one seed, criterion and sparsity": dict(
         seeds=(0,), criteria=("obs-greedy",), sparsities=(0.7,)
     ),
@@ -39,7 +39,7 @@ WAYS = {
     "thirty tasks": dict(transfer=tuple(f"task {i}" for i in range(30)), seeds=(0, 1)),
     "several models and sources": dict(models=("a", "b"), sources=("x", "y"), rounds=(1, 4)),
     "nasty names": dict(models=(NASTY,), sources=(NASTY,), criteria=(NASTY,),
-                        transfer=(NASTY + "2",), name=NASTY, landscape=True),
+                        transfer=(NASTY + "2",), name=NASTY, diagnostics=True),
     "no transfer task": dict(transfer=()),
     "every cell failed": dict(criteria=("a",), sparsities=(0.5,), seeds=(0,),
                               failed=[("a", 0.5, 0)]),
@@ -135,19 +135,19 @@ def test_what_was_not_measured_is_not_shown(tmp_path):
     text = html.page(read_results(write_study(tmp_path, tuned=False)))
     assert "P2: not measured" in text
     assert 'id="failures"' not in text
-    assert "Loss landscape" not in text
+    assert "Diagnostics" not in text
     assert 'type="radio"' not in text
 
 
 @needs_jinja
-def test_landscape_is_shown_where_there_is_one_unless_it_is_not_wanted(tmp_path):
-    folder = write_study(tmp_path / "a", landscape=True)
+def test_diagnostics_are_shown_where_there_are_any_unless_they_are_not_wanted(tmp_path):
+    folder = write_study(tmp_path / "a", diagnostics=True)
     assert run("report", folder, "--out", tmp_path / "with.html").exit_code == 0
-    assert run("report", folder, "--no-landscape", "--out", tmp_path / "no.html").exit_code == 0
-    assert "Overlap of Fishers" in (tmp_path / "with.html").read_text(encoding="utf-8")
-    assert "Overlap of Fishers" not in (tmp_path / "no.html").read_text(encoding="utf-8")
+    assert run("report", folder, "--no-diagnostics", "--out", tmp_path / "no.html").exit_code == 0
+    assert "Fisher overlap" in (tmp_path / "with.html").read_text(encoding="utf-8")
+    assert "Fisher overlap" not in (tmp_path / "no.html").read_text(encoding="utf-8")
     plain = write_study(tmp_path / "b")
-    failed(run("report", plain, "--landscape"), "holds neither landscape.csv nor overlap.csv")
+    failed(run("report", plain, "--diagnostics"), "has neither loss_line.csv nor overlap.csv")
 
 
 @needs_jinja
@@ -159,7 +159,7 @@ def test_failures_and_provenance_are_named(tmp_path):
     assert "FactorizationError: <block 3> is not positive definite" in text
     assert json.loads((folder / "study.json").read_text(encoding="utf-8"))["command"] in text
     assert "torch 2.9.0" in text
-    assert "Some Processor @ 2.10GHz, 4 threads, 16 GiB of memory, Linux 6.1" in text
+    assert "Some Processor @ 2.10GHz, 4 threads, 16 GiB memory, Linux 6.1" in text
 
 
 @needs_jinja
@@ -200,11 +200,11 @@ def test_markdown_needs_no_jinja_and_the_page_says_that_it_does(tmp_path, monkey
 def test_other_folders_get_one_line(tmp_path):
     failed(run("report", tmp_path / "absent"), "does not exist")
     (tmp_path / "masks.safetensors").touch()
-    failed(run("report", tmp_path), "a run of `fastsal prune`")
+    failed(run("report", tmp_path), "the output of `fastsal prune`")
     folder = write_study(tmp_path / "study")
     failed(run("report", folder, "--out", tmp_path), "is a folder; takes a file")
     (folder / "study.json").write_text("[", encoding="utf-8")
-    failed(run("report", folder), "is no JSON")
+    failed(run("report", folder), "not valid JSON")
 
 
 def in_browser(tmp_path, page, script, width=1280):

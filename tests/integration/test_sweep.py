@@ -131,16 +131,16 @@ def test_every_cell_is_measured_on_every_task(study_file, tmp_path):
 
 
 def test_one_set_of_statistics_serves_all_cells_of_a_seed(study_file, tmp_path, monkeypatch):
-    import fastsal.study.sources as sources
+    import fastsal.pruning.job as job
 
     seen = []
-    true_collect = sources.collect
+    true_collected = job.collected
 
     def counted(model, batches, **more):
         seen.append(more["seed"])
-        return true_collect(model, batches, **more)
+        return true_collected(model, batches, **more)
 
-    monkeypatch.setattr(sources, "collect", counted)
+    monkeypatch.setattr(job, "collected", counted)
     run_study(load_study(study_file), tmp_path / "out")
     # For each of two draws: what λ is chosen with, and what was held out for it.
     assert len(seen) == 4
@@ -230,7 +230,7 @@ def test_a_cell_that_fails_is_recorded_and_the_others_are_done(study_file, tmp_p
     bad = [row for row in rows if row["status"] == "failed"]
     assert len(bad) == 18
     assert {row["source"] for row in bad} == {"too many"}
-    assert all("takes 1000 images of 'colours'" in row["error"] for row in bad)
+    assert all("images in split 'prune' of 'colours', got 1000" in row["error"] for row in bad)
     assert sum(row["status"] == "done" for row in rows) == 36
     # They are not tried again unless that is asked for.
     assert run_study(load_study(study_file), out).done == 0
@@ -312,12 +312,14 @@ def test_models_are_kept_where_asked_for(study_file, tmp_path):
         assert masks.sparsity == float(row["sparsity_reached"])
 
 
-def test_the_landscape_ends_where_the_table_says(study_file, tmp_path):
-    edited(study_file, ("[finetune]", "[landscape]\npoints = 3\nsparsities = [0.5]\n\n[finetune]"))
+def test_loss_lines_end_where_the_table_says(study_file, tmp_path):
+    edited(
+        study_file, ("[finetune]", "[diagnostics]\npoints = 3\nsparsities = [0.5]\n\n[finetune]")
+    )
     out = tmp_path / "out"
     run_study(load_study(study_file), out)
     table = {(r["cell"], r["task"]): r for r in rows_of(out)}
-    points = rows_of(out, "landscape")
+    points = rows_of(out, "loss_line")
     assert {p["t"] for p in points} == {"0.0", "0.5", "1.0"}
     for point in points:
         row = table[point["cell"], point["task"]]
@@ -353,7 +355,7 @@ def other_classes(folder: Path) -> None:
 
 
 BAD = [
-    ([("seeds", "seed")], None, "line 4: seed: is an unknown key (close: seeds)"),
+    ([("seeds", "seed")], None, "line 4: seed is an unknown key; did you mean 'seeds'"),
     ([("bars.npz", "bar.npz")], None, "task 'bars': data: there is no file or folder"),
     ([('data = "bars.npz"', 'data = "bars.npz"\nclasses = [0, 7]')], None, "has no class 7"),
     ([], lone_class, "class '1'"),
@@ -382,8 +384,8 @@ def two_sizes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (grey_cube, "has 5 channels; the model takes 3"),
-        (two_sizes, "a model of native size takes one size: give size"),
+        (grey_cube, "must have 3 channels for this model, got 5"),
+        (two_sizes, "size must be given for images of different sizes"),
     ],
 )
 def test_images_that_the_model_does_not_take_are_said_once(spoil, message, study_file, tmp_path):
@@ -402,7 +404,10 @@ def test_the_results_of_another_study_are_left_alone(study_file, tmp_path):
     run_study(load_study(study_file), out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     edited(study_file, ("epochs = 1", "epochs = 2"))
-    failed(run("sweep", study_file, "--out", out), "another study (it differs in finetune.epochs)")
+    failed(
+        run("sweep", study_file, "--out", out),
+        "another study (different settings: finetune.epochs)",
+    )
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
@@ -424,7 +429,7 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
     ("arguments", "message"),
     [
         (["--task", "colours", "--source", "colours"], "task: got 'colours'; takes NAME=VALUE"),
-        (["--task", "a=x.npz", "--source", "b"], "there is no task 'b'; takes a"),
+        (["--task", "a=x.npz", "--source", "b"], "sources[0].tasks must be among a, got 'b'"),
         (["--task", "a=x.npz", "--source", "a", "--test", "b=y"], "test: there is no task 'b'"),
     ],
 )
@@ -450,3 +455,10 @@ def test_the_models_own_classifier_is_a_head_too(study_file, tmp_path):
     assert {r["dense"] for r in rows} == {str(right / len(places))}
     # The classifier stays as it is.
     assert {row["layer"] for row in rows_of(out, "layers")} == {"conv.weight"}
+
+
+def test_paths_may_be_strings_and_the_summary_is_short(study_file, tmp_path):
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    done = run_study(load_study(str(study_file), root=str(tmp_path)), str(tmp_path / "out"))
+    assert repr(done).startswith("Summary(cells=3, done=3, failed=0, rows=6, warned=0, seconds=")
+    assert run_study(load_study(study_file, root=tmp_path), tmp_path / "out").done == 0

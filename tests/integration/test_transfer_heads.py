@@ -7,7 +7,7 @@ import pytest
 from fastsal.data.opening import open_images
 from fastsal.models.inputs import input_spec
 from fastsal.transfer import HeadCache, Shares, Task, fit_heads, measure_tasks
-from fastsal.transfer.heads import KINDS
+from fastsal.utils.choices import HEAD_KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +31,7 @@ def tasks(shared_data):
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HEAD_KINDS)
 def test_accuracies(kind, resnet20, tasks, tmp_path):
     spec = input_spec(resnet20, size=32)
     chosen = [task for task in tasks if task.name in LEAST[kind]]

@@ -14,6 +14,7 @@ from torch import nn
 
 import fastsal
 from fastsal import BlockFisher, _core
+from fastsal.fisher.block_fisher import sums_of
 from fastsal.pruning.masks.masks import Masks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ def eliminate(a, theta, kept=None):
 
 def turns_of(fisher, weights, damping, kept=None):
     """`(scores, turns)` of the core, which numbers weights in the order of their going."""
-    parameters, size = fisher._borrow_all(kept)
+    parameters, size = sums_of(fisher).all_for_core(kept)
     flat = [weights[name].reshape(-1).numpy() for name in fisher.names]
     results = _core.eliminate(parameters, flat, size, damping)
     inverses = _core.inverse_diagonal(parameters, size, damping)

@@ -1,4 +1,4 @@
-"""The command `fastsal`. One file a command; torch is imported only when a command runs."""
+"""The command `fastsal`: one file per command; torch is imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ from fastsal.utils.machine import fastsal_version
 __all__ = ["main"]
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+# Help pages are at most this wide.
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+@click.group(cls=Group, context_settings=_SETTINGS)
 @click.version_option(version=fastsal_version(), prog_name="fastsal")
-@click.option("--debug", is_flag=True, envvar="FASTSAL_DEBUG", help="Show tracebacks of errors.")
+@click.option(
+    "--debug", is_flag=True, envvar="FASTSAL_DEBUG", help="Show the traceback of an error."
+)
 def main(debug: bool) -> None:
     """Second-order saliency and pruning of pre-trained vision models.
 
-    MODEL is a timm name or file.py:function. DATA is a folder with one folder of images per
-    class, or an .npz file with x (uint8 [n, h, w] or [n, h, w, c]) and y.
+    MODEL is the name of a timm model, or file.py:function, a function that returns a module. Images
+    are a folder with one folder per class, or an .npz file with x (uint8, [n, h, w] or [n, h, w,
+    c]) and y (integer, [n]). Invalid input exits with status 2 and a one-line message.
     """
 
 

@@ -1,4 +1,4 @@
-"""`fastsal compensate`: move the kept weights so as to make up for the pruned ones."""
+"""`fastsal compensate`: update kept weights to compensate for pruned ones."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
 
 
-@click.command(short_help="Make up for pruned weights.")
+@click.command(cls=Command, short_help="Update kept weights to compensate for pruned ones.")
 @options.model_options
-@click.option("--masks", type=options.PATH, required=True, help="The masks, or a run's folder.")
+@options.masks_option(is_required=True)
 @options.statistics_options
-@click.option(
-    "--statistics", type=options.PATH, metavar="FILE", help="Use these instead of --data."
-)
+@options.statistics_file_option
 @options.damping_option("0.1x")
 @options.input_options
 @options.run_options
-@options.out_option("FILE", "The compensated weights, safetensors.")
+@options.out_option("FILE", "File for the compensated weights, .safetensors.")
 def compensate(**given: Any) -> None:
-    """Set the pruned weights of the dense MODEL to zero and move the kept ones to the optimum."""
+    """Set the pruned weights of the dense MODEL to zero and update the kept ones.
+
+    The update minimizes the second-order estimate of the loss increase over all kept weights of a
+    block jointly.
+
+    Example: fastsal compensate resnet18 --weights pretrained --masks masks.safetensors
+    --data images --out compensated.safetensors
+    """
     import fastsal
     from fastsal.cli.inputs import (
         collect,
@@ -36,9 +42,9 @@ def compensate(**given: Any) -> None:
     from fastsal.models.weights import save_weights
 
     if (given["statistics"] is None) == (given["data"] is None):
-        raise InvalidArgument("data: takes one of --data and --statistics")
+        raise InvalidArgument("exactly one of --data and --statistics is required")
     if given["out"].suffix != ".safetensors":
-        raise InvalidArgument(f"out: got {given['out']}; takes a .safetensors file")
+        raise InvalidArgument(f"out must be a .safetensors file, got {given['out']}")
     refuse_overwrite(given["out"], given["force"])
     set_threads(given["threads"])
     model, spec = open_model(given)
@@ -51,14 +57,13 @@ def compensate(**given: Any) -> None:
         batches = training_batches(given, model, spec)
         assert batches is not None  # --data is given
         fisher = collect(given, model, batches)
-    report = fastsal.compensate(model, fisher, masks, damping=given["damping"])
+    fastsal.compensate(model, fisher, masks, damping=given["damping"])
     masks.verify(model)
     save_weights(model, given["out"])
     result = {
         "sparsity": masks.sparsity,
         "parameters": len(masks),
         "samples": fisher.samples,
-        "damping": report.damping,
         "out": str(given["out"]),
     }
     if given["as_json"]:

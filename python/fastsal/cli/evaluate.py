@@ -1,4 +1,4 @@
-"""`fastsal eval`: accuracy and loss of a model."""
+"""`fastsal eval`: measure the accuracy and loss of a model."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 
 
-@click.command("eval", short_help="Accuracy and loss of a model.")
+@click.command("eval", cls=Command, short_help="Measure the accuracy and loss of a model.")
 @options.model_options
-@click.option("--data", type=options.PATH, required=True, help="Labelled images to measure on.")
-@click.option(
-    "--samples", type=options.COUNT, help="Images to use, drawn by --seed. [default: all]"
-)
+@click.option("--data", type=PATH, required=True, help="Labeled images to evaluate on.")
+@options.samples_option("a random draw by --seed")
 @options.input_options
 @options.run_options
 def evaluate(**given: Any) -> None:
     """Measure the top-1 accuracy and the mean cross-entropy of MODEL.
 
-    --weights takes the folder of a run: its pruned model.
+    To evaluate a pruned model, give the folder of its run as --weights.
+
+    Example: fastsal eval resnet18 --weights run --data images
     """
     from fastsal.cli.inputs import open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit

@@ -1,4 +1,4 @@
-"""`fastsal finetune`: train what is kept of a pruned model; what is pruned stays zero."""
+"""`fastsal finetune`: fine-tune a pruned model; pruned weights remain zero."""
 
 from __future__ import annotations
 
@@ -8,96 +8,109 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import COUNT, NUMBER, PATH, choice
 from fastsal.errors import InvalidArgument, MaskError
+from fastsal.utils.choices import AUTOCAST_TYPES, SCHEDULES
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.finetuning.finetune import FinetuneResult
     from fastsal.pruning.masks.masks import Masks
 
 
-@click.command(short_help="Train a pruned model; zeros stay.")
+@click.command(cls=Command, short_help="Fine-tune a pruned model, keeping its masks.")
 @options.model_options
+@options.masks_option(default="those in the folder of --weights")
+@click.option("--data", type=PATH, required=True, help="Labeled images to train on.")
+@options.samples_option()
+@click.option("--epochs", type=COUNT, required=True, help="Number of passes over the images.")
+@click.option("--lr", type=NUMBER, required=True, help="Initial learning rate.")
 @click.option(
-    "--masks",
-    type=options.PATH,
-    metavar="FILE|DIR",
-    help="The masks, or a run's folder. [default: the folder of --weights]",
+    "--optimizer",
+    metavar="NAME",
+    default="sgd",
+    show_default=True,
+    help="Name of the optimizer in timm, for example sgd or adamw.",
 )
-@click.option("--data", type=options.PATH, required=True, help="Labelled images to train on.")
 @click.option(
-    "--samples",
-    type=options.COUNT,
-    help="Images to use: the first, or drawn by --seed where sorted by class. [default: all]",
+    "--momentum",
+    type=NUMBER,
+    default=0.9,
+    show_default=True,
+    help="Momentum of the optimizer, if it has one.",
 )
-@click.option("--epochs", type=options.COUNT, required=True, help="Passes over the images.")
-@click.option("--lr", type=float, required=True, help="Learning rate to begin with.")
-@click.option(
-    "--optimizer", metavar="NAME", default="sgd", show_default=True, help="As timm calls it."
-)
-@click.option("--momentum", type=float, default=0.9, show_default=True, help="Where it has one.")
 @click.option(
     "--weight-decay",
-    type=float,
+    type=NUMBER,
     default=0.0,
     show_default=True,
-    help="Of weights with two axes or more.",
+    help="Weight decay; parameters with fewer than two axes are exempt.",
 )
 @click.option(
     "--schedule",
-    type=click.Choice(["cosine", "linear", "constant"]),
+    type=choice(SCHEDULES),
     default="cosine",
     show_default=True,
-    help="Of the learning rate.",
+    help="Schedule of the learning rate; cosine and linear end at zero.",
 )
 @click.option(
     "--held-out",
-    type=options.PATH,
-    help="Labelled images; the epoch of least loss on them is kept.",
+    type=PATH,
+    help="Labeled held-out images; the weights of the epoch with the lowest loss on them are kept.",
 )
 @click.option(
     "--patience",
-    type=options.COUNT,
+    type=COUNT,
     metavar="EPOCHS",
-    help="Stop after so many without a lower held-out loss. [default: never]",
+    show_default="no early stop",
+    help="Number of epochs without a lower held-out loss after which training stops.",
 )
 @click.option(
     "--frozen",
     multiple=True,
     metavar="PATTERN",
-    help="Name or pattern of parameters that stay as they are; may be repeated.",
+    help="Name or wildcard pattern of parameters to freeze; may be repeated.",
 )
-@click.option("--train-head", is_flag=True, help="Train the classifier too.")
-@click.option("--train-normalisation", is_flag=True, help="Train normalisation layers too.")
+@click.option("--train-head", is_flag=True, help="Also train the classifier; frozen by default.")
+@click.option(
+    "--train-normalization",
+    "--train-normalisation",
+    "train_normalization",
+    is_flag=True,
+    help="Also train the normalization layers; frozen by default.",
+)
 @click.option(
     "--autocast",
-    type=click.Choice(["bfloat16", "float16"]),
-    help="Type of the passes. [default: the model's]",
+    type=choice(AUTOCAST_TYPES),
+    show_default="the model's own type",
+    help="Floating-point type of mixed-precision forward and backward passes.",
 )
 @click.option(
     "--checkpoint",
-    type=options.PATH,
+    type=PATH,
     metavar="FILE",
-    help="Keep the state between epochs; the same command goes on from it.",
+    help="File for the state after each epoch; rerun the same command to resume from it.",
 )
-@click.option("--test", type=options.PATH, help="Labelled images to measure accuracy on.")
+@options.test_option
 @options.input_options
 @options.run_options
-@options.out_option("DIR", "Folder for the model, its masks and the report.")
+@options.out_option("DIR", "Folder for the fine-tuned model, its masks and the report.")
 def finetune(**given: Any) -> None:
-    """Train the kept weights of the pruned MODEL and write the model, its masks and a report.
+    """Fine-tune the kept weights of the pruned MODEL and write the model, its masks and a report.
 
-    Images come in a new order each epoch. Pruned weights must be zero before, and are proven to be
-    after. Head and normalisation stay as they are unless asked for.
+    Pruned weights must be zero at the start, and are verified to be zero at the end. The images are
+    shuffled in every epoch. The classifier and the normalization layers are frozen by default.
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
-    from fastsal.cli.inputs import Clock, check_test, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, run_summary
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     check_target(given["out"], given["force"])
@@ -131,7 +144,7 @@ def finetune(**given: Any) -> None:
         "kept_epoch": done.kept_epoch,
         "held_out_loss_before": done.before,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "seed")
     how = {"data": str(given["data"]), **{name: given[name] for name in names}}
@@ -147,7 +160,7 @@ def finetune(**given: Any) -> None:
 
 
 def _fitting_masks(given: dict[str, Any], model: nn.Module) -> Masks:
-    """Load `--masks`, or those of the folder of `--weights`; the model's zeros are proven."""
+    """Load `--masks`, or those in the folder of `--weights`, and verify the model's zeros."""
     import fastsal
     from fastsal.cli.runfolder import masks_file
 
@@ -155,14 +168,14 @@ def _fitting_masks(given: dict[str, Any], model: nn.Module) -> Masks:
     if path is None:
         path = Path(given["weights"] or "")
         if given["weights"] is None or not path.is_dir():
-            raise InvalidArgument(
-                "masks: are missing; give --masks, or a run's folder as --weights"
-            )
+            raise InvalidArgument("--masks is required unless --weights is the folder of a run")
     masks = fastsal.Masks.load(masks_file(path))
     try:
         masks.verify(model)
     except MaskError as error:
-        raise MaskError(f"{error}; takes the weights that were pruned with these masks") from None
+        raise MaskError(
+            f"{error}; the weights must be those that were pruned with these masks"
+        ) from None
     return masks
 
 
@@ -170,8 +183,8 @@ def _trained(
     given: dict[str, Any],
     model: nn.Module,
     masks: Masks,
-    batches: Batches,
-    held_out: Batches | None,
+    batches: ImageBatches,
+    held_out: ImageBatches | None,
 ) -> FinetuneResult:
     """Train `model` in place."""
     import torch
@@ -181,7 +194,7 @@ def _trained(
 
     names = (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalisation", "checkpoint", "seed",
+        "train_head", "train_normalization", "checkpoint", "seed",
     )  # fmt: skip
     return fastsal.finetune(
         model,
@@ -195,11 +208,11 @@ def _trained(
 
 
 def _table(done: FinetuneResult) -> Any:
-    """Table of the epochs; what came before and what was not kept is dim."""
+    """Return a table of the epochs; all but the kept epoch are dim."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("epoch", "lr", "loss", "held-out loss", "s"):
+    for title in ("epoch", "learning rate", "loss", "held-out loss", "seconds"):
         table.add_column(title, justify="right")
     before = "" if done.before is None else f"{done.before:.4f}"
     table.add_row("0", "", "", before, "", style=None if done.kept_epoch == 0 else "dim")

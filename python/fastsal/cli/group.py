@@ -4,43 +4,65 @@ from __future__ import annotations
 
 import errno
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from fastsal.errors import FastsalError
 
 STATUS_ERROR = 2
-STATUS_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+STATUS_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
 
 
 class Group(click.Group):
-    """A click group that turns known errors into `error: ...` on stderr."""
+    """A click group that reports known errors as one line, `error: ...`, on stderr."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        """Return the names of the commands in the order in which they were added."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the options before the name of a command; an invalid one exits with 2."""
+        if not args:
+            return super().parse_args(ctx, args)  # shows the help
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _exit_with(ctx, usage_line(error))
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command.
 
-        A `FastsalError`, or a file that cannot be opened or written, exits with 2; Ctrl-C with
-        130. With `--debug`, and for any other exception, the traceback stays.
+        An invalid option, a `FastsalError`, or a file that cannot be opened or written exits with
+        2; Ctrl-C with 130. With `--debug`, and for any other exception, the traceback is shown.
         """
         warnings.showwarning = _show_warning
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _exit_with(ctx, usage_line(error))
         except (FastsalError, OSError) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             if isinstance(error, OSError) and error.filename is None:
                 raise
-            click.echo(f"error: {one_line(error)}", err=True)
-            ctx.exit(STATUS_ERROR)
+            _exit_with(ctx, one_line(error))
         except KeyboardInterrupt:
             click.echo("interrupted: nothing was written", err=True)
             ctx.exit(STATUS_INTERRUPTED)
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    """Write a warning in one line, without the place in the code."""
-    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+def usage_line(error: click.UsageError) -> str:
+    """Return what is wrong with a command line, and the command whose help says what is right."""
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        text = f"{_option(error.param)} is required"
+    elif isinstance(error, click.BadParameter) and error.param is not None:
+        text = f"{_option(error.param)} {error.message}"
+    else:
+        text = " ".join(error.format_message().split())
+        text = text[:1].lower() + text[1:].rstrip(".")
+    path = error.ctx.command_path if error.ctx is not None else "fastsal"
+    return f"{text} (see {path} --help)"
 
 
 def one_line(error: BaseException) -> str:
@@ -48,3 +70,20 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, FastsalError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _option(param: click.Parameter) -> str:
+    """Return the longest spelling of an option, or the name of an argument."""
+    if isinstance(param, click.Argument):
+        return param.human_readable_name
+    return max(param.opts, key=len)
+
+
+def _exit_with(ctx: click.Context, message: str) -> NoReturn:
+    click.echo(f"error: {message}", err=True)
+    ctx.exit(STATUS_ERROR)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Write a warning in one line, without its place in the code."""
+    click.echo(f"warning: {' '.join(str(message).split())}", err=True)

@@ -1,10 +1,8 @@
-"""From options to a model, its images and its statistics: what commands do before their work."""
+"""Open the model, the images and the statistics that the options of a command describe."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +13,9 @@ from fastsal.errors import DataError, InvalidArgument
 if TYPE_CHECKING:
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.models.inputs import InputSpec
-
-WITHOUT_DATA = ("magnitude", "random")  # criteria that look at the weights alone
-
-
-class Clock:
-    """Seconds that named steps took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        """Time one step; times of one name add up."""
-        start = time.perf_counter()
-        yield
-        taken = time.perf_counter() - start
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
 
 
 def set_threads(threads: int | None) -> None:
@@ -50,7 +31,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
-    """Load the model that MODEL, --weights and their kin describe, and say what it takes."""
+    """Load the model that MODEL and its options describe; return it and its input specification."""
     import torch
 
     from fastsal.cli.runfolder import weights_file
@@ -59,7 +40,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
 
     weights = given["weights"]
     if weights is None and not given.get("meta"):
-        click.echo("note: no --weights: the weights are random", err=True)
+        click.echo("note: --weights is not given; the weights are random", err=True)
     elif weights is not None and weights != "pretrained":
         weights = weights_file(Path(weights))
     where = torch.device("meta") if given.get("meta") else contextlib.nullcontext()
@@ -84,28 +65,30 @@ def open_batches(
     samples: int | None = None,
     shuffle: bool = False,
     labelled: bool = True,
-) -> Batches:
-    """Open labelled images and check that the model has a class for each label.
+) -> ImageBatches:
+    """Open labeled images and check that the model has a class for each label.
 
-    Without `labelled` images need no labels, and those that they have are not looked at.
+    Without `labelled` the images need no labels, and existing labels are ignored.
     """
     from fastsal.data.folders import load_images
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labelled=labelled)
+    images = load_images(path, labeled=labelled)
     count = class_count(model) if labelled else None
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
-            f"labels: {path} has label {int(images.y.max())}; the model has {count} classes, "
-            f"0 to {count - 1}"
+            f"labels of {path} must be in 0 to {count - 1} for a model of {count} classes, got "
+            f"{int(images.y.max())}"
         )
-    # A mixed .npz keeps its order, so that the first N images are the same to everybody.
+    # An unsorted .npz keeps its order, so that the first N images do not depend on a seed.
     seed = given["seed"] if shuffle and images.is_sorted_by_class else None
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
 
 
-def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -> Batches | None:
-    """Open `--data`; None if the criterion needs none and none is given.
+def training_batches(
+    given: dict[str, Any], model: nn.Module, spec: InputSpec
+) -> ImageBatches | None:
+    """Open `--data`; None if it is neither given nor required by the criterion.
 
     Images that are sorted by class are shuffled by `--seed`.
     """
@@ -121,33 +104,33 @@ def training_batches(given: dict[str, Any], model: nn.Module, spec: InputSpec) -
             shuffle=True,
             labelled=labelled,
         )
-    if given.get("criterion") in WITHOUT_DATA:
+    from fastsal.pruning.criteria import CRITERIA
+
+    if not CRITERIA[given["criterion"]].needs_fisher:
         return None
-    raise InvalidArgument(
-        f"data: criterion {given.get('criterion')!r} needs labelled images; give --data"
-    )
+    raise InvalidArgument(f"--data is required by the criterion {given['criterion']!r}")
 
 
-def check_test(data: Batches | None, test: Batches, name: str = "test") -> None:
-    """Check that `--data` and `--test` number their classes alike; tell if they share images.
+def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test") -> None:
+    """Check that `--data` and `--test` have the same classes; note if they are the same images.
 
-    `name` is the option that `test` was given by.
+    `name` is the option by which `test` was given.
     """
     if data is None:
         return
     is_labelled = len(data.images.classes) > 1
     if is_labelled and data.images.classes != test.images.classes:
         raise DataError(
-            f"{name}: {test.images.source} has classes {_shortened(test.images.classes)}; --data "
-            f"has {_shortened(data.images.classes)}"
+            f"{name} must have the classes of --data ({_shortened(data.images.classes)}), got "
+            f"{test.images.source} with {_shortened(test.images.classes)}"
         )
     if data.images.source == test.images.source:
         option = name.replace("_", "-")
-        click.echo(f"note: --{option} holds images that are used: --data is the same", err=True)
+        click.echo(f"note: --{option} and --data are the same images", err=True)
 
 
 def collect_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of `fastsal.collect` that were given; its defaults fill the rest."""
+    """Return the arguments of `fastsal.collect` that were given as options."""
     names = (
         *("block_size", "curvature", "precision", "micro_batch"),
         *("memory_budget", "scratch", "scratch_budget"),
@@ -158,37 +141,37 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}
 
 
-def collect(given: dict[str, Any], model: nn.Module, batches: Batches) -> BlockFisher:
-    """Collect statistics as the options say."""
+def collect(given: dict[str, Any], model: nn.Module, batches: ImageBatches) -> BlockFisher:
+    """Collect statistics from `batches` with the given options."""
     import fastsal
 
     options = collect_options(given)
     return fastsal.collect(model, batches, samples=batches.samples, **options)
 
 
-def ranking(given: dict[str, Any], *, finds_sparsity: bool = False) -> dict[str, Any]:
-    """Return the options of `fastsal.rank` that were given, shares checked.
+def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) -> dict[str, Any]:
+    """Return the arguments of `fastsal.rank` that were given as options.
 
-    With `finds_sparsity` none need be given.
+    With `finds_sparsity` neither a sparsity nor a pattern is required.
 
     Raises:
-        InvalidArgument: a share is out of range, or there is neither sparsity nor pattern.
+        InvalidArgument: a fraction is out of range, or sparsity and pattern are both missing.
     """
     if given["sparsity"] is None and given["pattern"] is None and not finds_sparsity:
-        raise InvalidArgument("sparsity: is missing; give --sparsity, or --pattern, or both")
+        raise InvalidArgument("--sparsity or --pattern is required")
     for name in ("sparsity", "floor"):
         if given[name] is not None and not 0 <= given[name] <= 1:
-            raise InvalidArgument(f"{name}: got {given[name]}; takes a share from 0 to 1")
+            raise InvalidArgument(f"{name} must be in [0, 1], got {given[name]}")
     names = ("sparsity", "scope", "pattern", "floor")
     return {name: given[name] for name in names if given[name] is not None}
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Stop early if the file `path` exists and `--force` is not given."""
+    """Raise InvalidArgument if the file `path` exists and `--force` is not given."""
     if path.is_dir():
-        raise InvalidArgument(f"out: {path} is a folder; takes a file")
+        raise InvalidArgument(f"out must be a file, got the folder {path}")
     if path.exists() and not force:
-        raise InvalidArgument(f"out: {path} exists; give --force to replace it")
+        raise InvalidArgument(f"out: {path} already exists; give --force to overwrite it")
 
 
 def _shortened(names: tuple[str, ...]) -> str:

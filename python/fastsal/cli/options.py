@@ -1,29 +1,17 @@
-"""Arguments and options that commands share, in groups, and their types."""
+"""Arguments and options that commands share, in groups."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from fastsal.cli.types import COUNT, INTEGER, NUMBER, PATH, choice, parse_numbers, parse_size
 from fastsal.utils.choices import CRITERION_NAMES, CURVATURES, PRECISIONS, SCOPES
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-CRITERIA_HELP = f"Score of a weight: {', '.join(CRITERION_NAMES)}."
-
-
-def criterion(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """Check that a criterion is in `fastsal.pruning.criteria.CRITERIA`."""
-    from fastsal.pruning.criteria import CRITERIA
-
-    if value not in CRITERIA:
-        names = ", ".join(sorted(CRITERIA))
-        raise click.BadParameter(f"{value!r} is none of {names}.", ctx, param)
-    return value
 
 
 def damping(ctx: click.Context, param: click.Parameter, value: str) -> float | str:
@@ -37,37 +25,12 @@ def damping(ctx: click.Context, param: click.Parameter, value: str) -> float | s
     try:
         parsed = parse_damping(given, auto=param.default == "auto")
     except InvalidArgument as error:
-        raise click.BadParameter(f"{error}.", ctx, param) from None
+        message = str(error).removeprefix("damping ")
+        raise click.BadParameter(message, ctx, param) from None
     return parsed if isinstance(parsed, (str, float)) else str(parsed)
 
 
-def size(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> tuple[int, int] | str | None:
-    """Parse `96`, `64x96` (height x width), or `native`."""
-    if value is None or value == "native":
-        return value
-    parts = value.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(
-            f"{value!r}; takes 96, 64x96 (height x width), or native.", ctx, param
-        )
-    return int(parts[0]), int(parts[-1])
-
-
-def floats(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
-    """Parse numbers with commas between."""
-    if value is None:
-        return None
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(
-            f"{value!r}; takes numbers with commas between, 0.5,0.5,0.5.", ctx, param
-        ) from None
-
-
-def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Join decorators; the first is listed first in the help."""
 
     def apply(function: F) -> F:
@@ -78,75 +41,129 @@ def group(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-PATH = click.Path(path_type=Path)
-COUNT = click.IntRange(min=1)
-
 weights_option = click.option(
     "--weights",
     metavar="FILE|DIR|pretrained",
-    help="A .safetensors or .pth file, the folder of a run, or timm's weights. "
-    "[default: random weights]",
+    show_default="random weights",
+    help="Weights to load: a .safetensors or .pth file, the folder of a run, or timm's "
+    "pretrained weights.",
 )
-size_options: Callable[[F], F] = group(
-    click.option("--num-classes", type=COUNT, help="Outputs of the classifier."),
-    click.option("--in-chans", type=COUNT, help="Channels of the images."),
-)
-model_options: Callable[[F], F] = group(click.argument("model"), weights_option, size_options)
-input_options: Callable[[F], F] = group(
+architecture_options: Callable[[F], F] = together(
     click.option(
-        "--size", metavar="PIXELS", callback=size, help="Of the images. [default: the model's]"
+        "--num-classes",
+        type=COUNT,
+        show_default="the model's own",
+        help="Number of classes, the outputs of the classifier.",
     ),
     click.option(
-        "--mean", metavar="NUMBERS", callback=floats, help="Where white is 1. [default: as above]"
+        "--in-chans",
+        type=COUNT,
+        show_default="the model's own",
+        help="Number of image channels.",
     ),
-    click.option("--std", metavar="NUMBERS", callback=floats, help="The same. [default: as above]"),
-    click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images a pass."),
 )
-statistics_options: Callable[[F], F] = group(
+model_options: Callable[[F], F] = together(
+    click.argument("model"), weights_option, architecture_options
+)
+input_options: Callable[[F], F] = together(
+    click.option(
+        "--size",
+        metavar="PIXELS",
+        callback=parse_size,
+        show_default="the model's own",
+        help="Size that images are resized to: 96, 64x96 (height x width), or native for none.",
+    ),
+    click.option(
+        "--mean",
+        metavar="NUMBERS",
+        callback=parse_numbers,
+        show_default="the model's own",
+        help="Per-channel mean for pixels in [0, 1], separated by commas.",
+    ),
+    click.option(
+        "--std",
+        metavar="NUMBERS",
+        callback=parse_numbers,
+        show_default="the model's own",
+        help="Per-channel standard deviation for pixels in [0, 1], separated by commas.",
+    ),
+    click.option(
+        "--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch."
+    ),
+)
+
+
+def samples_option(text: str = "") -> Callable[[F], F]:
+    """Return `--samples`; `text` replaces how the images are chosen."""
+    chosen = text or "the first ones, or a random draw by --seed if they are sorted by class"
+    return click.option(
+        "--samples", type=COUNT, show_default="all", help=f"Number of images to use: {chosen}."
+    )
+
+
+statistics_options: Callable[[F], F] = together(
     click.option(
         "--data",
         type=PATH,
-        help="Labelled images that the statistics are taken from; any with --curvature features.",
+        help="Labeled images from which statistics are collected; labels are not needed with "
+        "--curvature features.",
+    ),
+    samples_option(),
+    click.option(
+        "--micro-batch",
+        type=COUNT,
+        show_default="chosen by memory",
+        help="Number of samples whose gradients are held in memory at once.",
     ),
     click.option(
-        "--samples",
+        "--block-size",
         type=COUNT,
-        help="Images to use: the first, or drawn by --seed where sorted by class. [default: all]",
+        show_default="64",
+        help="Number of weights in a block of the Fisher matrix.",
     ),
-    click.option("--micro-batch", type=COUNT, help="Samples whose gradients are held at once."),
-    click.option("--block-size", type=COUNT, help="Weights a Fisher block. [default: 64]"),
     click.option(
         "--curvature",
-        type=click.Choice(CURVATURES),
+        type=choice(CURVATURES),
         default="empirical",
         show_default=True,
-        help="Gradient of the loss at the true label, at a label drawn from the model, or of "
-        "matching the model's own features, which needs no labels.",
+        help="Gradient that statistics are collected from: of the loss at the true label "
+        "(empirical), of the loss at a label drawn from the model (sampled), or of matching the "
+        "model's own features, without labels (features).",
     ),
     click.option(
         "--parameters",
         multiple=True,
         metavar="PATTERN",
-        help="Name or pattern of weights to prune; may be repeated. "
-        "[default: weights of linear and convolution layers]",
+        show_default="weights of Linear and ConvNd layers",
+        help="Name or wildcard pattern of weights to prune; a leading ! excludes; may be repeated.",
     ),
-    click.option("--precision", type=click.Choice(PRECISIONS), help="Of the statistics."),
+    click.option(
+        "--precision",
+        type=choice(PRECISIONS),
+        show_default="float32",
+        help="Floating-point type in which statistics are accumulated.",
+    ),
 )
-
-
-budget_options: Callable[[F], F] = group(
+budget_options: Callable[[F], F] = together(
     click.option(
         "--memory-budget",
         metavar="BYTES",
-        help="Most that may be added to the process, as 8GiB. [default: no limit]",
+        show_default="no limit",
+        help="Limit on the memory added to the process, for example 8GiB.",
     ),
     click.option(
         "--scratch",
         type=PATH,
         metavar="DIR",
-        help="Folder for what the budget has no room for; nothing is left in it.",
+        help="Folder for a temporary file with the statistics that exceed --memory-budget; without "
+        "it fastsal prune recomputes them on each use.",
     ),
-    click.option("--scratch-budget", metavar="BYTES", help="Most that statistics may take there."),
+    click.option(
+        "--scratch-budget",
+        metavar="BYTES",
+        show_default="no limit",
+        help="Limit on the size of the temporary file in --scratch, for example 100GiB.",
+    ),
 )
 
 
@@ -154,60 +171,102 @@ def criterion_option(default: str) -> Callable[[F], F]:
     """Return `--criterion`."""
     return click.option(
         "--criterion",
-        metavar="NAME",
-        callback=criterion,
+        type=choice(CRITERION_NAMES),
         default=default,
         show_default=True,
-        help=CRITERIA_HELP,
+        help="Saliency criterion that scores the weights.",
     )
 
 
-ranking_options: Callable[[F], F] = group(
-    click.option("--sparsity", type=float, help="Share of weights to prune, 0 to 1."),
+ranking_options: Callable[[F], F] = together(
+    click.option("--sparsity", type=NUMBER, help="Fraction of weights to prune, in [0, 1]."),
     click.option(
         "--scope",
-        type=click.Choice(SCOPES),
+        type=choice(SCOPES),
         default="global",
         show_default=True,
-        help="Where weights compete.",
+        help="Allocation of the sparsity: one threshold for all weights (global), the same "
+        "sparsity in every layer (layer), or a sparsity by layer shape (erk, Erdős-Rényi kernel).",
     ),
     click.option(
         "--pattern",
-        help="2:4 keeps two of every four along the input axis, 1x4 four together or none.",
+        metavar="N:M|1xM",
+        help="Sparsity pattern: 2:4 keeps two of every four weights along the input axis; 1x4 "
+        "keeps or prunes four neighboring weights together.",
     ),
-    click.option("--floor", type=float, help="Least share kept of any parameter. [default: 0]"),
+    click.option(
+        "--floor",
+        type=NUMBER,
+        show_default="0",
+        help="Least fraction of weights to keep in each parameter, in [0, 1].",
+    ),
+)
+rounds_option = click.option(
+    "--rounds",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Number of pruning rounds; each collects statistics again.",
 )
 seed_option = click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of random weights, draws and shuffles."
+    "--seed",
+    type=INTEGER,
+    default=0,
+    show_default=True,
+    help="Seed of random weights, random draws and shuffling.",
 )
-run_options: Callable[[F], F] = group(
-    seed_option,
-    click.option("--threads", type=COUNT, help="Threads to compute with. [default: all cores]"),
-    click.option(
-        "--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else."
-    ),
-    click.option("--quiet", is_flag=True, help="No progress bar."),
+threads_option = click.option(
+    "--threads", type=COUNT, show_default="all cores", help="Number of CPU threads."
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."
+)
+quiet_option = click.option("--quiet", is_flag=True, help="Do not show progress.")
+run_options: Callable[[F], F] = together(seed_option, threads_option, json_option, quiet_option)
+statistics_file_option = click.option(
+    "--statistics",
+    type=PATH,
+    metavar="FILE",
+    help="File of statistics to use instead of --data, written by fastsal score --save-statistics.",
+)
+test_option = click.option(
+    "--test",
+    type=PATH,
+    help="Labeled images on which accuracy is measured, before and after.",
 )
 force_option = click.option(
-    "--force", "--overwrite", "force", is_flag=True, help="Replace what stands at --out."
+    "--force", "--overwrite", "force", is_flag=True, help="Overwrite existing output."
 )
 
 
 def damping_option(default: str) -> Callable[[F], F]:
-    """Return `--damping`; it takes "auto" if that is the default."""
+    """Return `--damping`; it accepts "auto" if that is the default."""
     return click.option(
         "--damping",
-        metavar="NUMBER|MULTIPLEx|auto" if default == "auto" else "NUMBER|MULTIPLEx",
+        metavar="NUMBER|FACTORx|auto" if default == "auto" else "NUMBER|FACTORx",
         callback=damping,
         default=default,
         show_default=True,
-        help="Number to add to the diagonal of the Fisher, or a multiple of its mean such as 0.1x"
-        + ("; auto chooses it on held-out samples." if default == "auto" else "."),
+        help="Damping added to the diagonal of the Fisher matrix: an absolute value, or a multiple "
+        "of its mean diagonal such as 0.1x"
+        + (", or auto to choose it on held-out samples." if default == "auto" else "."),
+    )
+
+
+def masks_option(*, is_required: bool = False, default: str | bool = False) -> Callable[[F], F]:
+    """Return `--masks`."""
+    return click.option(
+        "--masks",
+        type=PATH,
+        metavar="FILE|DIR",
+        required=is_required,
+        show_default=default,
+        help="Masks: a .safetensors file, or the folder of a run.",
     )
 
 
 def out_option(metavar: str, text: str) -> Callable[[F], F]:
     """Return a required `--out` and its `--force`."""
-    return group(
+    return together(
         click.option("--out", type=PATH, required=True, metavar=metavar, help=text), force_option
     )

@@ -1,13 +1,14 @@
-"""What commands print: tables for people, or one JSON object."""
+"""Output of commands: tables for a terminal, or one JSON object."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from fastsal.utils.json_files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,12 +19,7 @@ _BAR = 20  # characters
 
 def emit(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    click.echo(to_json(value))
-
-
-def to_json(value: Mapping[str, Any]) -> str:
-    """Return strict JSON; a number that is not finite becomes null."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False)
+    click.echo(to_json(value, indent=2))
 
 
 def console() -> Console:
@@ -58,7 +54,7 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def run_summary(report: Mapping[str, Any]) -> str:
-    """Return one line on what the report of a run says."""
+    """Return a one-line summary of the report of a run."""
     total = sum(math.prod(p["shape"]) for p in report["parameters"].values())
     kept = sum(p["kept"] for p in report["parameters"].values())
     text = f"{kept:,} of {total:,} weights kept, sparsity {report['sparsity']:.4f}"
@@ -74,17 +70,3 @@ def bar(share: float) -> str:
     """Return a bar of up to 20 characters, in eighths."""
     eighths = round(min(max(share, 0.0), 1.0) * _BAR * 8)
     return "█" * (eighths // 8) + ("" if not eighths % 8 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if callable(getattr(value, "item", None)):  # a number of numpy or torch
-        return _plain(value.item())
-    return str(value)

@@ -1,4 +1,4 @@
-"""`fastsal plan`: what pruning would take, before it is done."""
+"""`fastsal plan`: an estimate of memory, disk, passes and time of `fastsal prune`."""
 
 from __future__ import annotations
 
@@ -7,44 +7,54 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import COUNT
 from fastsal.errors import InvalidArgument
 
 if TYPE_CHECKING:
     from fastsal.fisher.memory_plan import MemoryPlan
 
 
-@click.command(short_help="Say what pruning would take: memory, disk, passes, time.")
+@click.command(cls=Command, short_help="Estimate memory, disk, passes and time of pruning.")
 @options.model_options
 @options.criterion_option("obs-greedy")
 @options.damping_option("auto")
 @options.statistics_options
 @options.budget_options
-@click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
+@options.rounds_option
 @click.option(
-    "--compensate/--no-compensate", "compensate", default=True, help="Move the kept weights."
+    "--compensate/--no-compensate",
+    "compensate",
+    default=True,
+    show_default=True,
+    help="Update kept weights to compensate for pruned ones.",
 )
 @click.option(
-    "--meta", is_flag=True, help="Without memory for the model: it is built on the meta device."
+    "--meta",
+    is_flag=True,
+    help="Build the model on the meta device, without memory for its weights.",
 )
 @click.option(
-    "--tokens", type=options.COUNT, help="Plan for sequences of so many tokens, with --meta."
+    "--tokens",
+    type=COUNT,
+    help="Sequence length of a model of tokens; requires --meta.",
 )
 @click.option(
     "--ranks",
-    type=options.COUNT,
+    type=COUNT,
     default=1,
     show_default=True,
-    help="Plan one of so many processes under torchrun.",
+    help="Number of processes under torchrun; the estimate is for one of them.",
 )
-@click.option("--no-time", is_flag=True, help="Do not try how long it takes.")
+@click.option("--no-time", is_flag=True, help="Skip the trial passes that estimate the time.")
 @options.input_options
 @options.run_options
 def plan(**given: Any) -> None:
-    """Say what `fastsal prune` with these options would take, and how it would go about it.
+    """Estimate memory, disk, passes and time of `fastsal prune` with the same options.
 
-    Memory is what is added to the process; `fastsal prune` then does what is said here. Time comes
-    from a trial of a few passes: ten seconds for ViT-B, half a minute for ViT-L on two cores.
-    Without --data, images of noise stand for yours.
+    Memory is what pruning adds to the process, and `fastsal prune` follows this estimate. Time is
+    extrapolated from a trial of a few passes, which runs for ten seconds for ViT-B and half a
+    minute for ViT-L on two cores. Without --data, random images are used.
 
     Example: fastsal plan vit_large_patch16_224 --samples 1024 --memory-budget 8GiB --scratch /tmp
     """
@@ -55,8 +65,8 @@ def plan(**given: Any) -> None:
 
     if given["tokens"] is not None and not given["meta"]:
         raise InvalidArgument(
-            "tokens: the loss of a model of tokens is not known here; give --meta, or plan with "
-            "fastsal.plan_memory(..., loss=...)"
+            "tokens requires --meta: the loss of a model of tokens is not known to this command; "
+            "for a loss of your own call fastsal.plan_memory(..., loss=...)"
         )
     set_threads(given["threads"])
     model, spec = open_model(given)
@@ -94,7 +104,7 @@ def plan(**given: Any) -> None:
 
 
 def _noise(given: dict[str, Any], spec: Any) -> list[Any]:
-    """One batch of noise in the shape of images, or of the first token."""
+    """Return one batch of random images, or of zeros as token ids."""
     import torch
 
     if given["tokens"] is not None:
@@ -117,24 +127,26 @@ def _table(plan: MemoryPlan) -> Any:
     where = {
         "memory": "in memory",
         "file": "in a file of the scratch folder",
-        "nowhere": "collected again for each use; --scratch DIR is faster",
+        "nowhere": "recomputed on each use; --scratch DIR is faster",
     }[plan.place]
     if plan.ranks > 1:
-        table.add_row("ranks", str(plan.ranks), "what follows is of one of them")
+        table.add_row("ranks", str(plan.ranks), "the figures below are for one of them")
     table.add_row("statistics", gib(plan.statistics), where)
-    how = "" if plan.passes == 1 else "each for some of the parameters"
+    how = "" if plan.passes == 1 else "each for a subset of the parameters"
     if plan.place == "nowhere":
-        how += ", for each use"
+        how += ", on each use"
     table.add_row("passes over the images", str(plan.passes), how)
-    table.add_row("samples at a time", str(plan.micro_batch), f"summed by {plan.step}")
+    table.add_row(
+        "samples per micro-batch", str(plan.micro_batch), f"accumulated {plan.step} at a time"
+    )
     limit = "no limit" if plan.budget is None else f"of {gib(plan.budget)}"
     table.add_row("[bold]memory added[/bold]", f"[bold]{gib(plan.memory)}[/bold]", limit)
-    table.add_row("  statistics of a pass", gib(plan.group))
-    table.add_row("  gathered rows", gib(plan.rows) if plan.rows else "none")
+    table.add_row("  statistics of one pass", gib(plan.group))
+    table.add_row("  gathered gradients", gib(plan.rows) if plan.rows else "none")
     if plan.activations:
         table.add_row("  forward and backward", gib(plan.activations))
     else:
-        table.add_row("  forward and backward", "?", "measured with --memory-budget")
+        table.add_row("  forward and backward", "?", "only measured with --memory-budget")
     table.add_row("  scores, masks, copies", gib(plan.kept))
     disk = f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
     lacks = "[yellow]give --scratch DIR[/yellow]" if plan.disk and plan.scratch is None else ""
@@ -142,7 +154,7 @@ def _table(plan: MemoryPlan) -> Any:
     for what, nbytes in plan.sent.items():
         table.add_row(f"sent, {what}", gib(nbytes), f"by each of {plan.ranks} ranks")
     for name, seconds in plan.seconds.items():
-        sends = "without sending" if plan.ranks > 1 and name == "total" else ""
+        sends = "without communication" if plan.ranks > 1 and name == "total" else ""
         table.add_row(f"time, {name}", _duration(seconds), sends)
     return table
 

@@ -1,4 +1,4 @@
-"""`fastsal prune`: from a model and images to a folder with the pruned model."""
+"""`fastsal prune`: prune a model and write it to a folder."""
 
 from __future__ import annotations
 
@@ -7,87 +7,101 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import NUMBER, PATH
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
 
-    from fastsal.data.image_set import Batches
+    from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
 
 
-@click.command(short_help="Prune a model into a folder.")
+@click.command(cls=Command, short_help="Prune a model and write it to a folder.")
 @options.model_options
 @options.ranking_options
 @options.criterion_option("obs-greedy")
 @options.damping_option("auto")
 @options.statistics_options
 @options.budget_options
-@click.option("--test", type=options.PATH, help="Labelled images to measure accuracy on.")
-@click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
+@options.test_option
+@options.rounds_option
 @click.option(
     "--compensate/--no-compensate",
     "compensate",
     default=None,
-    help="Move the kept weights so as to make up for the pruned. [default: with --data]",
+    show_default="compensate if --data is given",
+    help="Update kept weights to compensate for pruned ones.",
 )
 @click.option(
     "--checkpoint",
-    type=options.PATH,
+    type=PATH,
     metavar="FILE",
-    help="Keep the state between rounds; the same command goes on from it.",
+    help="File for the state after each round; rerun the same command to resume from it.",
 )
 @click.option(
     "--recalibrate",
     is_flag=True,
-    help="Average batch normalisation's moments again, where held-out loss is lower for it.",
+    help="Recompute the running statistics of batch normalization after pruning if that lowers "
+    "the held-out loss.",
 )
 @click.option(
     "--max-accuracy-drop",
-    type=float,
+    type=NUMBER,
     metavar="FRACTION",
-    help="Instead of --sparsity: the highest that keeps top-1 on held-out images this close.",
+    help="Instead of --sparsity: find the highest sparsity whose drop in top-1 accuracy on "
+    "held-out images is at most this fraction.",
 )
-@click.option("--max-loss-increase", type=float, metavar="LOSS", help="The same for the mean loss.")
+@click.option(
+    "--max-loss-increase",
+    type=NUMBER,
+    metavar="LOSS",
+    help="Instead of --sparsity: find the highest sparsity whose increase in mean loss on held-out "
+    "images is at most this much.",
+)
 @click.option(
     "--confidence",
-    type=float,
+    type=NUMBER,
     default=0.95,
     show_default=True,
-    help="Of the promise that the limit is kept.",
+    help="Confidence of the guarantee that the accuracy or loss limit is met.",
 )
 @click.option(
     "--held-out",
-    type=options.PATH,
-    help="Labelled images to test the limit on. [default: one in four of --data]",
+    type=PATH,
+    show_default="one in four images of --data",
+    help="Labeled images on which the accuracy or loss limit is tested.",
 )
 @options.input_options
 @options.run_options
-@options.out_option("DIR", "Folder for the model, its masks and the report.")
+@options.out_option("DIR", "Folder for the pruned model, its masks and the report.")
 def prune(**given: Any) -> None:
     """Prune MODEL and write the pruned model, its masks and a report.
 
+    Criteria use statistics, blocks of the Fisher matrix, which are collected from the gradients of
+    the images in --data.
+
     Example: fastsal prune resnet18 --weights pretrained --data images --sparsity 0.7 --out run
 
-    Under torchrun every process works on its part of the images and holds its part of the sums:
-    torchrun --nproc-per-node 4 -m fastsal prune ...
+    Under torchrun each process computes gradients of a share of the images and holds a share of
+    the statistics: torchrun --nproc-per-node 4 -m fastsal prune ...
     """
-    from fastsal.cli.ranks import joined
+    from fastsal.cli.torchrun import joined
 
     with joined() as rank:
         _prune(given, rank)
 
 
 def _prune(given: dict[str, Any], rank: int) -> None:
-    """Do it; rank 0 writes."""
+    """Prune as the options say; rank 0 writes the folder."""
     from fastsal.cli.inputs import (
-        Clock,
         check_test,
         open_batches,
         open_model,
-        ranking,
+        ranking_arguments,
         set_threads,
         training_batches,
     )
@@ -95,10 +109,11 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     from fastsal.cli.runfolder import check_target, run_facts, write_run
     from fastsal.pruning.limits.limit import summary
     from fastsal.transfer.evaluation import measure
+    from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
-    ranked = ranking(given, finds_sparsity=is_limited)
+    ranked = ranking_arguments(given, finds_sparsity=is_limited)
     check_target(given["out"], given["force"])
     set_threads(given["threads"])
     clock = Clock()
@@ -128,7 +143,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "history": history,
         "safety": safety.as_dict() if safety else None,
         "accuracy": accuracy,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
     }
     recipe = {"model": given["model"], **ranked}
     write_run(given["out"], model, masks, recipe, result)
@@ -144,10 +159,10 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         screen.print(f"\n{summary(safety)}", soft_wrap=True)
         if safety.trusted_until is not None:
             screen.print(
-                f"prediction and measurement agree up to sparsity {safety.trusted_until:g}"
+                f"Prediction and measurement agree up to sparsity {safety.trusted_until:g}"
             )
         if not has_picture:
-            screen.print("for a picture of it: pip install 'fastsal[report]'")
+            screen.print("To draw this curve: pip install 'fastsal[report]'")
     screen.print(f"\n[bold]{run_summary(result)}[/bold]")
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
@@ -156,13 +171,13 @@ def _pruned(
     given: dict[str, Any],
     ranked: dict[str, Any],
     model: nn.Module,
-    batches: Batches | None,
-    held_out: Batches | None,
+    batches: ImageBatches | None,
+    held_out: ImageBatches | None,
 ) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
     """Prune `model` in place."""
     import fastsal
     from fastsal.cli.inputs import collect_options
-    from fastsal.cli.ranks import world_size
+    from fastsal.cli.torchrun import world_size
 
     call: Any = fastsal.prune
     if world_size() > 1:
@@ -188,7 +203,7 @@ def _pruned(
 
 
 def _draw(safety: SafetyReport, folder: Path) -> bool:
-    """Draw what was tested into the run's folder, if matplotlib is here."""
+    """Draw the tested sparsities into the run's folder; False without matplotlib."""
     from fastsal.cli.safety_figure import draw
 
     try:
@@ -199,13 +214,13 @@ def _draw(safety: SafetyReport, folder: Path) -> bool:
 
 
 def _curve(safety: SafetyReport) -> Any:
-    """Table of what was tested."""
+    """Return a table of the tested sparsities."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss rise"
-    bound = f"bound at {safety.limit.confidence:g}"
-    for title in ("sparsity", measured, bound, "loss rise", "predicted"):
+    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss increase"
+    bound = f"bound, confidence {safety.limit.confidence:g}"
+    for title in ("sparsity", measured, bound, "loss increase", "predicted"):
         table.add_column(title, justify="right")
     for point in safety.curve:
         predicted = point["predicted"]

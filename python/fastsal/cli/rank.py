@@ -1,4 +1,4 @@
-"""`fastsal rank`: from scores to masks."""
+"""`fastsal rank`: turn scores into masks."""
 
 from __future__ import annotations
 
@@ -9,25 +9,32 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 from fastsal.errors import FileFormatError, InvalidArgument
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@click.command(short_help="From scores to masks.")
-@click.argument("scores", type=options.PATH)
+@click.command(cls=Command, short_help="Turn scores into masks.")
+@click.argument("scores", type=PATH)
 @options.ranking_options
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-@options.out_option("FILE", "The masks, safetensors.")
+@options.json_option
+@options.out_option("FILE", "File for the masks, .safetensors.")
 def rank(scores: Path, **given: Any) -> None:
-    """Keep the weights of the highest SCORES (a file of `fastsal score`) and write the masks."""
+    """Write the masks that keep the weights with the highest SCORES.
+
+    SCORES is a file written by `fastsal score`.
+
+    Example: fastsal rank scores.safetensors --sparsity 0.7 --out masks.safetensors
+    """
     import fastsal
-    from fastsal.cli.inputs import ranking, refuse_overwrite
+    from fastsal.cli.inputs import ranking_arguments, refuse_overwrite
     from fastsal.cli.output import console, emit, kept_table
     from fastsal.utils.atomic import atomic_path
 
-    ranked = ranking(given)
+    ranked = ranking_arguments(given)
     refuse_overwrite(given["out"], given["force"])
     tensors, recipe = _read_scores(scores)
     masks = fastsal.rank(tensors, **ranked)
@@ -53,7 +60,7 @@ def _read_scores(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InvalidArgument(f"scores: there is no file {path}")
+        raise InvalidArgument(f"scores: no such file: {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -61,4 +68,6 @@ def _read_scores(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         recipe = json.loads(metadata["fastsal.scores"])
         return tensors, dict(recipe)
     except (SafetensorError, KeyError, ValueError, TypeError):
-        raise FileFormatError(f"scores: {path} is no whole file of fastsal score") from None
+        raise FileFormatError(
+            f"scores: {path} is truncated or was not written by fastsal score"
+        ) from None

@@ -1,4 +1,4 @@
-"""`fastsal report`: the results of a study as a page."""
+"""`fastsal report`: write the results of a study as a page."""
 
 from __future__ import annotations
 
@@ -9,48 +9,54 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH, Number, choice
 
 
-@click.command(short_help="The results of a study as a page.")
-@click.argument("folder", type=options.PATH, metavar="DIR")
+@click.command(cls=Command, short_help="Write the results of a study as a page.")
+@click.argument("folder", type=PATH, metavar="DIR")
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["html", "md"]),
+    type=choice(("html", "md")),
     default="html",
     show_default=True,
-    help="One self-contained page, or Markdown.",
+    help="Format of the report: one self-contained HTML page, or Markdown (md).",
 )
 @click.option(
     "--out",
-    type=options.PATH,
+    type=PATH,
     metavar="FILE",
-    help="Where to write. [default: report.html or report.md in DIR]",
+    show_default="report.html or report.md in DIR",
+    help="File for the report.",
 )
 @click.option(
     "--figures",
-    type=options.PATH,
-    metavar="FOLDER",
-    help="Also write accuracy against sparsity as SVG files; the Markdown links them.",
+    type=PATH,
+    metavar="DIR",
+    help="Folder for SVG figures of accuracy over sparsity; a Markdown report links to them.",
 )
 @click.option(
     "--margin",
-    type=click.FloatRange(0, 100),
+    type=Number(0, 100),
     default=1.0,
     show_default=True,
-    help="Points that accuracy may lose and still count as kept.",
+    help="Largest loss of accuracy, in percentage points, that counts as preserved.",
 )
 @click.option(
-    "--landscape/--no-landscape",
+    "--diagnostics/--no-diagnostics",
     default=None,
-    help="Show losses along lines and overlaps of Fishers. [default: where DIR has them]",
+    show_default="if DIR has them",
+    help="Show loss lines and Fisher overlaps.",
 )
 @options.force_option
 def report(**given: Any) -> None:
-    """Write what a study found: DIR is the folder of `fastsal transfer` or `fastsal sweep`.
+    """Write a report on a study; DIR is the folder of `fastsal transfer` or `fastsal sweep`.
 
-    The page says what was done, which predictions held with what confidence, and shows every
-    number. It needs the extra: pip install "fastsal[report]"; Markdown does not.
+    The report describes the study, states which predictions hold and with what confidence, and
+    shows all results. HTML requires an extra: pip install "fastsal[report]"; Markdown does not.
+
+    Example: fastsal report results/cifar
     """
     from fastsal.errors import InvalidArgument
     from fastsal.study.report import html, markdown
@@ -61,21 +67,21 @@ def report(**given: Any) -> None:
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
     results = read_results(folder)
-    if given["landscape"] and not (results.landscape or results.overlap):
+    if given["diagnostics"] and not (results.loss_lines or results.overlaps):
         raise InvalidArgument(
-            f"landscape: {folder} holds neither landscape.csv nor overlap.csv; the study did not "
-            "ask for them"
+            f"--diagnostics requires loss_line.csv or overlap.csv in {folder}; add [diagnostics] "
+            "to the study to measure them"
         )
     out = given["out"] or folder / f"report.{kind}"
     if out.is_dir():
-        raise InvalidArgument(f"out: {out} is a folder; takes a file")
+        raise InvalidArgument(f"out must be a file, got the folder {out}")
     if out.exists() and not given["force"]:
-        raise InvalidArgument(f"out: {out} is there already; give --force to replace it")
+        raise InvalidArgument(f"out: {out} already exists; give --force to overwrite it")
     pictures = {}
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])
     if kind == "html":
-        text = html.page(results, landscape=given["landscape"] is not False, margin=margin)
+        text = html.page(results, diagnostics=given["diagnostics"] is not False, margin=margin)
     else:
         links = {key: _link(path, out) for key, path in pictures.items()}
         text = markdown.page(results, margin=margin, pictures=links)
@@ -85,7 +91,7 @@ def report(**given: Any) -> None:
 
 
 def _link(path: Path, page: Path) -> str:
-    """Return the link from a page to a picture."""
+    """Return the relative link from a page to a figure."""
     from urllib.parse import quote
 
     relative = os.path.relpath(path.absolute(), page.absolute().parent)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastsal.cli.output import to_json
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.utils.digests import file_digest
+from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.machine import peak_memory, versions
 
 if TYPE_CHECKING:
@@ -24,31 +24,31 @@ MODEL, MASKS, REPORT = "model.safetensors", "masks.safetensors", "report.json"
 
 
 def weights_file(path: Path) -> Path:
-    """Return the weights that `path` means: itself, or those of a run's folder."""
+    """Return `path`, or the file of weights in it if it is the folder of a run."""
     return _within(path, MODEL) if path.is_dir() else path
 
 
 def masks_file(path: Path) -> Path:
-    """Return the masks that `path` means: itself, or those of a run's folder."""
+    """Return `path`, or the file of masks in it if it is the folder of a run."""
     return _within(path, MASKS) if path.is_dir() else path
 
 
 def check_target(folder: Path, force: bool) -> None:
-    """Stop before the work if the run could not be written to `folder`.
+    """Check before the work that a run can be written to `folder`.
 
     Raises:
-        InvalidArgument: `folder` is a file, cannot be written, or holds something and `force` is
-            not given.
+        InvalidArgument: `folder` is a file, cannot be written, or is not empty and `force` is not
+            given.
     """
     if folder.exists() and not folder.is_dir():
-        raise InvalidArgument(f"out: {folder} is a file; takes a folder")
+        raise InvalidArgument(f"out must be a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not force:
-        raise InvalidArgument(f"out: {folder} is not empty; give --force to replace its run")
+        raise InvalidArgument(f"out: {folder} is not empty; give --force to overwrite its run")
     parent = folder.absolute()
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InvalidArgument(f"out: {folder} cannot be made: {parent} cannot be written")
+        raise InvalidArgument(f"out: {folder} cannot be created: {parent} is not writable")
 
 
 def write_run(
@@ -58,9 +58,10 @@ def write_run(
     recipe: Mapping[str, Any],
     report: Mapping[str, Any],
 ) -> None:
-    """Write the three files beside `folder`, then move them in: all of them, or none.
+    """Write the three files of a run to `folder`: all of them or none.
 
-    `report` is written with the sha256 of both tensor files.
+    They are written to a temporary folder beside it, then moved. `report` is extended by the
+    SHA-256 of both tensor files.
     """
     from fastsal.models.weights import save_weights
 
@@ -72,9 +73,8 @@ def write_run(
     try:
         save_weights(model, stage / MODEL)
         masks.save(stage / MASKS, dict(recipe))
-        digests = {name: sha256(stage / name) for name in (MODEL, MASKS)}
-        text = to_json({**report, "sha256": digests}) + "\n"
-        (stage / REPORT).write_text(text, encoding="utf-8")
+        digests = {name: file_digest(stage / name) for name in (MODEL, MASKS)}
+        write_json(stage / REPORT, {**report, "sha256": digests}, indent=2)
         if target.exists():
             for name in (MODEL, MASKS, REPORT):
                 os.replace(stage / name, target / name)
@@ -85,13 +85,13 @@ def write_run(
 
 
 def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
-    """Return what every report tells: the command, what it ran on, and what is kept."""
+    """Return the fields common to all reports: command, versions, sparsity and kept weights."""
     peak = peak_memory()
     kept, shapes = masks.kept, masks.shapes
     return {
         "command": ["fastsal", *sys.argv[1:]],
         "arguments": {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")},
-        "versions": versions(),
+        "versions": {**versions(), "platform": platform.platform()},
         "sparsity": masks.sparsity,
         "parameters": {name: {"shape": list(shapes[name]), "kept": kept[name]} for name in masks},
         "peak_memory_mib": round(peak / 2**20) if peak else None,
@@ -99,33 +99,24 @@ def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:
-    """Return the sha256 that a run's report gives for its files; empty without a report.
+    """Return the SHA-256 of each file according to the report of a run; empty without a report.
 
     Raises:
-        FileFormatError: the report is no JSON object.
+        FileFormatError: the report is not a JSON object.
     """
     path = folder / REPORT
     if not path.is_file():
         return {}
+    report = read_json(path, "report")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
         digests = report.get("sha256", {})
         return {str(name): str(digest) for name, digest in digests.items()}
-    except (ValueError, AttributeError) as error:
-        raise FileFormatError(f"report: {path} is no report of a run ({error})") from None
-
-
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
+    except AttributeError as error:
+        raise FileFormatError(f"report: {path} is not the report of a run ({error})") from None
 
 
 def _within(folder: Path, name: str) -> Path:
     path = folder / name
     if not path.is_file():
-        raise InvalidArgument(f"{folder} is no folder of a run: it holds no {name}")
+        raise InvalidArgument(f"{folder} is not the folder of a run: {name} is missing")
     return path

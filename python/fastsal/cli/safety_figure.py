@@ -1,4 +1,4 @@
-"""The picture of a safe threshold: what the quadratic model predicts beside what was measured."""
+"""Figure of a sparsity limit: predicted and measured increase of the loss."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from fastsal.utils.atomic import atomic_path
 if TYPE_CHECKING:
     from fastsal.pruning.limits.limit import SafetyReport
 
-# Okabe and Ito's colours: told apart with any colour vision; line styles say it a second time.
+# Okabe and Ito's palette, safe for color-vision deficiency; line styles repeat the distinction.
 _MEASURED, _PREDICTED, _SAFE = "#0072B2", "#D55E00", "#009E73"
 _INK, _FAINT = "#222222", "#8a8a8a"
 
 
 def draw(report: SafetyReport, path: Path) -> Path:
-    """Draw the curve of a safe threshold as an SVG file; returns its path.
+    """Draw the curve of a sparsity limit as an SVG file and return its path.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -55,7 +55,7 @@ def draw(report: SafetyReport, path: Path) -> Path:
 
 
 def _losses(axes: Any, report: SafetyReport) -> None:
-    """Predicted and measured increase of the loss, and where they part."""
+    """Draw the predicted and the measured increase of the loss."""
     curve = report.curve
     x = [100 * point["sparsity"] for point in curve]
     axes.errorbar(
@@ -85,7 +85,7 @@ def _losses(axes: Any, report: SafetyReport) -> None:
 
 
 def _limit(axes: Any, report: SafetyReport) -> None:
-    """The mean that is limited, its bound, and the limit."""
+    """Draw the limited quantity, its confidence bound, and the limit."""
     curve, limit = report.curve, report.limit
     x = [100 * point["sparsity"] for point in curve]
     what = "Drop of top-1 accuracy" if limit.kind == "accuracy" else "Increase of the capped loss"

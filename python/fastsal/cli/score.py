@@ -1,4 +1,4 @@
-"""`fastsal score`: the saliency of every weight, in a file."""
+"""`fastsal score`: compute a saliency score for every weight."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 from fastsal.errors import InvalidArgument
 
 
-@click.command(short_help="Score every weight; keep the scores in a file.")
+@click.command(cls=Command, short_help="Score every weight and write the scores to a file.")
 @options.model_options
 @options.criterion_option("block-fisher")
 @options.damping_option("0.1x")
 @options.statistics_options
 @options.budget_options
+@options.statistics_file_option
 @click.option(
-    "--statistics", type=options.PATH, metavar="FILE", help="Use these instead of --data."
-)
-@click.option(
-    "--save-statistics", type=options.PATH, metavar="FILE", help="Keep them for other criteria."
+    "--save-statistics",
+    type=PATH,
+    metavar="FILE",
+    help="File to which the statistics are written, for use with other criteria.",
 )
 @options.input_options
 @options.run_options
-@options.out_option("FILE", "The scores, safetensors.")
+@options.out_option("FILE", "File for the scores, .safetensors.")
 def score(**given: Any) -> None:
-    """Score the weights of MODEL and write the scores, float32, under the names of the weights."""
+    """Score the weights of MODEL and write the scores to a file.
+
+    The file has one float32 tensor for each parameter, under the parameter's name. Weights with low
+    scores are pruned first. Statistics are blocks of the Fisher matrix, collected from the
+    gradients of the images in --data.
+
+    Example: fastsal score resnet18 --weights pretrained --data images --out scores.safetensors
+    """
     from safetensors.torch import save_file
 
     import fastsal
     from fastsal.cli.inputs import (
-        Clock,
         collect,
         open_model,
         refuse_overwrite,
@@ -42,9 +51,10 @@ def score(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.pruning.damping import resolve_damping
     from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.clock import Clock
 
     if given["statistics"] is not None and given["data"] is not None:
-        raise InvalidArgument("statistics: --statistics and --data exclude each other")
+        raise InvalidArgument("--statistics and --data are mutually exclusive")
     refuse_overwrite(given["out"], given["force"])
     if given["save_statistics"] is not None:
         refuse_overwrite(given["save_statistics"], given["force"])
@@ -88,7 +98,7 @@ def score(**given: Any) -> None:
         **recipe,
         "parameters": {name: list(value.shape) for name, value in scores.items()},
         "weights": count,
-        "seconds": clock.seconds,
+        "seconds": clock.rounded(3),
         "out": str(given["out"]),
     }
     if given["as_json"]:

@@ -1,4 +1,4 @@
-"""What `fastsal sweep` and `fastsal transfer` share: run a study, report, and say what came out."""
+"""Run a study, write its report and print a summary: shared by `fastsal sweep` and `transfer`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def run_and_report(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Run a study to its end, write its report, and print what it came to."""
+    """Run a study to its end, write its report, and print a summary of the results."""
     from fastsal.cli.output import console, emit
     from fastsal.study.runner import run_study
 
     try:
         done = run_study(study, out, command=command, retry=retry, progress=not quiet)
     except KeyboardInterrupt:
-        click.echo("interrupted: cells that were done are kept; the same command goes on", err=True)
+        click.echo(
+            "interrupted: finished cells are saved; rerun the same command to resume", err=True
+        )
         ctx.exit(STATUS_INTERRUPTED)
     page = _report(out)
     if as_json:
@@ -55,40 +57,40 @@ def run_and_report(
         screen = console()
         screen.print(_table(done.rows))
         screen.print(
-            f"\n[bold]{done.cells} cells, {done.done} of them now in {done.seconds:.0f} s; "
-            f"{len(done.failed)} failed[/bold]"
+            f"\n[bold]{done.cells} cells, {done.done} finished in this run "
+            f"({done.seconds:.0f} s); {len(done.failed)} failed[/bold]"
         )
         for error, count in Counter(done.failed.values()).most_common():
             cells = f"{count} cells" if count > 1 else "1 cell"
             screen.print(f"  {cells}: {error}", soft_wrap=True, markup=False)
         if done.warned:
             first = f"cells/{done.warned[0]}.json"
-            screen.print(f"{len(done.warned)} cells warned of something, see {first}", style="dim")
+            screen.print(f"{len(done.warned)} cells have warnings, see {first}", style="dim")
         screen.print(f"Written to {page or out}", soft_wrap=True)
         if page is None:
-            screen.print("for a page of it: pip install 'fastsal[report]'")
+            screen.print("To write an HTML report: pip install 'fastsal[report]'")
     if done.failed:
         ctx.exit(STATUS_FAILED_CELLS)
 
 
 def print_cells(study: Study, out: Path, *, as_json: bool) -> None:
-    """List the cells of a study; nothing is opened or written."""
+    """Print the cells of a study without opening or writing files."""
     from fastsal.cli.output import emit
     from fastsal.study.cells import cells_of
 
     cells = [cell.facts() for cell in cells_of(study)]
     for cell in cells:
-        del cell["cell"]  # depends on the files too, which are not opened here
+        del cell["cell"]  # a digest that includes the files, which are not opened here
     if as_json:
         emit({"study": study.name, "out": str(out), "cells": cells})
         return
     for cell in cells:
         click.echo("  ".join(f"{key}={value}" for key, value in cell.items()))
-    click.echo(f"{len(cells)} cells, {len(study.tasks)} tasks each; results go to {out}")
+    click.echo(f"{len(cells)} cells, {len(study.tasks)} tasks each; results are written to {out}")
 
 
 def _report(out: Path) -> Path | None:
-    """Write the page, if what it is made with is here."""
+    """Write the HTML report and return its path; None without Jinja2."""
     from importlib.util import find_spec
 
     from fastsal.utils.atomic import write_text
@@ -104,7 +106,7 @@ def _report(out: Path) -> Path | None:
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
-    """Mean accuracy on the source and on the other tasks, before and after fine-tuning."""
+    """Return a table of mean accuracies on source and other tasks, before and after fine-tuning."""
     from rich.table import Table
 
     done = [row for row in rows if row["status"] == "done"]
@@ -115,7 +117,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in done:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    # What is the same in every row is said by the study's name.
+    # A column with one value in all rows is left out.
     shown = [
         i for i, name in enumerate(names) if name == "sparsity" or len({k[i] for k in groups}) > 1
     ]

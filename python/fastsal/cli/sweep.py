@@ -1,4 +1,4 @@
-"""`fastsal sweep`: a whole study from its file, cell by cell."""
+"""`fastsal sweep`: run a study described by a file, cell by cell."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 
 
-@click.command(short_help="Run a study: prune, evaluate, fine-tune, over a grid.")
-@click.argument("study", type=options.PATH)
+@click.command(cls=Command, short_help="Run a study: prune, evaluate and fine-tune over a grid.")
+@click.argument("study", type=PATH)
 @click.option(
-    "--out", type=options.PATH, metavar="DIR", help="Folder of the results. [default: results/NAME]"
+    "--out",
+    type=PATH,
+    metavar="DIR",
+    show_default="results/NAME",
+    help="Folder for the results; rerun the same command to resume.",
 )
 @click.option(
     "--root",
-    type=options.PATH,
+    type=PATH,
     metavar="DIR",
-    help="Folder that data and weights are below. [default: the file's own root]",
+    show_default="the root in STUDY",
+    help="Folder that paths of data and weights are relative to.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try cells again that failed before.")
-@click.option("--dry-run", is_flag=True, help="List the cells and which are done; run nothing.")
-@click.option("--threads", type=options.COUNT, help="Threads to compute with. [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
+@click.option("--dry-run", is_flag=True, help="List the cells without running them.")
+@options.threads_option
+@options.json_option
+@options.quiet_option
 @click.pass_context
 def sweep(ctx: click.Context, /, **given: Any) -> None:
-    """Run the study that the file STUDY describes, and write its tables and report.
+    """Run the study described by the TOML file STUDY, and write its tables and report.
 
-    A cell is one model, source, criterion, number of rounds, seed and sparsity. Each is written
-    when it is done: a sweep that was cut off goes on by the same command, to the same table. Cells
-    that fail are recorded and do not stop the others; the status is then 1.
+    A cell is one combination of model, source, criterion, number of rounds, seed and sparsity. Each
+    cell is saved when it is finished: rerun the same command to resume an interrupted sweep. A
+    failed cell is recorded and does not stop the others; the exit status is then 1.
 
     Example: fastsal sweep studies/cifar.toml --out results/cifar
     """

@@ -1,4 +1,4 @@
-"""`fastsal transfer`: the transfer study of one model, from options."""
+"""`fastsal transfer`: run a transfer study of one model, described by options."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import COUNT, NUMBER, PATH, Integer, choice, parse_numbers
 from fastsal.errors import InvalidArgument
+from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
 
 
-@click.command(short_help="Prune on one task, measure on tasks it never saw.")
+@click.command(cls=Command, short_help="Prune on one task and measure on tasks unseen by pruning.")
 @options.model_options
 @click.option(
     "--task",
@@ -21,86 +24,130 @@ from fastsal.errors import InvalidArgument
     multiple=True,
     required=True,
     metavar="NAME=DATA",
-    help="A task: a folder, an .npz, torchvision:NAME?root=..., hf:NAME, sklearn:digits; "
-    "may be repeated.",
+    help="Task and its labeled images: a folder, an .npz file, torchvision:NAME?root=..., hf:NAME "
+    "or sklearn:digits; may be repeated.",
 )
 @click.option(
     "--test",
     "tests",
     multiple=True,
     metavar="NAME=DATA",
-    help="Images of its own to test a task on. [default: cut from its data]",
+    show_default="split from the task's data",
+    help="Separate test images of a task; may be repeated.",
 )
 @click.option(
     "--classes",
     multiple=True,
     metavar="NAME=A,B,...",
-    help="Classes of a task, by name or number. [default: all]",
+    show_default="all",
+    help="Classes of a task to use, by name or number; may be repeated.",
 )
 @click.option(
-    "--source", "sources", multiple=True, required=True, metavar="NAME", help="Task to prune on."
+    "--source",
+    "sources",
+    multiple=True,
+    required=True,
+    metavar="NAME",
+    help="Name of the task to prune on; may be repeated.",
 )
 @click.option(
     "--criterion",
     "criteria",
     multiple=True,
+    type=choice(CRITERION_NAMES),
     default=("obs-greedy", "magnitude"),
     show_default=True,
-    help=options.CRITERIA_HELP,
+    help="Saliency criterion to compare; may be repeated.",
 )
 @click.option(
     "--sparsity",
     "sparsities",
     metavar="NUMBERS",
-    callback=options.floats,
+    callback=parse_numbers,
     default="0.5,0.7,0.9",
     show_default=True,
-    help="Shares of weights to prune.",
+    help="Fractions of weights to prune, each in [0, 1], separated by commas.",
 )
-@click.option("--rounds", type=options.COUNT, default=1, show_default=True, help="Pruning steps.")
+@options.rounds_option
 @click.option(
-    "--seeds", type=options.COUNT, default=1, show_default=True, help="Draws of the images."
+    "--seeds",
+    type=COUNT,
+    default=1,
+    show_default=True,
+    help="Number of repetitions, each with another random draw of the images.",
 )
 @click.option(
     "--samples",
-    type=options.COUNT,
-    help="Images of the statistics. [default: what there is, at most 1024]",
+    type=COUNT,
+    show_default="all, at most 1024",
+    help="Number of images from which statistics are collected.",
 )
-@click.option("--block-size", type=options.COUNT, default=64, show_default=True, help="Weights.")
+@click.option(
+    "--block-size",
+    type=COUNT,
+    default=64,
+    show_default=True,
+    help="Number of weights in a block of the Fisher matrix.",
+)
 @click.option(
     "--head",
-    type=click.Choice(["ridge", "knn", "probe", "own"]),
+    type=choice(HEAD_KINDS),
     default="ridge",
     show_default=True,
-    help="Through which tasks are measured; own is the model's classifier.",
+    help="Classifier fitted to the features of each task: ridge regression, nearest neighbors "
+    "(knn), logistic regression (probe), or the model's own classifier (own).",
 )
 @click.option(
-    "--epochs", type=click.IntRange(min=0), default=0, show_default=True, help="Of fine-tuning."
+    "--epochs",
+    type=Integer(least=0),
+    default=0,
+    show_default=True,
+    help="Number of epochs of fine-tuning on the source task; 0 for none.",
 )
-@click.option("--lr", type=float, default=0.01, show_default=True, help="Learning rate of it.")
-@click.option("--landscape", is_flag=True, help="Measure losses along lines, and overlaps.")
-@click.option("--size", type=options.COUNT, help="Of the images. [default: the model's]")
-@click.option("--batch-size", type=options.COUNT, default=64, show_default=True, help="A pass.")
+@click.option(
+    "--lr",
+    type=NUMBER,
+    default=0.01,
+    show_default=True,
+    help="Initial learning rate of fine-tuning.",
+)
+@click.option(
+    "--diagnostics",
+    is_flag=True,
+    help="Also measure the loss on lines between weights and the overlap of Fisher matrices.",
+)
+@click.option(
+    "--size",
+    type=COUNT,
+    show_default="the model's own",
+    help="Size that images are resized to, in pixels.",
+)
+@click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch.")
 @click.option(
     "--save",
-    type=click.Choice(["none", "masks", "models"]),
+    type=choice(SAVED),
     default="none",
     show_default=True,
-    help="What is kept of every cell.",
+    help="Files to save for each cell besides its numbers.",
 )
-@click.option("--retry-failed", is_flag=True, help="Try cells again that failed before.")
-@click.option("--threads", type=options.COUNT, help="Threads to compute with. [default: all cores]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
-@click.option("--quiet", is_flag=True, help="No progress bar.")
+@click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
+@options.threads_option
+@options.json_option
+@options.quiet_option
 @click.option(
-    "--out", type=options.PATH, required=True, metavar="DIR", help="Folder of the results."
+    "--out",
+    type=PATH,
+    required=True,
+    metavar="DIR",
+    help="Folder for the results; rerun the same command to resume.",
 )
 @click.pass_context
 def transfer(ctx: click.Context, /, **given: Any) -> None:
-    """Prune MODEL on a task, and measure it there and on tasks that pruning never saw.
+    """Prune MODEL on a source task; measure it there and on tasks unseen by pruning.
 
-    Every task gets a head on the dense features, which then stays; with --epochs the pruned model
-    is fine-tuned on its source, and measured again. Tables and a page are written to --out.
+    For each task a head is fitted on dense features and then frozen. With --epochs the pruned model
+    is also fine-tuned on the source task and measured again. Tables and a report are written to
+    --out. A cell is one combination of source, criterion, seed and sparsity.
 
     Example: fastsal transfer resnet50 --weights pretrained --task pets=data/pets
     --task cars=data/cars --source pets --out study
@@ -111,7 +158,7 @@ def transfer(ctx: click.Context, /, **given: Any) -> None:
     from fastsal.study.settings.reading import study_of
 
     set_threads(given["threads"])
-    study = study_of(Reader(_table(given), file="transfer"), Path.cwd())
+    study = study_of(Reader(_settings(given), file="transfer"), Path.cwd())
     run_and_report(
         ctx,
         study,
@@ -123,15 +170,15 @@ def transfer(ctx: click.Context, /, **given: Any) -> None:
     )
 
 
-def _table(given: dict[str, Any]) -> dict[str, Any]:
-    """Write options as the table of a study's file would be."""
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options as the table of a study file."""
     data = _pairs(given["tasks"], "task")
     tests, classes = _pairs(given["tests"], "test"), _pairs(given["classes"], "classes")
     for option, pairs in (("test", tests), ("classes", classes)):
         for name in pairs:
             if name not in data:
                 raise InvalidArgument(
-                    f"{option}: there is no task {name!r}; takes {', '.join(data)}"
+                    f"{option} must name one of the tasks {', '.join(data)}, got {name!r}"
                 )
     tasks: list[dict[str, Any]] = []
     for name, path in data.items():
@@ -158,8 +205,8 @@ def _table(given: dict[str, Any]) -> dict[str, Any]:
     }
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}
-    if given["landscape"]:
-        table["landscape"] = {}
+    if given["diagnostics"]:
+        table["diagnostics"] = {}
     return table
 
 
@@ -168,8 +215,8 @@ def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
     for value in values:
         name, equals, rest = value.partition("=")
         if not equals or not name or not rest:
-            raise InvalidArgument(f"{option}: got {value!r}; takes NAME=VALUE")
+            raise InvalidArgument(f"{option} must be NAME=VALUE, got {value!r}")
         if name in found:
-            raise InvalidArgument(f"{option}: {name!r} stands twice")
+            raise InvalidArgument(f"{option}: {name!r} is duplicated")
         found[name] = rest
     return found

@@ -1,4 +1,4 @@
-"""`fastsal verify`: do masks and weights belong together, and is every pruned weight zero?"""
+"""`fastsal verify`: check that masks match the weights and that pruned weights are zero."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 
 if TYPE_CHECKING:
@@ -15,22 +16,24 @@ if TYPE_CHECKING:
 
     from fastsal.pruning.masks.masks import Masks
 
-_SHOWN = 10  # failures that are printed before the rest is counted
+_SHOWN = 10  # failures that are printed; the rest is counted
 
 
-@click.command(short_help="Check masks and pruned weights.")
+@click.command(cls=Command, short_help="Check that pruned weights are zero and files are intact.")
 @click.argument("target", metavar="[DIR|MODEL]", required=False)
 @options.weights_option
-@click.option("--masks", type=options.PATH, metavar="FILE|DIR", help="The masks.")
-@options.size_options
+@options.masks_option()
+@options.architecture_options
 @options.seed_option
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
+@options.json_option
 def verify(**given: Any) -> None:
     """Check the folder of a run, DIR, or a MODEL with its --weights and --masks.
 
-    The masks must be intact, name weights that exist and have their shapes, and every pruned
-    weight must be exactly zero. A folder's files must be those that its report was written with.
-    Exits with 0 if all holds and with 1 if not.
+    The masks must be intact and match the names and shapes of the weights, and every pruned weight
+    must be exactly zero. In a folder the files must also match the checksums of its report. The
+    exit status is 0 if all checks pass and 1 if one fails.
+
+    Example: fastsal verify run
     """
     from fastsal.cli.output import console, emit
 
@@ -42,7 +45,7 @@ def verify(**given: Any) -> None:
         for failure in failures[:_SHOWN]:
             screen.print(f"[red]FAILED[/red] {failure}", soft_wrap=True)
         if len(failures) > _SHOWN:
-            screen.print(f"and {len(failures) - _SHOWN} more")
+            screen.print(f"... and {len(failures) - _SHOWN} more")
         if counts:
             screen.print(
                 f"{counts['parameters']} parameters, {counts['weights']:,} weights, "
@@ -54,31 +57,32 @@ def verify(**given: Any) -> None:
 
 
 def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Return what fails, in words, and the counts of what was read."""
+    """Return the failed checks as sentences, and counts of weights."""
     import fastsal
-    from fastsal.cli.runfolder import masks_file, recorded_digests, sha256, weights_file
+    from fastsal.cli.runfolder import masks_file, recorded_digests, weights_file
     from fastsal.models.loading import load_model
     from fastsal.models.weights import read_weights
+    from fastsal.utils.digests import file_digest
 
     folder = Path(given["target"]) if given["target"] else None
     is_run = folder is not None and folder.is_dir()
     if is_run and (given["weights"] or given["masks"]):
-        raise InvalidArgument("a run's folder brings its own --weights and --masks")
+        raise InvalidArgument("--weights and --masks cannot be combined with the folder of a run")
     if not is_run and not (given["weights"] and given["masks"]):
-        what = f"{folder} is no folder" if folder else "no folder given"
-        raise InvalidArgument(f"{what}; takes the folder of a run, or --weights and --masks")
+        what = f", got {folder}, which is not a folder" if folder else ""
+        raise InvalidArgument(f"the folder of a run, or --weights and --masks, is required{what}")
     weights_path = weights_file(folder if is_run and folder else Path(given["weights"]))
     masks_path = masks_file(folder if is_run and folder else given["masks"])
     if not masks_path.is_file():
-        raise InvalidArgument(f"masks: there is no file {masks_path}")
+        raise InvalidArgument(f"masks: no such file: {masks_path}")
     failures = []
     try:
         if is_run and folder:
             for name, digest in recorded_digests(folder).items():
                 if not (folder / name).is_file():
-                    failures.append(f"{name} is gone")
-                elif sha256(folder / name) != digest:
-                    failures.append(f"{name} is not the file that the report was written with")
+                    failures.append(f"{name} is missing")
+                elif file_digest(folder / name) != digest:
+                    failures.append(f"{name} does not match the checksum in the report")
         masks = fastsal.Masks.load(masks_path)
         if is_run or not given["target"]:
             state = read_weights(weights_path)
@@ -101,13 +105,15 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _broken(masks: Masks, state: dict[str, Tensor]) -> list[str]:
-    """List the masks that `state` breaks."""
+    """Return a sentence for each mask that does not match the weights."""
     failures = []
     for name, mask in masks.items():
         if name not in state:
-            failures.append(f"{name}: the masks have it, the weights do not")
+            failures.append(f"{name} is in the masks but not in the weights")
         elif state[name].shape != mask.shape:
-            failures.append(f"{name}: mask {list(mask.shape)}, weights {list(state[name].shape)}")
+            failures.append(
+                f"{name} has shape {list(state[name].shape)}, but its mask has {list(mask.shape)}"
+            )
         else:
             alive = int((state[name][~mask] != 0).sum())
             if alive:

@@ -1,4 +1,4 @@
-"""What users iterate: pairs of images and labels, checked."""
+"""Validation of user-supplied `(images, labels)` batches."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastsal.errors import DataError, InvalidArgument
+from fastsal.errors import DataError
+from fastsal.utils.numbers import whole
 
-Batches = Iterable[Any]
+Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `as_batches`
+Pair = tuple[Tensor, Tensor | None]  # images [n, ...] and labels [n], or None
 LabelUse = Literal["required", "optional", "ignored"]
 
 
 class Source:
-    """Images that were given, checked; as often as they can be iterated.
+    """Validated batches; every call iterates over them again, if the iterable allows it.
 
     Args:
-        batches: As for `collect`.
-        samples: Stop after so many.
-        labels: Whether batches must have labels, may have them, or have them ignored.
+        batches: Iterable of `(images, labels)`, see `as_batches`.
+        samples: Number of samples after which iteration stops; None for all.
+        labels: Whether labels are required, optional or ignored.
+
+    Attributes:
+        repeats: Whether `batches` can be iterated more than once.
     """
 
     def __init__(
@@ -35,7 +40,7 @@ class Source:
         self.repeats = not isinstance(batches, Iterator)
 
     def first(self) -> Pair:
-        """The first batch; it is given again."""
+        """Return the first batch; the next call yields it again."""
         if self._first is None:
             checked = as_batches(self._batches, self._samples, self._labels)
             self._first = next(checked)
@@ -44,31 +49,37 @@ class Source:
         return self._first
 
     def __call__(self) -> Iterator[Pair]:
-        """All batches."""
+        """Iterate over all batches."""
         if self._checked is not None:
             return self._checked
         return as_batches(self._batches, self._samples, self._labels)
 
 
 def check_again(samples: int, again: int) -> None:
-    """Raise DataError unless images that are gone over again are as many as before."""
+    """Raise DataError unless a repeated pass yields as many samples as the first one."""
     if again != samples:
         raise DataError(
-            f"batches: gave {samples} samples, and {again} when they were iterated again; within "
-            "memory_budget takes what gives the same images every time"
+            f"batches must yield the same images on every pass with memory_budget, got {samples} "
+            f"samples, then {again}"
         )
 
 
 def as_batches(
     batches: Batches, samples: int | None, labels: LabelUse = "required"
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Check what users iterate and stop after `samples`.
+    """Validate batches and stop after `samples`.
+
+    Args:
+        batches: Iterable of `(images, labels)`; of images alone, unless labels are required.
+        samples: Number of samples to yield; the last batch is cut. None for all.
+        labels: Whether labels are required, optional or ignored.
 
     Yields:
         Images `[n, ...]`, n >= 1, and labels `[n]` or None.
 
     Raises:
-        DataError: No batch, something else than pairs, fewer samples than asked for.
+        DataError: There is no batch, a batch has another form, or there are fewer samples than
+            requested.
     """
     total = 0
     for number, batch in enumerate(batches):
@@ -81,53 +92,70 @@ def as_batches(
         if total == samples:
             return
     if total == 0:
-        raise DataError("batches: is empty; takes at least one batch of (images, labels)")
+        raise DataError("batches must contain at least one batch of (images, labels), got none")
     if samples is not None:
-        raise DataError(f"samples: asked for {samples}, but batches gave {total}")
+        raise DataError(
+            f"samples must be at most {total}, the number of samples in batches, got {samples}"
+        )
 
 
-def check_samples(samples: int | None) -> None:
-    """Raise InvalidArgument unless `samples` is 1 or more, or None."""
-    if samples is not None and samples < 1:
-        raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None for all")
+def check_samples(samples: int | None) -> int | None:
+    """Return `samples` as an `int` of at least 1, or None for all samples."""
+    return None if samples is None else whole("samples", samples, 1)
 
 
 def _unpack(batch: Any, number: int, labels: LabelUse) -> tuple[Tensor, Tensor | None]:
     if labels != "required":
         if isinstance(batch, Tensor):
             batch = (batch, None)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as a TensorDataset gives
+        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as of a TensorDataset
             batch = (batch[0], None)
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise DataError(
-            f"batches: batch {number} is {type(batch).__name__}; takes pairs (images, labels)"
+            f"batches: batch {number} must be a pair (images, labels), got {_shown(batch)}"
         )
     images, targets = batch
     if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
         raise DataError(
-            f"batches: batch {number} has no images; takes tensors [n, C, H, W], or tokens "
-            "[n, L], n >= 1"
+            f"batches: batch {number} must have a tensor of images [n, C, H, W], or of token ids "
+            f"[n, L], with n >= 1, got {_shown(images)}"
         )
     if labels == "ignored" and not isinstance(targets, Tensor):
-        targets = None  # whatever it is, it is not used
+        targets = None  # unused, so that any object is accepted
     if targets is not None:
         try:
             targets = torch.as_tensor(targets)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"labels: batch {number} has no tensor of labels: {error}") from error
+            raise DataError(
+                f"labels: batch {number} must have a tensor of labels, got {_shown(targets)} "
+                f"({error})"
+            ) from error
         if targets.dim() == 0 or targets.shape[0] != images.shape[0]:
             raise DataError(
-                f"labels: batch {number} has {list(targets.shape)} for {images.shape[0]} images; "
-                "takes one an image"
+                f"labels: batch {number} must have one label per image, got labels "
+                f"{list(targets.shape)} for {images.shape[0]} images"
             )
     return images, targets
 
 
-def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:
-    """Cut and join batches to micro-batches of one size, none of which lies across two steps.
+def _shown(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of length {len(value)}"
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return type(value).__name__
 
-    So a sample is in the same step, and as a rule in a full micro-batch, whatever batches it came
-    in. Images of another shape than those before them are not joined with them.
+
+def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:
+    """Regroup batches into micro-batches of one size that do not cross a multiple of `step`.
+
+    The micro-batch of a sample then depends on its position only, not on the batches of the user.
+    Images of different shapes are never joined, so that a micro-batch may be smaller.
+
+    Args:
+        pairs: Validated batches.
+        size: Samples of a micro-batch.
+        step: Samples of a step of accumulation.
     """
     total = 0
     rest: Pair | None = None
@@ -152,7 +180,7 @@ def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
 
 
 def _joined(first: Pair, second: Pair) -> Pair | None:
-    """One batch of both; None where they do not fit together."""
+    """Return the concatenation of two batches, or None if they cannot be joined."""
     (a, x), (b, y) = first, second
     if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
         return None
@@ -161,6 +189,3 @@ def _joined(first: Pair, second: Pair) -> Pair | None:
     if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype or x.device != y.device:
         return None
     return torch.cat([a, b]), torch.cat([x, y])
-
-
-Pair = tuple[Tensor, Tensor | None]

@@ -1,4 +1,4 @@
-"""Labelled images from a folder or an `.npz` file."""
+"""Labeled images from a folder or an `.npz` file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsal.data.image_set import Batches, ImageSet
+from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FileFormatError
-
-__all__ = ["IMAGE_SUFFIXES", "Batches", "ImageSet", "load_images"]
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -23,48 +21,49 @@ def load_images(
     path: str | os.PathLike[str],
     *,
     classes: Sequence[str | int] | None = None,
-    labelled: bool = True,
+    labeled: bool = True,
 ) -> ImageSet:
-    """Open labelled images.
+    """Open labeled images from a folder or an `.npz` file.
 
     Args:
-        path: an `.npz` file with `x` uint8 `[n, h, w]` or `[n, h, w, c]`, `y` integers `[n]` and,
-            if they have names, `classes`; or a folder with one folder of images per class.
-            Classes and images of a folder are in the order of their names.
-        classes: names or numbers of the classes to keep, relabelled in this order.
-        labelled: False takes images without labels too, all as one class: an `.npz` without `y`, or
-            a folder that holds images itself or has one folder only.
+        path: An `.npz` file with `x` uint8 `[n, h, w]` or `[n, h, w, c]`, integers `y` `[n]` and,
+            optionally, names `classes` `[k]`; or a folder with one subfolder of images per class.
+            Classes and images of a folder are sorted by name.
+        classes: Names or numbers of the classes to keep, relabeled in this order.
+        labeled: False also accepts images without labels, as one class: an `.npz` without `y`, or
+            a folder that contains images itself or has one subfolder only.
 
     Returns:
-        The images. Those of a folder are read only when a batch asks for them.
+        The images. Image files of a folder are read when a batch needs them.
 
     Raises:
-        DataError: no images, one class only, an empty class, wrong shapes, types or labels.
-        FileFormatError: the `.npz` file is damaged.
+        DataError: There are no images, a class is empty, there is only one class, or shapes, types
+            or labels are invalid.
+        FileFormatError: The `.npz` file is damaged.
     """
     path = Path(path)
     if path.is_dir():
-        images = _open_folder(path) if labelled or _has_classes(path) else _open_flat(path)
+        images = _open_folder(path) if labeled or _has_classes(path) else _open_flat(path)
     elif not path.exists():
         raise DataError(f"data: there is no file or folder {path}")
     elif path.suffix == ".npz":
-        images = _open_npz(path, labelled=labelled)
+        images = _open_npz(path, labeled=labeled)
     else:
-        raise DataError(f"data: got {path}; takes a folder of class folders, or an .npz file")
-    if len(images.classes) < 2 and labelled:
-        raise DataError(f"data: {path} has one class only ({images.classes[0]}); takes two or more")
+        raise DataError(f"data must be a folder of class folders or an .npz file, got {path}")
+    if len(images.classes) < 2 and labeled:
+        raise DataError(f"data: {path} must have at least 2 classes, got {images.classes[0]} only")
     return images if classes is None else images.select_classes(classes)
 
 
-def _open_npz(path: Path, *, labelled: bool) -> ImageSet:
+def _open_npz(path: Path, *, labeled: bool) -> ImageSet:
     try:
         with np.load(path, allow_pickle=False) as file:
-            needed = ("x", "y") if labelled else ("x",)
+            needed = ("x", "y") if labeled else ("x",)
             absent = [name for name in needed if name not in file.files]
             if absent:
                 raise DataError(
-                    f"data: {path} has no array {' and no array '.join(absent)}; "
-                    f"it has {', '.join(file.files) or 'none'}"
+                    f"data: {path} must contain the arrays {' and '.join(needed)}, got "
+                    f"{', '.join(file.files) or 'none'}"
                 )
             x = file["x"]
             y = file["y"] if "y" in file.files else np.zeros(len(x), np.int64)
@@ -75,7 +74,9 @@ def _open_npz(path: Path, *, labelled: bool) -> ImageSet:
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError) as error:
         raise FileFormatError(f"data: {path} cannot be read as .npz ({error})") from None
     if names.ndim != 1 or names.dtype.kind not in "USiu":
-        raise DataError(f"classes: {path} holds {names.dtype} {list(names.shape)}; takes names [k]")
+        raise DataError(
+            f"classes in {path} must be names [k], got {names.dtype} {list(names.shape)}"
+        )
     classes = [n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist()]
     return ImageSet(x, y, tuple(classes), str(path.resolve()))
 
@@ -86,10 +87,10 @@ def _open_folder(path: Path) -> ImageSet:
         key=lambda p: p.name,
     )
     if not folders:
-        raise DataError(f"data: {path} has no folders; takes one folder of images per class")
+        raise DataError(f"data: {path} must contain one folder of images per class, got no folder")
     if len(folders) == 1:
         raise DataError(
-            f"data: {path} has one class only ({folders[0].name}); takes two or more folders"
+            f"data: {path} must contain at least 2 class folders, got {folders[0].name} only"
         )
     files: list[Path] = []
     labels: list[int] = []
@@ -97,7 +98,7 @@ def _open_folder(path: Path) -> ImageSet:
         found = _images_below(folder)
         if not found:
             raise DataError(
-                f"data: class folder {folder} holds no image; takes {', '.join(_suffixes())}"
+                f"data: class folder {folder} contains no image file ({', '.join(_suffixes())})"
             )
         files.extend(found)
         labels.extend([label] * len(found))
@@ -108,12 +109,12 @@ def _open_folder(path: Path) -> ImageSet:
 def _open_flat(path: Path) -> ImageSet:
     found = _images_below(path)
     if not found:
-        raise DataError(f"data: folder {path} holds no image; takes {', '.join(_suffixes())}")
+        raise DataError(f"data: folder {path} contains no image file ({', '.join(_suffixes())})")
     return ImageSet(tuple(found), np.zeros(len(found), np.int64), source=str(path.resolve()))
 
 
 def _has_classes(path: Path) -> bool:
-    """Whether a folder has two folders or more, and no images beside them."""
+    """Whether a folder has at least two subfolders and no images beside them."""
     visible = [p for p in path.iterdir() if not p.name.startswith(".")]
     return sum(p.is_dir() for p in visible) > 1 and not any(_is_image(p) for p in visible)
 

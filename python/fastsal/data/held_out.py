@@ -1,4 +1,4 @@
-"""Samples that statistics do not see, so that choices can be tested on them."""
+"""Samples held out of the statistics, for choices such as that of the damping."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch
 from fastsal.data.batches import Pair
 from fastsal.errors import InvalidArgument
 
-# One sample in so many is held out for the choice of damping, at most so many in all.
-HELD_OUT_EVERY = 8
-HELD_OUT_MOST = 1024
+HELD_OUT_EVERY = 8  # one sample in so many is held out for the choice of the damping
+HELD_OUT_MOST = 1024  # samples that the choice uses at most
 
 
 def holding_out(
@@ -19,7 +18,7 @@ def holding_out(
     held: list[Pair],
     every: int = HELD_OUT_EVERY,
 ) -> Iterator[Pair]:
-    """Keep one sample in `every` in `held` and pass the others on."""
+    """Append one sample in `every` to `held` and yield the others."""
     start = 0
     for images, labels in batches:
         at = torch.arange(start, start + images.shape[0])
@@ -32,22 +31,22 @@ def holding_out(
 
 
 class Repeated:
-    """What a function gives, as often as it is iterated."""
+    """The batches of a function that is called again for every iteration."""
 
     def __init__(self, source: Callable[[], Iterable[Pair]]) -> None:
         self._source = source
 
     def __iter__(self) -> Iterator[Pair]:
-        """Begin again."""
+        """Start a new iteration."""
         return iter(self._source())
 
 
 class Holding:
-    """The images that `holding_out` passes on, as often as their source can be iterated.
+    """Batches without the held-out samples, for any number of iterations.
 
     Args:
-        source: Gives all images.
-        held: Is filled with those held out whenever all have been passed on.
+        source: Returns all batches, for every iteration anew.
+        held: Replaced by the held-out samples at the end of every iteration.
         every: One sample in so many is held out.
     """
 
@@ -59,22 +58,22 @@ class Holding:
         self._every = every
 
     def __iter__(self) -> Iterator[Pair]:
-        """Pass images on."""
+        """Start a new iteration."""
         held: list[Pair] = []
         yield from holding_out(self._source(), held, self._every)
         self._held[:] = held
 
 
 def limited(held: list[Pair]) -> list[Pair]:
-    """Return the first of them, enough for a choice.
+    """Return the first `HELD_OUT_MOST` held-out samples.
 
     Raises:
         InvalidArgument: There are none.
     """
     if not held:
         raise InvalidArgument(
-            f"damping: 'auto' (and recalibrate) hold one sample in {HELD_OUT_EVERY} out; takes "
-            f"{HELD_OUT_EVERY} samples or more, or a number"
+            f"damping: 'auto' (and recalibrate) need at least {HELD_OUT_EVERY} samples, as one in "
+            f"{HELD_OUT_EVERY} is held out; pass more samples, or a number"
         )
     some: list[Pair] = []
     left = HELD_OUT_MOST

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,19 +11,19 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.items import stack_items
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.suggestions import did_you_mean
 
 _KEYS = ("split", "image", "label", "config", "revision", "download")
 _ON_DISK = ("state.json", "dataset_dict.json")
 
 
 def open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
-    """Open what `hf:NAME?split=...` names; see `fastsal.open_images`."""
+    """Open the data set `hf:NAME?split=...`, see `fastsal.open_images`."""
     for key in name.query:
         if key not in _KEYS:
-            close = difflib.get_close_matches(key, _KEYS, n=1)
-            hint = f" (close: {close[0]})" if close else ""
             raise InvalidArgument(
-                f"data: {name.spec!r} has key {key!r}{hint}; takes {', '.join(_KEYS)}"
+                f"data: the keys of {name.spec!r} must be among {', '.join(_KEYS)}, got {key!r}"
+                f"{did_you_mean(key, _KEYS, n=1)}"
             )
     try:
         import datasets as library
@@ -37,13 +36,13 @@ def open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
     if isinstance(found, Mapping):
         if split is None and len(found) > 1:
             raise DataError(
-                f"data: {name.spec!r} has splits {', '.join(map(str, found))}; say which, "
-                "with split="
+                f"data: {name.spec!r} has the splits {', '.join(map(str, found))}; choose one with "
+                "split="
             )
         split = next(iter(found)) if split is None else split
         if split not in found:
             raise DataError(
-                f"data: {name.spec!r} has no split {split!r}; it has {', '.join(map(str, found))}"
+                f"data: {name.spec!r} has no split {split!r}, only {', '.join(map(str, found))}"
             )
         found = found[split]
     image, label = _columns(found, name)
@@ -55,14 +54,14 @@ def open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
     }
     words = "&".join(f"{key}={value}" for key, value in told.items() if value is not None)
     if hasattr(found, "select_columns"):
-        found = found.select_columns([image, label])  # others are not even decoded
+        found = found.select_columns([image, label])  # other columns are not decoded
     names = getattr(_features(found).get(label), "names", None) or []
     items = ((row[image], row[label]) for row in found)
     return stack_items(items, len(found), names, f"hf:{place}?{words}")
 
 
 def _load(library: Any, name: DataName, split: str | None) -> tuple[Any, str]:
-    """Return a data set or a mapping of splits, and where it came from."""
+    """Return a data set or a mapping of splits, and its name or folder."""
     path = name.path(name.name)
     is_path = name.name.startswith(("/", ".", "~"))
     if is_path and not path.is_dir():
@@ -85,7 +84,7 @@ def _load(library: Any, name: DataName, split: str | None) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _offline(library: Any) -> Iterator[None]:
-    """Keep the library from the network inside the block."""
+    """Disable network access of the library for the block."""
     places = [getattr(library, "config", None)]
     hub = sys.modules.get("huggingface_hub")
     places.append(getattr(hub, "constants", None))
@@ -105,14 +104,14 @@ def _offline(library: Any) -> Iterator[None]:
 
 
 def _columns(found: Any, name: DataName) -> tuple[str, str]:
-    """Return the names of the columns of images and of labels."""
+    """Return the names of the image column and of the label column."""
     features = _features(found)
     chosen = []
     for key, kind, usual in (("image", "Image", "image"), ("label", "ClassLabel", "label")):
         wanted = name.query.get(key)
         if wanted is not None and features and wanted not in features:
             raise DataError(
-                f"data: {name.spec!r} has no column {wanted!r}; it has {', '.join(features)}"
+                f"data: {name.spec!r} has no column {wanted!r}, only {', '.join(features)}"
             )
         fitting = [column for column, of in features.items() if type(of).__name__ == kind]
         if wanted is None and len(fitting) == 1:
@@ -121,8 +120,8 @@ def _columns(found: Any, name: DataName) -> tuple[str, str]:
             wanted = usual
         if wanted is None:
             raise DataError(
-                f"data: {name.spec!r} has columns {', '.join(features) or 'without names'}; say "
-                f"which holds the {key}, with {key}="
+                f"data: the {key} column of {name.spec!r} is ambiguous among "
+                f"{', '.join(features) or 'unnamed columns'}; choose one with {key}="
             )
         chosen.append(wanted)
     return chosen[0], chosen[1]

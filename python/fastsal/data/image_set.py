@@ -1,11 +1,10 @@
-"""Labelled images, and batches of them for a model.
+"""Labeled images, and batches of them for a model.
 
-Axes: n images (or images of a batch), h and w pixels, c channels (1 grey, 3 RGB).
+Axes: n images (or images of a batch), h and w pixels, c channels (1 grayscale, 3 RGB).
 """
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,8 @@ from torch import Tensor
 from fastsal.data.pixels import decode, prepare, size_text
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
+from fastsal.utils.numbers import as_integer, real, whole
+from fastsal.utils.suggestions import did_you_mean, listed
 
 _counter = itertools.count()
 
@@ -30,15 +31,15 @@ Transform = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images, in memory or as a list of files that are read when a batch asks for them.
+    """Labeled images, in memory or as files that are read when a batch needs them.
 
     Attributes:
-        x: uint8 `[n, h, w, c]`, or n paths of image files.
-        y: int64 `[n]`, each in `0 .. len(classes) - 1`.
-        classes: the names of the classes.
-        source: where the images come from; two sets of one source can be told apart by `index`.
-        index: int64 `[n]`, the position of each image in its source.
-        transform: done to the pixels of a file, with its `index`, each time that they are read.
+        x: Pixels, uint8 `[n, h, w, c]`, or the paths of n image files.
+        y: Class numbers, int64 `[n]`, in `0 .. len(classes) - 1`.
+        classes: Names of the classes.
+        source: Name of the source of the images; with `index` it identifies every image.
+        index: Position of each image in its source, int64 `[n]`.
+        transform: Function of the pixels and the `index` of a file, applied whenever it is read.
     """
 
     x: npt.NDArray[np.uint8] | tuple[Path, ...]
@@ -53,7 +54,7 @@ class ImageSet:
         x = self.x if isinstance(self.x, tuple) else _check_images(self.x, source)
         if self.transform is not None and not isinstance(x, tuple):
             raise InvalidArgument(
-                f"transform: {source} is in memory; takes files, or use ImageSet.transformed"
+                f"transform must be None for images in memory ({source}); use ImageSet.transformed"
             )
         y = _check_labels(self.y, len(x), source)
         classes = tuple(str(name) for name in self.classes)
@@ -61,10 +62,11 @@ class ImageSet:
             classes = tuple(str(k) for k in range(int(y.max()) + 1))
         if int(y.max()) >= len(classes):
             raise DataError(
-                f"y: label {int(y.max())} in {source} has no class; there are {len(classes)}"
+                f"y must be less than the number of classes, {len(classes)}, got {int(y.max())} in "
+                f"{source}"
             )
         if len(set(classes)) != len(classes):
-            raise DataError(f"classes: {source} names a class twice")
+            raise DataError(f"classes must be distinct, got a duplicate in {source}")
         index = self.index if len(self.index) else np.arange(len(x), dtype=np.int64)
         for name, value in (
             ("x", x), ("y", y), ("classes", classes), ("source", source), ("index", index)
@@ -78,51 +80,58 @@ class ImageSet:
         return f"ImageSet({len(self)} images, {len(self.classes)} classes, {self.source})"
 
     def subset(self, indices: Sequence[int] | npt.NDArray[Any]) -> ImageSet:
-        """Keep the images at `indices`, in that order.
+        """Return the images at `indices`, in that order.
 
         Raises:
-            InvalidArgument: an index is out of range, or there is none.
+            InvalidArgument: `indices` is empty, or an index is out of range.
         """
         chosen = np.asarray(indices)
         if chosen.ndim != 1 or not len(chosen) or not np.issubdtype(chosen.dtype, np.integer):
             raise InvalidArgument(
-                f"indices: got {chosen.dtype} {list(chosen.shape)}; takes one or more integers"
+                f"indices must be one or more integers [k], got {chosen.dtype} {list(chosen.shape)}"
             )
         if chosen.min() < 0 or chosen.max() >= len(self):
             raise InvalidArgument(
-                f"indices: {int(chosen.min())} to {int(chosen.max())}; takes 0 to {len(self) - 1}"
+                f"indices must be in [0, {len(self) - 1}], got {int(chosen.min())} to "
+                f"{int(chosen.max())}"
             )
         x = tuple(self.x[i] for i in chosen) if isinstance(self.x, tuple) else self.x[chosen]
         return replace(self, x=x, y=self.y[chosen], index=self.index[chosen])
 
     def select_classes(self, classes: Sequence[str | int]) -> ImageSet:
-        """Keep some classes, by name or number, and relabel them `0 .. k - 1` in the order given.
+        """Return the images of some classes, relabeled `0 .. k - 1`.
+
+        Args:
+            classes: Two or more names or numbers of classes, in the order of the new labels.
 
         Raises:
-            InvalidArgument: a class is unknown or named twice, or fewer than two are named.
+            InvalidArgument: A class is unknown or duplicated, or there are fewer than two.
         """
         numbers = [self._class_number(name) for name in classes]
         if len(set(numbers)) != len(numbers) or len(numbers) < 2:
-            raise InvalidArgument(f"classes: got {list(classes)}; takes two or more, each once")
+            raise InvalidArgument(
+                f"classes must be at least 2 distinct classes, got {list(classes)}"
+            )
         relabel = np.full(len(self.classes), -1, np.int64)
         relabel[numbers] = np.arange(len(numbers))
         y = relabel[self.y]
         chosen = np.flatnonzero(y >= 0)
         if not len(chosen):
-            raise InvalidArgument(f"classes: {self.source} has no image of {list(classes)}")
+            raise InvalidArgument(f"classes: {self.source} contains no image of {list(classes)}")
         x = tuple(self.x[i] for i in chosen) if isinstance(self.x, tuple) else self.x[chosen]
         names = tuple(self.classes[k] for k in numbers)
         return replace(self, x=x, y=y[chosen], classes=names, index=self.index[chosen])
 
     def transformed(self, transform: Transform) -> ImageSet:
-        """Change every image, at once in memory and when they are read for files.
+        """Apply a transform to every image: now to images in memory, on reading to files.
 
         Args:
-            transform: takes pixels uint8 `[h, w, c]` and the image's `index`, returns the same
-                number of channels; of the same size in memory. Done after any that is there.
+            transform: Function of the pixels, uint8 `[h, w, c]`, and the `index` of an image. It
+                returns pixels with the same number of channels and, in memory, of the same size.
+                An existing transform is applied first.
 
         Returns:
-            The changed images, of the same source and index as those that they come from.
+            The transformed images, with the same source and index.
         """
         if isinstance(self.x, tuple):
             before = self.transform
@@ -132,22 +141,23 @@ class ImageSet:
         return replace(self, x=np.stack(changed))
 
     def split(self, *fractions: float, seed: int = 0) -> tuple[ImageSet, ...]:
-        """Cut into disjoint parts, each with its share of every class.
+        """Split into disjoint sets, stratified by class.
 
         Args:
-            fractions: the share of each part; they sum to 1.
-            seed: of the shuffle within each class.
+            fractions: Positive fractions of the images, one per set; their sum is 1.
+            seed: Seed of the shuffle within each class.
 
         Returns:
-            One set a fraction, images in the order of this set.
+            One set per fraction, with images in the order of this set.
 
         Raises:
-            InvalidArgument: fractions that are not positive or do not sum to 1.
-            DataError: a class too small to be in every part.
+            InvalidArgument: A fraction is not positive, or their sum is not 1.
+            DataError: A class is too small to be in every set.
         """
-        if not fractions or min(fractions) <= 0 or abs(sum(fractions) - 1) > 1e-9:
-            raise InvalidArgument(f"fractions: got {fractions}; takes positive shares of sum 1")
-        rng = np.random.default_rng(seed)
+        fractions = tuple(real("fractions", fraction, above=0) for fraction in fractions)
+        if not fractions or abs(sum(fractions) - 1) > 1e-9:
+            raise InvalidArgument(f"fractions must sum to 1, got {fractions}")
+        rng = np.random.default_rng(whole("seed", seed))
         parts: list[list[npt.NDArray[np.int64]]] = [[] for _ in fractions]
         for k, name in enumerate(self.classes):
             members = rng.permutation(np.flatnonzero(self.y == k))
@@ -155,15 +165,15 @@ class ImageSet:
             for part, piece in zip(parts, np.split(members, cuts), strict=True):
                 if not len(piece):
                     raise DataError(
-                        f"fractions: class {name!r} of {self.source} has {len(members)} images, "
-                        f"too few for parts of {fractions}"
+                        f"fractions: class {name!r} of {self.source} has too few images, "
+                        f"{len(members)}, for fractions {fractions}"
                     )
                 part.append(piece)
         return tuple(self.subset(np.sort(np.concatenate(part))) for part in parts)
 
     @property
     def is_sorted_by_class(self) -> bool:
-        """Whether the first images are all of the first class, as in a folder per class."""
+        """Whether the images are sorted by class, as those of class folders are."""
         return bool((np.diff(self.y) >= 0).all())
 
     def batches(
@@ -173,61 +183,62 @@ class ImageSet:
         samples: int | None = None,
         start: int = 0,
         shuffle_seed: int | None = None,
-    ) -> Batches:
-        """Give batches that a model takes; every pass over them is the same.
+    ) -> ImageBatches:
+        """Return batches of preprocessed images; every pass yields the same batches.
 
         Args:
-            spec: channels, size and normalisation. Grey becomes RGB by repetition, RGB becomes
-                grey by luminance (ITU-R BT.601). If the size differs, the shorter side is fitted
-                (antialiased) and the longer is cropped about its centre.
-            batch_size: images a batch; the last may be smaller.
-            samples: images in all; None takes all from `start` on.
-            start: images to pass over.
-            shuffle_seed: of a fixed shuffle before `start` and `samples` count; None keeps the
-                order.
+            spec: Channels, size and normalization. Grayscale is converted to RGB by repetition,
+                RGB to grayscale by luminance (ITU-R BT.601). Images of another size are resized
+                (antialiased) to cover `spec.size`, then center-cropped.
+            batch_size: Images per batch; the last batch may be smaller.
+            samples: Number of images; None for all images from `start` on.
+            start: Number of images to skip.
+            shuffle_seed: Seed of a fixed shuffle, before `start` and `samples` are applied; None
+                keeps the order.
 
         Returns:
-            An iterable of `(images float32 [n, c, h, w], labels int64 [n])`.
+            An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`.
 
         Raises:
-            DataError: fewer images than `samples` after `start`.
-            InvalidArgument: a number out of range.
+            DataError: There are fewer than `samples` images after `start`.
+            InvalidArgument: A number is out of range.
         """
-        if batch_size < 1:
-            raise InvalidArgument(f"batch_size: got {batch_size}; takes 1 or more")
-        if start < 0:
-            raise InvalidArgument(f"start: got {start}; takes 0 or more")
-        if samples is not None and samples < 1:
-            raise InvalidArgument(f"samples: got {samples}; takes 1 or more, or None")
-        left = len(self) - start
-        if left < (samples or 1):
+        batch_size, start = whole("batch_size", batch_size, 1), whole("start", start)
+        samples = None if samples is None else whole("samples", samples, 1)
+        count = len(self)
+        if start >= count:
+            raise DataError(
+                f"start must be less than {count}, the number of images of {self.source}, "
+                f"got {start}"
+            )
+        if samples is not None and samples > count - start:
             after = f" after the first {start}" if start else ""
             raise DataError(
-                f"samples: asked for {samples or 'all'}, but {self.source} has {max(left, 0)} "
-                f"images{after}"
+                f"samples must be at most {count - start}, the number of images of {self.source}"
+                f"{after}, got {samples}"
             )
-        order = np.arange(len(self))
+        order = np.arange(count)
         if shuffle_seed is not None:
-            order = np.random.default_rng(shuffle_seed).permutation(order)
-        end = len(self) if samples is None else start + samples
-        return Batches(self, spec, order[start:end], batch_size)
+            rng = np.random.default_rng(whole("shuffle_seed", shuffle_seed))
+            order = rng.permutation(order)
+        end = count if samples is None else start + samples
+        return ImageBatches(self, spec, order[start:end], batch_size)
 
     def _class_number(self, name: str | int) -> int:
         if isinstance(name, str) and name in self.classes:
             return self.classes.index(name)
-        if isinstance(name, (int, np.integer)) and 0 <= name < len(self.classes):
-            return int(name)
-        near = difflib.get_close_matches(str(name), self.classes, n=3)
-        hint = f" (close: {', '.join(near)})" if near else ""
+        number = as_integer(name)
+        if number is not None and 0 <= number < len(self.classes):
+            return number
         raise InvalidArgument(
-            f"classes: {self.source} has no class {name!r}{hint}; it has "
-            f"{', '.join(self.classes[:10])}{', ...' if len(self.classes) > 10 else ''}"
+            f"classes: {self.source} has no class {name!r}, only {listed(self.classes, 10)}"
+            f"{did_you_mean(name, self.classes)}"
         )
 
 
 @dataclass(frozen=True)
 class _Both:
-    """Two transforms, one after the other."""
+    """Composition of two transforms."""
 
     first: Transform
     second: Transform
@@ -237,8 +248,8 @@ class _Both:
 
 
 @dataclass(frozen=True, eq=False)
-class Batches:
-    """Batches of an `ImageSet`, read and normalised as they are asked for; see `batches`."""
+class ImageBatches:
+    """Batches of an `ImageSet`, read and normalized during iteration, see `ImageSet.batches`."""
 
     images: ImageSet
     spec: InputSpec
@@ -247,7 +258,7 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        """Images in all."""
+        """Number of images of a pass."""
         return len(self.order)
 
     def __len__(self) -> int:
@@ -270,8 +281,9 @@ class Batches:
                 first = first or (x[i], pixels.shape[:2])
                 if self.spec.size is None and pixels.shape[:2] != first[1]:
                     raise DataError(
-                        f"size: {x[i]} has {size_text(pixels.shape[:2])} and {first[0]} has "
-                        f"{size_text(first[1])}; a model of native size takes one size: give size"
+                        f"size must be given for images of different sizes, got "
+                        f"{size_text(first[1])} ({first[0]}) and {size_text(pixels.shape[:2])} "
+                        f"({x[i]})"
                     )
                 tensors.append(prepare(pixels[None], self.spec, str(x[i])))
             yield torch.cat(tensors), labels
@@ -280,23 +292,26 @@ class Batches:
 def _check_images(x: npt.NDArray[Any], source: str) -> npt.NDArray[np.uint8]:
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim not in (3, 4):
         came = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
-        raise DataError(f"x: {source} holds {came}; takes uint8 [n, h, w] or [n, h, w, c]")
+        raise DataError(f"x must be uint8 [n, h, w] or [n, h, w, c], got {came} in {source}")
     if 0 in x.shape:
-        raise DataError(f"x: {source} holds no pixels, {list(x.shape)}")
+        raise DataError(f"x must not be empty, got {list(x.shape)} in {source}")
     if x.ndim == 3:
         return x[..., None]
     if x.shape[3] > 16:
-        hint = "; channels come last" if x.shape[1] in (1, 3) else ""
-        raise DataError(f"x: {source} holds {list(x.shape)}; takes uint8 [n, h, w, c]{hint}")
+        hint = "; channels must be last" if x.shape[1] in (1, 3) else ""
+        raise DataError(
+            f"x must be [n, h, w, c], with at most 16 channels, got {list(x.shape)} in "
+            f"{source}{hint}"
+        )
     return x
 
 
 def _check_labels(y: npt.NDArray[Any], n: int, source: str) -> npt.NDArray[np.int64]:
     if not isinstance(y, np.ndarray) or y.dtype.kind not in "iu" or y.shape != (n,):
         came = f"{y.dtype} {list(y.shape)}" if isinstance(y, np.ndarray) else type(y).__name__
-        raise DataError(f"y: {source} holds {came}; takes integers [{n}], one label an image")
+        raise DataError(f"y must be integers [{n}], one label per image, got {came} in {source}")
     if not n:
-        raise DataError(f"data: {source} holds no image")
+        raise DataError(f"data: {source} contains no image")
     if int(y.min()) < 0:
-        raise DataError(f"y: {source} holds label {int(y.min())}; takes 0 or more")
+        raise DataError(f"y must be at least 0, got {int(y.min())} in {source}")
     return y.astype(np.int64)

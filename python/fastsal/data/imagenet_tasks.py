@@ -1,8 +1,8 @@
 """Ten tasks of ten ImageNet classes each.
 
-The split of "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
-(arXiv 2509.24066). Classes are numbered 0 to 999 in the order of their WordNet ids, as in the
-folders of ImageNet (ILSVRC2012) and in the logits of timm's models.
+Source: "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
+(arXiv 2509.24066). Classes are numbered 0 to 999 in the order of their WordNet ids, as are the
+folders of ImageNet (ILSVRC2012) and the logits of timm's models.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ def imagenet_tasks(images: ImageSet) -> dict[str, ImageSet]:
     """Select the classes of each of the ten tasks.
 
     Args:
-        images: ImageNet, its 1,000 classes in the order of their WordNet ids, as a folder with a
-            folder per class gives them.
+        images: ImageNet, with 1,000 classes in the order of their WordNet ids, as `load_images`
+            reads it from a folder with a subfolder per class.
 
     Returns:
-        `{"t0" .. "t9": images of ten classes}`; cut each with `Task.cut`. The classes keep their
-        names and take the order of `IMAGENET_TASKS`, whose numbers are those of logits.
+        Task name, "t0" to "t9", to the images of its ten classes, in the order of
+        `IMAGENET_TASKS`. Split each into disjoint sets with `Task.cut`.
 
     Raises:
-        DataError: another number of classes, WordNet ids in another order, or a class of a task
-            without images.
+        DataError: There are not 1,000 classes, the WordNet ids are not sorted, or a class of a
+            task has no images.
     """
     classes = images.classes
     if len(classes) != IMAGENET_CLASSES:
         raise DataError(
-            f"images: {images.source} has {len(classes)} classes; takes ImageNet's "
-            f"{IMAGENET_CLASSES}, a folder of images each"
+            f"images must have the {IMAGENET_CLASSES} classes of ImageNet, got {len(classes)} in "
+            f"{images.source}"
         )
     if all(re.fullmatch(r"n\d{8}", name) for name in classes) and list(classes) != sorted(classes):
         first = next(a for a, b in zip(classes, sorted(classes), strict=True) if a != b)
         raise DataError(
-            f"images: {images.source} has class {first!r} out of order; takes WordNet ids in order"
+            f"images must have classes sorted by WordNet id, got {first!r} out of order in "
+            f"{images.source}"
         )
     there = set(images.y.tolist())
     for task, numbers in IMAGENET_TASKS.items():

@@ -1,4 +1,4 @@
-"""Image sets in which some classes are rare."""
+"""Image sets with imbalanced classes."""
 
 from __future__ import annotations
 
@@ -6,30 +6,33 @@ import numpy as np
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import real, whole
 
 
 def imbalanced(images: ImageSet, ratio: float, seed: int = 0) -> ImageSet:
-    """Thin classes out to an exponential long tail, as Cui et al. (2019), section 5.1, do.
+    """Subsample the classes to an exponential long tail (Cui et al., 2019, section 5.1).
 
-    Of the `n` images of the k-th class `n · ratio^(k / (K − 1))` stay, k from 0, rounded, one at
-    least: the first class keeps all, the last one `ratio` of them.
+    Of the n images of the k-th class of a random order, k = 0 .. K − 1, `n · ratio^(k / (K − 1))`
+    are kept, rounded, and at least one.
 
     Args:
-        images: K classes, two or more.
-        ratio: what the rarest class keeps, above 0, to 1 (Cui's imbalance factor is `1 / ratio`).
-        seed: of the order of the classes and of which images stay.
+        images: Images of K >= 2 classes.
+        ratio: Fraction of the images that the rarest class keeps, in (0, 1]. The imbalance factor
+            of Cui et al. is `1 / ratio`.
+        seed: Seed of the order of the classes and of the choice of images.
 
     Returns:
-        The images that stay, in the order of `images`.
+        The kept images, in the order of `images`.
 
     Raises:
-        InvalidArgument: `ratio` is out of range, or there is one class.
+        InvalidArgument: `ratio` is out of range, or there is only one class.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-        raise InvalidArgument(f"ratio: got {ratio!r}; takes a number above 0, to 1")
+    ratio, seed = real("ratio", ratio, above=0, most=1), whole("seed", seed)
     count = len(images.classes)
     if count < 2:
-        raise InvalidArgument(f"images: {images.source} has {count} class; takes two or more")
+        raise InvalidArgument(
+            f"images must have at least 2 classes, got {count} in {images.source}"
+        )
     rng = np.random.default_rng(seed)
     kept = []
     for rank, k in enumerate(rng.permutation(count)):

@@ -1,4 +1,4 @@
-"""Pairs of an image and a label, from any library, as one `ImageSet`.
+"""Image sets from the `(image, label)` pairs of other libraries.
 
 Axes: n images, h and w pixels, c channels.
 """
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError
+from fastsal.utils.numbers import as_integer
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -20,17 +21,17 @@ Pixels = npt.NDArray[np.uint8]
 def stack_items(
     items: Iterable[tuple[Any, Any]], n: int, classes: Sequence[str], source: str
 ) -> ImageSet:
-    """Read all images into one array.
+    """Read images into one array.
 
     Args:
-        items: `(image, label)`; an image as for `pixels_of`, a label a whole number, or a text,
-            whose class is then its place among all the texts in order.
-        n: how many there are.
-        classes: names of the classes; empty names them by number.
-        source: of the images.
+        items: Pairs of an image (see `pixels_of`) and a label, an integer or a string. Strings are
+            numbered in sorted order.
+        n: Number of items.
+        classes: Names of the classes; empty for their numbers.
+        source: Where the images come from.
 
     Raises:
-        DataError: no images, images of several sizes, or labels of another kind.
+        DataError: There are no images, they differ in size, or a label has another type.
     """
     x: Pixels | None = None
     labels: list[int | str] = []
@@ -41,14 +42,14 @@ def stack_items(
             x = np.empty((n, *pixels.shape), np.uint8)
         if pixels.shape[:2] != x.shape[1:3]:
             raise DataError(
-                f"data: image {i} of {source} has {_size(pixels)} pixels and those before it "
-                f"{_size(x[0])}; takes one size (images of several sizes lie in a folder per class)"
+                f"data: the images of {source} must have one size, got {_size(x[0])} and "
+                f"{_size(pixels)} (image {i}); store images of several sizes in class folders"
             )
         if pixels.shape[2] == 3 and x.shape[3] == 1:
-            x = np.repeat(x, 3, axis=3)  # the first colour among grey images
+            x = np.repeat(x, 3, axis=3)  # the first RGB image
         x[i] = pixels
     if x is None or len(labels) != n:
-        raise DataError(f"data: {source} gave {len(labels)} images; takes {max(n, 1)}")
+        raise DataError(f"data: {source} must have {max(n, 1)} images, got {len(labels)}")
     y, names = numbered(labels, classes, source)
     return ImageSet(x, y, tuple(names), source)
 
@@ -56,10 +57,10 @@ def stack_items(
 def numbered(
     labels: Sequence[int | str], classes: Sequence[str], source: str
 ) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return labels as numbers `[n]`, and the names of the classes."""
+    """Return labels as class numbers `[n]`, and the names of the classes."""
     texts = {label for label in labels if isinstance(label, str)}
     if texts and len(texts) < len(set(labels)):
-        raise DataError(f"data: {source} has labels that are texts and labels that are numbers")
+        raise DataError(f"data: the labels of {source} must be integers or strings, got both")
     if texts:
         names = sorted(texts)
         place = {name: i for i, name in enumerate(names)}
@@ -68,23 +69,24 @@ def numbered(
 
 
 def pixels_of(image: Any, what: str) -> Pixels:
-    """Return uint8 `[h, w, 1]` (grey) or `[h, w, 3]`.
+    """Return the pixels of an image, uint8 `[h, w, 1]` (grayscale) or `[h, w, 3]` (RGB).
 
     Args:
-        image: one of Pillow, an array uint8 `[h, w]` or `[h, w, c]`, or a tensor uint8 `[c, h, w]`.
-        what: for messages.
+        image: A Pillow image, an array uint8 `[h, w]` or `[h, w, c]`, or a tensor uint8
+            `[h, w]` or `[c, h, w]`.
+        what: Name of the image, for messages.
 
     Raises:
-        DataError: something else, or more than 8 bits.
+        DataError: The object is no image, or has more than 8 bits per channel.
     """
     import torch
     from PIL import Image
 
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
-            raise DataError(f"data: {what} has pixels of mode {image.mode}; takes 8 bits")
-        grey = image.mode in ("1", "L", "LA")
-        image = np.array(image.convert("L" if grey else "RGB"), np.uint8)
+            raise DataError(f"data: {what} must have 8 bits per channel, got mode {image.mode}")
+        is_gray = image.mode in ("1", "L", "LA")
+        image = np.array(image.convert("L" if is_gray else "RGB"), np.uint8)
     elif isinstance(image, torch.Tensor):
         image = image.numpy() if image.ndim == 2 else image.movedim(0, -1).numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
@@ -93,21 +95,22 @@ def pixels_of(image: Any, what: str) -> Pixels:
             if isinstance(image, np.ndarray)
             else type(image).__name__
         )
-        raise DataError(f"data: {what} is {came}; takes an image of 8 bits")
+        raise DataError(f"data: {what} must be an image with 8 bits per channel, got {came}")
     pixels: Pixels = image[..., None] if image.ndim == 2 else image
     if pixels.shape[2] not in (1, 3):
-        raise DataError(f"data: {what} has {pixels.shape[2]} channels; takes 1 or 3")
+        raise DataError(f"data: {what} must have 1 or 3 channels, got {pixels.shape[2]}")
     return pixels
 
 
 def _label_of(label: Any, what: str) -> int | str:
     if isinstance(label, str):
         return label
-    if hasattr(label, "item") and getattr(label, "ndim", 0) == 0:
-        label = label.item()  # a number of numpy or torch
-    if isinstance(label, bool) or not isinstance(label, int):
-        raise DataError(f"data: {what} has label {label!r:.60}; takes a whole number or a text")
-    return label
+    number = as_integer(label)
+    if number is None:
+        raise DataError(
+            f"data: the label of {what} must be an integer or a string, got {label!r:.60}"
+        )
+    return number
 
 
 def _size(pixels: npt.NDArray[Any]) -> str:

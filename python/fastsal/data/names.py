@@ -1,4 +1,4 @@
-"""Names of data sets: what `open_images` accepts, and the message for an unknown one."""
+"""Parsed names of data sets, `library:name?key=value`, see `open_images`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fastsal.errors import FastsalError, InvalidArgument
 
 @dataclass(frozen=True)
 class DataName:
-    """What `library:name?key=value&key=value` says.
+    """The parts of `library:name?key=value&key=value`.
 
     Attributes:
-        spec: as it was given, for messages.
+        spec: The whole text, for messages.
         library: "sklearn", "torchvision" or "hf".
-        name: of the data set there.
-        query: the keys and values.
-        root: the folder that relative paths start from.
+        name: Name of the data set in the library.
+        query: Key to value.
+        root: Folder that relative paths refer to.
     """
 
     spec: str
@@ -28,17 +28,19 @@ class DataName:
 
     @property
     def may_download(self) -> bool:
-        """Whether `download=true` was asked for."""
+        """Whether the name contains `download=true`."""
         value = self.query.get("download", "false")
         if value not in ("true", "false"):
-            raise InvalidArgument(f"data: {self.spec!r}: download={value}; takes true or false")
+            raise InvalidArgument(
+                f"data: download must be true or false, got {value!r} in {self.spec!r}"
+            )
         return value == "true"
 
     def path(self, text: str) -> Path:
-        """Return a path, below `root` if it is relative."""
+        """Return a path; a relative one is resolved against `root`."""
         return self.root / Path(text).expanduser()
 
 
 def missing(spec: str, package: str) -> FastsalError:
-    """Return the error of a library that is not installed."""
-    return FastsalError(f"data: {spec!r} needs {package}: pip install {package}")
+    """Return the error to raise if the library of a data set is not installed."""
+    return FastsalError(f"data: {spec!r} requires {package}: pip install {package}")

@@ -1,4 +1,4 @@
-"""Labelled images by name: a folder, an `.npz` file, or a data set of another library."""
+"""Labeled images by name: a folder, an `.npz` file, or a data set of another library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
 
-_TAKES = (
+_VALID = (
     "a folder of class folders, an .npz file, 'sklearn:digits', "
     "'torchvision:NAME?root=FOLDER&split=train' or 'hf:NAME?split=train&image=img&label=label'"
 )
@@ -28,35 +28,35 @@ def open_images(
     root: str | os.PathLike[str] | None = None,
     train: bool | None = None,
 ) -> ImageSet:
-    """Open labelled images, however they are named.
+    """Open labeled images by path or by the name of a data set.
 
     Args:
-        spec: one of
+        spec: One of
 
-            - a folder with one folder of images per class, or an `.npz` file: see `load_images`;
-            - `sklearn:digits`, scikit-learn's 1,797 digits of 8x8 pixels, 16 shades of grey spread
-              over 0 to 255 and rounded;
-            - `torchvision:CIFAR10?root=/data&train=true`, any class of `torchvision.datasets` whose
-              items are (image, label), its arguments after the question mark;
-            - `hf:cifar10?split=train&image=img&label=label`, a data set of Hugging Face's
-              `datasets`; `hf:/a/folder` is one that was saved to disk. `config` and `revision` are
-              taken too; `image` and `label` name columns and may be left out if they are clear.
+            - a folder with one subfolder of images per class, or an `.npz` file (`load_images`);
+            - `sklearn:digits`: scikit-learn's 1,797 digits of 8x8 pixels, with 16 gray levels
+              scaled to 0 to 255 and rounded;
+            - `torchvision:CIFAR10?root=/data&train=true`: any class of `torchvision.datasets` whose
+              items are `(image, label)`, with its arguments after the question mark;
+            - `hf:cifar10?split=train&image=img&label=label`: a data set of Hugging Face's
+              `datasets`, or `hf:/a/folder` for one saved to disk. Keys are `split`, `config`,
+              `revision`, and the columns `image` and `label`, which are optional if unambiguous.
 
-            Nothing is downloaded unless it says `download=true`.
-        classes: names or numbers of the classes to keep, relabelled in this order. With None,
-            classes of a library's data set that have no image are left out.
-        root: the folder that relative paths start from; None takes the current one.
-        train: which part of a library's data set is opened where `spec` names none: true the
-            training part, false the test part.
+            Nothing is downloaded without `download=true`.
+        classes: Names or numbers of the classes to keep, relabeled in this order. None keeps all
+            classes that have an image.
+        root: Folder that relative paths refer to; None for the current folder.
+        train: Whether to open the training split (True) or the test split (False) of a data set
+            whose `spec` names no split; None for the default of the library.
 
     Returns:
-        The images. Those in files of their own are read only when a batch asks for them.
+        The images. Images stored as files are read when a batch needs them.
 
     Raises:
-        DataError: no such images; items that are no images with labels; images of several sizes
-            that do not lie in files of their own.
-        InvalidArgument: an unknown library, key or class.
-        FastsalError: a library is not installed; the message says how to install it.
+        DataError: The images cannot be opened, an item is not an image with a label, or images
+            that are not stored as files differ in size.
+        InvalidArgument: The library, a key or a class is unknown.
+        FastsalError: The library is not installed.
     """
     text = os.fspath(spec)
     base = Path(root) if root is not None else Path()
@@ -65,26 +65,26 @@ def open_images(
         library = found[1]
         if library not in _LIBRARIES:
             if not (base / text).exists():
-                raise InvalidArgument(f"data: got {text!r}; takes {_TAKES}")
+                raise InvalidArgument(f"data must be {_VALID}, got {text!r}")
         else:
             name = _parse(text, library, base)
             return _select(_LIBRARIES[library](name, train), classes)
     if train is not None:
-        raise InvalidArgument(f"train: got {train}; {text} has no parts of its own: leave it out")
+        raise InvalidArgument(f"train must be None for {text}, which has no splits, got {train}")
     return load_images(base / Path(text).expanduser(), classes=classes)
 
 
 def _parse(text: str, library: str, root: Path) -> DataName:
     name, mark, rest = text[len(library) + 1 :].partition("?")
     if not name:
-        raise InvalidArgument(f"data: {text!r} names no data set; takes {_TAKES}")
+        raise InvalidArgument(f"data must be {_VALID}, got {text!r} without a name")
     query: dict[str, str] = {}
     for piece in rest.split("&") if mark else []:
         key, equals, value = piece.partition("=")
         if not key or not equals or key in query:
             raise InvalidArgument(
-                f"data: {text!r} has {piece!r} after the question mark; takes key=value, each key "
-                "once, with & between"
+                f"data: the arguments of {text!r} must be key=value, separated by &, with distinct "
+                f"keys, got {piece!r}"
             )
         query[key] = unquote(value)
     return DataName(text, library, unquote(name), query, root)
@@ -96,21 +96,23 @@ def _select(images: ImageSet, classes: Sequence[str | int] | None) -> ImageSet:
     counts = np.bincount(images.y, minlength=len(images.classes))
     if counts.min() == 0 and classes is not None:
         empty = images.classes[int(counts.argmin())]
-        raise DataError(f"classes: {images.source} has no image of class {empty!r}")
+        raise DataError(f"classes: {images.source} contains no image of class {empty!r}")
     there = [int(k) for k in np.flatnonzero(counts)]
     if len(there) < 2:
         raise DataError(
-            f"data: {images.source} has one class only ({images.classes[there[0]]}); takes two or "
-            "more"
+            f"data: {images.source} must have at least 2 classes, got {images.classes[there[0]]} "
+            "only"
         )
     return images if len(there) == len(counts) else images.select_classes(there)
 
 
 def _open_sklearn(name: DataName, train: bool | None) -> ImageSet:
     if name.name != "digits" or name.query:
-        raise InvalidArgument(f"data: got {name.spec!r}; takes 'sklearn:digits'")
+        raise InvalidArgument(f"data must be 'sklearn:digits', got {name.spec!r}")
     if train is not None:
-        raise InvalidArgument(f"train: got {train}; {name.spec} has one part: leave it out")
+        raise InvalidArgument(
+            f"train must be None for {name.spec}, which has no splits, got {train}"
+        )
     try:
         from sklearn.datasets import load_digits
     except ImportError:

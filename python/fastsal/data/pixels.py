@@ -1,6 +1,6 @@
-"""From an image file to pixels, and from pixels to what a model takes.
+"""Decoding of image files, and preprocessing of pixels for a model.
 
-Axes: n images, h and w pixels, c channels (1 grey, 3 RGB).
+Axes: n images, h and w pixels, c channels (1 grayscale, 3 RGB).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's mode "L"
 
 
 def decode(path: Path) -> npt.NDArray[np.uint8]:
-    """Read one image file as uint8 `[h, w, 1]` (grey) or `[h, w, 3]`."""
+    """Read an image file as uint8 `[h, w, 1]` (grayscale) or `[h, w, 3]` (RGB)."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DataError(f"data: {path} has pixels of mode {image.mode}; takes 8 bits")
-            grey = image.mode in ("1", "L", "LA")
-            pixels = np.array(image.convert("L" if grey else "RGB"), np.uint8)
+                raise DataError(f"data: {path} must have 8 bits per channel, got mode {image.mode}")
+            is_gray = image.mode in ("1", "L", "LA")
+            pixels = np.array(image.convert("L" if is_gray else "RGB"), np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if isinstance(error, DataError):
             raise
@@ -37,7 +37,7 @@ def decode(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def prepare(x: npt.NDArray[np.uint8], spec: InputSpec, source: str) -> Tensor:
-    """Turn uint8 `[n, h, w, c]` into normalised float32 `[n, spec.channels, *spec.size]`."""
+    """Convert uint8 `[n, h, w, c]` to normalized float32 `[n, spec.channels, *spec.size]`."""
     images = torch.from_numpy(np.ascontiguousarray(x)).permute(0, 3, 1, 2).float()
     channels = images.shape[1]
     if channels == 3 and spec.channels == 1:
@@ -45,7 +45,9 @@ def prepare(x: npt.NDArray[np.uint8], spec: InputSpec, source: str) -> Tensor:
     elif channels == 1 and spec.channels > 1:
         images = images.expand(-1, spec.channels, -1, -1)
     elif channels != spec.channels:
-        raise DataError(f"x: {source} has {channels} channels; the model takes {spec.channels}")
+        raise DataError(
+            f"x: {source} must have {spec.channels} channels for this model, got {channels}"
+        )
     if spec.size is not None and tuple(images.shape[2:]) != spec.size:
         images = _resize(images, spec.size, spec.interpolation)
     mean = torch.tensor(spec.mean).view(1, -1, 1, 1) * 255
@@ -54,7 +56,7 @@ def prepare(x: npt.NDArray[np.uint8], spec: InputSpec, source: str) -> Tensor:
 
 
 def _resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
-    """Fit the shorter side of `[n, c, h, w]` to `size`, then crop about the centre."""
+    """Resize `[n, c, h, w]` so that it covers `size`, then crop the center."""
     height, width = images.shape[2:]
     scale = max(size[0] / height, size[1] / width)
     fitted = (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
@@ -69,5 +71,5 @@ def _resize(images: Tensor, size: tuple[int, int], interpolation: str) -> Tensor
 
 
 def size_text(size: tuple[int, ...]) -> str:
-    """Say a size `(h, w)` in a message."""
+    """Format a size `(h, w)` for a message."""
     return f"{size[0]}x{size[1]} pixels"

@@ -1,4 +1,4 @@
-"""Batches of an image set in an order that changes from pass to pass."""
+"""Batches of an image set, reshuffled for every pass."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastsal.data.image_set import Batches
+from fastsal.data.image_set import ImageBatches
 
 
 @dataclass(frozen=True)
 class Shuffled:
-    """The same images in a new order each pass, drawn from torch's global random numbers.
+    """Batches reshuffled for every pass with the global random numbers of PyTorch.
 
-    `finetune` seeds those for every epoch, so that a run can be repeated, and gone on with.
+    `finetune` seeds these for every epoch, so that runs are reproducible and can be resumed.
     """
 
-    batches: Batches
+    batches: ImageBatches
 
     @property
     def samples(self) -> int:
-        """Images in all."""
+        """Number of images of a pass."""
         return self.batches.samples
 
     def __len__(self) -> int:

@@ -1,8 +1,7 @@
-"""Images of `torchvision.datasets`: any class whose items are (image, label)."""
+"""Images of `torchvision.datasets`: any class whose items are `(image, label)`."""
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +13,23 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.items import numbered, pixels_of, stack_items
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.suggestions import did_you_mean
 
-# Arguments that are functions, which no text can give.
+# Arguments that are functions, which a text cannot specify.
 _FUNCTIONS = ("transform", "target_transform", "transforms", "loader", "is_valid_file")
 
 
 def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
-    """Open what `torchvision:CLASS?argument=value` names; see `fastsal.open_images`."""
+    """Open the data set `torchvision:CLASS?argument=value`, see `fastsal.open_images`."""
     try:
         import torchvision.datasets as library
     except ImportError:
         raise missing(name.spec, "torchvision") from None
     known = [each for each in library.__all__ if inspect.isclass(getattr(library, each))]
     if name.name not in known:
-        close = difflib.get_close_matches(name.name, known, n=3)
-        hint = f" (close: {', '.join(close)})" if close else ""
         raise InvalidArgument(
-            f"data: {name.spec!r}: torchvision has no data set {name.name!r}{hint}"
+            f"data: {name.spec!r}: torchvision has no data set {name.name!r}"
+            f"{did_you_mean(name.name, known)}"
         )
     build = getattr(library, name.name)
     dataset, arguments = _build(name, build, train)
@@ -40,7 +39,7 @@ def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
         n = len(dataset)
     except TypeError:
         raise DataError(
-            f"data: {source} cannot be counted; takes images that lie at hand"
+            f"data: {source} must have a length; streamed data sets are not supported"
         ) from None
     classes = _class_names(dataset)
     files = _files(dataset, n)
@@ -53,7 +52,7 @@ def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
 def _build(
     name: DataName, build: Callable[..., Any], train: bool | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Return the data set, and those of its arguments that say which images they are."""
+    """Return the data set and the arguments that identify its images."""
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(build).parameters.items()
@@ -66,7 +65,7 @@ def _build(
     for key in name.query:
         if key in _FUNCTIONS or (key not in parameters and not is_open):
             raise InvalidArgument(
-                f"data: {name.spec!r}: torchvision's {name.name} has no argument {key!r}; takes "
+                f"data: {name.spec!r}: torchvision's {name.name} has no argument {key!r}, only "
                 f"{', '.join(parameters)}"
             )
     given = {
@@ -81,7 +80,7 @@ def _build(
         if "train" in parameters or (is_open and "split" in given):
             choices = [{**given, "train": train}]
         elif "split" in parameters and "split" not in given:
-            names = ("train",) if train else ("test", "val")  # a class knows one of the two
+            names = ("train",) if train else ("test", "val")  # a class supports one of the two
             choices = [{**given, "split": split} for split in names]
     extra = {"download": True} if name.may_download else {}
     problem: Exception | None = None
@@ -102,7 +101,7 @@ def _build(
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """Read an argument: text where the class says so, else true, false, numbers or a tuple."""
+    """Parse an argument: a string if annotated so, else a Boolean, a number or a tuple."""
     if annotation is not None and annotation is not inspect.Parameter.empty:
         told = annotation if isinstance(annotation, str) else str(annotation)
         if annotation is str or "str" in told.replace("'", ""):
@@ -120,7 +119,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def _class_names(dataset: Any) -> list[str]:
-    """Return names where there are any: ImageNet's are WordNet ids, whose words are not unique."""
+    """Return the class names, if unique: for ImageNet the WordNet ids, as its words are not."""
     for attribute in ("wnids", "classes"):
         names = getattr(dataset, attribute, None)
         if isinstance(names, (list, tuple)) and names:
@@ -133,14 +132,14 @@ def _class_names(dataset: Any) -> list[str]:
 def _pair(item: Any, i: int, source: str) -> tuple[Any, Any]:
     if not isinstance(item, (tuple, list)) or len(item) != 2:
         came = f"{len(item)} values" if isinstance(item, (tuple, list)) else type(item).__name__
-        raise DataError(f"data: item {i} of {source} is {came}; takes an image and a label")
+        raise DataError(f"data: item {i} of {source} must be an image and a label, got {came}")
     return item[0], item[1]
 
 
 def _files(dataset: Any, n: int) -> list[tuple[Path, int]] | None:
-    """Return the files that the images lie in, if the data set keeps them where others do.
+    """Return the image files and labels of a data set, if it stores them as others do.
 
-    They count only if the first, the middle and the last item are what the files hold.
+    Accepted only if the first, the middle and the last item equal the content of their files.
     """
     for pairs in (
         getattr(dataset, "samples", None),

@@ -16,21 +16,23 @@ from torch import nn
 from fastsal.data.batches import Batches, Pair
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
+from fastsal.distributed.sharding import ShardedStatistics
 from fastsal.distributed.whole_weights import whole_weights
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.block_fisher import BlockFisher, sums_of
 from fastsal.fisher.collection.budget import sums_nbytes
-from fastsal.fisher.collection.groups import add_in_groups, joining, placed
+from fastsal.fisher.collection.groups import join, run
 from fastsal.fisher.collection.prepare import prepare
-from fastsal.fisher.collection.recollected import Recollected
 from fastsal.fisher.collection.traffic import costs
-from fastsal.fisher.collection.work import GroupPass, Work
-from fastsal.fisher.files import write_index
+from fastsal.fisher.collection.work import Passes, Work
+from fastsal.fisher.files import shard_name, write_index
 from fastsal.fisher.memory_plan import PassMemory, Share
-from fastsal.fisher.parts import Part, Parts, by_key, rows
+from fastsal.fisher.model_sums import ModelSums, Origin
+from fastsal.fisher.parts import Part, Parts, by_key, row_unit
 from fastsal.fisher.shares import regrouped, shares
+from fastsal.fisher.statistics import Collected, Statistics
 from fastsal.utils.choices import EXCHANGES, Exchange
-from fastsal.utils.progress import Report, reporter
+from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
 from fastsal.utils.suggestions import check_choice
 
@@ -60,7 +62,7 @@ def collect(
         exchange: What processes send each other:
 
             - `"rows"`: the gradients of single samples, to the owner of their sums. The sums are
-              those of one process.
+              those of one process that runs PyTorch with as many threads as each of these.
             - `"sums"`: every process sums the whole model over its samples first, which takes the
               memory of all statistics in each.
             - `"auto"`: the one of fewer bytes, if `samples` is given: sums from more than
@@ -79,7 +81,9 @@ def collect(
     """
     ranks = Ranks(group)
     with whole_weights(model) as inner:
-        return collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
+        found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
+    assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored
+    return found.own.fisher
 
 
 def save(
@@ -100,13 +104,12 @@ def save(
     """
     ranks = Ranks(group)
     target = Path(path)
-    names = [
-        f"{target.stem}-{n + 1:05d}-of-{ranks.size:05d}.safetensors" for n in range(ranks.size)
-    ]
+    names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
     fisher.save(target.parent / names[ranks.rank])
     ranks.all_gather(None)
     if ranks.rank == 0:
-        write_index(target, names, list(fisher._whole or fisher.shapes))
+        origin = sums_of(fisher).origin
+        write_index(target, names, list(origin.shapes if origin else fisher.shapes))
     ranks.all_gather(None)
 
 
@@ -119,7 +122,7 @@ def collected(
     exchange: str = "rows",
     by_rows: bool = False,
     **options: Any,
-) -> BlockFisher:
+) -> ShardedStatistics:
     """Collect as `collect` does, from a plain model.
 
     Args:
@@ -141,9 +144,9 @@ def collected(
     share = Share(ranks.size, sums_first=exchange != "rows", agree=partial(_most, ranks))
     work = prepare(model, batches, share=share, by_rows=by_rows, **options)
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
-    whole, plan = work.fisher, work.plan
+    whole, plan = work.sums, work.plan
     most = share.longest(work.how.micro_batch, whole.block_size, plan.budget)
-    unit = rows(whole.shapes, whole.block_size) if by_rows else None
+    unit = row_unit(whole.shapes, whole.block_size) if by_rows else None
     groups = [
         shares(group, whole.block_size, ranks.size, unit=unit, most=most) for group in plan.groups
     ]
@@ -152,16 +155,17 @@ def collected(
         raise InvalidArgument(
             f"group must have at most one process for each block of the model, got {ranks.size}"
         )
-    fisher = whole._empty(by_key(all_shares[ranks.rank]))
-    fisher._shares, fisher._whole, fisher._plan = all_shares, whole.shapes, whole._plan
+    parts = by_key(all_shares[ranks.rank])
+    sums = whole.like(parts)
+    sums.origin = Origin(parts, whole.shapes)
     shown = progress if ranks.rank == 0 else False
-    own = [_own(group[ranks.rank]) for group in groups]
-    return placed(replace(work, fisher=fisher), own, _together(groups, ranks, way), shown)
+    own = run(replace(work, sums=sums), _together(groups, ranks, way), shown)
+    return ShardedStatistics(own, all_shares, whole.shapes)
 
 
 def add_samples(
     ranks: Ranks,
-    fisher: BlockFisher,
+    statistics: Statistics,
     model: nn.Module,
     batches: list[Pair],
     *,
@@ -170,29 +174,28 @@ def add_samples(
     **options: Any,
 ) -> None:
     """Add samples to statistics that were collected within a memory budget, in place."""
-    work, plan = joining(fisher, model, batches, **options)
-    assert fisher._shares is not None
-    if isinstance(fisher, Recollected):
-        fisher._join(work)
-        return
-    if work.how.curvature != "empirical":
-        exchange = "rows"
-    way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
-    samples = work.how.samples
-    groups = regrouped(fisher._shares, lambda p: sums_nbytes(fisher, p, samples), plan.spare)
-    own = [_own(group[ranks.rank]) for group in groups]
-    with reporter(progress if ranks.rank == 0 else False, "statistics") as report:
-        add_in_groups(work, own, _together(groups, ranks, way), report)
+    assert isinstance(statistics, ShardedStatistics)
+    shares = statistics.shares
+
+    def passes(work: Work) -> Passes:
+        samples = work.how.samples
+        groups = regrouped(shares, lambda p: sums_nbytes(work.sums, p, samples), work.plan.spare)
+        chosen = exchange if work.how.curvature == "empirical" else "rows"
+        way = chosen if chosen != "auto" else _fewer_bytes(work, ranks)
+        return _together(groups, ranks, way)
+
+    shown = progress if ranks.rank == 0 else False
+    join(statistics.own, model, batches, passes, shown, **options)
 
 
-def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> GroupPass:
+def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Passes:
     """Return the passes of all ranks, each for one group of parts."""
     add_shared = add_summed_pass if way == "sums" else add_sharded_pass
 
-    def add(work: Work, some: BlockFisher, number: int, report: Report) -> None:
-        add_shared(work.how, some, groups[number], ranks, work.source(), report)
+    def add(work: Work, sums: ModelSums, number: int, report: Report) -> None:
+        add_shared(work.how, sums, groups[number], ranks, work.source(), report)
 
-    return add
+    return Passes([_own(group[ranks.rank]) for group in groups], add)
 
 
 def _own(parts: Sequence[Part]) -> Parts:
@@ -216,7 +219,7 @@ def _fewer_bytes(work: Work, ranks: Ranks) -> str:
         shapes,
         how.samples,
         ranks.size,
-        block_size=work.fisher.block_size,
+        block_size=work.sums.block_size,
         micro_batch=how.micro_batch,
         step=how.step,
     )

@@ -3,11 +3,13 @@
 By default rows (gradients of single samples) are sent. Rows are `4 d` bytes per sample, packed sums
 `2 (B + 1) d` bytes once: from more than `(B + 1) / 2` samples per rank on, sums are fewer bytes.
 But then a rank holds sums of the whole model, which is `ranks` times the memory, and sums round
-differently from those of one process; with rows the masks are equal bit for bit.
+differently from those of one process; with rows the masks are equal bit for bit. To that end a
+micro-batch is never split, as kernels of PyTorch round differently for another number of samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -16,10 +18,10 @@ from torch import Tensor
 from fastsal.data.batches import Pair, in_micro_batches
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import DataError
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.passes import Gradients, add_pass
+from fastsal.fisher.collection.passes import PassSettings, add_pass
+from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, shapes_of
-from fastsal.fisher.sums import flat_rows
+from fastsal.fisher.rows import flat_rows
 from fastsal.utils.progress import Report
 
 
@@ -27,33 +29,29 @@ class StepSums:
     """Adds rows to sums in steps of a fixed number of samples, whatever the sizes they arrive in.
 
     Args:
-        fisher: Statistics of this rank's parts.
+        sums: Sums of this rank's parts.
         step: Rows of one addition.
         expected: Total number of samples, if known.
     """
 
-    def __init__(self, fisher: BlockFisher, step: int, expected: int | None) -> None:
-        self._fisher = fisher
+    def __init__(self, sums: ModelSums, step: int, expected: int | None) -> None:
+        self._sums = sums
         self._step = step
         self._expected = expected
         self._rest: dict[str, Tensor] = {}
         self._waiting = 0
-
-    def expect(self, samples: int) -> None:
-        """Raise the expected total number of samples to at least `samples`."""
-        self._expected = max(samples, self._expected or 0)
 
     def add(self, key: str, rows: Tensor) -> None:
         """Add the rows `[n, d]` of a part, once per micro-batch."""
         rest = self._rest.pop(key, None)
         if rest is not None:
             rows = torch.cat([rest, rows])
-        seen = self._fisher._rows_seen
+        seen = self._sums.rows_seen
         steps = len(rows) // self._step * self._step
         for start in range(0, steps, self._step):
-            self._fisher._rows_seen = seen + start  # so that an error names the sample
-            self._fisher._add(key, rows[start : start + self._step], self._expected)
-        self._fisher._rows_seen = seen
+            self._sums.rows_seen = seen + start  # so that an error names the sample
+            self._sums.add(key, rows[start : start + self._step], self._expected)
+        self._sums.rows_seen = seen
         if len(rows) > steps:
             self._rest[key] = rows[steps:].clone()
 
@@ -61,16 +59,16 @@ class StepSums:
         """Count `n` samples, after the rows of all parts were added."""
         self._waiting += n
         while self._waiting >= self._step:
-            self._fisher._count(self._step)
+            self._sums.count(self._step)
             self._waiting -= self._step
 
     def flush(self) -> None:
         """Add the rows of an incomplete step."""
         for key, rows in self._rest.items():
-            self._fisher._add(key, rows, self._expected)
+            self._sums.add(key, rows, self._expected)
         self._rest.clear()
         if self._waiting:
-            self._fisher._count(self._waiting)
+            self._sums.count(self._waiting)
         self._waiting = 0
 
 
@@ -94,7 +92,7 @@ class OwnerSink:
         self._most = 0
 
     def begin(self, counts: Sequence[int]) -> None:
-        """Set the number of samples of each rank in the next micro-batch."""
+        """Set the number of samples of each rank in the next micro-batches."""
         self._counts = list(counts)
         self._most = max(counts)
 
@@ -111,8 +109,8 @@ class OwnerSink:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
                 self._sink.add(part.key, joined.cpu())
 
-    def end_micro_batch(self) -> None:
-        """Count the samples of the micro-batch, after the rows of all parameters were sent."""
+    def end_micro_batches(self) -> None:
+        """Count the samples of the micro-batches, after the rows of all parameters were sent."""
         self._sink.end_micro_batch(sum(self._counts))
 
     def flush(self) -> None:
@@ -121,18 +119,18 @@ class OwnerSink:
 
 
 def add_sharded_pass(
-    gradients: Gradients,
-    fisher: BlockFisher,
+    settings: PassSettings,
+    sums: ModelSums,
     shares: Sequence[Sequence[Part]],
     ranks: Ranks,
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """Make one pass over the images, each rank over its part of every micro-batch.
+    """Make one pass over the images; ranks run the micro-batches of one process in turn.
 
     Args:
-        gradients: Settings of the pass, the same on all ranks.
-        fisher: Statistics of this rank's parts, by their keys.
+        settings: Settings of the pass, the same on all ranks.
+        sums: Sums of this rank's parts, by their keys.
         shares: Parts of every rank.
         ranks: The processes.
         pairs: Images and labels, the same on all ranks.
@@ -141,30 +139,24 @@ def add_sharded_pass(
     Raises:
         DataError: Ranks have different numbers of samples.
     """
-    sums = StepSums(fisher, gradients.step, gradients.samples)
-    sink = OwnerSink(sums, shares, ranks)
+    steps = StepSums(sums, settings.step, settings.samples)
+    sink = OwnerSink(steps, shares, ranks)
     total = 0
-    with gradients.engine(part.name for share in shares for part in share) as engine:
-        size = gradients.micro_batch * ranks.size
-        for images, labels in in_micro_batches(pairs, size, size):
-            n = len(images)
+    with settings.engine(part.name for share in shares for part in share) as engine:
+        micro_batches = in_micro_batches(pairs, settings.micro_batch, settings.step)
+        while dealt := list(itertools.islice(micro_batches, ranks.size)):
             if total == 0:
-                engine.prepare(images, labels)
-            total += n
-            if gradients.samples is None:
-                sums.expect(total)
-            counts = [n // ranks.size + (rank < n % ranks.size) for rank in range(ranks.size)]
-            start = sum(counts[: ranks.rank])
-            # A rank without samples runs one that is then dropped, as all ranks must take part.
-            stop = max(start + counts[ranks.rank], start + 1)
-            some = slice(min(start, n - 1), stop)
+                engine.prepare(*dealt[0])
+            counts = [len(images) for images, _ in dealt] + [0] * (ranks.size - len(dealt))
+            total += sum(counts)
             sink.begin(counts)
             with engine.rewinding():
-                engine.skip(start)
-                engine.run(images[some], None if labels is None else labels[some], sink)
-            engine.skip(n)
-            sink.end_micro_batch()
-            report(total, gradients.samples)
+                engine.skip(sum(counts[: ranks.rank]))
+                # All ranks must take part: one without a micro-batch runs the last, and drops it.
+                engine.run(*dealt[min(ranks.rank, len(dealt) - 1)], sink)
+            engine.skip(sum(counts))
+            sink.end_micro_batches()
+            report(total, settings.samples)
         sink.flush()
     _check_same(ranks, total)
 
@@ -177,8 +169,8 @@ def _check_same(ranks: Ranks, samples: int) -> None:
 
 
 def add_summed_pass(
-    gradients: Gradients,
-    fisher: BlockFisher,
+    settings: PassSettings,
+    sums: ModelSums,
     shares: Sequence[Sequence[Part]],
     ranks: Ranks,
     pairs: Iterable[Pair],
@@ -187,8 +179,8 @@ def add_summed_pass(
     """Make one pass in which each rank sums the whole model over its samples, then add the sums.
 
     Args:
-        gradients: Settings of the pass, the same on all ranks.
-        fisher: Statistics of this rank's parts, by their keys.
+        settings: Settings of the pass, the same on all ranks.
+        sums: Sums of this rank's parts, by their keys.
         shares: Parts of every rank.
         ranks: The processes.
         pairs: Images and labels, the same on all ranks.
@@ -198,29 +190,27 @@ def add_summed_pass(
         DataError: Ranks have different numbers of samples.
     """
     every = by_key([part for share in shares for part in share])
-    shapes = {name: tuple(p.shape) for name, p in gradients.chosen.items()}
-    own = BlockFisher(
-        shapes_of(every, shapes), block_size=fisher.block_size, precision=fisher.precision
-    )
+    shapes = {name: tuple(p.shape) for name, p in settings.chosen.items()}
+    own = ModelSums.empty(shapes_of(every, shapes), sums.block_size, sums.precision)
     total = 0
 
     def mine() -> Iterator[Pair]:
         nonlocal total
-        size = gradients.micro_batch * ranks.size
+        size = settings.micro_batch * ranks.size
         for images, labels in in_micro_batches(pairs, size, size):
             total += len(images)
             some = slice(ranks.rank, None, ranks.size)
             if len(images[some]):
                 yield images[some], None if labels is None else labels[some]
 
-    add_pass(gradients, own, every, mine(), report)
+    add_pass(settings, own, every, mine(), report)
     for owner, share in enumerate(shares):
         for part in share:
-            sums = own._parameters[part.key]
-            packed = ranks.reduce(torch.from_numpy(sums.fold()), owner)
-            plain = ranks.reduce(torch.from_numpy(sums.sums), owner)
+            found = own.parameters[part.key]
+            packed = ranks.reduce(torch.from_numpy(found.fold()), owner)
+            plain = ranks.reduce(torch.from_numpy(found.sums), owner)
             if owner == ranks.rank:
-                fisher._parameters[part.key].add_sums(packed.numpy(), plain.numpy())
-            sums.clear()
+                sums.parameters[part.key].add_sums(packed.numpy(), plain.numpy())
+            found.clear()
     _check_same(ranks, total)
-    fisher._count(total)
+    sums.count(total)

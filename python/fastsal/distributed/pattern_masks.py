@@ -10,8 +10,8 @@ from torch import Tensor
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import Mine
 from fastsal.distributed.thresholds import assembled, masks_of_shards
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Part
+from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.masks.joint import in_rows, joint_choice, joint_costs
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
@@ -26,7 +26,7 @@ from fastsal.pruning.masks.ranking import check_ranking, rank
 
 def pattern_masks_of_shards(
     mine: Mine,
-    fisher: BlockFisher,
+    statistics: Statistics,
     scores: Mapping[str, Tensor],
     goal: float | None,
     damping: float,
@@ -41,7 +41,7 @@ def pattern_masks_of_shards(
 
     Args:
         mine: The model and this rank's parts, which end with rows of axis 0.
-        fisher: Statistics of those parts.
+        statistics: Statistics of those parts.
         scores: Key to scores of this rank's parts.
         goal: Fraction of the groups to prune, for `"1xM"`.
         damping: Absolute `λ`.
@@ -65,15 +65,15 @@ def pattern_masks_of_shards(
     if not wanted.is_whole:
         kept: Mapping[str, Tensor]
         if joint:
-            with ranks.failing_together(fisher):
-                kept = joint_choice(_in_rows(mine, mine.weights), fisher, wanted, damping)
+            with ranks.failing_together(statistics):
+                kept = joint_choice(_in_rows(mine, mine.weights), statistics, wanted, damping)
         else:
             kept = rank(_in_rows(mine, scores), pattern=pattern)
         flat = {key: mask.reshape(-1).numpy() for key, mask in kept.items()}
         return Masks(assembled(flat, mine.shares, mine.shapes, ranks), dict(recipe))
     if joint:
-        with ranks.failing_together(fisher):
-            costs = joint_costs(_in_rows(mine, mine.weights), fisher, wanted, damping)
+        with ranks.failing_together(statistics):
+            costs = joint_costs(_in_rows(mine, mine.weights), statistics, wanted, damping)
     else:
         costs = group_scores(_in_rows(mine, scores), wanted.m)
     shares = [[_of_groups(p, mine.shapes, wanted.m) for p in share] for share in mine.shares]

@@ -18,12 +18,12 @@ from fastsal.distributed.sharing import (
     SharedCheckpoint,
     SharedExamination,
     SharedMeasure,
-    own_pieces,
+    in_order,
 )
 from fastsal.distributed.thresholds import masks_of_shards
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
+from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
@@ -31,7 +31,7 @@ from fastsal.pruning.criteria.scoring import score_tensors
 from fastsal.pruning.limits.examination import Examination, LossFunction
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches, Measured
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
@@ -56,25 +56,25 @@ class RankProcess(Process):
         self._exchange = exchange
         self._gathered = gathered
 
-    def collect(self, model: nn.Module, batches: Iterable[Pair], **options: Any) -> BlockFisher:
+    def collect(self, model: nn.Module, batches: Iterable[Pair], **options: Any) -> Statistics:
         """Collect the statistics of this process's parts."""
         return collected(self._ranks, model, batches, exchange=self._exchange, **options)
 
     def add_samples(
-        self, fisher: BlockFisher, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
     ) -> None:
         """Add samples to the statistics of this process's parts, in place."""
         add_samples(self._ranks, fisher, model, batches, exchange=self._exchange, **options)
 
-    def mean_diagonal(self, fisher: BlockFisher) -> float:
+    def mean_diagonal(self, fisher: Statistics) -> float:
         """Return the mean diagonal of F over the whole model."""
-        totals = self._ranks.all_gather(fisher._squares())
+        totals = self._ranks.all_gather(squared_gradients(fisher))
         return float(sum(t for t, _ in totals) / sum(n for _, n in totals))
 
     def score(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         recipe: Recipe,
         masks: Masks | None,
         damping: float,
@@ -95,7 +95,7 @@ class RankProcess(Process):
     def choose_masks(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         recipe: Recipe,
         scores: Mapping[str, Tensor],
         goal: float | None,
@@ -122,7 +122,7 @@ class RankProcess(Process):
     def compensate(
         self,
         model: nn.Module,
-        fisher: BlockFisher,
+        fisher: Statistics,
         masks: Masks,
         damping: float,
         *,
@@ -150,23 +150,25 @@ class RankProcess(Process):
                 shelf.release()
         return float(sum(self._ranks.all_gather(report.total)))
 
-    def held_out(self, images: list[Pair], prepare: Callable[[list[Pair]], Measured]) -> Measured:
-        """Return held-out images, of which each process measures a part."""
-        pieces = own_pieces(images, self._ranks)
-        return SharedMeasure(prepare(pieces) if pieces else None, self._ranks)
+    def held_out(
+        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+    ) -> Measured:
+        """Return held-out micro-batches, of which each process measures some."""
+        return SharedMeasure(prepare(self._ranks.dealt(batches)), self._ranks)
+
+    def all_features(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features of the micro-batches of all processes, in order."""
+        return in_order(self._ranks.all_gather([f.cpu() for f in features]))
 
     def examination(
         self,
         model: nn.Module,
-        images: list[Pair],
+        batches: list[Pair],
         limit: Limit,
         loss: LossFunction,
-        micro_batch: int | None,
     ) -> Examination:
-        """Return the test of a limit, in which each process measures a part of the images."""
-        return SharedExamination(
-            model, images, limit, loss, ranks=self._ranks, micro_batch=micro_batch
-        )
+        """Return the test of a limit, in which each process measures some batches."""
+        return SharedExamination(model, batches, limit, loss, ranks=self._ranks)
 
     def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of the job, which rank 0 writes."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
+
+_Item = TypeVar("_Item")
 
 
 class LostRankError(FastsalError, ConnectionError):
@@ -98,6 +100,10 @@ class Ranks:
             self.sent[what] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return there.to(tensor.device)
 
+    def dealt(self, items: Sequence[_Item]) -> list[_Item]:
+        """Return the items of this rank, of those that ranks receive in turn; may be empty."""
+        return list(items[self.rank :: self.size])
+
     def all_gather(self, value: Any) -> list[Any]:
         """Return a small value of every rank, in order."""
         values = [None] * self.size
@@ -106,11 +112,11 @@ class Ranks:
         return values
 
     @contextlib.contextmanager
-    def failing_together(self, fisher: BlockFisher) -> Iterator[None]:
+    def failing_together(self, statistics: Statistics) -> Iterator[None]:
         """Raise FactorizationError on all ranks if one raises it in the block.
 
         Args:
-            fisher: The statistics that the block uses.
+            statistics: The statistics that the block uses.
 
         Raises:
             FactorizationError: One rank raised it.
@@ -121,7 +127,7 @@ class Ranks:
         except FactorizationError as error:
             failure = error
         if failure is not None:
-            fisher._finish()
+            statistics.finish()
         said = [text for text in self.all_gather(str(failure) if failure else None) if text]
         if said:
             raise failure or FactorizationError(said[0])

@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from fastsal.distributed.ranks import Ranks
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.parts import (
-    Part,
-    Parts,
-    by_key,
-    slices,
-)
+from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.fisher.parts import Part, Parts, by_key, slices
+from fastsal.fisher.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class ShardedStatistics:
+    """Statistics of one rank's parts of a model, and the division of the model among ranks.
+
+    Attributes:
+        own: Statistics of this rank's parts, by their keys.
+        shares: Parts of every rank.
+        model_shapes: Name to shape, of the whole model.
+    """
+
+    own: Statistics
+    shares: Sequence[Sequence[Part]]
+    model_shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def samples(self) -> int | float:
+        """Number of samples."""
+        return self.own.samples
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key of a part of this rank to its shape."""
+        return self.own.shapes
+
+    @property
+    def precision(self) -> str:
+        """Type of the sums, `"float32"` or `"float64"`."""
+        return self.own.precision
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """How they were collected within a memory budget; None without a budget."""
+        return self.own.plan
+
+    def groups(self, *, cuts: bool = True) -> Iterator[tuple[BlockFisher, Parts]]:
+        """Yield the statistics of groups of this rank's parts."""
+        return self.own.groups(cuts=cuts)
+
+    def finish(self) -> None:
+        """Complete a use that failed, in which other ranks take part."""
+        self.own.finish()
+
+    def merge(self, other: ShardedStatistics) -> None:
+        """Add more samples, collected in the same way at the same weights."""
+        self.own.merge(other.own)
 
 
 @dataclass(frozen=True)
@@ -34,14 +78,13 @@ class Mine:
     weights: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, fisher: BlockFisher, ranks: Ranks) -> Mine:
-        """Return the parts of a model by the statistics of this rank."""
-        assert fisher._shares is not None
-        assert fisher._whole is not None
+    def of(cls, model: nn.Module, statistics: Statistics, ranks: Ranks) -> Mine:
+        """Return the parts of a model that this rank has statistics of."""
+        assert isinstance(statistics, ShardedStatistics)
         found = dict(model.named_parameters(remove_duplicate=False))
-        parameters = {name: found[name] for name in fisher._whole}
-        parts = by_key(fisher._shares[ranks.rank])
-        return cls(parameters, fisher._shares, parts, slices(parameters, parts))
+        parameters = {name: found[name] for name in statistics.model_shapes}
+        parts = by_key(statistics.shares[ranks.rank])
+        return cls(parameters, statistics.shares, parts, slices(parameters, parts))
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from fastsal.data.batches import Pair, in_micro_batches
+from fastsal.data.batches import Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.checkpoint import Checkpoint
@@ -18,46 +18,46 @@ from fastsal.pruning.history import Round
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches, mean_of
+
+_Item = TypeVar("_Item")
 
 
-def own_pieces(images: list[Pair], ranks: Ranks, most: int | None = None) -> list[Pair]:
-    """Return this rank's part of images, in pieces of at most `most`."""
-    total = sum(len(x) for x, _ in images)
-    size = max(1, min(total // ranks.size, most or total))
-    return list(in_micro_batches(images, size, size))[ranks.rank :: ranks.size]
+def in_order(dealt: Sequence[Sequence[_Item]]) -> list[_Item]:
+    """Return the items of all ranks in their original order, before they were `dealt`."""
+    nothing = object()
+    turns = chain.from_iterable(zip_longest(*dealt, fillvalue=nothing))
+    return [item for item in turns if item is not nothing]  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class SharedMeasure:
-    """Held-out images of which every rank measures a part; all get the same mean loss.
+    """Held-out images of which every rank measures some micro-batches; all get the same mean.
 
     Attributes:
-        mine: The images of this rank; None if it has none.
+        mine: The micro-batches of this rank.
         ranks: The processes.
     """
 
-    mine: Measured | None
+    mine: InMicroBatches
     ranks: Ranks
 
     @property
     def samples(self) -> int:
         """Number of images of this rank."""
-        return self.mine.samples if self.mine is not None else 0
+        return self.mine.samples
+
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the loss of a model on each micro-batch of all ranks, in order."""
+        return in_order(self.ranks.all_gather(self.mine.losses(model)))
 
     def mean_loss(self, model: nn.Module) -> float:
         """Return the mean loss over the images of all ranks."""
-        total = self.mine.mean_loss(model) * self.samples if self.mine is not None else 0.0
-        found = self.ranks.all_gather((total, self.samples))
-        return float(sum(t for t, _ in found) / sum(n for _, n in found))
+        return mean_of(self.losses(model), sum(self.ranks.all_gather(self.samples)))
 
 
 class SharedExamination(Examination):
-    """The test of a limit, in which every rank measures a part; all get the same result.
-
-    Raises:
-        InvalidArgument: There are fewer images than ranks.
-    """
+    """The test of a limit, in which every rank measures some batches; all get the same result."""
 
     def __init__(
         self,
@@ -67,16 +67,14 @@ class SharedExamination(Examination):
         loss: Callable[[Tensor, Tensor], Tensor],
         *,
         ranks: Ranks,
-        micro_batch: int | None,
     ) -> None:
-        count = sum(len(x) for x, _ in images)
-        if count < ranks.size:
-            raise InvalidArgument(
-                f"held_out must have at least one image for each of {ranks.size} ranks, got {count}"
-            )
         self._ranks = ranks
-        super().__init__(model, own_pieces(images, ranks, micro_batch), limit, loss)
-        self._count = count
+        super().__init__(model, images, limit, loss)
+        self._count = sum(len(x) for x, _ in images)
+        self.cap = ranks.all_gather(self.cap)[0]  # rank 0 has the first batch
+
+    def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        return self._ranks.dealt(batches)
 
     @property
     def images(self) -> int:
@@ -85,8 +83,7 @@ class SharedExamination(Examination):
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return the increases of all images, in their order."""
-        found = self._ranks.all_gather(super().measured(model))
-        return [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None]
+        return in_order(self._ranks.all_gather(super().measured(model)))
 
 
 class SharedCheckpoint(Checkpoint):

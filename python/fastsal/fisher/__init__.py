@@ -1,4 +1,4 @@
-"""Block-diagonal empirical Fisher statistics: accumulate, store, merge, collect."""
+"""Block-diagonal empirical Fisher statistics: accumulation, storage, merging and collection."""
 
 from __future__ import annotations
 

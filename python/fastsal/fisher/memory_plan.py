@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fastsal.fisher.parts import Part, Unit, blocks
+from fastsal.fisher.parts import Part, Unit, block_unit
+from fastsal.utils.sizes import gib
 
-# Of the sums that are worked on at a time: they, what is made of them, and a margin.
-_VIEWS = 3
+# Memory of sums that are worked on at a time, in multiples of their size: the sums, what is
+# computed from them, and a margin.
+VIEW_COPIES = 3
 
-
-# Rows of a part from all ranks, at most, on their way to its sums, and how often they are there.
+# Bytes of rows that are received at a time from all ranks, and the number of copies held.
 _IN_FLIGHT, _COPIES = 2**27, 3
 
 
 @dataclass(frozen=True)
 class Use:
-    """What statistics are for, as far as memory goes.
+    """Memory requirements of what statistics are collected for.
 
     Attributes:
-        kept: Bytes that are held beside them while weights are scored and moved.
-        kept_collecting: Bytes that are held while sums are made.
-        joins: Whether more samples join later, for whose sums there must be room.
-        again: Whether sums may be collected again whenever they are used, as the model has the
-            weights that they are of.
+        kept: Bytes held beside the sums while weights are scored and compensated.
+        kept_collecting: Bytes held while sums are accumulated.
+        joins: Whether more samples are added later, whose sums need memory.
+        again: Whether statistics may be recomputed on each use, as the model has the same weights
+            then.
     """
 
     kept: int = 0
@@ -35,13 +36,14 @@ class Use:
 
 @dataclass(frozen=True)
 class Share:
-    """What one of several processes takes of the statistics.
+    """How the statistics are divided among processes.
 
     Attributes:
-        ranks: Number of processes, which share sums out.
-        sums_first: Whether each sums whole groups over its own samples before they are shared out.
-        unit: What of a parameter stays together; None is a block.
-        agree: What all processes plan with, from what each has measured.
+        ranks: Number of processes.
+        sums_first: Whether each process sums whole groups over its own samples before the sums are
+            divided.
+        unit: Weights of a parameter that are never separated; None is a block.
+        agree: Returns the memory that all processes plan with, from what one has measured.
     """
 
     ranks: int = 1
@@ -50,24 +52,24 @@ class Share:
     agree: Callable[[PassMemory], PassMemory] = lambda memory: memory
 
     def of(self, nbytes: int, part: Part, block_size: int | None) -> int:
-        """Bytes that a process has of those of a part, which is shared out in units."""
-        unit = (self.unit or blocks(block_size))(part)
+        """Return the bytes that one process holds of `nbytes` of a part, divided in units."""
+        unit = (self.unit or block_unit(block_size))(part)
         least = -(-nbytes * min(unit, len(part)) // len(part))
         return max(-(-nbytes // self.ranks), least)
 
     def rows(self, micro_batch: int) -> int:
-        """Rows of all processes at a time."""
+        """Return the rows that all processes compute at a time."""
         return micro_batch * self.ranks
 
     def longest(self, micro_batch: int, block_size: int | None, budget: int | None) -> int | None:
-        """Weights of what is sent at a time, at most; None for one process, which sends nothing."""
+        """Return the most weights that are sent at a time; None for a single process."""
         if self.ranks == 1:
             return None
         packed = ((block_size or 64) + 1) // 2 + 1
         return max(1, _in_flight(budget) // (4 * max(self.rows(micro_batch), packed)))
 
     def sent(self, budget: int | None) -> int:
-        """Bytes for what is on its way."""
+        """Return the bytes of send and receive buffers."""
         return 0 if self.ranks == 1 else _COPIES * _in_flight(budget)
 
 
@@ -75,29 +77,30 @@ def _in_flight(budget: int | None) -> int:
     return _IN_FLIGHT if budget is None else min(_IN_FLIGHT, budget // 32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryPlan:
-    """How statistics are collected within a memory budget. Bytes are those that are added.
+    """How statistics are collected within a memory budget. Bytes are those added to the process.
 
     Attributes:
-        budget: Bytes that may be added to the process; None for no limit.
+        budget: Most bytes that may be added to the process; None for no limit.
         micro_batch: Samples of one forward and backward pass.
-        step: Samples that are gathered before they are added to the statistics.
-        groups: Parts of the model that one pass over the images collects, one group a pass.
-        place: Where the statistics are kept: `"memory"`, a `"file"` of the scratch folder, or
-            `"nowhere"`: they are collected again, in all these passes, for each use.
+        step: Samples whose rows are gathered before they are added to the statistics.
+        groups: Parts of the model that are collected in each pass over the images.
+        place: Where statistics are stored: in `"memory"`, in a `"file"` of the scratch folder, or
+            `"nowhere"`: nothing is stored, statistics are recomputed on each use, in all passes.
         statistics: Bytes of all packed blocks and sums.
         group: Bytes of the sums of the largest group.
-        rows: Bytes of the rows that are gathered for it.
-        activations: Bytes of a forward and backward pass, with what kernels need.
-        kept: Bytes that are held beside sums while weights are scored and moved: scores, masks,
-            copies of weights.
-        kept_collecting: Bytes that are held while sums are made.
+        rows: Bytes of the gathered rows of the largest group.
+        activations: Bytes of a forward and backward pass, including buffers of kernels.
+        kept: Bytes of scores, masks and copies of weights, held while weights are scored and
+            compensated.
+        kept_collecting: Bytes of these that are held while sums are accumulated.
         view: Bytes of sums that are worked on at a time.
-        spare: Bytes that are left for the sums of samples that join later.
+        spare: Bytes left for the sums of samples that are added later.
         scratch: The scratch folder, if one is used.
-        ranks: Processes that share the work out; all else is of one of them.
-        sent: What one sends to the others to bytes; empty where it is not planned for several.
+        ranks: Number of processes; all other numbers are those of one of them.
+        sent: Kind of data to the bytes that one process sends to the others; empty if not planned
+            for several processes.
         seconds: Name of a step to its estimated time; empty without calibration.
     """
 
@@ -121,23 +124,32 @@ class MemoryPlan:
 
     @property
     def passes(self) -> int:
-        """Times that the images are gone over."""
+        """Number of passes over the images."""
         return len(self.groups)
 
     @property
     def memory(self) -> int:
-        """The most bytes that are added to the process."""
+        """Peak of the bytes added to the process."""
         collecting = self.kept_collecting + self.group + self.rows + self.activations
         held = {"memory": self.statistics, "file": 0, "nowhere": self.group}[self.place]
-        return max(collecting, self.kept + held + _VIEWS * self.view)
+        return max(collecting, self.kept + held + VIEW_COPIES * self.view)
 
     @property
     def disk(self) -> int:
-        """Bytes in the scratch folder."""
+        """Bytes of the scratch file."""
         return self.statistics if self.place == "file" else 0
 
+    def __repr__(self) -> str:
+        budget = "None" if self.budget is None else gib(self.budget)
+        seconds = f", seconds={self.seconds}" if self.seconds else ""
+        return (
+            f"MemoryPlan(budget={budget}, memory={gib(self.memory)}, disk={gib(self.disk)}, "
+            f"place={self.place!r}, passes={self.passes}, micro_batch={self.micro_batch}, "
+            f"step={self.step}, ranks={self.ranks}{seconds})"
+        )
+
     def as_dict(self) -> dict[str, object]:
-        """Values for JSON."""
+        """Return the plan as values for JSON."""
         return {
             "memory_budget": self.budget,
             "memory": self.memory,
@@ -158,22 +170,22 @@ class MemoryPlan:
         }
 
 
-# What a process takes beside the tensors of a pass: buffers inside of kernels, free lists.
+# Memory of a process beside the tensors of a pass: buffers of kernels, free lists of allocators.
 _OVERHEAD, OVERHEAD_BYTES = 1.1, 80 * 2**20
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """What one forward and backward pass takes, besides the statistics.
+    """Memory of one forward and backward pass, without the statistics.
 
     Attributes:
-        fixed: Bytes whatever the samples.
-        sample: Bytes a sample.
+        fixed: Bytes for any number of samples.
+        sample: Bytes for each sample.
     """
 
     fixed: float
     sample: float
 
     def of(self, n: int) -> int:
-        """Bytes of the process for `n` samples; the probe always takes two."""
+        """Return the bytes for `n` samples; at least two, as two are used to test the model."""
         return round(_OVERHEAD * (self.fixed + self.sample * max(n, 2)) + OVERHEAD_BYTES)

@@ -1,4 +1,4 @@
-"""Sums of statistics that lie in files, which may be larger than memory."""
+"""Weighted sums of statistics in files, which may be larger than memory."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.block_fisher import check_same_model, fisher_of
 from fastsal.fisher.files import read, write
-from fastsal.fisher.sums import ParameterStatistics
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.sums import ParameterSums
+from fastsal.utils.numbers import real
 
 
 def merge_files(
@@ -18,45 +20,42 @@ def merge_files(
     weights: Sequence[float] | None = None,
     shard_bytes: int | str | None = None,
 ) -> None:
-    """Add statistics in files, which may be larger than memory, and write the sum.
+    """Add statistics in files, and write the sum to a file.
 
-    The same as `load` and `merge` in this order, one parameter at a time.
+    The result equals that of `BlockFisher.load` and `BlockFisher.merge` in the same order.
 
     Args:
         paths: Files, or indexes of shards.
         out: The file to write, or the index.
-        weights: What one sample of each file counts; None is 1.
-        shard_bytes: As for `BlockFisher.save`.
+        weights: Weight of one sample of each file, above zero; None is 1.
+        shard_bytes: Most bytes of a shard, or text such as `"4GiB"`; None writes one file. The sums
+            of one shard are in memory at a time.
 
     Raises:
-        InvalidArgument: The files do not fit together, or a weight is not above zero.
-        FileFormatError: A file is damaged.
+        InvalidArgument: The files are of different models, or a weight is not above zero.
+        FileFormatError: A file is truncated, modified, or not a file of statistics.
     """
     if not paths or (weights is not None and len(weights) != len(paths)):
         raise InvalidArgument(
-            f"weights: got {len(weights or [])} for {len(paths)} files; takes one for each of "
-            "one file or more"
+            "weights must be one for each file, and there must be at least one file, got "
+            f"{len(weights or [])} for {len(paths)} files"
         )
     found = [read(path) for path in paths]
-    total = _Sum(found, list(weights or [1.0] * len(found)))
-    write(total, out, shard_bytes=shard_bytes)
+    first = found[0]
+    total = ModelSums.empty(first.shapes, first.block_size, first.precision)
+    terms = []
+    for sums, given in zip(found, weights or [1.0] * len(found), strict=True):
+        weight = real("weight", given, above=0)
+        check_same_model(fisher_of(total), fisher_of(sums))
+        total.count_merged(sums, weight)
+        terms.append((sums, weight))
 
+    def summed(name: str) -> ParameterSums:
+        p = total.parameters[name]
+        found = ParameterSums.empty(p.shape, p.block_size, p.dtype)
+        for sums, weight in terms:
+            found.merge(sums.parameters[name], weight)
+            sums.storage.release()
+        return found
 
-class _Sum(BlockFisher):
-    """The weighted sum of statistics, of which a parameter is there while it is written."""
-
-    def __init__(self, parts: Sequence[BlockFisher], weights: Sequence[float]) -> None:
-        first = parts[0]
-        super().__init__(first.shapes, block_size=first.block_size, precision=first.precision)
-        self._terms = list(zip(parts, weights, strict=True))
-        for fisher, weight in self._terms:
-            self._check_fits(fisher, weight)
-            self._count_merged(fisher, weight)
-
-    def _sums_of(self, name: str) -> ParameterStatistics:
-        p = self._parameters[name]
-        total = ParameterStatistics.empty(p.shape, p.block_size, p.dtype)
-        for fisher, weight in self._terms:
-            total.merge(fisher._parameters[name], weight)
-            fisher._release()
-        return total
+    write(total, out, shard_bytes=shard_bytes, summed=summed)

@@ -1,7 +1,7 @@
-"""Consecutive weights of a parameter: what a model is cut into where the whole is too much.
+"""Parts: ranges of consecutive weights, into which a model is cut to limit memory.
 
-A cut lies between blocks, so that statistics, scores and compensation of a part are those of the
-whole, bit for bit.
+Parameters are cut between blocks, so that statistics, scores and compensation of a part equal those
+of the whole, bit for bit.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 import fastsal._core as _core
@@ -20,10 +22,10 @@ class Part:
     """Weights `start` to `stop` of a parameter, flattened row-major.
 
     Attributes:
-        name: The parameter's.
+        name: Name of the parameter.
         start: First weight, a multiple of the block size.
-        stop: One past the last.
-        size: Weights of the whole parameter.
+        stop: One past the last weight.
+        size: Number of weights of the whole parameter.
     """
 
     name: str
@@ -36,44 +38,51 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the parameter."""
+        """Whether the part is the whole parameter."""
         return len(self) == self.size
 
     @property
     def key(self) -> str:
-        """A name of its own: the parameter's, or that with the range."""
+        """Unique name: that of the parameter, followed by the range unless the part is whole."""
         return self.name if self.is_whole else f"{self.name}[{self.start}:{self.stop}]"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part `[stop - start]` of a tensor of the parameter's shape."""
+        """Return this part `[stop - start]` of a tensor of the parameter's shape."""
         return tensor.reshape(-1)[self.start : self.stop]
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """A tensor `[d]` on the CPU, contiguous, as the core takes it."""
+    """Flatten a tensor to `[d]`, contiguous and on the CPU, as the compiled core requires."""
     return tensor.detach().cpu().reshape(-1).contiguous()
 
 
-# Key to part.
+def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_] | None:
+    """Return the mask of a parameter as an array `[d]`, or None if it has none."""
+    if masks is None or name not in masks:
+        return None
+    return flat(masks[name]).numpy()
+
+
+# Parts by their keys.
 Parts = dict[str, Part]
 
 
 def by_key(parts: Sequence[Part]) -> Parts:
-    """Parts by their keys, in order."""
+    """Return parts by their keys, in order."""
     return {part.key: part for part in parts}
 
 
 def shapes_of(parts: Parts, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Key to shape, from those of parameters; what is not whole is flat."""
+    """Return the shape of each part by its key; parts that are not whole are flat."""
     return {
         key: shapes[part.name] if part.is_whole else (len(part),) for key, part in parts.items()
     }
 
 
 def slices(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
-    """Key to its slice `[stop - start]`, of tensors by their parameters' names.
+    """Return the slice `[stop - start]` of each part by its key, from tensors by parameter name.
 
-    Those of whole parameters keep their shape; parts of a parameter that is not there are left out.
+    Whole parameters keep their shape. Parts of parameters missing from `tensors` are left out.
     """
     return {
         key: tensors[part.name] if part.is_whole else part.of(tensors[part.name])
@@ -85,17 +94,20 @@ def slices(tensors: Mapping[str, Tensor], parts: Parts) -> dict[str, Tensor]:
 # cost(part): memory of a part, in bytes.
 Cost = Callable[[Part], int]
 
-# unit(part): weights of its parameter that stay together, a multiple of the block.
+# unit(part): number of weights that are never separated, a multiple of the block size.
 Unit = Callable[[Part], int]
 
 
-def blocks(block_size: int | None) -> Unit:
-    """Parameters may be cut between any two blocks."""
+def block_unit(block_size: int | None) -> Unit:
+    """Return the unit that allows cuts between any two blocks."""
     return lambda part: min(block_size or part.size, part.size)
 
 
-def rows(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Unit:
-    """Parameters may be cut between blocks where a row of axis 0 ends: groups of patterns stay."""
+def row_unit(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Unit:
+    """Return the unit that allows cuts only between blocks that end with a row of axis 0.
+
+    Groups of an N:M or 1xM pattern are then never separated.
+    """
 
     def unit(part: Part) -> int:
         shape = shapes[part.name]
@@ -105,13 +117,13 @@ def rows(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Unit:
     return unit
 
 
-def whole(shapes: Mapping[str, Sequence[int]]) -> list[Part]:
-    """One part for each parameter."""
+def uncut(shapes: Mapping[str, Sequence[int]]) -> list[Part]:
+    """Return one part for each parameter."""
     return [Part(name, 0, math.prod(s), math.prod(s)) for name, s in shapes.items()]
 
 
 def packed_bytes(part: Part, block_size: int | None, itemsize: int) -> int:
-    """Memory of packed blocks and sums of a part."""
+    """Return the memory of the packed blocks and sums of a part, in bytes."""
     block = max(1, min(block_size or part.size, part.size))
     return itemsize * (_core.packed_len(len(part), block) + len(part))
 
@@ -124,25 +136,25 @@ def cut(
     *,
     unit: Unit | None = None,
 ) -> list[list[Part]] | None:
-    """Cut a model into as few groups as fit a memory each, and even ones.
+    """Cut a model into the fewest groups that each fit in a given memory, evenly filled.
 
-    A parameter stays whole unless it alone takes more than the room.
+    A parameter is cut only if it does not fit in one group.
 
     Args:
         shapes: Name to shape, in order.
-        block_size: Weights of a block; None does not cut parameters.
-        cost: Memory of a part, which grows with its length.
-        room: Memory of a group.
-        unit: What stays together; None is a block.
+        block_size: Weights of a block; None never cuts a parameter.
+        cost: Memory of a part in bytes; must grow with its length.
+        room: Memory of a group in bytes.
+        unit: Weights that are never separated; None is a block.
 
     Returns:
-        Groups of parts in the order of the parameters; None where not even a unit fits.
+        Groups of parts in the order of the parameters; None if even one unit does not fit.
     """
-    unit = unit or blocks(block_size)
+    unit = unit or block_unit(block_size)
     groups = _fill(shapes, unit, cost, room)
     if groups is None:
         return None
-    # The least room with which there are as many groups makes them even.
+    # The smallest room that gives the same number of groups fills them evenly.
     low, high, best = 0, room, groups
     while high - low > max(1, room // 64):
         middle = (low + high) // 2
@@ -159,7 +171,7 @@ def _fill(
 ) -> list[list[Part]] | None:
     groups: list[list[Part]] = [[]]
     left = room
-    for whole_part in whole(shapes):
+    for whole_part in uncut(shapes):
         pieces = _pieces(whole_part, unit(whole_part), cost, room)
         if pieces is None:
             return None
@@ -174,22 +186,22 @@ def _fill(
 
 
 def _pieces(part: Part, unit: int, cost: Cost, room: int) -> list[Part] | None:
-    """Cut a parameter into even parts that fit; None if a unit does not."""
+    """Cut a parameter into even parts that fit; return None if even one unit does not."""
     if cost(part) <= room:
         return [part]
     if cost(Part(part.name, 0, unit, part.size)) > room:
         return None
     count = -(-cost(part) // room)
-    # But for a rest of less than a unit, which the last one has too.
+    # The last piece also includes a remainder of less than a unit.
     while cost(Part(part.name, 0, _length(part, count, unit), part.size)) > room:
         count += 1
     return evenly(part, count, unit)
 
 
 def evenly(part: Part, count: int, unit: int) -> list[Part]:
-    """Cut a part into so many or fewer of equal length, between units.
+    """Cut a part between units into at most `count` parts of equal length.
 
-    A rest of less than a unit, which may have sums of its own kind, goes with the part before it.
+    A remainder of less than a unit, which may have sums of another kind, is added to the last part.
     """
     each = _length(part, count, unit)
     starts = range(part.start, max(part.stop - unit + 1, part.start + 1), each)
@@ -198,5 +210,5 @@ def evenly(part: Part, count: int, unit: int) -> list[Part]:
 
 
 def _length(part: Part, count: int, unit: int) -> int:
-    """Of each of so many pieces of a part, in whole units."""
+    """Return the length of each of `count` pieces of a part, in whole units."""
     return -(-len(part) // (count * unit)) * unit

@@ -1,11 +1,11 @@
-"""Divide the parts of a model among processes."""
+"""Division of the parts of a model among the ranks of a distributed job."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
 
-from fastsal.fisher.parts import Cost, Part, Unit, blocks, evenly, packed_bytes
+from fastsal.fisher.parts import Cost, Part, Unit, block_unit, evenly, packed_bytes
 
 
 def shares(
@@ -16,16 +16,16 @@ def shares(
     unit: Unit | None = None,
     most: int | None = None,
 ) -> list[list[Part]]:
-    """Give each rank a share of some parts, equal but for a unit, in order.
+    """Divide parts among ranks, in order, into shares that differ by at most one unit.
 
     Args:
-        parts: In order.
-        block_size: Weights of a block; None leaves parameters whole.
-        ranks: Number of shares; some are empty where there are fewer units.
-        unit: What stays together; None is a block.
-        most: Weights of one part of a share, but for a unit.
+        parts: The parts, in order.
+        block_size: Weights of a block; None makes each parameter one block.
+        ranks: Number of shares; some are empty if there are fewer units than ranks.
+        unit: Weights that are never separated; None is a block.
+        most: Most weights of one part of a share, plus at most one unit.
     """
-    unit = unit or blocks(block_size)
+    unit = unit or block_unit(block_size)
     total = sum(packed_bytes(part, block_size, 4) for part in parts)
     found: list[list[Part]] = [[] for _ in range(ranks)]
     done = 0.0
@@ -39,7 +39,7 @@ def shares(
             units = max(1, round((end - done) / (each * size)))
             stop = part.stop if rank == ranks - 1 else min(part.stop, start + units * size)
             if part.stop - stop < size:
-                stop = part.stop  # a rest of less than a unit goes with the part before it
+                stop = part.stop  # a remainder of less than a unit is added to this part
             share = Part(part.name, start, stop, part.size)
             found[rank] += evenly(share, 1 if most is None else -(-len(share) // most), size)
             done += each * (stop - start)
@@ -50,9 +50,15 @@ def shares(
 def regrouped(
     all_shares: Sequence[Sequence[Part]], cost: Cost, room: int
 ) -> list[list[list[Part]]]:
-    """Cut all shares into groups, so that no rank's part of a group takes more than a room.
+    """Cut all shares into groups, so that each rank's part of a group fits in a given memory.
 
-    A part that alone takes more is a group. Returns groups of shares, by rank.
+    Args:
+        all_shares: Parts of every rank.
+        cost: Memory of a part in bytes.
+        room: Memory of a group on one rank in bytes. A part that alone takes more is a group.
+
+    Returns:
+        Groups, each a list of the parts of every rank.
     """
     found = []
     for share in all_shares:

@@ -1,4 +1,4 @@
-"""Models: building, weights, inputs, features, and which parameters are selected."""
+"""Models: construction, weights, inputs, features, and selection of parameters."""
 
 from __future__ import annotations
 

@@ -1,20 +1,21 @@
-"""The classifier of a model: where it is and how many classes it has."""
+"""The classifier of a model: its layers and its number of classes."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import as_integer
 
 
 def class_count(model: nn.Module) -> int | None:
-    """Return the number of classes that `model` puts out, or None where it cannot be known.
+    """Return the number of classes that `model` predicts, or None if it cannot be determined.
 
     Read from `num_classes`, from timm's `get_classifier()`, or from the last layer with weights
     if that is a `Linear`.
     """
-    number = getattr(model, "num_classes", None)
-    if isinstance(number, int) and number > 0:
+    number = as_integer(getattr(model, "num_classes", None))
+    if number is not None and number > 0:
         return number
     if callable(getattr(model, "get_classifier", None)):
         classifier = model.get_classifier()  # type: ignore[operator]
@@ -27,7 +28,7 @@ def class_count(model: nn.Module) -> int | None:
 
 
 def classifier_of(model: nn.Module) -> list[nn.Module]:
-    """Return a model's own classifier; nothing where it has none."""
+    """Return the layers of a model's classifier; an empty list if it has none."""
     try:
         return find_head(model)
     except InvalidArgument:
@@ -35,12 +36,12 @@ def classifier_of(model: nn.Module) -> list[nn.Module]:
 
 
 def find_head(model: nn.Module) -> list[nn.Module]:
-    """Return the classifier: what timm's `get_classifier()` gives, else the last `Linear`.
+    """Return the layers of the classifier: those of `get_classifier()`, else the last `Linear`.
 
     Raises:
         InvalidArgument: The model has neither.
     """
-    for module in model.modules():  # a wrapper has no get_classifier; what it wraps may
+    for module in model.modules():  # a wrapper may lack get_classifier; the wrapped model has it
         ask = getattr(module, "get_classifier", None)
         if callable(ask):
             found = ask()
@@ -48,7 +49,7 @@ def find_head(model: nn.Module) -> list[nn.Module]:
     layers: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     if not layers:
         raise InvalidArgument(
-            f"train_head: {type(model).__name__} has neither get_classifier() nor a Linear, so its "
-            "head cannot be told; takes train_head=True, with the head's names in frozen"
+            f"train_head must be True for {type(model).__name__}, which has neither "
+            "get_classifier() nor a Linear layer; freeze its head by name, with frozen"
         )
     return layers[-1:]

@@ -1,52 +1,63 @@
-"""Run a model in evaluation mode and leave it as it was found."""
+"""Run a model in evaluation mode and restore its modes afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Put every module in evaluation mode; give each its own mode back after.
-
-    Yields:
-        The device of the model's first parameter.
-    """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the training flag of every module at the end of the block."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model puts out in evaluation mode; its modes are restored."""
-    return in_evaluation(model, images, lambda model, images: model(images))
-
-
-def in_evaluation(
-    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor]
-) -> Tensor:
-    """What `call(model, images)` returns in evaluation mode, float32; its modes are restored."""
-    first = next(model.parameters())
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            return call(model, to_model(images, first)).float()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Put every module in evaluation mode for the block, then restore its training flag.
+
+    The flags are set directly: `eval()` and `train()` of a model may do more than set them.
+
+    Yields:
+        The device of the model's first parameter.
+    """
+    with modes_restored(model):
+        for module in model.modules():
+            module.training = False
+        yield next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def plain_call(model: nn.Module, images: Tensor) -> Any:
+    """Return `model(images)`."""
+    return model(images)
+
+
+def outputs(
+    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plain_call
+) -> Tensor:
+    """Return the outputs of a model in evaluation mode, float32, without gradients.
+
+    Args:
+        model: Any module with parameters; its modes are restored.
+        images: `[n, ...]`, moved to the model's device and type; or token ids.
+        call: Runs the model; `features.feature_outputs` returns its features.
+    """
+    first = next(model.parameters())
+    with evaluating(model), torch.no_grad():
+        return call(model, to_model(images, first)).float()
+
+
 def to_model(images: Tensor, parameter: Tensor) -> Tensor:
-    """Move images to a parameter's device and type; integers, which are tokens, stay integers."""
+    """Move images to the device and type of a parameter; integer token ids keep their type."""
     if not images.is_floating_point():
         return images.to(parameter.device)
     return images.to(parameter.device, parameter.dtype)

@@ -1,4 +1,4 @@
-"""The features of a backbone: what its classifier is given.
+"""The features of a backbone: the input of its classifier.
 
 Axes: n images, f features.
 """
@@ -14,21 +14,21 @@ from fastsal.errors import UnsupportedLayer
 
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
-    """Return what the classifier of `model` is given for `images`, without gradients.
+    """Return the features of images, without gradients.
 
-    A timm model is asked by `forward_features` and `forward_head(pre_logits=True)`. Another with
-    `forward_features` gives its output, averaged over pixels `[n, f, h, w]` or tokens
-    `[n, tokens, f]`. For any other it is the input of the last `Linear`.
+    Features of a timm model are `forward_head(forward_features(images), pre_logits=True)`. Those of
+    another model with `forward_features` are its output, averaged over pixels `[n, f, h, w]` or
+    tokens `[n, tokens, f]`. Those of any other model are the input of its last `Linear`.
 
     Args:
-        model: the module; used in the mode that it is in.
+        model: Any module; used in its current mode.
         images: `[n, c, h, w]`, on the device of the model.
 
     Returns:
         `[n, f]`.
 
     Raises:
-        UnsupportedLayer: the model has neither `forward_features` nor a `Linear`, or its features
+        UnsupportedLayer: The model has neither `forward_features` nor a `Linear`, or its features
             have another shape.
     """
     with torch.no_grad():
@@ -36,7 +36,7 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def feature_outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the same as `features`, with a graph for gradients where they are asked for."""
+    """Return the features of images as `features` does, with a graph if gradients are enabled."""
     if hasattr(model, "forward_features"):
         found = model.forward_features(images)  # type: ignore[operator]
         head = getattr(model, "forward_head", None)
@@ -51,8 +51,8 @@ def feature_outputs(model: nn.Module, images: Tensor) -> Tensor:
     if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
         came = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise UnsupportedLayer(
-            f"model: the features of {type(model).__name__} are {came} for {len(images)} images; "
-            "takes [n, f], [n, tokens, f] or [n, f, h, w]"
+            f"model: the features of {type(model).__name__} must be [n, f], [n, tokens, f] or "
+            f"[n, f, h, w], got {came} for n = {len(images)}"
         )
     return found
 
@@ -61,8 +61,8 @@ def _last_linear_input(model: nn.Module, images: Tensor) -> Tensor:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not layers:
         raise UnsupportedLayer(
-            f"model: {type(model).__name__} has neither forward_features nor a Linear, so its "
-            "features cannot be told; define forward_features(images) -> [n, f]"
+            f"model: {type(model).__name__} has neither forward_features nor a Linear layer, so "
+            "its features are undefined; define forward_features(images) -> [n, f]"
         )
     caught: list[Tensor] = []
     hook = layers[-1].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -72,7 +72,7 @@ def _last_linear_input(model: nn.Module, images: Tensor) -> Tensor:
         hook.remove()
     if not caught:
         raise UnsupportedLayer(
-            f"model: the last Linear of {type(model).__name__} took no part in its forward; "
+            f"model: the last Linear of {type(model).__name__} is not called by its forward; "
             "define forward_features(images) -> [n, f]"
         )
     return caught[-1]

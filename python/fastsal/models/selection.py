@@ -1,8 +1,7 @@
-"""Which parameters are tracked: the default, exact names, and patterns."""
+"""Selection of parameters: the default, exact names, and patterns."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.utils.suggestions import did_you_mean
 from fastsal.utils.warn import warn_user
 
-_TABLES = (nn.Embedding,)
+_EMBEDDINGS = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _WILDCARDS = frozenset("*?[")
 
@@ -20,25 +20,26 @@ _WILDCARDS = frozenset("*?[")
 def select_parameters(
     model: nn.Module, parameters: str | Sequence[str] | None = None
 ) -> dict[str, nn.Parameter]:
-    """Choose the parameters of a model to work on.
+    """Select parameters of a model by name.
 
     Args:
         model: Any module.
-        parameters: None takes the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
-            exact names or `fnmatch` patterns; a leading `!` excludes. A pattern chooses among the
-            default weights; where it matches none of those among the tables of `nn.Embedding`, and
-            where it matches none of these among all parameters, so that `"blocks.*"` does not take
-            biases and `"*.in_proj_weight"` still works. An exact name takes any parameter.
-            Exclusions alone start from the default. A table that is the weight of a `Linear` too,
-            as of a language model with a tied head, is one of the default weights; `"!wte.weight"`
-            leaves it out.
+        parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
+            exact names or `fnmatch` patterns; a leading `!` excludes. An exact name may be that of
+            any parameter. A pattern is matched against the default weights first, then against the
+            weights of `nn.Embedding`, then against all parameters, and selects from the first of
+            these sets with a match: `"blocks.*"` excludes biases, and `"*.in_proj_weight"` works.
+            Exclusions alone start from the default. The weight of an `nn.Embedding` that is also
+            the weight of a `Linear`, as in a language model with tied weights, is a default weight;
+            `"!wte.weight"` excludes it.
 
     Returns:
         Canonical name to parameter, in the order of `model.named_parameters()`.
 
     Raises:
         UnknownParameter: A name or a pattern matches nothing.
-        InvalidArgument: Nothing is left, or a parameter has no shape yet.
+        InvalidArgument: The selection is empty, or a parameter is uninitialized or not real
+            floating point.
     """
     canonical = dict(model.named_parameters())
     default = _default_names(model, canonical)
@@ -46,24 +47,25 @@ def select_parameters(
         chosen = default
         if not chosen:
             raise InvalidArgument(
-                "parameters: the model has no weight of nn.Linear or nn.ConvNd; "
-                "name the parameters to take"
+                "parameters must be given: the model has no weight of nn.Linear or nn.ConvNd"
             )
     else:
         patterns = [parameters] if isinstance(parameters, str) else list(parameters)
         chosen = _match(model, canonical, default, patterns)
         if not chosen:
-            raise InvalidArgument(f"parameters: {patterns!r} excludes everything it includes")
+            raise InvalidArgument(
+                f"parameters must select at least one parameter, got {patterns!r}"
+            )
     selected = {name: value for name, value in canonical.items() if name in chosen}
     for name, value in selected.items():
         if isinstance(value, nn.parameter.UninitializedParameter):
             raise InvalidArgument(
-                f"parameters: {name!r} is a lazy parameter without a shape; "
-                "run the model on one batch first"
+                f"parameters: {name!r} is an uninitialized lazy parameter; run the model on one "
+                "batch first"
             )
         if not value.is_floating_point():
             raise InvalidArgument(
-                f"parameters: {name!r} is {value.dtype}; only real floating point is taken"
+                f"parameters: {name!r} must be real floating point, got {value.dtype}"
             )
     return selected
 
@@ -91,20 +93,20 @@ def _match(
     patterns: list[str],
 ) -> set[str]:
     first_name = {id(value): name for name, value in canonical.items()}
-    # A shared parameter may be asked for by any of its names.
+    # A shared parameter may be selected by any of its names.
     names = {
         name: first_name[id(value)]
         for name, value in model.named_parameters(remove_duplicate=False)
     }
-    modules = [m for m in model.modules() if isinstance(m, _TABLES)]
-    tables = {first_name[id(m.weight)] for m in modules if id(m.weight) in first_name}
+    modules = [m for m in model.modules() if isinstance(m, _EMBEDDINGS)]
+    embeddings = {first_name[id(m.weight)] for m in modules if id(m.weight) in first_name}
     included: set[str] = set()
     excluded: set[str] = set()
     only_exclusions = True
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise InvalidArgument(
-                f"parameters: takes names and patterns, got {type(pattern).__name__}"
+                f"parameters must be names and patterns, got {type(pattern).__name__}"
             )
         exclude = pattern.startswith("!")
         body = pattern[1:] if exclude else pattern
@@ -114,12 +116,11 @@ def _match(
             hits = set()
         else:
             every = {full for name, full in names.items() if fnmatchcase(name, body)}
-            hits = every if exclude else (every & default or every & tables or every)
+            hits = every if exclude else (every & default or every & embeddings or every)
         if not hits:
-            close = difflib.get_close_matches(body, names, n=3, cutoff=0.4)
-            hint = f"; close: {', '.join(close)}" if close else ""
             raise UnknownParameter(
-                f"parameters: {pattern!r} matches no parameter of the model{hint}"
+                f"parameters: {pattern!r} matches no parameter of the model"
+                f"{did_you_mean(body, names, cutoff=0.4)}"
             )
         if exclude:
             excluded |= hits
@@ -132,21 +133,27 @@ def _match(
 def model_parameters(
     model: nn.Module, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, nn.Parameter]:
-    """Return the model's parameters of these names.
+    """Return the parameters of a model by name, after a check of their shapes.
+
+    Args:
+        model: Any module.
+        shapes: Name to expected shape.
 
     Raises:
-        UnknownParameter: The model lacks one of them, or has it in another shape.
+        UnknownParameter: A parameter is missing, or has another shape.
     """
     owned = dict(model.named_parameters(remove_duplicate=False))
     for name, shape in shapes.items():
         if name not in owned:
             raise UnknownParameter(
-                f"model: has no parameter {name!r}; takes the model that it was made for"
+                f"model: has no parameter {name!r}; pass the model that the statistics, scores or "
+                "masks were computed for"
             )
         if tuple(owned[name].shape) != tuple(shape):
             raise UnknownParameter(
-                f"model: parameter {name!r} has shape {tuple(owned[name].shape)}; "
-                f"takes the model that it was made for, {tuple(shape)}"
+                f"model: parameter {name!r} must have shape {tuple(shape)}, got "
+                f"{tuple(owned[name].shape)}; pass the model that the statistics, scores or masks "
+                "were computed for"
             )
     return {name: owned[name] for name in shapes}
 
@@ -154,10 +161,10 @@ def model_parameters(
 def check_mask_shapes(
     argument: str, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> None:
-    """Raise MaskError for a mask of another shape than its parameter."""
+    """Raise MaskError if the shape of a mask differs from that of its parameter."""
     for name, mask in masks.items():
         if name in parameters and mask.shape != parameters[name].shape:
             raise MaskError(
-                f"{argument}: {name!r} has shape {tuple(mask.shape)}; "
-                f"takes {tuple(parameters[name].shape)}"
+                f"{argument}: {name!r} must have shape {tuple(parameters[name].shape)}, got "
+                f"{tuple(mask.shape)}"
             )

@@ -1,4 +1,4 @@
-"""Weights of a model on disk."""
+"""Load and save the weights of a model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Fill `model` in place from a file. Everything is checked first: all tensors, or none.
+    """Load the weights of `model` from a file, in place. On error no tensor is changed.
 
     Args:
-        model: the module to fill.
-        path: a `.safetensors`, `.pth` or `.pt` file: a state dict, bare or under "state_dict" or
-            "model". A "module." prefix is dropped. Only tensors are read, never code.
+        model: The module to load into.
+        path: A `.safetensors`, `.pth` or `.pt` file with a state dict, bare or under the key
+            "state_dict" or "model". A "module." prefix is removed. Pickled code is never run.
 
     Raises:
-        FileFormatError: the file cannot be read, or names or shapes do not fit the model.
+        FileFormatError: The file cannot be read, or its names, shapes or types do not fit the
+            model.
     """
     state = read_weights(path)
     own = model.state_dict()
@@ -40,7 +41,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         )
     for name, _ in model.named_parameters():
         if not bool(torch.isfinite(state[name]).all()):
-            raise FileFormatError(f"weights: {path} holds NaN or infinity in {name!r}")
+            raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
     model.load_state_dict(state, strict=True)
 
 
@@ -48,17 +49,18 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a file, see `load_weights`.
 
     Returns:
-        Tensors on the CPU, by name.
+        Name to tensor, on the CPU.
 
     Raises:
-        FileFormatError: the file is missing, damaged, or holds something else.
+        InvalidArgument: There is no such file, or its suffix is none of `WEIGHT_SUFFIXES`.
+        FileFormatError: The file is damaged, or contains no state dict.
     """
     path = Path(path)
     check_weights_path(path)
     if path.suffix == ".safetensors":
         loaded: Any = _read_safetensors(path)
     else:
-        loaded = read_pickle(path, "weights", "an undamaged state dict, without other objects")
+        loaded = read_pickle(path, "weights", "pass a state dict without other objects")
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -69,20 +71,24 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
     ):
         raise FileFormatError(
-            f"weights: {path} holds no state dict; takes a dict from names to tensors, "
-            "bare or under 'state_dict' or 'model'"
+            f"weights: {path} contains no state dict: a dict from names to tensors, bare or under "
+            "'state_dict' or 'model'"
         )
     if all(name.startswith("module.") for name in loaded):
         loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
     return dict(loaded)
 
 
-def read_pickle(path: Path, argument: str, takes: str) -> Any:
-    """Read what `torch.save` wrote: tensors, containers and numbers, never code.
+def read_pickle(path: Path, argument: str, advice: str) -> Any:
+    """Read a file of `torch.save` that contains tensors, containers and numbers only.
+
+    Args:
+        path: The file.
+        argument: Name of the argument that gave the path, for the message.
+        advice: End of the message, what to do.
 
     Raises:
-        FileFormatError: the file is missing, damaged, or holds something else; the message names
-            `argument` and what it takes.
+        FileFormatError: The file is missing or damaged, or contains other objects.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -98,18 +104,18 @@ def read_pickle(path: Path, argument: str, takes: str) -> Any:
     ) as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FileFormatError(
-            f"{argument}: {path} cannot be read as plain tensors ({why}); takes {takes}"
+            f"{argument}: {path} cannot be read as plain tensors ({why}); {advice}"
         ) from None
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state dict of `model` as plain safetensors under its ordinary names.
+    """Write the state dict of `model` as a safetensors file under its ordinary names.
 
-    A tensor that stands under several names is written once; `load_weights` knows them again.
-    The file appears whole or not at all.
+    A tensor with several names is written once; `load_weights` restores the other names. The file
+    is written atomically.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     from safetensors.torch import save_model
 
@@ -121,8 +127,8 @@ def check_weights_path(path: Path) -> None:
     """Raise InvalidArgument unless `path` is an existing file of a type in `WEIGHT_SUFFIXES`."""
     if path.suffix not in WEIGHT_SUFFIXES:
         raise InvalidArgument(
-            f"weights: got {str(path)!r}; takes 'pretrained' or a file that ends in "
-            f"{', '.join(WEIGHT_SUFFIXES)}"
+            f"weights must be 'pretrained' or a file that ends in {', '.join(WEIGHT_SUFFIXES)}, "
+            f"got {str(path)!r}"
         )
     if not path.is_file():
         raise InvalidArgument(f"weights: there is no file {path}")
@@ -135,13 +141,15 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(str(path)))
     except SafetensorError as error:
-        raise FileFormatError(f"weights: {path} is no whole safetensors file ({error})") from None
+        raise FileFormatError(
+            f"weights: {path} is truncated or not a safetensors file ({error})"
+        ) from None
 
 
 def _fill_aliases(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Give missing names of a shared tensor the value of the name that is there.
+    """Add the missing names of shared tensors to `state`.
 
-    Batch counters (`num_batches_tracked`), which old files lack, keep the model's own value.
+    Batch counters (`num_batches_tracked`) missing in old files keep the value of the model.
     """
     by_tensor: dict[tuple[Any, ...], list[str]] = {}
     for name, value in own.items():
@@ -159,16 +167,16 @@ def _fill_aliases(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
 
 
 def _misfits(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """List in words how `state` differs from `own`; empty if it fits."""
+    """Describe how `state` differs from `own`; empty if it fits."""
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     shapes = [
-        f"{name} {list(state[name].shape)} (the model's: {list(own[name].shape)})"
+        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
     kinds = [
-        f"{name} {state[name].dtype} (the model's: {own[name].dtype})"
+        f"{name} {state[name].dtype} instead of {own[name].dtype}"
         for name in own
         if name in state and state[name].is_floating_point() != own[name].is_floating_point()
     ]
@@ -178,9 +186,9 @@ def _misfits(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
     if extra:
         problems.append(f"{len(extra)} unexpected: {listed(extra)}{_similar(extra[0], missing)}")
     if shapes:
-        problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
+        problems.append(f"{len(shapes)} of a different shape: {listed(shapes)}")
     if kinds:
-        problems.append(f"{len(kinds)} of another type: {listed(kinds)}")
+        problems.append(f"{len(kinds)} of a different type: {listed(kinds)}")
     return problems
 
 
@@ -190,11 +198,12 @@ def _similar(name: str, known: list[str]) -> str:
 
 
 def _class_hint(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Point to `num_classes` when the classifier alone differs."""
+    """Suggest `num_classes` if only the classifier differs."""
     count = class_count(model)
     wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
     if count is None or not wrong or set(own) != set(state):
         return ""
     if any(own[n].shape[:1] != (count,) for n in wrong):
         return ""
-    return f". The file's classifier has {state[wrong[0]].shape[0]} classes: give num_classes"
+    classes = state[wrong[0]].shape[0]
+    return f". The classifier in the file has {classes} classes: pass num_classes={classes}"

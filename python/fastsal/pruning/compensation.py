@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import fastsal._core as _core
 from fastsal.errors import MaskError
-from fastsal.fisher.block_fisher import BlockFisher, raise_failed
+from fastsal.fisher.block_fisher import BlockFisher, sums_of
+from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import flat, slices
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
@@ -58,7 +60,7 @@ class CompensationReport:
 
 def compensate(
     model: nn.Module,
-    fisher: BlockFisher,
+    fisher: BlockFisher | Statistics,
     masks: Mapping[str, Tensor],
     damping: float | str = "0.1x",
     *,
@@ -97,7 +99,7 @@ def compensate(
             )
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
-    moved, report = moves(owned, fisher, masks, damping, before=before)
+    moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
     with torch.no_grad():
         for name, weights in moved.items():
             owned[name].copy_(weights)
@@ -106,7 +108,7 @@ def compensate(
 
 def moves(
     tensors: Mapping[str, Tensor],
-    fisher: BlockFisher,
+    statistics: Statistics,
     masks: Mapping[str, Tensor],
     damping: float,
     *,
@@ -117,7 +119,7 @@ def moves(
 
     Args:
         tensors: Name to weights, named as in the statistics.
-        fisher: Statistics of these.
+        statistics: Statistics of these.
         masks: Name to mask, True = kept.
         damping: Absolute `λ`.
         before: Name to mask of weights that were already pruned.
@@ -129,8 +131,9 @@ def moves(
     shelf = shelf or Shelf()
     moved = shelf.room("moved", {name: p.shape for name, p in tensors.items() if name in masks})
     increase, uncompensated = dict.fromkeys(tensors, 0.0), dict.fromkeys(tensors, 0.0)
-    for statistics, parts in fisher._views():
-        parameters, block_size = statistics._borrow_all(slices(before or {}, parts) or None)
+    for fisher, parts in statistics.groups():
+        others = slices(before or {}, parts) or None
+        parameters, block_size = sums_of(fisher).all_for_core(others)
         weights = [flat(w).float().numpy() for w in slices(tensors, parts).values()]
         kept = slices(masks, parts)
         kept_flat = [
@@ -145,5 +148,5 @@ def moves(
             increase[part.name] += float(after.sum())
             uncompensated[part.name] += float(bare.sum())
         shelf.release()
-        del statistics, parameters, weights, results  # before sums of the next parts are made
+        del fisher, parameters, weights, results  # before sums of the next parts are made
     return moved, CompensationReport(increase, uncompensated, damping)

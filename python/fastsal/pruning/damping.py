@@ -19,6 +19,7 @@ from typing import Literal
 
 from fastsal.errors import DataError, FactorizationError, InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics, squared_gradients, statistics_of
 from fastsal.utils.numbers import as_real
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
@@ -87,7 +88,7 @@ def parse_damping(damping: object, *, auto: bool = False) -> Damping:
     )
 
 
-def resolve_damping(damping: object, fisher: BlockFisher) -> float:
+def resolve_damping(damping: object, fisher: BlockFisher | Statistics) -> float:
     """Return the absolute `λ` of a damping.
 
     Args:
@@ -104,9 +105,9 @@ def resolve_damping(damping: object, fisher: BlockFisher) -> float:
     return parsed
 
 
-def mean_diagonal(fisher: BlockFisher) -> float:
+def mean_diagonal(fisher: BlockFisher | Statistics) -> float:
     """Return the mean diagonal of F: the mean squared gradient over all weights."""
-    total, count = fisher._squares()
+    total, count = squared_gradients(statistics_of(fisher))
     return total / count
 
 

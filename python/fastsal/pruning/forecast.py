@@ -20,13 +20,13 @@ from torch import nn
 
 import fastsal._core as _core
 from fastsal.data.batches import Batches
-from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.work import Work
 from fastsal.fisher.memory_plan import MemoryPlan, Share
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
@@ -35,7 +35,7 @@ from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.mapped_files import FileArrays
-from fastsal.utils.numbers import whole as whole_number
+from fastsal.utils.numbers import whole
 
 # Weights in the trial of sums and eliminations.
 _TRIED = 2**20
@@ -98,8 +98,8 @@ def plan_memory(
         DataError: Images or labels are invalid.
         UnsupportedLayer: The gradients of a weight for single samples cannot be computed.
     """
-    ranks, rounds = whole_number("ranks", ranks, 1), whole_number("rounds", rounds, 1)
-    samples = None if samples is None else whole_number("samples", samples, 1)
+    ranks, rounds = whole("ranks", ranks, 1), whole("rounds", rounds, 1)
+    samples = None if samples is None else whole("samples", samples, 1)
     chosen = select_parameters(model, parameters)
     entry = CRITERIA[find_criterion(criterion)]
     parsed: Damping | None = None
@@ -166,7 +166,7 @@ def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:
         {name: tuple(p.shape) for name, p in how.chosen.items()},
         samples,
         work.plan.ranks,
-        block_size=work.fisher.block_size,
+        block_size=work.sums.block_size,
         micro_batch=how.micro_batch,
         step=how.step,
     )
@@ -230,23 +230,23 @@ def _counted(work: Work) -> tuple[float, float]:
 
 def _sums_seconds(work: Work, samples: int) -> float:
     """Return the seconds per weight of adding the rows of all samples and of storing the sums."""
-    how, fisher, plan = work.how, work.fisher, work.plan
-    size = min(fisher.block_size or 64, _TRIED)
+    how, sums, plan = work.how, work.sums, work.plan
+    size = min(sums.block_size or 64, _TRIED)
     count = _TRIED // size * size
-    parts = by_key(whole({"tried": (count,)}))
-    trial = BlockFisher({"tried": (count,)}, block_size=size, precision=fisher.precision)
+    parts = by_key(uncut({"tried": (count,)}))
+    trial = ModelSums.empty({"tried": (count,)}, size, sums.precision)
     if plan.place == "file":
         nbytes = sums_nbytes(trial, parts["tried"], how.samples) + 256
-        trial._move_to(FileArrays(_folder(plan), nbytes), how.samples)
+        trial.move_to_file(FileArrays(_folder(plan), nbytes), how.samples)
     rows = torch.ones(min(how.step, samples), count)
     steps = -(-samples // len(rows))
     # The first gradients are stored as rows, which become blocks when there are more of them.
     tried = min(steps, (size + 1) // 2 // len(rows) + 3)
-    some = trial._empty(parts)
-    seconds = [_seconds(lambda: some._add("tried", rows, how.samples)) for _ in range(tried)]
+    some = trial.like(parts)
+    seconds = [_seconds(lambda: some.add("tried", rows, how.samples)) for _ in range(tried)]
     total = sum(seconds) + (steps - tried) * seconds[-1]
     if plan.place == "file":
-        total += _seconds(lambda: trial._merge_parts(some, parts))
+        total += _seconds(lambda: trial.merge_parts(some, parts))
     return total / count
 
 
@@ -291,7 +291,7 @@ def _folder(plan: MemoryPlan) -> str:
 
 def _step_seconds(work: Work, is_second_order: bool, disk: _Disk, *, compensate: bool) -> float:
     """Return the seconds of scoring, ranking and compensating the whole model once."""
-    size = min(work.fisher.block_size or 64, 512)
+    size = min(work.sums.block_size or 64, 512)
     count = _TRIED // size * size
     generator = np.random.default_rng(0)
     given = generator.standard_normal((8, count), np.float32)

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
-from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
+from fastsal.pruning.measured import HeldOut, HeldOutFeatures, InMicroBatches, Measured
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, all_or_nothing, restore
@@ -62,39 +62,40 @@ class Job:
             return ()
         return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
 
-    def held_out(self, images: list[Pair], fisher: BlockFisher | None = None) -> Measured:
+    def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
         """Return held-out images on which the loss of models is measured.
 
         The loss is that of the labels or, with `curvature="features"`, of matching the features of
-        the dense model. The images run in micro-batches of the size that `fisher` was collected in.
+        the dense model. The images run in micro-batches of the size that the statistics use, so
+        that losses round in the same way with and without a memory budget.
         """
-        size = planned_micro_batch(fisher) or choose_micro_batch(self.chosen)
+        asked = self.statistics["micro_batch"]
+        size = planned_micro_batch(fisher) or asked or choose_micro_batch(self.chosen)
+        batches = list(in_micro_batches(images, size, size))
+        return self.process.held_out(batches, self._with_targets)
 
-        def prepare(images: list[Pair]) -> Measured:
-            return self._with_targets(list(in_micro_batches(images, size, size)))
-
-        return self.process.held_out(images, prepare)
-
-    def _with_targets(self, images: list[Pair]) -> Measured:
+    def _with_targets(self, batches: list[Pair]) -> InMicroBatches:
         if self.statistics["curvature"] != "features":
-            return HeldOut.of(self.model, images, self.loss)
+            return HeldOut.of(self.model, batches, self.loss)
+        all_features = self.process.all_features
         if self.dense is None:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, batches, all_features)
         present = self.shelf.put("present", self.chosen)
         restore(self.chosen, self.dense)
         try:
-            return HeldOutFeatures.of(self.model, images)
+            return HeldOutFeatures.of(self.model, batches, all_features)
         finally:
             restore(self.chosen, present)
 
     def examination(
-        self, images: list[Pair], limit: Limit, fisher: BlockFisher | None
+        self, images: list[Pair], limit: Limit, fisher: Statistics | None
     ) -> Examination:
         """Return the test of a limit on images."""
-        size = planned_micro_batch(fisher)
-        return self.process.examination(self.model, images, limit, self.loss, size)
+        if size := planned_micro_batch(fisher):
+            images = list(in_micro_batches(images, size, size))
+        return self.process.examination(self.model, images, limit, self.loss)
 
-    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> BlockFisher:
+    def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> Statistics:
         """Collect the statistics of images."""
         if isinstance(self.batches, Iterator):
             source = iter(source)  # shows that it can be iterated only once
@@ -104,13 +105,13 @@ class Job:
         """Return the arguments of `collect` except model and images."""
         return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
 
-    def joining(self, fisher: BlockFisher, held: list[Pair], seed: int) -> Callable[[], None]:
+    def joining(self, fisher: Statistics, held: list[Pair], seed: int) -> Callable[[], None]:
         """Return a function that adds held-out images to statistics, in place.
 
         Without a memory budget their statistics are collected now, with a budget when the function
         is called. The model must have the same weights then.
         """
-        if fisher._plan is not None:
+        if fisher.plan is not None:
             options = self._options(seed, quiet=True)
             return lambda: self.process.add_samples(fisher, self.model, held, **options)
         rest = self.collect(held, seed, quiet=True)
@@ -121,6 +122,6 @@ class Job:
         return all_or_nothing(self.chosen, self.shelf)
 
 
-def planned_micro_batch(fisher: BlockFisher | None) -> int | None:
+def planned_micro_batch(fisher: Statistics | None) -> int | None:
     """Return the micro-batch size within the memory budget; None without a budget."""
-    return None if fisher is None or fisher._plan is None else fisher._plan.micro_batch
+    return None if fisher is None or fisher.plan is None else fisher.plan.micro_batch

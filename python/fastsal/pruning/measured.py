@@ -10,7 +10,7 @@ Axes: n images, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.gradients.losses import cross_entropy
-from fastsal.models.evaluating import in_evaluation, outputs
+from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
 
 
@@ -39,11 +39,22 @@ class HeldOutFeatures:
     cap: float
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Pair]) -> HeldOutFeatures:
-        """Compute the features of held-out images; labels are ignored."""
+    def of(
+        cls,
+        model: nn.Module,
+        batches: Sequence[Pair],
+        of_all: Callable[[list[Tensor]], list[Tensor]] = lambda features: features,
+    ) -> HeldOutFeatures:
+        """Compute the features of held-out images; labels are ignored.
+
+        Args:
+            model: The dense model.
+            batches: Images that this process measures; may be empty.
+            of_all: Returns the features of the batches of all processes, from those of `batches`.
+        """
         images = [pair[0] for pair in batches]
         targets = [_features(model, x) for x in images]
-        variance = torch.cat(targets).double().var(dim=0, correction=0).mean()
+        variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
         # With constant features (of a single image, say) the loss of guessing is undefined.
         return cls(images, targets, float(variance) / 2 or math.inf)
 
@@ -52,17 +63,22 @@ class HeldOutFeatures:
         """Number of images."""
         return sum(len(x) for x in self.batches)
 
-    def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean of `½ ‖f_θ(x) − f(x)‖² / F`, at most `cap` for each image."""
-        total = 0.0
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, at most `cap` per image."""
+        found = []
         for images, target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
-            total += float((error.square().mean(dim=1) / 2).clamp(max=self.cap).double().sum())
-        return total / self.samples
+            each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
+            found.append(float(each.double().sum()))
+        return found
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the mean loss of a model on these images."""
+        return mean_of(self.losses(model), self.samples)
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
-    return in_evaluation(model, images, feature_outputs)
+    return outputs(model, images, feature_outputs)
 
 
 @dataclass(frozen=True)
@@ -98,12 +114,12 @@ class HeldOut:
         """Number of images."""
         return sum(images.shape[0] for images, _ in self.batches)
 
-    def mean_loss(self, model: nn.Module) -> float:
-        """Return the mean loss of a model on these images.
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the loss of a model on each batch, summed over its images.
 
         The cross-entropy of an image counts at most `log C`, the loss of guessing.
         """
-        total = 0.0
+        found = []
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
             out = outputs(model, images)
             if labels is not None:
@@ -112,8 +128,12 @@ class HeldOut:
                 losses = F.cross_entropy(out, target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
-            total += float(losses.double().sum())
-        return total / self.samples
+            found.append(float(losses.double().sum()))
+        return found
+
+    def mean_loss(self, model: nn.Module) -> float:
+        """Return the mean loss of a model on these images."""
+        return mean_of(self.losses(model), self.samples)
 
 
 def loss_of_guessing(outputs: Tensor) -> float:
@@ -130,3 +150,18 @@ class Measured(Protocol):
 
     def mean_loss(self, model: nn.Module) -> float:
         """Return the mean loss of a model on them."""
+
+
+class InMicroBatches(Measured, Protocol):
+    """Held-out images that are measured one micro-batch at a time."""
+
+    def losses(self, model: nn.Module) -> list[float]:
+        """Return the loss of a model on each micro-batch, summed over its images."""
+
+
+def mean_of(losses: Iterable[float], samples: int) -> float:
+    """Return the mean loss from sums of micro-batches, added in order on any number of ranks."""
+    total = 0.0
+    for loss in losses:  # `sum` rounds differently from Python 3.12 on
+        total += loss
+    return total / samples

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastsal.data.batches import Pair, in_micro_batches
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.data.batches import Pair
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.fisher.memory_plan import Use
+from fastsal.fisher.statistics import Statistics
 from fastsal.models.selection import model_parameters
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
@@ -22,7 +22,7 @@ from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.joint import rank_pattern
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import rank
-from fastsal.pruning.measured import Measured
+from fastsal.pruning.measured import InMicroBatches, Measured
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, restore
@@ -35,24 +35,24 @@ class Process:
     result and exchanges it with the others; all processes get the same masks and weights.
     """
 
-    def collect(self, model: nn.Module, batches: Iterable[Pair], **options: Any) -> BlockFisher:
+    def collect(self, model: nn.Module, batches: Iterable[Pair], **options: Any) -> Statistics:
         """Collect statistics, with the options of `fastsal.collect`."""
         return collected(model, batches, **options)
 
     def add_samples(
-        self, fisher: BlockFisher, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
     ) -> None:
         """Add samples to statistics that were collected within a memory budget, in place."""
         add_samples(fisher, model, batches, **options)
 
-    def mean_diagonal(self, fisher: BlockFisher) -> float:
+    def mean_diagonal(self, fisher: Statistics) -> float:
         """Return the mean diagonal of F over the whole model."""
         return mean_diagonal(fisher)
 
     def score(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         recipe: Recipe,
         masks: Masks | None,
         damping: float,
@@ -65,7 +65,7 @@ class Process:
     def choose_masks(
         self,
         model: nn.Module,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         recipe: Recipe,
         scores: Mapping[str, Tensor],
         goal: float | None,
@@ -88,7 +88,7 @@ class Process:
     def compensate(
         self,
         model: nn.Module,
-        fisher: BlockFisher,
+        fisher: Statistics,
         masks: Masks,
         damping: float,
         *,
@@ -101,22 +101,26 @@ class Process:
         restore(owned, moved, shelf)
         return report.total
 
-    def held_out(self, images: list[Pair], prepare: Callable[[list[Pair]], Measured]) -> Measured:
-        """Return held-out images that models are measured on; `prepare` computes their targets."""
-        return prepare(images)
+    def held_out(
+        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+    ) -> Measured:
+        """Return held-out micro-batches that models are measured on.
+
+        Args:
+            batches: Micro-batches of the whole job.
+            prepare: Computes the targets of the micro-batches that this process measures.
+        """
+        return prepare(batches)
+
+    def all_features(self, features: list[Tensor]) -> list[Tensor]:
+        """Return the features of all micro-batches, from those that this process measures."""
+        return features
 
     def examination(
-        self,
-        model: nn.Module,
-        images: list[Pair],
-        limit: Limit,
-        loss: LossFunction,
-        micro_batch: int | None,
+        self, model: nn.Module, batches: list[Pair], limit: Limit, loss: LossFunction
     ) -> Examination:
-        """Return the test of a limit, in batches of at most `micro_batch` images."""
-        if micro_batch is not None:
-            images = list(in_micro_batches(images, micro_batch, micro_batch))
-        return Examination(model, images, limit, loss)
+        """Return the test of a limit."""
+        return Examination(model, batches, limit, loss)
 
     def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a run."""

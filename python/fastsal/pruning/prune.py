@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.collection.collect import Loss
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import resolve_loss
+from fastsal.gradients.losses import LossFunction, resolve_loss
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
@@ -70,7 +69,7 @@ def prune(
     scope: Scope = "global",
     pattern: str | None = None,
     floor: float = 0.0,
-    loss: str | Loss = "cross-entropy",
+    loss: str | LossFunction = "cross-entropy",
     curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     precision: Precision = "float32",
@@ -195,7 +194,7 @@ class Arguments:
     scope: Scope
     pattern: str | None
     floor: float
-    loss: str | Loss
+    loss: str | LossFunction
     curvature: Curvature
     parameters: str | Sequence[str] | None
     precision: Precision

@@ -22,7 +22,7 @@ from fastsal.pruning.step import StepResult
 from fastsal.utils.clock import Clock
 
 if TYPE_CHECKING:
-    from fastsal.fisher.block_fisher import BlockFisher
+    from fastsal.fisher.statistics import Statistics
 
 # One sample of so many is held out for the test of a limit.
 _TESTED_EVERY = 4
@@ -81,14 +81,14 @@ def prune_safely(
         clock.lap("damping")
         result, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
-    history = [step.record(1, fisher, choice, result, clock.laps)]
+    history = [step.record(1, fisher, choice, result, clock.seconds)]
     recipe.sign(result.masks, history)
     result.masks.recipe["limit"] = vars(limit)
     return result.masks, result.scores, history, report
 
 
 def _search(
-    job: Job, fisher: BlockFisher | None, examination: Examination, damping: float
+    job: Job, fisher: Statistics | None, examination: Examination, damping: float
 ) -> tuple[StepResult, SafetyReport]:
     """Test sparsities in rising order, and prune to the last one within the limit."""
     recipe, process, model = job.recipe, job.process, job.model

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.models.evaluating import to_model
+from fastsal.models.evaluating import evaluating, to_model
 
 # Layers that are evaluated with running statistics.
 _Normalization = nn.modules.batchnorm._BatchNorm
@@ -92,16 +92,13 @@ def tracked(model: nn.Module) -> list[_Normalization]:
 
 @contextlib.contextmanager
 def _training_only(model: nn.Module, layers: list[_Normalization]) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
     momenta = [layer.momentum for layer in layers]
-    try:
-        model.eval()
-        for layer in layers:
-            layer.train()
-            layer.momentum = None  # the average over all batches
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+    with evaluating(model):
+        try:
+            for layer in layers:
+                layer.training = True
+                layer.momentum = None  # the average over all batches
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Pair
 from fastsal.data.held_out import Holding, Repeated, holding_out, limited
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.damping import DampingChoice
 from fastsal.pruning.history import Round
@@ -35,8 +35,8 @@ class RoundStatistics:
         tuned: The held-out images, on which the loss is measured; None where none are held out.
     """
 
-    fisher: BlockFisher | None = None
-    joined: Callable[[], BlockFisher | None] = lambda: None
+    fisher: Statistics | None = None
+    joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
@@ -66,7 +66,7 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> R
     # Collection validates the held-out images, so it comes before they are used.
     join = job.joining(fisher, held, recipe.seed + rounds + number)
 
-    def joined() -> BlockFisher:
+    def joined() -> Statistics:
         join()  # in place: the statistics without them are not needed any more
         return fisher
 
@@ -131,7 +131,7 @@ def prune_in_rounds(
                 result = best.result
             scores, masks = result.scores, result.masks
             clock.lap("prune")
-            entry = step.record(number, fisher, choice, result, clock.laps)
+            entry = step.record(number, fisher, choice, result, clock.seconds)
             history.append(replace(entry, held_out_joined=joined) if chooses else entry)
             del result, best  # they refer to scores
             if checkpoint is not None and number < len(goals):
@@ -142,7 +142,7 @@ def prune_in_rounds(
             source = holding_out(job.source(), [])
             effect = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")
-            seconds = history[-1].seconds | clock.laps
+            seconds = history[-1].seconds | clock.seconds
             history[-1] = replace(history[-1], recalibration=effect, seconds=seconds)
     if masks is None:
         raise InvalidArgument("rounds must be at least 1, got 0")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fastsal.errors import PrecisionWarning
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.damping import DampingChoice, Multiple, candidates, choose_damping
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
@@ -68,7 +68,7 @@ class Step:
     shelf: Shelf
 
     def run(
-        self, fisher: BlockFisher | None, masks: Masks | None, goal: float | None, damping: float
+        self, fisher: Statistics | None, masks: Masks | None, goal: float | None, damping: float
     ) -> StepResult:
         """Score, rank and prune in place.
 
@@ -87,7 +87,7 @@ class Step:
 
     def compensate(
         self,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         masks: Masks,
         damping: float,
         *,
@@ -100,7 +100,7 @@ class Step:
             self.model, fisher, masks, damping, before=before, shelf=self.shelf
         )
 
-    def given_damping(self, fisher: BlockFisher | None) -> float:
+    def given_damping(self, fisher: Statistics | None) -> float:
         """Return the absolute `λ` of a recipe that does not choose it."""
         damping = self.recipe.damping
         if fisher is None or not self.recipe.needs_damping or isinstance(damping, str):
@@ -111,7 +111,7 @@ class Step:
 
     def choose_damping(
         self,
-        fisher: BlockFisher,
+        fisher: Statistics,
         masks: Masks | None,
         goal: float | None,
         held_out: Measured,
@@ -152,13 +152,13 @@ class Step:
     def record(
         self,
         number: int,
-        fisher: BlockFisher | None,
+        fisher: Statistics | None,
         choice: DampingChoice,
         result: StepResult,
         seconds: dict[str, float],
     ) -> Round:
         """Return the entry of a round in the history."""
-        plan = None if fisher is None else fisher._plan
+        plan = None if fisher is None else fisher.plan
         return Round(
             round=number,
             sparsity=result.masks.sparsity,

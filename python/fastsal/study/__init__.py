@@ -1,4 +1,4 @@
-"""Studies: prune on sources, measure on every task, fine-tune, measure again, over a grid."""
+"""Studies: prune on sources, evaluate on all tasks, fine-tune and evaluate again, over a grid."""
 
 from __future__ import annotations
 

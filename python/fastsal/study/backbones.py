@@ -1,4 +1,4 @@
-"""A model of a study, dense: loaded, its heads fitted, and measured on every task."""
+"""Load the dense models of a study, fit their heads and evaluate them on every task."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from fastsal.transfer.heads import AnyHead, fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Task
+from fastsal.utils.choices import HeadKind
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A dense model and what cells of it share.
+    """A dense model with the state that its cells share.
 
     Attributes:
-        settings: the study's.
-        model: dense again after each cell.
-        spec: what images it takes.
-        names: weights that are pruned.
-        dense: its parameters and buffers, to go back to.
+        settings: Settings of the model.
+        model: The model; it is dense again after each cell.
+        spec: Preprocessing of its images.
+        names: Names of the weights to prune.
+        dense: Copy of its dense parameters and buffers.
         tasks: `{name: task}`.
-        heads: that tasks are measured with.
-        sources: linear heads that gradients of a task go through, where they are needed.
-        before: the dense model's accuracy and loss on every task.
+        heads: `{task: head}` for evaluation.
+        differentiable: `{task: head}` for gradients, for tasks that need them.
+        before: `{task: accuracy and loss}` of the dense model.
     """
 
     settings: ModelSettings
@@ -47,36 +48,36 @@ class Backbone:
     dense: dict[str, Tensor]
     tasks: Mapping[str, Task]
     heads: dict[str, AnyHead]
-    sources: dict[str, Head | OwnHead]
+    differentiable: dict[str, Head | OwnHead]
     before: dict[str, Measurement]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its parameters and buffers as they are."""
+        """Current parameters and buffers, not copied."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of them."""
+        """Return a copy of the current parameters and buffers."""
         return copies(self.tensors)
 
     def measure(self) -> dict[str, Measurement]:
-        """Accuracy and loss on every task, as the weights are."""
+        """Return accuracy and loss on every task with the current weights."""
         return measure_tasks(self.model, list(self.tasks.values()), self.heads)
 
 
 def open_backbone(
     study: Study, settings: ModelSettings, tasks: Mapping[str, Task], cache: Path
 ) -> Backbone:
-    """Load a model, fit the heads of all tasks on its dense features, and measure it.
+    """Load a model, fit the heads of all tasks on its dense features, and evaluate it.
 
     Args:
-        study: settings of heads and batches.
-        settings: of the model.
-        tasks: all tasks.
-        cache: a folder that keeps heads.
+        study: Settings of heads and batches.
+        settings: Settings of the model.
+        tasks: All tasks.
+        cache: Folder of fitted heads.
 
     Raises:
-        FastsalError: the model cannot be loaded, or a head not fitted.
+        FastsalError: The model cannot be loaded, or a head cannot be fitted.
     """
     model = load_model(
         model_path(study, settings),
@@ -86,14 +87,14 @@ def open_backbone(
     )
     spec = input_spec(model, size=settings.size)
     heads: dict[str, AnyHead] = {}
-    sources: dict[str, Head | OwnHead] = {}
+    differentiable: dict[str, Head | OwnHead] = {}
     pruned_on = {name for source in study.sources for name in source.tasks}
-    keeper = HeadCache(cache)
+    head_cache = HeadCache(cache)
     for task in study.tasks:
         kind = task.head or study.head
 
-        def fit(kind: str, task: TaskSettings = task) -> AnyHead:
-            # Of the model's own classes a task may have some: all names say which logits.
+        def fit(kind: HeadKind, task: TaskSettings = task) -> AnyHead:
+            # A task may have a subset of the classes; all class names select the logits.
             is_part = kind == "own" and task.classes is not None
             found = fit_heads(
                 model,
@@ -103,16 +104,16 @@ def open_backbone(
                 ridge=study.ridge,
                 spec=spec,
                 batch_size=study.batch_size,
-                cache=keeper,
+                cache=head_cache,
             )
             return found[task.name]
 
         heads[task.name] = fit(kind)
-        if task.name in pruned_on or study.landscape is not None:
-            # No gradient goes through neighbours: there a ridge head stands in for them.
+        if task.name in pruned_on or study.diagnostics is not None:
+            # A k-nearest neighbor head is not differentiable: gradients use a ridge head.
             head = fit("ridge") if kind == "knn" else heads[task.name]
             assert isinstance(head, (Head, OwnHead))
-            sources[task.name] = head
+            differentiable[task.name] = head
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Backbone(
         settings=settings,
@@ -122,13 +123,13 @@ def open_backbone(
         dense=copies(tensors),
         tasks=tasks,
         heads=heads,
-        sources=sources,
+        differentiable=differentiable,
         before=measure_tasks(model, list(tasks.values()), heads),
     )
 
 
 def model_path(study: Study, settings: ModelSettings) -> str:
-    """Return what `load_model` takes: a timm name, or a function in a file beside the study's."""
+    """Return a timm name, or `file.py:function` with the path resolved, as for `load_model`."""
     file, colon, function = settings.model.rpartition(":")
     if not colon or not file.endswith(".py"):
         return settings.model
@@ -136,32 +137,32 @@ def model_path(study: Study, settings: ModelSettings) -> str:
 
 
 def weights_path(study: Study, settings: ModelSettings) -> str | Path | None:
-    """Return what `load_model` takes: a file, `"pretrained"` or None.
+    """Return the path of a weights file, `"pretrained"` or None, as for `load_model`.
 
-    A file is looked for below the study's root, then below the folder of its file.
+    The path is relative to the root of the study, or else to the folder of its file.
     """
     if settings.weights is None or settings.weights == "pretrained":
         return settings.weights
-    below = [folder / settings.weights for folder in (study.root, study.folder)]
-    return next((path for path in below if path.is_file()), below[0])
+    paths = [folder / settings.weights for folder in (study.root, study.folder)]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 def check_files(study: Study) -> None:
-    """Raise InvalidArgument for a model whose files are not there, before anything is done."""
+    """Raise InvalidArgument if a file of a model does not exist."""
     for settings in study.models:
         file = model_path(study, settings).rpartition(":")[0]
         if file.endswith(".py") and not Path(file).is_file():
-            raise InvalidArgument(f"model {settings.name!r}: there is no file {file}")
+            raise InvalidArgument(f"model {settings.name!r}: {file} does not exist")
         weights = weights_path(study, settings)
         if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
             raise InvalidArgument(
-                f"model {settings.name!r}: there is no file {settings.weights} of weights below "
+                f"model {settings.name!r}: weights file {settings.weights} does not exist in "
                 f"{study.root} or {study.folder}"
             )
 
 
 def digest_of(study: Study, settings: ModelSettings) -> str:
-    """Return a digest of a model's files: its function's and its weights."""
+    """Return a digest of the model file and the weights file of a model."""
     digest = hashlib.sha256(settings.model.encode())
     file = model_path(study, settings).rpartition(":")[0]
     for path in (file, weights_path(study, settings)):

@@ -1,4 +1,4 @@
-"""The grid of a study: one cell a model, source, criterion, number of rounds, seed and sparsity."""
+"""The cells of a study: one per model, source, criterion, number of rounds, seed and sparsity."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastsal.study.folder_format import CELL
 from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
 from fastsal.utils.choices import Curvature
 
-# Rows made by another version of the engine are not mixed with these.
+# Part of every key: results of another version are recomputed, not mixed.
 ENGINE = 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid.
+    """One point of the grid of a study.
 
     Attributes:
-        model: what is pruned.
-        source: what pruning sees.
-        criterion: how.
-        rounds: in so many.
-        seed: of the draw of images and of training.
-        sparsity: asked for.
-        key: of its file: what it is in words, and a digest of all that its numbers depend on.
+        model: Model to prune.
+        source: Source of the images that pruning sees.
+        criterion: Pruning criterion.
+        rounds: Number of pruning rounds.
+        seed: Seed of the draw of images and of training.
+        sparsity: Requested sparsity.
+        key: Name of its file: a description, and a digest of everything that its results depend on.
     """
 
     model: ModelSettings
@@ -41,28 +42,24 @@ class Cell:
 
     @property
     def curvature(self) -> Curvature:
-        """Curvature of the statistics."""
+        """Kind of statistics."""
         return self.criterion.curvature or self.source.curvature
 
     def facts(self) -> dict[str, Any]:
-        """Return the columns that say which cell it is."""
-        return {
-            "cell": self.key,
-            "model": self.model.name,
-            "source": self.source.name,
-            "criterion": self.criterion.name,
-            "rounds": self.rounds,
-            "sparsity": self.sparsity,
-            "seed": self.seed,
-        }
+        """Return the columns `CELL` of tables, which identify a cell."""
+        values = (
+            self.key, self.model.name, self.source.name, self.criterion.name, self.rounds,
+            self.sparsity, self.seed,
+        )  # fmt: skip
+        return dict(zip(CELL, values, strict=True))
 
 
 def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cell]:
-    """List the cells of a study, those that share statistics one after another.
+    """List the cells of a study; cells that share statistics are adjacent.
 
     Args:
-        study: its settings.
-        digests: `{file: digest}` of the data and weights, so that other contents are other cells.
+        study: Settings of the study.
+        digests: `{file: digest}` of data and weights, which become part of the keys.
     """
     common = study.settings()
     for grid in ("name", "models", "sources", "criteria", "sparsities", "seeds", "rounds", "save"):

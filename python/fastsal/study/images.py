@@ -1,4 +1,4 @@
-"""The images of a study: its tasks, cut once and for all, and what its sources make of them."""
+"""Open the images of a study: disjoint splits of its tasks, and the images of its sources."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
 from fastsal.data.opening import open_images
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.study.folder_format import SPLITS_FILE
 from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
-from fastsal.transfer.splits import Shares
-from fastsal.transfer.tasks import Task
+from fastsal.transfer.splits import SPLITS, Shares
+from fastsal.transfer.tasks import Split, Task
 from fastsal.utils.atomic import write_text
-
-SPLITS = "splits.json"
+from fastsal.utils.suggestions import listed
 
 
 def open_tasks(study: Study, folder: Path | None = None) -> dict[str, Task]:
-    """Open the images of a study's tasks, each in parts that share none.
+    """Open the images of the tasks of a study, divided into disjoint splits.
 
     Args:
-        study: its settings.
-        folder: of the results, where the cut is kept as indices and read again; None cuts anew.
+        study: Settings of the study.
+        folder: Results folder, where the indices of the splits are stored and read on later calls;
+            None draws the splits without storing them.
 
     Returns:
-        `{name: task}`, with all four parts.
+        `{name: task}`, with all four splits.
 
     Raises:
-        DataError: images that cannot be used, a class that is missing in a part, or two tasks of
-            which one would be tested on what the other prunes, fits or trains with.
-        FileFormatError: the indices that are kept are of other images.
+        DataError: Images cannot be used, a class is missing in a split, a task would be tested on
+            images that another task prunes, fits or trains with, or the stored indices belong to
+            other images.
+        FileFormatError: The file of indices is damaged.
     """
-    kept = _read_splits(folder) if folder is not None else {}
+    stored = _read_splits(folder) if folder is not None else {}
     tasks: dict[str, Task] = {}
     for settings in study.tasks:
         images, test = _images(settings, study)
-        if settings.name in kept:
-            found = Task.from_indices(settings.name, images, kept[settings.name], test=test)
+        if settings.name in stored:
+            found = Task.from_indices(settings.name, images, stored[settings.name], test=test)
         else:
             cut = study.split
             shares = Shares(cut.prune, cut.fit, cut.tune, 0.0 if test is not None else cut.test)
@@ -52,23 +54,23 @@ def open_tasks(study: Study, folder: Path | None = None) -> dict[str, Task]:
         if settings.test_images is not None and isinstance(found.test, ImageSet):
             found = replace(found, test=few(found.test, settings.test_images))
         tasks[settings.name] = found
-    check_apart(list(tasks.values()))
-    if folder is not None and not kept:
+    check_test_images(list(tasks.values()))
+    if folder is not None and not stored:
         splits = {name: task.indices() for name, task in tasks.items()}
-        write_text(folder / SPLITS, json.dumps(splits) + "\n")
+        write_text(folder / SPLITS_FILE, json.dumps(splits) + "\n")
     return tasks
 
 
-def check_apart(tasks: list[Task]) -> None:
-    """Check that no task is tested on images that any other prunes, fits or trains with.
+def check_test_images(tasks: list[Task]) -> None:
+    """Check that no task is tested on images that another task prunes, fits or trains with.
 
     Raises:
-        DataError: names the tasks and an image.
+        DataError: Two tasks share such an image.
     """
     for task in tasks:
         for other in tasks:
-            for part in ("prune", "fit", "tune"):
-                used, test = getattr(other, part), task.test
+            for split in ("prune", "fit", "tune"):
+                used, test = getattr(other, split), task.test
                 if not isinstance(used, ImageSet) or not isinstance(test, ImageSet):
                     continue
                 if used.source != test.source:
@@ -76,39 +78,40 @@ def check_apart(tasks: list[Task]) -> None:
                 shared = np.intersect1d(used.index, test.index)
                 if len(shared):
                     raise DataError(
-                        f"tasks: {task.name!r} is tested on {len(shared)} images that are in "
-                        f"part {part!r} of {other.name!r} (image {int(shared[0])} of "
-                        f"{test.source}); takes tasks whose test images nobody else uses"
+                        f"tasks: the test images of {task.name!r} must not be used by other tasks, "
+                        f"but {len(shared)} are in split {split!r} of {other.name!r} (image "
+                        f"{int(shared[0])} of {test.source})"
                     )
 
 
 def few(images: ImageSet, most: int) -> ImageSet:
-    """Keep at most `most` images: the first of every class, as many of each.
+    """Return at most `most` images: the first of every class, the same number of each.
 
     Raises:
-        DataError: fewer than one a class would be left.
+        DataError: `most` is less than the number of classes.
     """
     if most >= len(images):
         return images
     each = most // len(images.classes)
     if each < 1:
         raise DataError(
-            f"images: {most} of {images.source} are fewer than its {len(images.classes)} classes"
+            f"images of {images.source} must be at least its {len(images.classes)} classes, got "
+            f"{most}"
         )
     chosen = [np.flatnonzero(images.y == k)[:each] for k in range(len(images.classes))]
     return images.subset(np.sort(np.concatenate(chosen)))
 
 
 @dataclass(frozen=True)
-class SourcePart:
-    """What a source takes of one task.
+class SourceImages:
+    """The images of one task of a source.
 
     Attributes:
-        task: the task's name.
-        weight: of its statistics.
-        samples: images of its statistics.
-        prune: images that they are drawn from.
-        tune: images for fine-tuning.
+        task: Name of the task.
+        weight: Weight of its statistics in the mixture.
+        samples: Number of images for its statistics.
+        prune: Images that these are drawn from.
+        tune: Images for fine-tuning.
     """
 
     task: str
@@ -118,43 +121,52 @@ class SourcePart:
     tune: ImageSet
 
 
-def parts_of(source: SourceSettings, tasks: Mapping[str, Task], seed: int) -> list[SourcePart]:
-    """Give a source's images, as corrupted, rare or mixed as it has them.
+def source_images(
+    source: SourceSettings, tasks: Mapping[str, Task], seed: int
+) -> list[SourceImages]:
+    """Return the images of a source, with its corruption and imbalance applied.
+
+    Args:
+        source: Settings of the source.
+        tasks: `{name: task}`.
+        seed: Seed of corruption and imbalance.
 
     The samples are shared out evenly over its tasks; the weights count in the statistics.
 
     Raises:
-        DataError: a task has fewer images than the source takes.
+        DataError: A task has fewer images than the source needs.
+        InvalidArgument: The source has fewer samples than tasks.
     """
     wanted = (source.samples or MOST_SAMPLES) // len(source.tasks)
     if wanted < 1:
         raise InvalidArgument(
-            f"samples: {source.samples} of source {source.name!r} are fewer than its tasks"
+            f"samples of source {source.name!r} must be at least its {len(source.tasks)} tasks, "
+            f"got {source.samples}"
         )
     found = []
     for name, weight in source.tasks.items():
-        prune, tune = (_spoiled(getattr(tasks[name], part), source, seed) for part in PARTS)
+        prune, tune = (
+            _transformed(getattr(tasks[name], part), source, seed) for part in ("prune", "tune")
+        )
         each = wanted if source.samples else min(wanted, len(prune))
         if len(prune) < each:
             raise DataError(
-                f"samples: source {source.name!r} takes {each} images of {name!r}, whose part "
-                f"'prune' holds {len(prune)}; takes fewer samples, or a larger share in [split]"
+                f"samples of source {source.name!r} must be at most the {len(prune)} images in "
+                f"split 'prune' of {name!r}, got {each}; use fewer samples or a larger share in "
+                "[split]"
             )
-        found.append(SourcePart(name, weight, each, prune, tune))
+        found.append(SourceImages(name, weight, each, prune, tune))
     return found
 
 
-PARTS = ("prune", "tune")
-
-
-def images_of(part: Any) -> ImageSet:
-    """A part of a study's task, which is always an `ImageSet`."""
-    assert isinstance(part, ImageSet)
-    return part
+def images_of(split: Split | None) -> ImageSet:
+    """Return a split of a task of a study, which is always an `ImageSet`."""
+    assert isinstance(split, ImageSet)
+    return split
 
 
 def digests_of(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Return a digest of what every task holds: labels, places, and pixels or names of files."""
+    """Return `{task: digest}` of labels, and of pixels or names and sizes of files."""
     return {name: _digest(task) for name, task in tasks.items()}
 
 
@@ -169,13 +181,13 @@ def _images(settings: TaskSettings, study: Study) -> tuple[ImageSet, ImageSet | 
     test = None if settings.test is None else opened(settings.test)
     if test is not None and test.classes != images.classes:
         raise DataError(
-            f"task {settings.name!r}: test has classes {list(test.classes)[:5]} and data "
-            f"{list(images.classes)[:5]}"
+            f"task {settings.name!r}: test and data must have the same classes, got "
+            f"{listed(test.classes)} and {listed(images.classes)}"
         )
     return (images if settings.images is None else few(images, settings.images)), test
 
 
-def _spoiled(images: Any, source: SourceSettings, seed: int) -> ImageSet:
+def _transformed(images: Any, source: SourceSettings, seed: int) -> ImageSet:
     found: ImageSet = images
     if source.imbalance < 1:
         found = imbalanced(found, source.imbalance, seed=seed)
@@ -185,7 +197,7 @@ def _spoiled(images: Any, source: SourceSettings, seed: int) -> ImageSet:
 
 
 def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
-    path = folder / SPLITS
+    path = folder / SPLITS_FILE
     try:
         found: dict[str, dict[str, list[int]]] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -197,9 +209,9 @@ def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
 
 def _digest(task: Task) -> str:
     digest = hashlib.sha256()
-    for part in ("prune", "fit", "tune", "test"):
-        images: ImageSet = getattr(task, part)
-        digest.update(f"{part} {images.classes}".encode())
+    for split in SPLITS:
+        images: ImageSet = getattr(task, split)
+        digest.update(f"{split} {images.classes}".encode())
         digest.update(np.ascontiguousarray(images.y).tobytes())
         if isinstance(images.x, tuple):
             for path in images.x:

@@ -1,4 +1,4 @@
-"""Pruning of one cell, with statistics that it shares with others."""
+"""Prune one cell of a study, with the statistics that it shares with other cells."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastsal.gradients import select_parameters
-from fastsal.gradients.losses import cross_entropy
-from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import RoundStatistics, prune_in_rounds, rising_goals
 from fastsal.study.cells import Cell
-from fastsal.study.sources import Source
+from fastsal.study.sources import PruningSource
 from fastsal.transfer.headed import PREFIX
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning a cell came to.
+    """Result of pruning a cell.
 
     Attributes:
-        masks: by the names of `Headed`.
-        facts: columns of the cell.
-        layers: one row a parameter, in the order of the network.
+        masks: Masks, with parameter names of `Headed`.
+        facts: Values of columns of `results`.
+        layers: Rows of `layers`, one per parameter, in the order of the network.
     """
 
     masks: Masks
@@ -32,21 +28,10 @@ class Pruned:
     layers: list[dict[str, Any]]
 
 
-def prune_cell(source: Source, cell: Cell) -> Pruned:
-    """Prune the dense backbone of a source in place, as a cell says."""
-    how = cell.criterion
-    recipe = Recipe.of(
-        how.criterion,
-        compensate=how.compensate,
-        damping=how.damping,
-        ranking={"scope": how.scope, "pattern": how.pattern, "floor": how.floor},
-        parameters=source.parameters,
-        block_size=source.study.block_size,
-        seed=cell.seed,
-    )
-    model = source.models[0]
-    chosen = select_parameters(model, source.parameters)
-    job = Job(model, None, None, recipe, chosen, {"curvature": source.curvature}, cross_entropy)
+def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
+    """Prune the dense backbone of a source in place, with the settings of a cell."""
+    job = source.job(cell.criterion, cell.seed)
+    recipe = job.recipe
     waited = 0.0
     own: list[float] = []
 
@@ -66,16 +51,16 @@ def prune_cell(source: Source, cell: Cell) -> Pruned:
     goals = rising_goals(cell.sparsity, cell.rounds)
     masks, _, history = prune_in_rounds(job, goals, recalibrate=False, find=find)
     taken = time.perf_counter() - start - waited
-    # Statistics at the dense weights are shared and count in full; those after are a cell's own.
+    # The time of the shared statistics at the dense weights counts in full for every cell.
     statistics = source.seconds + sum(own) if recipe.needs_fisher else 0.0
     last = history[-1]
-    fisher = source.shared.joined() if recipe.needs_fisher and source.shared is not None else None
+    is_shared = recipe.needs_fisher and source.shared is not None
     facts = {
         "samples": last.samples,
         "damping": last.damping,
         "sparsity_reached": masks.sparsity,
         "predicted_increase": _sum(entry.predicted_increase for entry in history),
-        "statistics_bytes": 0 if fisher is None else fisher.nbytes,
+        "statistics_bytes": source.dense_fisher().nbytes if is_shared else 0,
         "seconds_statistics": statistics,
         "seconds_prune": taken,
     }
@@ -87,7 +72,7 @@ def prune_cell(source: Source, cell: Cell) -> Pruned:
 
 
 def plain_masks(masks: Masks) -> Masks:
-    """Return the masks by the backbone's own names."""
+    """Return masks with the parameter names of the backbone."""
     return Masks({name.removeprefix(PREFIX): mask for name, mask in masks.items()}, masks.recipe)
 
 

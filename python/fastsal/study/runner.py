@@ -1,7 +1,8 @@
-"""Running a study: every cell that is not done yet, one after another, each kept when it is."""
+"""Run the unfinished cells of a study, storing each cell as soon as it is finished."""
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,34 +16,35 @@ from fastsal.models.weights import save_weights
 from fastsal.pruning.shelf import restore
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
 from fastsal.study.cells import Cell, cells_of
-from fastsal.study.images import digests_of, images_of, open_tasks, parts_of
-from fastsal.study.landscape import landscape_of, overlap_of
+from fastsal.study.diagnostics import loss_lines_of, overlaps_of
+from fastsal.study.folder_format import DONE, FAILED
+from fastsal.study.images import digests_of, images_of, open_tasks, source_images
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import SourceSettings, Study
-from fastsal.study.sources import Source
+from fastsal.study.sources import PruningSource
 from fastsal.study.store import Store
 from fastsal.study.tables import require_tables, write_tables
 from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import Curvature
-from fastsal.utils.machine import peak_memory, threads, versions_of
+from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
 GRID = ("models", "sources", "criteria", "sparsities", "seeds", "rounds", "save")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
-    """What a run of a study did.
+    """Summary of a run of a study.
 
     Attributes:
-        cells: of the study.
-        done: in this run; the others were there.
-        failed: cells that are recorded as failed, with what went wrong.
-        rows: of the table of results.
-        warned: cells whose work warned of something; their files say what.
-        seconds: of this run.
+        cells: Number of cells of the study.
+        done: Number of cells computed in this run, including failed ones.
+        failed: `{cell: error}` of all failed cells.
+        rows: Rows of the table `results`.
+        warned: Cells with warnings; their files in `cells/` have the messages.
+        seconds: Wall time of this run.
     """
 
     cells: int
@@ -52,10 +54,16 @@ class Summary:
     warned: list[str]
     seconds: float
 
+    def __repr__(self) -> str:
+        return (
+            f"Summary(cells={self.cells}, done={self.done}, failed={len(self.failed)}, "
+            f"rows={len(self.rows)}, warned={len(self.warned)}, seconds={self.seconds:.1f})"
+        )
+
 
 def run_study(
     study: Study,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     command: str = "",
     retry: bool = False,
@@ -63,29 +71,31 @@ def run_study(
 ) -> Summary:
     """Prune, evaluate, fine-tune and evaluate again, for every cell of a study.
 
-    Each cell is written when it is done. A run that was cut off is gone on with by the same call,
-    to the same table. A cell that fails is recorded and does not stop the others.
+    Each cell is stored as soon as it is finished. Rerun an interrupted study with the same
+    arguments to resume it; the tables are the same as without the interruption. A failed cell is
+    recorded and does not stop the others.
 
     Args:
-        study: its settings.
-        out: the folder of the results.
-        command: to reproduce it, for the report.
-        retry: whether cells that failed before are tried again.
-        progress: a bar, or a function of cells done and those to do.
+        study: Settings of the study.
+        out: Results folder; created if it does not exist.
+        command: Command line that reproduces the study, for the report.
+        retry: Whether to recompute cells that failed before.
+        progress: True for a progress bar, or a callback with the numbers of finished cells and of
+            all cells to compute.
 
     Returns:
-        What was done.
+        Summary of the run.
 
     Raises:
-        InvalidArgument: the folder holds something else, or the results of another study.
-        FastsalError: a model or a task cannot be opened.
-        OSError: a result cannot be written; what was done before is kept.
+        InvalidArgument: The folder holds other files, or the results of another study.
+        FastsalError: A model or a task cannot be opened.
+        OSError: A result cannot be written; finished cells are kept.
     """
     start = time.perf_counter()
     require_tables()
     check_files(study)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
-    store = Store(out, identity)
+    store = Store(Path(out), identity)
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
@@ -94,16 +104,16 @@ def run_study(
 
     def is_open(cell: Cell) -> bool:
         found = results[cell.key]
-        return found is None or (retry and found["status"] == "failed")
+        return found is None or (retry and found["status"] == FAILED)
 
     left = [cell for cell in cells if is_open(cell)]
-    # Cells that were there are not counted, so that the time that is left is right.
+    # Only cells to compute count, so that the estimate of the remaining time is right.
     with reporter(progress, study.name, "cells") as report:
         report(0, len(left))
         for done, (source, cell) in enumerate(_with_sources(study, store, tasks, left), start=1):
             results[cell.key] = _result(store, source, cell)
             report(done, len(left))
-    failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == "failed"}
+    failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == FAILED}
     rows = write_tables(
         store.folder, study.name, [(c, r) for c in cells if (r := results[c.key]) is not None]
     )
@@ -118,7 +128,8 @@ def run_study(
             "failures": len(failed),
             "seconds": round(sum(r["seconds"] for r in results.values() if r), 3),
             "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in results.values() if r),
-            **versions_of(),
+            "versions": versions(),
+            "machine": machine(),
         }
     )
     warned = [c.key for c in cells if (r := results[c.key]) and r.get("warnings")]
@@ -127,10 +138,10 @@ def run_study(
 
 def _with_sources(
     study: Study, store: Store, tasks: Mapping[str, Task], cells: list[Cell]
-) -> Iterator[tuple[Source | FastsalError, Cell]]:
-    """Give each cell with its source, or with the error that there is instead of one.
+) -> Iterator[tuple[PruningSource | FastsalError, Cell]]:
+    """Yield each cell with its source, or with the error that prevented opening it.
 
-    Cells of one model share it; those of one source and seed share their statistics.
+    Cells of one model share the backbone; cells of one source and seed share statistics.
     """
     for model, of_model in groupby(cells, key=lambda cell: cell.model):
         backbone: Backbone | FastsalError
@@ -141,7 +152,7 @@ def _with_sources(
         for (settings, seed, curvature), group in groupby(
             of_model, key=lambda c: (c.source, c.seed, c.curvature)
         ):
-            source: Source | FastsalError
+            source: PruningSource | FastsalError
             try:
                 source = _opened(study, backbone, settings, tasks, seed, curvature)
             except FastsalError as error:
@@ -157,26 +168,27 @@ def _opened(
     tasks: Mapping[str, Task],
     seed: int,
     curvature: Curvature,
-) -> Source:
+) -> PruningSource:
     if isinstance(backbone, FastsalError):
         raise backbone
-    return Source(study, settings, backbone, parts_of(settings, tasks, seed), seed, curvature)
+    images = source_images(settings, tasks, seed)
+    return PruningSource(study, settings, backbone, images, seed, curvature)
 
 
-def _result(store: Store, source: Source | FastsalError, cell: Cell) -> dict[str, Any]:
-    """Run one cell and keep what it came to."""
+def _result(store: Store, source: PruningSource | FastsalError, cell: Cell) -> dict[str, Any]:
+    """Compute one cell and store its result."""
     start = time.perf_counter()
     try:
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             if isinstance(source, FastsalError):
                 raise source
             result = _run(store, source, cell)
-        result["warnings"] = [" ".join(str(w.message).split()) for w in heard]
+        result["warnings"] = [" ".join(str(w.message).split()) for w in caught]
     except FastsalError as error:
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         result = {
-            "status": "failed",
+            "status": FAILED,
             "error": message,
             "facts": {},
             "tasks": [{"error": message}],
@@ -186,12 +198,12 @@ def _result(store: Store, source: Source | FastsalError, cell: Cell) -> dict[str
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }
-    result["facts"] |= {**versions_of()["versions"], "threads": threads()}
+    result["facts"] |= {**versions(), "threads": torch_threads()}
     store.write(cell.key, result)
     return result
 
 
-def _run(store: Store, source: Source, cell: Cell) -> dict[str, Any]:
+def _run(store: Store, source: PruningSource, cell: Cell) -> dict[str, Any]:
     study, backbone = source.study, source.backbone
     clock: dict[str, float] = {}
 
@@ -215,20 +227,20 @@ def _run(store: Store, source: Source, cell: Cell) -> dict[str, Any]:
         pruned.masks.verify(source.models[0])
         _save(store, source, pruned, cell)
         extra: dict[str, Any] = {}
-        if study.landscape is not None and study.landscape.covers(
+        if study.diagnostics is not None and study.diagnostics.covers(
             cell.sparsity, cell.seed, study.seeds
         ):
-            extra["landscape"] = landscape_of(source, states)
+            extra["loss_line"] = loss_lines_of(source, states)
             if source.curvature == source.settings.curvature:
-                extra["overlap"] = overlap_of(source)
+                extra["overlap"] = overlaps_of(source)
     finally:
         restore(backbone.tensors, backbone.dense)
     facts = {**pruned.facts, **clock}
-    on_source = [backbone.before[part.task].loss for part in source.parts]
-    after = [zero_shot[part.task].loss for part in source.parts]
-    facts["measured_increase"] = (sum(after) - sum(on_source)) / len(after)
+    dense = [backbone.before[images.task].loss for images in source.images]
+    after = [zero_shot[images.task].loss for images in source.images]
+    facts["measured_increase"] = (sum(after) - sum(dense)) / len(after)
     return {
-        "status": "done",
+        "status": DONE,
         "facts": facts,
         "sizes": {
             "weights": sum(p.numel() for p in backbone.model.parameters()),
@@ -241,7 +253,7 @@ def _run(store: Store, source: Source, cell: Cell) -> dict[str, Any]:
 
 
 def _row(
-    source: Source,
+    source: PruningSource,
     name: str,
     zero_shot: Mapping[str, Measurement],
     tuned: Mapping[str, Measurement] | None,
@@ -250,7 +262,7 @@ def _row(
     kinds = {task.name: task.head or source.study.head for task in source.study.tasks}
     return {
         "task": name,
-        "role": "source" if name in source.settings.tasks else "transfer",
+        "role": source.role(name),
         "head": kinds[name],
         "classes": len(images_of(backbone.tasks[name].test).classes),
         "test_images": zero_shot[name].samples,
@@ -260,8 +272,8 @@ def _row(
     }
 
 
-def _save(store: Store, source: Source, pruned: Pruned, cell: Cell) -> None:
-    """Keep the masks of a cell, or its masks and last weights, where the study asks for it."""
+def _save(store: Store, source: PruningSource, pruned: Pruned, cell: Cell) -> None:
+    """Save the masks of a cell, or its masks and final weights, depending on `save`."""
     if source.study.save in ("masks", "models"):
         plain_masks(pruned.masks).save(store.folder / "masks" / f"{cell.key}.safetensors")
     if source.study.save == "models":

@@ -1,10 +1,9 @@
-"""Statistics of a source: one set serves all criteria, sparsities and dampings of its cells."""
+"""Collect the statistics of a source, shared by all criteria, sparsities and dampings."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,45 +12,54 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from fastsal.data.batches import Pair
-from fastsal.data.held_out import holding_out, limited
+from fastsal.data.batches import Batches
+from fastsal.data.held_out import Repeated
 from fastsal.data.image_set import ImageSet
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.collect import collect
+from fastsal.fisher.statistics import Collected, Statistics
+from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
 from fastsal.models.evaluating import evaluating
 from fastsal.models.inputs import InputSpec
-from fastsal.pruning.measured import HeldOut, HeldOutFeatures, Measured
-from fastsal.pruning.rounds import RoundStatistics
+from fastsal.pruning.job import Job
+from fastsal.pruning.measured import Measured
+from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.rounds import RoundStatistics, find_statistics
 from fastsal.study.backbones import Backbone
-from fastsal.study.images import SourcePart
-from fastsal.study.settings.schema import SourceSettings, Study
+from fastsal.study.folder_format import SOURCE, TRANSFER
+from fastsal.study.images import SourceImages
+from fastsal.study.settings.schema import CriterionSettings, SourceSettings, Study
 from fastsal.transfer.headed import PREFIX, Headed
 from fastsal.utils.choices import Curvature
 
+# A criterion that needs statistics; which one does not matter for collecting them.
+_STATISTICS = CriterionSettings("statistics", "block-fisher")
+# Rounds for which seeds are reserved: the seeds of held-out images start after these.
+_SEEDS = 999
+
 
 @dataclass
-class Source:
-    """What pruning sees of one backbone, with one draw of images.
+class PruningSource:
+    """A backbone with one draw of the images that pruning sees.
 
     Attributes:
-        study: settings.
-        settings: of the source.
-        backbone: the model, dense when this is made.
-        parts: its tasks and their images.
-        seed: of the draw.
-        curvature: of the statistics, as for `collect`.
-        models: the backbone with the head of each part.
-        seconds: that the statistics of the first round took.
-        shared: those statistics, at the dense weights.
-        targets: labels that fine-tuning learns, for each part.
-        overlaps: rows of the table of that name, once they are known.
+        study: Settings of the study.
+        settings: Settings of the source.
+        backbone: The model, dense when this is created.
+        images: Images of each task of the source.
+        seed: Seed of the draw.
+        curvature: Kind of statistics, as for `fastsal.collect`.
+        models: The backbone with the head of each task.
+        targets: Labels for fine-tuning, int64 `[n]` for each task.
+        seconds: Wall time of collecting the statistics of the first round.
+        shared: Statistics of the first round, at the dense weights; None before they are collected.
+        overlaps: Rows of the table `overlap`; None before they are computed.
     """
 
     study: Study
     settings: SourceSettings
     backbone: Backbone
-    parts: list[SourcePart]
+    images: list[SourceImages]
     seed: int
     curvature: Curvature
     models: list[Headed] = field(init=False)
@@ -62,62 +70,108 @@ class Source:
 
     def __post_init__(self) -> None:
         self.models = [
-            Headed(self.backbone.model, [self.backbone.sources[part.task]]) for part in self.parts
+            Headed(self.backbone.model, [self.backbone.differentiable[images.task]])
+            for images in self.images
         ]
-        self.targets = [part.tune.y for part in self.parts]
+        self.targets = [images.tune.y for images in self.images]
         if self.settings.curvature != "empirical" and self.study.finetune is not None:
             self.targets = [
-                predicted(model, part.tune, self.backbone.spec, self.study.batch_size)
-                for model, part in zip(self.models, self.parts, strict=True)
+                predicted(model, images.tune, self.backbone.spec, self.study.batch_size)
+                for model, images in zip(self.models, self.images, strict=True)
             ]
 
     @property
     def parameters(self) -> list[str]:
-        """Names of the pruned weights, as in `models`."""
+        """Names of the weights to prune, as in `models`."""
         return [PREFIX + name for name in self.backbone.names]
 
+    def role(self, task: str) -> str:
+        """Return whether pruning sees a task: `SOURCE` or `TRANSFER`."""
+        return SOURCE if task in self.settings.tasks else TRANSFER
+
     def find(self, number: int, *, dense: bool) -> RoundStatistics:
-        """Statistics for one round; those at the dense weights are kept for other cells.
+        """Return the statistics for one round; those at the dense weights are shared by cells.
 
         Args:
-            number: of the round, from 1: each has another seed for sampled labels.
-            dense: whether the model is as it came.
+            number: Number of the round, from 1, which determines the seed of sampled labels.
+            dense: Whether the model has its dense weights.
         """
         if dense and self.shared is not None:
             return self.shared
         start = time.perf_counter()
-        found = self._find(self.seed + number - 1)
+        found = self._find(number)
         if dense:
             self.shared, self.seconds = found, time.perf_counter() - start
         return found
 
-    def _find(self, seed: int) -> RoundStatistics:
-        """One sample in eight is held out of what λ is chosen with, and joins it for the rest."""
+    def dense_fisher(self) -> BlockFisher:
+        """Return the statistics of all images at the dense weights."""
+        return _stored(self.find(1, dense=True).joined())
+
+    def job(
+        self,
+        how: CriterionSettings,
+        seed: int,
+        model: nn.Module | None = None,
+        batches: Batches | None = None,
+    ) -> Job:
+        """Return a pruning job with the settings of this source.
+
+        Args:
+            how: Settings of the criterion.
+            seed: Seed of the job.
+            model: One of `models`; None uses the first.
+            batches: Images of the statistics; None for a job that is given its statistics.
+        """
+        recipe = Recipe.of(
+            how.criterion,
+            compensate=how.compensate,
+            damping=how.damping,
+            ranking={"scope": how.scope, "pattern": how.pattern, "floor": how.floor},
+            parameters=self.parameters,
+            block_size=self.study.block_size,
+            seed=seed,
+        )
+        model = self.models[0] if model is None else model
+        statistics = {
+            "curvature": self.curvature,
+            "parameters": self.parameters,
+            "block_size": self.study.block_size,
+            "micro_batch": None,
+        }
+        chosen = select_parameters(model, self.parameters)
+        return Job(model, batches, None, recipe, chosen, statistics, cross_entropy)
+
+    def _find(self, number: int) -> RoundStatistics:
+        """Collect the statistics of all tasks for one round and sum them."""
         fisher: BlockFisher | None = None
         joined: BlockFisher | None = None
         tuned: list[tuple[float, Measured, nn.Module]] = []
-        for part, model in zip(self.parts, self.models, strict=True):
-            held: list[Pair] = []
-            images = part.prune.batches(
-                self.backbone.spec,
-                self.study.batch_size,
-                samples=part.samples,
-                shuffle_seed=self.seed,
-            )
-            most = self._collect(model, holding_out(images, held), seed)
-            whole = copy.deepcopy(most)
-            whole.merge(self._collect(model, held, seed + 1000))
-            tuned.append((part.weight, self._measured(model, limited(held)), model))
-            fisher = self._add(fisher, most, part.weight)
-            joined = self._add(joined, whole, part.weight)
-        return RoundStatistics(fisher, lambda: joined, MixedHeldOut(tuned))
+        for images, model in zip(self.images, self.models, strict=True):
+            job = self.job(_STATISTICS, self.seed, model, self._batches(images))
+            found = find_statistics(job, _SEEDS, number, holds_out=True)
+            assert found.tuned is not None
+            tuned.append((images.weight, found.tuned, model))
+            # Cells need the statistics with and without the held-out images; joining is in place.
+            without = copy.deepcopy(_stored(found.fisher))
+            whole = _stored(found.joined())
+            fisher = self._add(fisher, without, images.weight)
+            joined = self._add(joined, whole, images.weight)
+        return RoundStatistics(
+            _statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned)
+        )
 
-    def _measured(self, model: nn.Module, held: list[Pair]) -> Measured:
-        """What λ is chosen by: the loss that the statistics are of."""
-        if self.curvature == "features":
-            return HeldOutFeatures.of(model, held)
-        known = [(x, y if self.curvature == "empirical" else None) for x, y in held]
-        return HeldOut.of(model, known, cross_entropy)
+    def _batches(self, images: SourceImages) -> Batches:
+        """Return the images of the statistics; without labels if the source is unlabeled."""
+        batches = images.prune.batches(
+            self.backbone.spec,
+            self.study.batch_size,
+            samples=images.samples,
+            shuffle_seed=self.seed,
+        )
+        if self.curvature == "empirical":
+            return batches
+        return Repeated(lambda: ((x, None) for x, _ in batches))
 
     def _add(self, sums: BlockFisher | None, more: BlockFisher, weight: float) -> BlockFisher:
         if sums is None:
@@ -130,23 +184,13 @@ class Source:
         sums.merge(more, weight)
         return sums
 
-    def _collect(self, model: nn.Module, images: Iterable[Pair], seed: int) -> BlockFisher:
-        return collect(
-            model,
-            images,
-            block_size=self.study.block_size,
-            curvature=self.curvature,
-            parameters=self.parameters,
-            seed=seed,
-        )
-
 
 @dataclass(frozen=True)
 class MixedHeldOut:
-    """Held-out images of several tasks, each behind its own head on the same backbone.
+    """Held-out images of several tasks, measured through the head of each.
 
     Attributes:
-        parts: weight, images, and the backbone with the head of each.
+        parts: Weight, held-out images, and the backbone with its head, for each task.
     """
 
     parts: list[tuple[float, Measured, nn.Module]]
@@ -157,7 +201,7 @@ class MixedHeldOut:
         return sum(held_out.samples for _, held_out, _ in self.parts)
 
     def mean_loss(self, _model: nn.Module) -> float:
-        """Return the mean of the tasks' mean losses, by their weights."""
+        """Return the weighted mean of the mean losses of the tasks."""
         total = sum(weight for weight, _, _ in self.parts)
         return sum(w * held_out.mean_loss(model) for w, held_out, model in self.parts) / total
 
@@ -165,7 +209,7 @@ class MixedHeldOut:
 def predicted(
     model: nn.Module, images: ImageSet, spec: InputSpec, batch_size: int
 ) -> npt.NDArray[np.int64]:
-    """Return the classes that a model gives images, int64 `[n]`."""
+    """Return the predicted classes of images, int64 `[n]`."""
     found = []
     with evaluating(model) as device, torch.no_grad():
         for x, _ in images.batches(spec, batch_size):
@@ -175,3 +219,13 @@ def predicted(
 
 def _empty(like: BlockFisher) -> BlockFisher:
     return BlockFisher(like.shapes, block_size=like.block_size, precision=like.precision)
+
+
+def _statistics(fisher: BlockFisher | None) -> Statistics | None:
+    return None if fisher is None else Collected(fisher)
+
+
+def _stored(statistics: Statistics | None) -> BlockFisher:
+    """Return the sums of statistics that were collected without a memory budget."""
+    assert isinstance(statistics, Collected)
+    return statistics.fisher

@@ -1,4 +1,4 @@
-"""The folder of a study's results: which study it is of, and each cell as soon as it is done."""
+"""Results folder of a study: its identity, and the result of each finished cell."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.study.folder_format import FORMAT, STUDY_FILE
 from fastsal.utils.atomic import write_text
-
-FORMAT = 1
-IDENTITY = "study.json"
+from fastsal.utils.suggestions import listed
 
 
 class Store:
-    """Cells in files of their own, each whole or absent, so that a run may end at any moment.
+    """A folder with one file per cell, written atomically so that a run can stop at any time.
 
     Args:
-        folder: of the results; made if it is not there.
-        identity: what every cell depends on; the folder is of one identity only.
+        folder: Results folder; created if it does not exist.
+        identity: Settings that every cell depends on; a folder has one identity.
 
     Raises:
-        InvalidArgument: the folder is a file, holds something else, or the results of a study with
-            other settings; says which differ.
-        OSError: it cannot be written.
+        InvalidArgument: The folder is a file, holds other files, or the results of a study with
+            other settings; the message names those that differ.
+        FileFormatError: `study.json` is damaged, or has another format.
+        OSError: The folder cannot be written.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -33,28 +33,27 @@ class Store:
         self.cells = folder / "cells"
         self.heads = folder / "heads"
         if folder.exists() and not folder.is_dir():
-            raise InvalidArgument(f"out: {folder} is a file; takes a folder")
+            raise InvalidArgument(f"out must be a folder, got the file {folder}")
         known = self._identity()
         if known is None and folder.is_dir() and any(folder.iterdir()):
             raise InvalidArgument(
-                f"out: {folder} holds something, but no results of a study; takes a new folder, or "
-                "that of the same study"
+                "out must be an empty folder or the results folder of this study, got "
+                f"{folder} with other files"
             )
         if known is not None:
             differing = differences(known, _json(identity))
             if differing:
                 raise InvalidArgument(
-                    f"out: {folder} holds the results of another study (it differs in "
-                    f"{', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}); takes "
-                    "another folder, or the study as it was; models, sources, criteria, rounds, "
-                    "sparsities and seeds may be added"
+                    f"out: {folder} holds the results of another study (different settings: "
+                    f"{listed(differing, 4)}); use another folder or the same settings. Models, "
+                    "sources, criteria, rounds, sparsities and seeds may be added"
                 )
         else:
-            self._write(IDENTITY, {"format": FORMAT, "identity": identity})
+            self._write(STUDY_FILE, {"format": FORMAT, "identity": identity})
         self.cells.mkdir(parents=True, exist_ok=True)
 
     def read(self, key: str) -> dict[str, Any] | None:
-        """Return what a cell came to; None if it is not done, or its file is damaged."""
+        """Return the result of a cell; None if it is not finished, or its file is damaged."""
         try:
             found = json.loads((self.cells / f"{key}.json").read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -62,20 +61,22 @@ class Store:
         return found if isinstance(found, dict) and found.get("key") == key else None
 
     def write(self, key: str, result: Mapping[str, Any]) -> None:
-        """Keep what a cell came to, whole or not at all."""
+        """Store the result of a cell atomically."""
         self._write(f"cells/{key}.json", {**result, "key": key})
 
     def describe(self, facts: Mapping[str, Any]) -> None:
-        """Write `study.json` anew, with more about the study than what it is known by."""
+        """Rewrite `study.json` with facts about the study beside its identity."""
         identity = self._identity()
-        self._write(IDENTITY, {"format": FORMAT, **facts, "identity": identity})
+        self._write(STUDY_FILE, {"format": FORMAT, **facts, "identity": identity})
 
     def _identity(self) -> dict[str, Any] | None:
-        path = self.folder / IDENTITY
+        path = self.folder / STUDY_FILE
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             if found["format"] != FORMAT:
-                raise FileFormatError(f"out: {path} has format {found['format']}; takes {FORMAT}")
+                raise FileFormatError(
+                    f"out: format of {path} must be {FORMAT}, got {found['format']}"
+                )
             identity: dict[str, Any] = found["identity"]
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -91,7 +92,7 @@ class Store:
 
 
 def differences(known: Any, asked: Any, name: str = "") -> list[str]:
-    """Name the settings in which two trees of plain values differ."""
+    """Return the paths at which two trees of plain values differ."""
     if isinstance(known, Mapping) and isinstance(asked, Mapping):
         found = []
         for key in sorted({*known, *asked}):
@@ -105,7 +106,7 @@ def differences(known: Any, asked: Any, name: str = "") -> list[str]:
 
 
 def _json(value: Any) -> Any:
-    """Plain JSON values; NaN and infinity, which JSON lacks, become None."""
+    """Return plain JSON values; NaN and infinity, which JSON lacks, become None."""
     if isinstance(value, Mapping):
         return {str(k): _json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

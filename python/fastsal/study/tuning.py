@@ -1,4 +1,4 @@
-"""Fine-tuning on a source: the tasks of a mixture side by side, each behind its own head."""
+"""Fine-tune on a source: batches of all its tasks, each with its own head."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastsal.data.image_set import Batches
+from fastsal.data.image_set import ImageBatches
 from fastsal.finetuning.finetune import FinetuneResult, finetune
 from fastsal.pruning.masks.masks import Masks
 from fastsal.study.images import few
 from fastsal.study.settings.schema import FinetuneSettings
-from fastsal.study.sources import Source
+from fastsal.study.sources import PruningSource
 from fastsal.transfer.headed import Headed, SegmentedCrossEntropy
 
 
 @dataclass(frozen=True)
 class TuningImages:
-    """Batches of several tasks in one order, labels shifted to the place of their task's logits.
+    """Batches of several tasks; labels are offset to the concatenated logits.
 
     Attributes:
-        parts: batches of each task.
-        shifts: of their labels.
-        batch_size: images a batch; all of one task.
-        shuffled: whether each pass has an order of its own, from torch's random numbers.
+        parts: Batches of each task.
+        shifts: Offset of the labels of each task.
+        batch_size: Images per batch; a batch has images of one task.
+        shuffled: Whether each pass has a new order, drawn with the global generator of torch.
     """
 
-    parts: Sequence[Batches]
+    parts: Sequence[ImageBatches]
     shifts: Sequence[int]
     batch_size: int
     shuffled: bool = True
 
     @property
     def samples(self) -> int:
-        """Images in all."""
+        """Total number of images."""
         return sum(part.samples for part in self.parts)
 
     def __len__(self) -> int:
@@ -58,34 +58,34 @@ class TuningImages:
                 yield images, labels + self.shifts[i]
 
 
-def tune(source: Source, masks: Masks, settings: FinetuneSettings) -> FinetuneResult:
-    """Train the pruned backbone of a source on its tasks; heads and normalisation stay.
+def tune(source: PruningSource, masks: Masks, settings: FinetuneSettings) -> FinetuneResult:
+    """Fine-tune the pruned backbone of a source on its tasks; heads and normalization are frozen.
 
-    Where the source counts as unlabelled, labels are what the dense model says of its images.
+    For an unlabeled source, the labels are the predictions of the dense model.
 
     Args:
-        source: its backbone, pruned.
-        masks: by the names of `Headed`.
-        settings: of the training.
+        source: Source with the pruned backbone.
+        masks: Masks, with parameter names of `Headed`.
+        settings: Settings of fine-tuning.
     """
     backbone = source.backbone
-    heads = [backbone.sources[part.task] for part in source.parts]
+    heads = [backbone.differentiable[part.task] for part in source.images]
     model = Headed(backbone.model, heads)
-    sizes = [len(part.tune.classes) for part in source.parts]
+    sizes = [len(part.tune.classes) for part in source.images]
     shifts = [int(n) for n in np.cumsum([0, *sizes[:-1]])]
     size = source.study.batch_size
     rng = np.random.default_rng(source.seed)
-    kept: list[Batches] = []
-    held: list[Batches] = []
-    for part, labels in zip(source.parts, source.targets, strict=True):
+    kept: list[ImageBatches] = []
+    held: list[ImageBatches] = []
+    for part, labels in zip(source.images, source.targets, strict=True):
         images = replace(part.tune, y=labels)
         if settings.images is not None:
-            chosen = few(part.tune, settings.images // len(source.parts))
+            chosen = few(part.tune, settings.images // len(source.images))
             images = images.subset(np.flatnonzero(np.isin(images.index, chosen.index)))
         order = rng.permutation(len(images))
         cut = round(settings.held_out * len(images))
-        held.append(Batches(images, backbone.spec, order[:cut], size))
-        kept.append(Batches(images, backbone.spec, order[cut:], size))
+        held.append(ImageBatches(images, backbone.spec, order[:cut], size))
+        kept.append(ImageBatches(images, backbone.spec, order[cut:], size))
     return finetune(
         model,
         TuningImages(kept, shifts, size),

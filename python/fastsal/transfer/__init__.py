@@ -1,4 +1,4 @@
-"""Transfer: tasks, their frozen heads, and the accuracy of a pruned backbone on each."""
+"""Transfer learning: tasks, frozen heads, and the accuracy of a pruned backbone on each task."""
 
 from fastsal.transfer.evaluation import Measurement, accuracy, evaluate, measure, measure_tasks
 from fastsal.transfer.head_cache import HeadCache, load_head, save_head

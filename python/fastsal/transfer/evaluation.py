@@ -1,11 +1,11 @@
-"""Accuracy: of a model's own classifier, and of a backbone with the frozen heads of tasks.
+"""Accuracy of a model with its own classifier, and of a backbone with the frozen heads of tasks.
 
 Axes: n images, k classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,15 +20,19 @@ from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
-from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of
-
-Report = Callable[[int, int | None], None]
+from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.progress import Report
 
 
 class Measurement(NamedTuple):
-    """Top-1 accuracy (0 to 1), mean cross-entropy in nats, and the number of images.
+    """Top-1 accuracy, loss and number of images of a model.
 
-    An image whose logits are not finite is wrong, and makes the loss infinite.
+    An image with non-finite logits counts as wrong and makes the loss infinite.
+
+    Attributes:
+        accuracy: Top-1 accuracy, 0 to 1.
+        loss: Mean cross-entropy, in nats.
+        samples: Number of images.
     """
 
     accuracy: float
@@ -43,20 +47,20 @@ def evaluate(
     *,
     batch_size: int = 64,
 ) -> dict[str, float]:
-    """Measure a backbone on the test images of tasks, through heads that stay as they are.
+    """Measure the accuracy of a backbone on the test images of tasks, through frozen heads.
 
     Args:
-        model: the backbone, dense or pruned; left as found.
-        tasks: one or more tasks.
+        model: Backbone, dense or pruned; it is not changed.
+        tasks: One or more tasks.
         heads: `{task name: head}` from `fit_heads`.
-        batch_size: images a forward pass.
+        batch_size: Images per forward pass.
 
     Returns:
-        `{task name: top-1 accuracy, 0 to 1}`. Outputs that are not finite count as wrong.
+        `{task name: top-1 accuracy, 0 to 1}`. Images with non-finite outputs count as wrong.
 
     Raises:
-        InvalidArgument: a task without a head, or a head of another number of features.
-        DataError: no test images, or labels outside the head's classes.
+        InvalidArgument: A task has no head, or a head expects another number of features.
+        DataError: A task has no test images, or labels outside the classes of its head.
     """
     found = measure_tasks(model, tasks, heads, batch_size=batch_size)
     return {name: measurement.accuracy for name, measurement in found.items()}
@@ -72,27 +76,29 @@ def measure_tasks(
 ) -> dict[str, Measurement]:
     """Measure accuracy and loss of a backbone on tasks, in one pass over the images.
 
-    Tasks with the same test images, prepared the same way, share the forward passes.
+    Tasks with the same test images and the same preprocessing share the forward passes.
 
     Args:
-        model: the backbone, dense or pruned; left as found.
-        tasks: one or more tasks.
+        model: Backbone, dense or pruned; it is not changed.
+        tasks: One or more tasks.
         heads: `{task name: head}` from `fit_heads`.
-        batch_size: images a forward pass.
-        report: called with the number of images done and the number in all, where known.
+        batch_size: Images per forward pass.
+        report: Callback with the number of images done and the total, None if unknown.
 
     Returns:
         `{task name: accuracy, loss and number of images}`. The loss is the cross-entropy of
-        `head.scale` times the head's outputs.
+        `head.scale` times the outputs of the head.
 
     Raises:
-        InvalidArgument: a task without a head, or a head of another number of features.
-        DataError: no test images, or labels outside the head's classes.
+        InvalidArgument: A task has no head, or a head expects another number of features.
+        DataError: A task has no test images, or labels outside the classes of its head.
     """
     found = as_tasks(tasks)
     absent = [task.name for task in found if task.name not in heads]
     if absent:
-        raise InvalidArgument(f"heads: none for {absent}; there are heads for {sorted(heads)}")
+        raise InvalidArgument(
+            f"heads must have one head per task, got none for {absent} (heads: {sorted(heads)})"
+        )
     tallies = {task.name: _Tally() for task in found}
     groups = _groups(found, heads)
     total = _total(groups)
@@ -121,7 +127,7 @@ def measure_tasks(
                     report(done, total)
     for name, tally in tallies.items():
         if not tally.count:
-            raise DataError(f"tasks: {name!r} has no test images")
+            raise DataError(f"task {name!r} has no test images")
     return {name: tally.measurement() for name, tally in tallies.items()}
 
 
@@ -131,18 +137,19 @@ def measure(
     *,
     report: Report | None = None,
 ) -> Measurement:
-    """Measure `model` with its own classifier.
+    """Measure accuracy and loss of `model` with its own classifier.
 
     Args:
-        model: maps images `[n, c, h, w]` to logits `[n, k]`; left as found.
-        batches: `(images, labels [n])`.
-        report: called with the number of images done and the number in all, where known.
+        model: Maps images `[n, c, h, w]` to logits `[n, k]`; it is not changed.
+        batches: Iterable of `(images [n, c, h, w], labels [n])`.
+        report: Callback with the number of images done and the total, None if unknown.
 
     Returns:
-        Accuracy, loss and number of images. Logits that are not finite count as wrong.
+        Accuracy, loss and number of images. Images with non-finite logits count as wrong.
 
     Raises:
-        DataError: no images, logits of another shape, or labels outside `0 .. k - 1`.
+        DataError: There are no images, the logits have another shape, or a label is outside
+            `0 .. k - 1`.
     """
     tally = _Tally()
     total = getattr(batches, "samples", None)
@@ -151,25 +158,28 @@ def measure(
             logits = _logits(model, images.to(device))
             if len(logits) != len(labels):
                 raise DataError(
-                    f"model: gave {list(logits.shape)} for {len(labels)} labels; takes logits "
-                    "[n, classes]"
+                    f"outputs of the model must be logits [n, classes], got {list(logits.shape)} "
+                    f"for {len(labels)} labels"
                 )
             tally.add(logits, labels)
             if report:
                 report(tally.count, total)
     if not tally.count:
-        raise DataError("batches: no images")
+        raise DataError("batches must hold at least one image")
     return tally.measurement()
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Return the top-1 accuracy, 0 to 1, of `model` with its own classifier; see `measure`."""
+    """Return the top-1 accuracy, 0 to 1, of `model` with its own classifier.
+
+    See `measure` for arguments and errors.
+    """
     return measure(model, batches).accuracy
 
 
 @dataclass
 class _Tally:
-    """Sums over batches."""
+    """Running sums over batches."""
 
     right: int = 0
     count: int = 0
@@ -189,7 +199,7 @@ class _Tally:
 
 
 def _groups(tasks: list[Task], heads: Mapping[str, AnyHead]) -> list[list[Task]]:
-    """Group tasks whose test images, prepared the same way, are the same in the same order."""
+    """Group tasks that have the same test images in the same order, and the same preprocessing."""
     groups: list[list[Task]] = []
     for task in tasks:
         spec = heads[task.name].spec
@@ -202,12 +212,12 @@ def _groups(tasks: list[Task], heads: Mapping[str, AnyHead]) -> list[list[Task]]
     return groups
 
 
-def _is_same(a: Part, b: Part) -> bool:
+def _is_same(a: Split, b: Split) -> bool:
     if a is b:
         return True
     if not isinstance(a, ImageSet) or not isinstance(b, ImageSet) or a.source != b.source:
         return False
-    # What was done to the pixels of one source may differ, so places alone do not tell.
+    # Images with equal indices may have been processed differently, so pixels are compared too.
     if not np.array_equal(a.index, b.index):
         return False
     if isinstance(a.x, tuple) or isinstance(b.x, tuple):
@@ -225,15 +235,17 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     logits = model(images)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
         came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"model: gave {came} for {len(images)} labels; takes logits [n, classes]")
+        raise DataError(
+            f"outputs of the model must be logits [n, classes], got {came} for {len(images)} labels"
+        )
     return logits
 
 
 def _outputs(head: AnyHead, x: Tensor) -> Tensor:
     if not isinstance(head, OwnHead) and x.shape[1] != head.features:
         raise InvalidArgument(
-            f"heads: the head of {head.task!r} takes {head.features} features; "
-            f"the model gives {x.shape[1]}"
+            f"the model must have {head.features} features for the head of task {head.task!r}, "
+            f"got {x.shape[1]}"
         )
     return head(x)
 
@@ -243,7 +255,7 @@ def _checked(labels: Tensor, classes: int) -> Tensor:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
-            f"labels: {low if low < 0 else high} is out of range; the model has {classes} "
-            f"classes, 0 to {classes - 1}"
+            f"labels must be in 0 .. {classes - 1} for outputs of {classes} classes, got "
+            f"{low if low < 0 else high}"
         )
     return labels

@@ -1,9 +1,9 @@
-"""How alike the Fishers of two image sets are, layer by layer.
+"""Overlap of the Fisher statistics of two image sets, layer by layer.
 
-Two measures, both from 0 to 1: the cosine of the two diagonals, and how far the directions of
-greatest curvature are the same (Krzanowski, 1979, "Between-groups comparison of principal
-components", for the measure; Gur-Ari et al., 2018, "Gradient descent happens in a tiny subspace",
-compare top Hessian eigenvectors by it).
+Two measures, both in [0, 1]: the cosine similarity of the diagonals, and the overlap of the
+subspaces of largest curvature (Krzanowski, 1979, "Between-groups comparison of principal
+components"). Gur-Ari et al. (2018), "Gradient descent happens in a tiny subspace", compare the top
+eigenvectors of Hessians by the second measure.
 
 Axes: K blocks of B weights, k eigenvectors of each.
 """
@@ -18,22 +18,23 @@ from torch import Tensor
 
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.utils.numbers import whole
 
-# Eigenvalues below this part of a block's greatest, for each of its weights, are rounding of
-# float32 sums: their eigenvectors mean nothing.
+# Eigenvalues below this fraction of a block's largest, times its size, are rounding errors of
+# float32 sums: their eigenvectors carry no information.
 _ROUNDING = 2.0**-24
-_CHUNK = 4096  # blocks whose eigenvectors are found at a time
+_CHUNK = 4096  # blocks per eigendecomposition
 
 
 @dataclass(frozen=True)
 class LayerOverlap:
-    """How alike two Fishers are at one parameter.
+    """Overlap of the Fisher statistics of two image sets at one parameter.
 
     Attributes:
-        layer: the parameter's name.
-        position: its place among the parameters, from 0.
-        diagonal: cosine of the two diagonals, 0 to 1; 0 where one of them is zero.
-        eigenspace: mean over blocks of the overlap of the top eigenspaces, 0 to 1, see
+        layer: Name of the parameter.
+        position: Index among the parameters, from 0.
+        diagonal: Cosine similarity of the diagonals, 0 to 1; 0 where one of them is zero.
+        eigenspace: Mean over blocks of the overlap of the top eigenspaces, 0 to 1, see
             `fisher_overlap`; None where no block has curvature in both.
     """
 
@@ -44,32 +45,32 @@ class LayerOverlap:
 
 
 def fisher_overlap(source: BlockFisher, target: BlockFisher, k: int = 4) -> list[LayerOverlap]:
-    """Compare the Fishers of a source and a target.
+    """Compare the Fisher statistics of a source and a target, layer by layer.
 
-    In each block `‖U_sᵀ U_t‖_F² / k`, with the k top eigenvectors of `F_b` as columns of `U_s` and
-    `U_t`, is the mean squared cosine of the angles between the two spaces: 1 for the same space, 0
-    for orthogonal ones, `k / B` for spaces by chance. A space has fewer dimensions where the block
-    has a lower rank; the division is then by the lesser of the two dimensions. Blocks weigh in by
-    their part of the layer's trace, mean of source and target. Blocks of k weights or fewer, where
-    the spaces are everything, are left out.
+    The overlap of a block is `‖U_sᵀ U_t‖_F² / k`, where the columns of `U_s` and `U_t` are the k
+    top eigenvectors of `F_b`. It is the mean squared cosine of the principal angles: 1 for equal
+    subspaces, 0 for orthogonal ones, `k / B` on average for random ones. Where the rank of a block
+    is below k, the sum is divided by the smaller of the two ranks. Blocks are weighted by their
+    share of the trace of the layer, averaged over source and target. Blocks of k weights or fewer
+    are ignored, as their subspace is the whole space.
 
     Args:
-        source: statistics of one image set.
-        target: of another, for the same parameters and block size.
-        k: eigenvectors of a block, 1 or more.
+        source: Statistics of one image set.
+        target: Statistics of another, for the same parameters and block size.
+        k: Number of eigenvectors per block, at least 1.
 
     Returns:
-        One entry a parameter, in the order of `source.names`.
+        One entry per parameter, in the order of `source.names`.
 
     Raises:
-        InvalidArgument: `k` is out of range, the two do not fit, or one holds no samples.
+        InvalidArgument: `k` is out of range, parameters, shapes or block sizes differ, or one of
+            the two holds no samples.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InvalidArgument(f"k: got {k!r}; takes 1 or more")
+    k = whole("k", k, 1)
     if source.shapes != target.shapes or source.block_size != target.block_size:
         raise InvalidArgument(
-            f"target: has other parameters, shapes or block size ({target!r} beside {source!r}); "
-            "takes statistics of the same model"
+            "target must have the parameters, shapes and block size of source, got "
+            f"{target!r} and {source!r}"
         )
     diagonals = source.diagonal(), target.diagonal()
     return [
@@ -89,14 +90,14 @@ def _cosine(a: Tensor, b: Tensor) -> float:
 
 
 def _sizes(fisher: BlockFisher, name: str) -> list[int]:
-    """Weights of each block of a parameter."""
+    """Return the number of weights in each block of a parameter."""
     d = math.prod(fisher.shapes[name])
     size = fisher.block_size or d
     return [min(size, d - start) for start in range(0, d, size)]
 
 
 def _eigenspace(source: Tensor, target: Tensor, sizes: list[int], k: int) -> float | None:
-    """Mean over blocks `[K, B, B]`, by their traces; None where nothing can be compared."""
+    """Return the trace-weighted mean overlap of blocks `[K, B, B]`; None if none is comparable."""
     if source.shape[1] <= k:
         return None
     shares = sum(_shares(blocks) for blocks in (source, target)) / 2
@@ -108,8 +109,8 @@ def _eigenspace(source: Tensor, target: Tensor, sizes: list[int], k: int) -> flo
         shared = (us.transpose(1, 2) @ ut).square().sum(dim=(1, 2))
         overlaps.append(shared / dimensions.clamp(min=1))
         defined.append(dimensions > 0)
-    is_told = torch.cat(defined) & (torch.tensor(sizes) > k)
-    weights = shares * is_told
+    is_comparable = torch.cat(defined) & (torch.tensor(sizes) > k)
+    weights = shares * is_comparable
     total = float(weights.sum())
     if total == 0:
         return None
@@ -117,13 +118,13 @@ def _eigenspace(source: Tensor, target: Tensor, sizes: list[int], k: int) -> flo
 
 
 def _shares(blocks: Tensor) -> Tensor:
-    """Part of each block in the trace of all."""
+    """Return the share of each block in the total trace, `[K]`."""
     traces = blocks.diagonal(dim1=1, dim2=2).sum(dim=1)
     return traces / traces.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
 def _top(blocks: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top eigenvectors `[K, B, k]`, zeros beyond a block's rank, and the number that are not."""
+    """Return the top eigenvectors `[K, B, k]`, zero beyond the rank of a block, and the ranks."""
     values, vectors = torch.linalg.eigh(blocks)
     values, vectors = values[:, -k:], vectors[:, :, -k:]
     noise = _ROUNDING * blocks.shape[1] * values[:, -1:]

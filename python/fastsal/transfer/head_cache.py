@@ -1,7 +1,7 @@
-"""Heads on disk, found again by what they were fitted on and how.
+"""Store fitted heads on disk, keyed by model, images and settings.
 
-A file is safetensors with a digest of all that it holds: one that is truncated, changed or of
-another version is refused, never used.
+A file is safetensors with a digest of its content: a file that is truncated, modified or of another
+version is rejected.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastsal.models.inputs import InputSpec
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
-from fastsal.transfer.tasks import Part
+from fastsal.transfer.tasks import Split
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal head"
-# Also part of every key: a new way to fit or to write a head makes old files unfindable.
+# Part of every key: heads of another version are not found.
 _VERSION = 1
 
 
 class HeadCache:
-    """A folder of heads; see `fit_heads`. Several processes may share it.
+    """A folder of fitted heads for `fit_heads`; several processes may share it.
 
     Args:
-        folder: made when the first head is kept.
+        folder: Folder of the files; created with the first head.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -48,28 +48,28 @@ class HeadCache:
         return f"HeadCache({str(self.folder)!r})"
 
     def key(
-        self, model: str, fit: Part, spec: InputSpec, kind: str, settings: Mapping[str, Any]
+        self, model: str, fit: Split, spec: InputSpec, kind: str, settings: Mapping[str, Any]
     ) -> str:
-        """Return the SHA-256, in hex, of all that a head depends on.
+        """Return the SHA-256, in hex, of everything that a head depends on.
 
         Args:
-            model: from `model_digest`.
-            fit: the images that it is fitted on.
-            spec: how they are prepared.
-            kind: of head.
-            settings: of this kind.
+            model: Digest from `model_digest`.
+            fit: Images that the head is fitted on.
+            spec: Preprocessing of the images.
+            kind: Kind of head, one of `HEAD_KINDS`.
+            settings: Settings of this kind.
         """
-        parts = [_VERSION, model, part_digest(fit), asdict(spec), kind, dict(settings)]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
-        """Return the file of a key."""
+        """Return the path of the file of a key."""
         return self.folder / f"{key[:40]}.safetensors"
 
     def get(self, key: str) -> Head | KnnHead | None:
-        """Return the head that was kept under `key`, bit by bit; None if there is none.
+        """Return the head stored under `key`, bit for bit; None if there is none.
 
-        A damaged file counts as none, with a warning.
+        A damaged file is ignored with a warning.
         """
         path = self.path(key)
         if not path.is_file():
@@ -77,55 +77,56 @@ class HeadCache:
         try:
             head, note = _read(path)
             if note != key:
-                raise FileFormatError(f"path: {str(path)!r} holds the head of another key")
+                raise FileFormatError(f"{str(path)!r} holds the head of another key")
         except FileFormatError as error:
-            warn_user(f"cache: {error}; the head is fitted anew")
+            warn_user(f"cache: {error}; the head is fitted again")
             return None
         return head
 
     def put(self, key: str, head: Head | KnnHead | OwnHead) -> None:
-        """Keep a head under `key`, whole or not at all.
+        """Store a head under `key`, atomically.
 
         Raises:
-            OSError: the folder cannot be written.
+            InvalidArgument: The head is the model's own, which has no tensors to store.
+            OSError: The folder cannot be written.
         """
         _write(self.path(key), head, key)
 
 
 def save_head(path: str | os.PathLike[str], head: Head | KnnHead | OwnHead) -> None:
-    """Write a head to a safetensors file, whole or not at all.
+    """Write a head to a safetensors file, atomically.
 
     Raises:
-        InvalidArgument: an own head, which holds nothing but the model does.
-        OSError: the file cannot be written.
+        InvalidArgument: The head is the model's own, which has no tensors to store.
+        OSError: The file cannot be written.
     """
     _write(Path(path), head, "")
 
 
 def load_head(path: str | os.PathLike[str]) -> Head | KnnHead:
-    """Read what `save_head` wrote.
+    """Read a head written by `save_head`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileFormatError: it is truncated, changed, or something else.
+        FileNotFoundError: The file does not exist.
+        FileFormatError: The file is truncated, modified or not a head.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"path: there is no file {os.fspath(path)!r}")
+        raise FileNotFoundError(f"path: {os.fspath(path)!r} does not exist")
     return _read(Path(path))[0]
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256, in hex, of a model's parameters and buffers and of its modules.
+    """Return the SHA-256, in hex, of the parameters, buffers and modules of a model.
 
-    Modules count by name, type and the settings that they print (strides, slopes), so the same
-    weights in another network give another digest.
+    A module contributes its name, its type and the settings in its repr (strides, slopes), so that
+    equal weights in different architectures have different digests.
     """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        # Addresses of functions and objects differ from run to run.
-        told = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())
+        # Memory addresses differ between runs.
+        settings = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())
         kind = type(module).__qualname__
-        digest.update(f"{name}\0{kind}\0{told}\0".encode())
+        digest.update(f"{name}\0{kind}\0{settings}\0".encode())
     for kind, tensors in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
         ("buffer", model.named_buffers(remove_duplicate=False)),
@@ -135,28 +136,29 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def part_digest(part: Part) -> str:
-    """Return the SHA-256, in hex, of the images and labels of a part.
+def split_digest(split: Split) -> str:
+    """Return the SHA-256, in hex, of the images and labels of a split.
 
-    Of files, their names within the source, sizes and times of change stand for what they hold.
+    For image files, the path within the source, the size and the modification time stand for the
+    content.
     """
     digest = hashlib.sha256()
-    if not isinstance(part, ImageSet):
-        for images, labels in part:
+    if not isinstance(split, ImageSet):
+        for images, labels in split:
             _add_tensor(digest, "images", images)
             _add_tensor(digest, "labels", labels)
         return digest.hexdigest()
-    digest.update(json.dumps(part.classes).encode())
-    digest.update(np.ascontiguousarray(part.y).tobytes())
-    if isinstance(part.x, tuple):
-        for file in part.x:
+    digest.update(json.dumps(split.classes).encode())
+    digest.update(np.ascontiguousarray(split.y).tobytes())
+    if isinstance(split.x, tuple):
+        for file in split.x:
             status = file.stat()
-            inside = file.is_relative_to(part.source)
-            name = file.relative_to(part.source) if inside else Path(file.parent.name, file.name)
+            inside = file.is_relative_to(split.source)
+            name = file.relative_to(split.source) if inside else Path(file.parent.name, file.name)
             digest.update(f"{name.as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     else:
-        digest.update(f"{part.x.dtype} {part.x.shape}".encode())
-        digest.update(np.ascontiguousarray(part.x).data)
+        digest.update(f"{split.x.dtype} {split.x.shape}".encode())
+        digest.update(np.ascontiguousarray(split.x).data)
     return digest.hexdigest()
 
 
@@ -170,7 +172,9 @@ def _write(path: Path, head: Head | KnnHead | OwnHead, note: str) -> None:
     from safetensors.torch import save_file
 
     if isinstance(head, OwnHead):
-        raise InvalidArgument("head: got the model's own, which is kept with the model")
+        raise InvalidArgument(
+            "head must be a fitted head, got the model's own, which has no tensors to store"
+        )
     if isinstance(head, KnnHead):
         tensors = {"bank": head.bank, "labels": head.labels}
         facts: dict[str, Any] = {"kind": "knn", "k": head.k, "temperature": head.temperature}
@@ -194,7 +198,7 @@ def _write(path: Path, head: Head | KnnHead | OwnHead, note: str) -> None:
 
 
 def _read(path: Path) -> tuple[Head | KnnHead, str]:
-    """Return the head and the note that stands beside it."""
+    """Return a head and the key stored with it."""
     from safetensors import SafetensorError, safe_open
 
     shown = repr(os.fspath(path))
@@ -202,12 +206,10 @@ def _read(path: Path) -> tuple[Head | KnnHead, str]:
         with safe_open(os.fspath(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
             if header.get("format") != _FORMAT or header.get("version") != _VERSION:
-                raise FileFormatError(
-                    f"path: {shown} holds no head of version {_VERSION} of this format"
-                )
+                raise FileFormatError(f"path: {shown} is not a head file of version {_VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if _digest(header, tensors) != header["digest"]:
-                raise FileFormatError(f"path: {shown} was changed after it was written")
+                raise FileFormatError(f"path: {shown} was modified after it was written")
         given = header["spec"]
         spec = InputSpec(
             given["channels"],
@@ -234,8 +236,8 @@ def _read(path: Path) -> tuple[Head | KnnHead, str]:
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    told = {name: value for name, value in header.items() if name != "digest"}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    facts = {name: value for name, value in header.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         _add_tensor(digest, name, tensors[name])
     return digest.hexdigest()

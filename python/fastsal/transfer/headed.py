@@ -1,4 +1,4 @@
-"""A backbone with the frozen head of a task on it, as one module: what pruning and training see."""
+"""A backbone with frozen heads as one module, for pruning and fine-tuning on tasks."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PREFIX = "backbone."
 
 
 class Headed(nn.Module):
-    """Images to the logits of one or more tasks, through one backbone and their frozen heads.
+    """A backbone followed by the frozen heads of one or more tasks.
 
-    The backbone is not copied: what is done to its weights here is done to it. Its parameters have
-    their own names after `"backbone."`; the heads have none that need gradients.
+    The backbone is shared, not copied: changes to its weights affect the original module. Its
+    parameters are prefixed with `"backbone."`; the parameters of the heads need no gradients.
 
     Args:
-        backbone: the model.
-        heads: linear heads, or the model's own; with several, their logits stand side by side.
+        backbone: Model without or with a classifier.
+        heads: Linear heads, or the model's own; the logits of several heads are concatenated.
 
     Raises:
-        InvalidArgument: no head, or one through which no gradient goes.
+        InvalidArgument: `heads` is empty or has a head that is not differentiable.
     """
 
     def __init__(self, backbone: nn.Module, heads: Sequence[Head | OwnHead]) -> None:
         super().__init__()
         if not heads:
-            raise InvalidArgument("heads: is empty; takes one or more")
+            raise InvalidArgument("heads must hold at least one head")
         self.backbone = backbone
         self.columns: list[list[int] | None] = []
         self.linear = nn.ModuleList()
@@ -49,14 +49,14 @@ class Headed(nn.Module):
                 self.linear.append(head.linear())
             else:
                 raise InvalidArgument(
-                    f"heads: no gradient goes through a {type(head).__name__}; takes linear heads, "
-                    "or the model's own"
+                    "heads must be differentiable (linear heads or the model's own), got a "
+                    f"{type(head).__name__}"
                 )
         self.is_own = [isinstance(head, OwnHead) for head in heads]
         self.train(backbone.training)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images `[n, c, h, w]` to logits `[n, k]`, k the classes of all heads together."""
+        """Map images `[n, c, h, w]` to the logits of all heads, `[n, k]`."""
         features = None if all(self.is_own) else feature_outputs(self.backbone, images)
         own: Any = self.backbone(images) if any(self.is_own) else None
         found = []
@@ -68,19 +68,19 @@ class Headed(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Map images to what the heads are given, `[n, f]`."""
+        """Map images `[n, c, h, w]` to the features that the heads receive, `[n, f]`."""
         return feature_outputs(self.backbone, images)
 
     def get_classifier(self) -> list[nn.Module]:
-        """The heads and the backbone's own classifier: what fine-tuning leaves as it is."""
+        """Return the heads and the classifier of the backbone, which fine-tuning freezes."""
         return [*self.linear, *classifier_of(self.backbone)]
 
 
 class SegmentedCrossEntropy:
-    """Cross-entropy of logits that stand side by side: each label competes in its own task only.
+    """Cross-entropy of concatenated logits; the softmax runs over the task of the label only.
 
     Args:
-        sizes: classes of each task; label l of task i is `sum(sizes[:i]) + l`.
+        sizes: Number of classes of each task; label l of task i is `sum(sizes[:i]) + l`.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -89,7 +89,7 @@ class SegmentedCrossEntropy:
         self.end = torch.repeat_interleave(ends, torch.tensor(sizes))
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Return the losses `[n]` of outputs `[n, k]`."""
+        """Return the losses `[n]` of outputs `[n, k]`, in nats."""
         label = labels[:, None]
         mine = (label >= self.first.to(label.device)) & (label < self.end.to(label.device))
         return F.cross_entropy(
@@ -100,9 +100,13 @@ class SegmentedCrossEntropy:
 def backbone_parameters(
     model: nn.Module, parameters: str | Sequence[str] | None = None
 ) -> list[str]:
-    """Name the weights of a backbone that are pruned: all that `select_parameters` gives, but for
-    the classifier's where `parameters` is None.
-    """  # noqa: D205
+    """Name the weights of a backbone that are pruned.
+
+    Args:
+        model: Backbone, with or without a classifier.
+        parameters: Names or patterns, as for `select_parameters`; None selects the default weights
+            except those of the classifier.
+    """
     chosen = select_parameters(model, parameters)
     if parameters is not None:
         return list(chosen)

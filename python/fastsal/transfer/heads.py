@@ -1,12 +1,10 @@
-"""Frozen heads for tasks, fitted on the features of the dense backbone.
+"""Fit the heads of tasks on the features of the dense backbone.
 
 Axes: n images, f features.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -25,13 +23,15 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.logistic import solve_probe
 from fastsal.transfer.own import Columns, OwnHead, own_head
 from fastsal.transfer.ridge import best_scale, solve_ridge
-from fastsal.transfer.tasks import Part, Task, as_tasks, batches_of
+from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.choices import HEAD_KINDS, HeadKind
+from fastsal.utils.numbers import real, whole
+from fastsal.utils.suggestions import check_choice
 
 if TYPE_CHECKING:
     from fastsal.transfer.head_cache import HeadCache
 
 AnyHead = Head | KnnHead | OwnHead
-KINDS = ("ridge", "knn", "probe", "own")
 
 
 @overload
@@ -57,7 +57,7 @@ def fit_heads(
     model: nn.Module,
     tasks: Task | Iterable[Task],
     *,
-    kind: str,
+    kind: HeadKind,
     ridge: float = 0.1,
     k: int = 20,
     temperature: float = 0.07,
@@ -74,7 +74,7 @@ def fit_heads(
     model: nn.Module,
     tasks: Task | Iterable[Task],
     *,
-    kind: str = "ridge",
+    kind: HeadKind = "ridge",
     ridge: float = 0.1,
     k: int = 20,
     temperature: float = 0.07,
@@ -85,38 +85,45 @@ def fit_heads(
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Mapping[str, AnyHead]:
-    """Fit one head a task on the features of the dense backbone.
+    """Fit one head per task on the features of the dense backbone.
 
     Args:
-        model: the dense backbone; left as found.
-        tasks: one or more tasks.
-        kind: "ridge" solves a ridge regression in closed form, "knn" keeps the features and lets
-            the nearest vote, "probe" trains a logistic regression, "own" takes the model's own
-            classifier.
-        ridge: α over the mean eigenvalue of `X_cᵀ V X_c`, so that the scale of the features does
-            not matter. Of "ridge".
-        k: how many neighbours vote. Of "knn".
-        temperature: their votes weigh exp(cosine similarity / temperature). Of "knn".
-        l2: penalty, see `logistic.py`; None chooses one on held-out images. Of "probe".
-        columns: of "own": the names of all the model's classes in the order of its logits, or
-            `{class: logit}`. None takes classes named by numbers as those logits, and others as
-            all the logits in order.
-        spec: how images are prepared; None asks `fastsal.input_spec`.
-        batch_size: images a forward pass.
-        cache: a folder, or a `HeadCache`, that heads are kept in and taken from; None fits anew.
-        seed: of the images that "probe" holds out.
+        model: Dense backbone; it is not changed.
+        tasks: One or more tasks.
+        kind: `"ridge"` solves a ridge regression in closed form, `"knn"` is a weighted k-nearest
+            neighbor classifier, `"probe"` trains a logistic regression (linear probe), `"own"`
+            uses the classifier of the model.
+        ridge: For `"ridge"`: α divided by the mean eigenvalue of `X_cᵀ V X_c`, so that the result
+            does not depend on the scale of the features; at least 0.
+        k: For `"knn"`: number of neighbors, at least 1.
+        temperature: For `"knn"`: neighbors are weighted by exp(cosine similarity / temperature);
+            above 0.
+        l2: For `"probe"`: L2 penalty, see `fastsal.transfer.logistic`; None selects one on held-out
+            images.
+        columns: For `"own"`: names of all classes of the model in the order of its logits, or
+            `{class: index of its logit}`. With None, classes with numbers as names are indices of
+            logits, and other classes are all logits in order.
+        spec: Preprocessing of the images; None uses `fastsal.input_spec`.
+        batch_size: Images per forward pass.
+        cache: A folder or a `HeadCache` to load heads from and store them in; None fits each head.
+        seed: For `"probe"`: seed of the held-out images.
 
     Returns:
         `{task name: head}`.
 
     Raises:
-        InvalidArgument: a number out of range, an unknown kind, or tasks that share a name.
-        DataError: a class without images to fit on, or features that are not finite.
-        FactorizationError: the normal equations are singular (`ridge` of 0).
+        InvalidArgument: A number is out of range, the kind is unknown, or two tasks have one name.
+        DataError: A class has no images to fit on, or features are not finite.
+        FactorizationError: The normal equations are singular (`ridge` of 0).
     """
     from fastsal.transfer.head_cache import HeadCache, model_digest
 
-    _check(kind, ridge, k, temperature, l2)
+    check_choice("kind", kind, HEAD_KINDS)
+    ridge = real("ridge", ridge, least=0)
+    k = whole("k", k, 1)
+    temperature = real("temperature", temperature, above=0)
+    l2 = None if l2 is None else real("l2", l2, above=0)
+    seed = whole("seed", seed, least=-(2**63))
     found = as_tasks(tasks)
     spec = spec or input_spec(model)
     if kind == "own":
@@ -125,10 +132,10 @@ def fit_heads(
         }
         return own
     if columns is not None:
-        raise InvalidArgument(f"columns: got one for kind {kind!r}; takes it for 'own' only")
+        raise InvalidArgument(f"columns must be None for kind {kind!r}; only 'own' uses it")
     settings: dict[str, object] = {
-        "ridge": {"ridge": float(ridge)},
-        "knn": {"k": k, "temperature": float(temperature)},
+        "ridge": {"ridge": ridge},
+        "knn": {"k": k, "temperature": temperature},
         "probe": {"l2": l2, "seed": seed if l2 is None else None},
     }[kind]  # type: ignore[assignment]
     solvers: dict[str, Callable[[str, Tensor, Tensor, tuple[str, ...], InputSpec], AnyHead]] = {
@@ -153,28 +160,13 @@ def fit_heads(
     return heads
 
 
-def _check(kind: str, ridge: float, k: int, temperature: float, l2: float | None) -> None:
-    if kind not in KINDS:
-        close = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f" (close: {close[0]})" if close else ""
-        raise InvalidArgument(f"kind: got {kind!r}{hint}; takes {', '.join(KINDS)}")
-    if not 0 <= ridge < math.inf:
-        raise InvalidArgument(f"ridge: got {ridge}; takes 0 or more")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise InvalidArgument(f"k: got {k!r}; takes a whole number, 1 or more")
-    if not 0 < temperature < math.inf:
-        raise InvalidArgument(f"temperature: got {temperature}; takes a number above 0")
-    if l2 is not None and not 0 < l2 < math.inf:
-        raise InvalidArgument(f"l2: got {l2}; takes a number above 0, or None")
-
-
 def _collect(
     model: nn.Module, task: Task, spec: InputSpec, batch_size: int
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return features float32 `[n, f]` and labels int64 `[n]`, on the CPU, and the classes."""
+    """Return features float32 `[n, f]`, labels int64 `[n]`, both on the CPU, and class names."""
     x, y = _rows(model, task.fit, spec, batch_size)
     if int(y.min()) < 0:
-        raise DataError(f"fit: task {task.name!r} has label {int(y.min())}; takes 0 or more")
+        raise DataError(f"fit: labels of task {task.name!r} must be at least 0, got {int(y.min())}")
     classes = (
         task.fit.classes
         if isinstance(task.fit, ImageSet)
@@ -183,20 +175,22 @@ def _collect(
     counts = torch.bincount(y, minlength=len(classes))
     if int(counts.min()) == 0:
         empty = classes[int(counts.argmin())]
-        raise DataError(f"fit: task {task.name!r} has no image of class {empty!r} to fit on")
+        raise DataError(f"fit: task {task.name!r} has no image of class {empty!r}")
     if not bool(torch.isfinite(x).all()):
-        raise DataError(f"fit: task {task.name!r} gives features that are not finite")
+        raise DataError(f"fit: features of task {task.name!r} must be finite")
     return x, y, classes
 
 
-def _rows(model: nn.Module, part: Part, spec: InputSpec, batch_size: int) -> tuple[Tensor, Tensor]:
+def _rows(
+    model: nn.Module, split: Split, spec: InputSpec, batch_size: int
+) -> tuple[Tensor, Tensor]:
     rows, labels = [], []
     with evaluating(model) as device:
-        for images, y in batches_of(part, spec, batch_size):
+        for images, y in batches_of(split, spec, batch_size):
             rows.append(features(model, images.to(device)).float().cpu())
             labels.append(y.long().cpu())
     if not rows:
-        raise DataError("fit: no images to fit a head on")
+        raise DataError("fit must hold at least one image")
     return torch.cat(rows), torch.cat(labels)
 
 
@@ -223,4 +217,4 @@ def _probe(
     return Head(task, weight, bias, classes, l2, spec, kind="probe")
 
 
-__all__ = ["KINDS", "AnyHead", "Head", "KnnHead", "OwnHead", "fit_heads"]
+__all__ = ["AnyHead", "Head", "KnnHead", "OwnHead", "fit_heads"]

@@ -1,11 +1,11 @@
-"""Heads that look at the nearest images: weighted k-nearest neighbours on features.
+"""Weighted k-nearest neighbor classification on features.
 
-After the evaluation of Caron et al. (2021), "Emerging Properties in Self-Supervised Vision
+Follows the evaluation of Caron et al. (2021), "Emerging Properties in Self-Supervised Vision
 Transformers" (arXiv 2104.14294), and Wu et al. (2018), "Unsupervised Feature Learning via
-Non-Parametric Instance Discrimination" (arXiv 1805.01978): the k images of greatest cosine
-similarity s vote for their class with weight `exp(s / T)`, k = 20, T = 0.07.
+Non-Parametric Instance Discrimination" (arXiv 1805.01978): the k images with the highest cosine
+similarity s vote for their class with weight `exp(s / T)`; k = 20, T = 0.07 by default.
 
-Axes: n images, m images that are kept, f features, k classes.
+Axes: n images, m stored images, f features, k classes.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.ridge import best_scale
 
-_CHUNK = 1024  # images whose similarities to all others are held at a time
-_MOST_LEFT_OUT = 4096  # images, evenly spaced, that the scale is chosen on
+_CHUNK = 1024  # images whose similarities to all stored images are in memory at once
+_MOST_LEFT_OUT = 4096  # images, evenly spaced, that the scale is fitted on
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KnnHead:
-    """The images that vote for the classes of one task.
+    """A k-nearest neighbor classifier for one task.
 
     Attributes:
-        task: the task's name.
-        bank: features of unit length, float32 `[m, f]`.
-        labels: their classes, int64 `[m]`.
-        classes: the names of the classes.
-        k: how many neighbours vote.
-        temperature: T.
-        spec: how the images were prepared; evaluation prepares them the same way.
-        scale: what shares of votes are multiplied by where a softmax follows, as for `Head`.
+        task: Name of the task.
+        bank: Features of the stored images, normalized to unit length, float32 `[m, f]`.
+        labels: Classes of the stored images, int64 `[m]`.
+        classes: Names of the classes.
+        k: Number of neighbors that vote.
+        temperature: Temperature T of the weights.
+        spec: Preprocessing of the images, in fitting and in evaluation.
+        scale: Factor on the shares of votes before a softmax, as in `Head`.
     """
 
     task: str
@@ -49,31 +49,37 @@ class KnnHead:
     spec: InputSpec
     scale: float = 1.0
 
+    def __repr__(self) -> str:
+        m, f = self.bank.shape
+        return (
+            f"KnnHead({self.task!r}, {m} images, {f} features, {self.outputs} classes, k={self.k})"
+        )
+
     @property
     def features(self) -> int:
-        """f, the number of features that it takes."""
+        """Number of input features, f."""
         return self.bank.shape[1]
 
     @property
     def outputs(self) -> int:
-        """k, the number of classes that it tells apart."""
+        """Number of classes, k."""
         return len(self.classes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map features `[n, f]` to shares of votes, float64 `[n, k]`: 0 or more, of sum 1.
+        """Map features `[n, f]` to shares of votes, float64 `[n, k]`, non-negative with sum 1.
 
-        Features that are not finite give NaN.
+        Non-finite features give NaN.
         """
         bank = self.bank.to(x.device)
         pieces = [slice(i, i + _CHUNK) for i in range(0, max(len(x), 1), _CHUNK)]
         return torch.cat([self._votes(x[i].float(), bank) for i in pieces])
 
     def to(self, device: torch.device) -> KnnHead:
-        """Return the head with its tensors on `device`."""
+        """Return a copy of the head with its tensors on `device`."""
         return replace(self, bank=self.bank.to(device), labels=self.labels.to(device))
 
     def left_out(self, chosen: Tensor) -> Tensor:
-        """Return what the head says of its own images `chosen` `[n]`, each without its own vote."""
+        """Return leave-one-out shares of votes `[n, k]` for the stored images `chosen` `[n]`."""
         pieces = [chosen[i : i + _CHUNK] for i in range(0, len(chosen), _CHUNK)]
         return torch.cat([self._votes(self.bank[i], self.bank, exclude=i) for i in pieces])
 
@@ -83,7 +89,7 @@ class KnnHead:
             similarity[torch.arange(len(x)), exclude] = -torch.inf
         k = min(self.k, len(bank) - (exclude is not None))
         nearest, place = similarity.topk(k, dim=1)
-        # Over the greatest: the shares are the same, and no temperature overflows.
+        # Relative to the nearest: the shares are equal, and exp does not overflow.
         weight = ((nearest - nearest[:, :1]).double() / self.temperature).exp()
         votes = weight.new_zeros(len(x), self.outputs)
         votes.scatter_add_(1, self.labels.to(x.device)[place], weight)
@@ -101,14 +107,14 @@ def fit_knn(
     k: int = 20,
     temperature: float = 0.07,
 ) -> KnnHead:
-    """Keep features `x` `[m, f]` and labels `y` `[m]` as a head.
+    """Store features `x` `[m, f]` and labels `y` `[m]` as a head, and fit its scale.
 
     Raises:
-        InvalidArgument: fewer than k + 1 images.
+        InvalidArgument: There are fewer than k + 1 images.
     """
     if len(x) <= k:
         raise InvalidArgument(
-            f"k: got {k}; task {task!r} has {len(x)} images to fit on: takes 1 to {len(x) - 1}"
+            f"k must be in [1, {len(x) - 1}] for the {len(x)} fit images of task {task!r}, got {k}"
         )
     head = KnnHead(task, F.normalize(x.float(), dim=1), y, classes, k, temperature, spec)
     some = torch.arange(0, len(x), math.ceil(len(x) / _MOST_LEFT_OUT))

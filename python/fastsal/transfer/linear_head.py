@@ -1,4 +1,4 @@
-"""The head of a task that is one linear layer.
+"""A linear head for a task.
 
 Axes: n images, f features, k classes.
 """
@@ -6,6 +6,7 @@ Axes: n images, f features, k classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +14,20 @@ from torch import Tensor, nn
 from fastsal.models.inputs import InputSpec
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Head:
     """A frozen linear head `x ↦ W x + b` for one task.
 
     Attributes:
-        task: the task's name.
+        task: Name of the task.
         weight: W, float64 `[k, f]`.
         bias: b, float64 `[k]`.
-        classes: the names of the classes.
-        alpha: the absolute ridge α; of a probe, the L2 penalty.
-        spec: how the images were prepared; evaluation prepares them the same way.
-        scale: what logits are multiplied by, at equal argmax, where a softmax follows: the value
-            of least leave-one-out cross-entropy on the images that the head was fitted on; 1 for
-            a probe, which is fitted by its cross-entropy.
-        kind: how it was fitted, "ridge" or "probe".
+        classes: Names of the classes.
+        alpha: Absolute ridge penalty α, or the L2 penalty of a probe.
+        spec: Preprocessing of the images, in fitting and in evaluation.
+        scale: Factor on the logits before a softmax. It minimizes the leave-one-out cross-entropy
+            on the fit images; 1 for a probe, which is fitted by cross-entropy.
+        kind: `"ridge"` or `"probe"`.
     """
 
     task: str
@@ -37,28 +37,34 @@ class Head:
     alpha: float
     spec: InputSpec
     scale: float = 1.0
-    kind: str = "ridge"
+    kind: Literal["ridge", "probe"] = "ridge"
+
+    def __repr__(self) -> str:
+        return (
+            f"Head({self.task!r}, {self.kind}, {self.features} features, {self.outputs} classes, "
+            f"alpha={self.alpha:.3g})"
+        )
 
     @property
     def features(self) -> int:
-        """f, the number of features that it takes."""
+        """Number of input features, f."""
         return self.weight.shape[1]
 
     @property
     def outputs(self) -> int:
-        """k, the number of classes that it tells apart."""
+        """Number of classes, k."""
         return len(self.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map features `[n, f]` to the regression's own outputs, float64 `[n, k]`."""
+        """Map features `[n, f]` to the outputs of the regression, float64 `[n, k]`, not scaled."""
         return x.double() @ self.weight.to(x.device).T + self.bias.to(x.device)
 
     def to(self, device: torch.device) -> Head:
-        """Return the head with its tensors on `device`."""
+        """Return a copy of the head with its tensors on `device`."""
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
     def linear(self) -> nn.Linear:
-        """Return `scale · (W x + b)` as a float32 layer whose parameters need no gradient."""
+        """Return `scale · (W x + b)` as a frozen float32 `nn.Linear`."""
         layer = nn.Linear(self.weight.shape[1], self.weight.shape[0])
         with torch.no_grad():
             layer.weight.copy_(self.scale * self.weight)

@@ -1,13 +1,12 @@
-"""Heads that are trained: multinomial logistic regression on frozen, standardised features.
+"""Multinomial logistic regression on frozen, standardized features (linear probe).
 
 Axes: n images, f features, k classes. With features z of mean 0 and standard deviation 1 and
-balanced weights `v_n = n / (k · n_class)`, the probe minimises
+balanced weights `v_n = n / (k · n_class)`, the probe minimizes the convex objective
 
-    (1/n) sum_n v_n CE(W z_n + b, y_n) + (l2/2) ‖W‖²,
+    (1/n) sum_n v_n CE(W z_n + b, y_n) + (l2/2) ‖W‖²
 
-which is convex, by L-BFGS (Liu and Nocedal 1989) over all images in float64. The bias goes free.
-Where no `l2` is given it is chosen, as by Kornblith et al. (2019, arXiv 1805.08974), by the loss on
-images held out.
+with L-BFGS (Liu and Nocedal, 1989) on all images in float64. The bias is not penalized. By default
+`l2` is selected by the loss on held-out images, as in Kornblith et al. (2019), arXiv 1805.08974.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from fastsal.errors import DataError
 
-# From the strongest: each fit starts where the one before ended.
+# In decreasing order: each fit starts from the solution of the previous one.
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 HELD_OUT_EVERY = 5
 _STEPS = 1000
@@ -30,42 +29,42 @@ def solve_probe(
     """Train a linear probe.
 
     Args:
-        task: its name, for messages.
-        x: features `[n, f]`, finite.
-        y: labels, int64 `[n]`.
-        counts: images of every class `[k]`, 1 or more.
-        l2: the penalty; None chooses one of `L2_GRID`.
-        seed: of the fifth of every class that is held out for that choice.
+        task: Name of the task, for error messages.
+        x: Features `[n, f]`, finite.
+        y: Labels, int64 `[n]`.
+        counts: Number of images of every class `[k]`, at least 1.
+        l2: Penalty; None selects one of `L2_GRID`.
+        seed: Seed of the fifth of every class that is held out for the selection.
 
     Returns:
-        W float64 `[k, f]` and b `[k]` on features as they come, not standardised; the penalty.
+        W float64 `[k, f]` and b `[k]` for features that are not standardized, and the penalty.
 
     Raises:
-        DataError: a class has too few images to hold some out.
+        DataError: A class has too few images to hold one out.
     """
     k = len(counts)
     x = x.double()
     v = (len(y) / (k * counts.double()))[y]
     mean = (v @ x) / v.sum()
     deviation = ((v @ (x - mean).square()) / v.sum()).sqrt()
-    # A feature that does not vary says nothing; dividing by its rounding would.
+    # A constant feature carries no information; its deviation is rounding error.
     flat = deviation <= 1e-7 * (deviation.max() + mean.abs())
     deviation = torch.where(flat, torch.ones_like(deviation), deviation)
     z = ((x - mean) / deviation).masked_fill(flat, 0.0)
     start = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64)
     if l2 is None:
         l2 = _choose(task, z, y, v, counts, seed)
-    found = _minimise(z, y, v, l2, start, _STEPS)
+    found = _minimize(z, y, v, l2, start, _STEPS)
     weight = found[:, :-1] / deviation
     return weight.contiguous(), found[:, -1] - weight @ mean, l2
 
 
 def _choose(task: str, z: Tensor, y: Tensor, v: Tensor, counts: Tensor, seed: int) -> float:
-    """Return the penalty of the grid with the least balanced cross-entropy on held-out images."""
+    """Return the penalty of `L2_GRID` with the lowest balanced cross-entropy on held-out images."""
     if int(counts.min()) < 2:
         raise DataError(
-            f"l2: a class of task {task!r} has 1 image to fit on, so none can be held out to "
-            "choose the penalty; give l2"
+            f"l2 must be given for task {task!r}: a class has only 1 fit image, so none can be "
+            "held out to select it"
         )
     held = torch.zeros(len(y), dtype=torch.bool)
     order = torch.Generator().manual_seed(seed)
@@ -76,7 +75,7 @@ def _choose(task: str, z: Tensor, y: Tensor, v: Tensor, counts: Tensor, seed: in
     w = torch.zeros(len(counts), z.shape[1] + 1, dtype=torch.float64)
     losses = []
     for l2 in L2_GRID:
-        w = _minimise(z[~held], y[~held], v[~held], l2, w, _STEPS // 10)
+        w = _minimize(z[~held], y[~held], v[~held], l2, w, _STEPS // 10)
         losses.append(float(_loss(z[held], y[held], v[held], w)))
     return L2_GRID[min(range(len(losses)), key=losses.__getitem__)]
 
@@ -86,8 +85,8 @@ def _loss(z: Tensor, y: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return (v * F.cross_entropy(logits, y, reduction="none")).sum() / len(y)
 
 
-def _minimise(z: Tensor, y: Tensor, v: Tensor, l2: float, start: Tensor, steps: int) -> Tensor:
-    """Return the minimiser `[k, f + 1]`, its last column the bias."""
+def _minimize(z: Tensor, y: Tensor, v: Tensor, l2: float, start: Tensor, steps: int) -> Tensor:
+    """Return the minimizer `[k, f + 1]`; the last column is the bias."""
     w = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [w],

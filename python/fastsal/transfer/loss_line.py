@@ -1,10 +1,10 @@
 """Loss and accuracy along the straight line between two states of a model.
 
-After Goodfellow, Vinyals & Saxe (2015), "Qualitatively characterizing neural network optimization
-problems", who draw the line between the start and the end of training.
+Goodfellow, Vinyals and Saxe (2015), "Qualitatively characterizing neural network optimization
+problems", evaluate the loss on the line between the start and the end of training.
 
-Between a dense and a pruned model it shows how far the quadratic picture of the loss holds; between
-a pruned and a fine-tuned one, whether both lie in one basin.
+Between a dense and a pruned model, the line shows how far the quadratic approximation of the loss
+is valid; between a pruned and a fine-tuned model, whether both are in the same basin.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.utils.numbers import whole
 
-# measure(model) -> accuracy, loss and, as `fastsal.transfer.measure` gives it, anything more
+# measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
 Measure = Callable[[nn.Module], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Point:
-    """One model on the line.
+class LinePoint:
+    """Loss and accuracy at one point of the line.
 
     Attributes:
-        t: its place, 0 at the start, 1 at the end.
-        loss: as measured.
-        accuracy: as measured.
+        t: Position, 0 at the start, 1 at the end.
+        loss: Measured loss.
+        accuracy: Measured accuracy.
     """
 
     t: float
@@ -38,48 +39,46 @@ class Point:
     accuracy: float
 
 
-def line(
+def measure_line(
     model: nn.Module,
     start: Mapping[str, Tensor],
     end: Mapping[str, Tensor],
     measure: Measure,
     points: int = 11,
-) -> list[Point]:
-    """Measure a model at evenly spaced places of the line `(1 − t) · start + t · end`.
+) -> list[LinePoint]:
+    """Measure a model at evenly spaced points of the line `(1 − t) · start + t · end`.
+
+    Floating-point parameters and buffers (including running statistics) are interpolated in
+    float64; other tensors, such as counters, are those of the nearer end. At t = 0 and t = 1 every
+    tensor equals that of the state exactly.
 
     Args:
-        model: the module; has the weights, buffers and modes that it came with after, also after an
-            error.
-        start: state at t = 0, names and tensors as in `model.state_dict()`. What both states leave
-            out stays as the model has it.
-        end: state at t = 1, of the same names.
-        measure: takes the model, returns `(accuracy, loss, ...)`: `fastsal.transfer.measure` with
-            batches, say.
-        points: 2 or more.
-
-    Floating-point parameters and buffers (running moments too) are interpolated, in float64;
-    others, counters say, are those of the nearer end. At the ends every tensor is exactly that of
-    the state.
+        model: Module to measure; its weights, buffers and modes are restored, also after an error.
+        start: State at t = 0, as returned by `model.state_dict()`. Tensors that are in neither
+            state are not changed.
+        end: State at t = 1, with the names of `start`.
+        measure: Function of the model that returns `(accuracy, loss, ...)`, for example
+            `fastsal.transfer.measure` with its batches bound.
+        points: Number of points, at least 2.
 
     Returns:
-        One entry a place, t rising from 0 to 1.
+        One entry per point, with t increasing from 0 to 1.
 
     Raises:
-        UnknownParameter: a name that the model has not, or that only one of the states has.
-        InvalidArgument: a shape that is not the model's, or fewer than two points.
+        UnknownParameter: A name is not in the model, or is in one of the states only.
+        InvalidArgument: A shape differs from that of the model, or `points` is below 2.
     """
-    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-        raise InvalidArgument(f"points: got {points!r}; takes 2 or more")
+    points = whole("points", points, 2)
     own = model.state_dict(keep_vars=True)
     for what, state in (("start", start), ("end", end)):
         _check(what, state, own)
     lone = sorted(set(start) ^ set(end))
     if lone:
         raise UnknownParameter(
-            f"end: {lone[0]!r} is in one of the states only; takes states of the same names"
+            f"start and end must have the same names; {lone[0]!r} is in one of them only"
         )
     found = []
-    # The states may be views of the model's own tensors, which change on the way.
+    # The states may share memory with the model, whose tensors are overwritten below.
     first, last = _copied(start), _copied(end)
     with _restored(model, {name: own[name] for name in first}) as moved:
         for i in range(points):
@@ -88,18 +87,18 @@ def line(
                 for name, tensor in moved.items():
                     tensor.copy_(_between(first[name], last[name], t))
             accuracy, loss, *_ = measure(model)
-            found.append(Point(t, float(loss), float(accuracy)))
+            found.append(LinePoint(t, float(loss), float(accuracy)))
     return found
 
 
 def _check(what: str, state: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
     for name, value in state.items():
         if not isinstance(own.get(name), Tensor):
-            raise UnknownParameter(f"{what}: {name!r} is no tensor of the model's state")
+            raise UnknownParameter(f"{what}: {name!r} is not in the state of the model")
         if value.shape != own[name].shape:
             raise InvalidArgument(
-                f"{what}: {name!r} has shape {list(value.shape)}; the model's is "
-                f"{list(own[name].shape)}"
+                f"{what}: shape of {name!r} must be {list(own[name].shape)}, got "
+                f"{list(value.shape)}"
             )
 
 
@@ -115,7 +114,7 @@ def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 @contextlib.contextmanager
 def _restored(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
-    """Give tensors their values, and modules their modes, back."""
+    """Restore the values of tensors and the modes of modules on exit."""
     values = _copied(tensors)
     modes = [(module, module.training) for module in model.modules()]
     try:

@@ -1,4 +1,4 @@
-"""The head of a task that is the classifier which the model came with.
+"""The classifier of the model as the head of a task.
 
 Axes: n images, k classes of the task.
 """
@@ -16,21 +16,22 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.tasks import Task
+from fastsal.utils.suggestions import listed
 
 Columns = Mapping[str, int] | Sequence[str]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OwnHead:
-    """A marker: the task is measured with the logits of the model itself.
+    """A head that selects the logits of a task from those of the model; it has no tensors.
 
     Attributes:
-        task: the task's name.
-        classes: the names of the classes; empty where they cannot be known.
-        spec: how the images are prepared.
-        columns: which logits are those of the task's classes, in their order; the argmax is among
-            these. None takes all.
-        scale: what logits are multiplied by where a softmax follows.
+        task: Name of the task.
+        classes: Names of the classes; empty if unknown.
+        spec: Preprocessing of the images.
+        columns: Indices of the logits of the task's classes, in their order; the argmax is taken
+            over these. None selects all logits.
+        scale: Factor on the logits before a softmax.
     """
 
     task: str
@@ -39,63 +40,70 @@ class OwnHead:
     columns: tuple[int, ...] | None = None
     scale: float = 1.0
 
+    def __repr__(self) -> str:
+        columns = "all" if self.columns is None else f"{len(self.columns)}"
+        return f"OwnHead({self.task!r}, {columns} logits of the model)"
+
     def __call__(self, logits: Tensor) -> Tensor:
-        """Choose the task's columns of the model's logits `[n, outputs]`: float64 `[n, k]`.
+        """Select the logits of the task from those of the model, `[n, outputs]`.
+
+        Returns:
+            Float64 `[n, k]`.
 
         Raises:
-            InvalidArgument: the model does not put out the logits of all classes.
+            InvalidArgument: The model lacks the logit of a class.
         """
         n = logits.shape[1]
         wanted = self.columns
         if wanted is not None and max(wanted) >= n:
             raise InvalidArgument(
-                f"columns: the own head of {self.task!r} takes logit {max(wanted)}; the model puts "
-                f"out {n}, 0 to {n - 1}"
+                f"columns of task {self.task!r} must be in [0, {n - 1}] for a model with {n} "
+                f"logits, got {max(wanted)}"
             )
         if wanted is None and self.classes and len(self.classes) != n:
             raise InvalidArgument(
-                f"columns: task {self.task!r} has {len(self.classes)} classes and the model puts "
-                f"out {n}; say which are whose"
+                f"columns must be given: task {self.task!r} has {len(self.classes)} classes and "
+                f"the model {n} logits"
             )
         return (logits if wanted is None else logits[:, list(wanted)]).double()
 
     def to(self, _device: torch.device) -> OwnHead:
-        """Return itself: it holds no tensors."""
+        """Return the head itself, which has no tensors."""
         return self
 
 
 def own_head(
     model: nn.Module, task: Task, spec: InputSpec, columns: Columns | None = None
 ) -> OwnHead:
-    """Say which logits of a model are those of a task's classes.
+    """Map the classes of a task to logits of a model.
 
     Args:
-        model: with a classifier.
-        task: whose classes are looked up.
-        spec: how images are prepared.
-        columns: the names of all the model's classes, in the order of its logits, or
-            `{class: logit}`. With None, classes whose names are numbers of logits ("3", "5", "7")
-            are these; others are the logits in order, if there are as many.
+        model: Model with a classifier.
+        task: Task with the classes to map.
+        spec: Preprocessing of the images.
+        columns: Names of all classes of the model in the order of its logits, or
+            `{class: index of its logit}`. With None, classes with numbers as names ("3", "5", "7")
+            are indices of logits, and other classes are all logits in order.
 
     Raises:
-        InvalidArgument: the model has no classifier, or a class has no logit.
+        InvalidArgument: The model has no classifier, or a class has no logit.
     """
     n = class_count(model)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument(
-            f"kind: 'own' takes a model with a classifier; this {type(model).__name__} has none "
-            "(num_classes is 0)"
+            f"model must have a classifier for kind 'own', got a {type(model).__name__} with "
+            "num_classes = 0"
         )
     images = task.test if isinstance(task.test, ImageSet) else task.fit
     classes = images.classes if isinstance(images, ImageSet) else ()
     if columns is None:
         return OwnHead(task.name, classes, spec, _columns_by_default(task.name, classes, n))
     if isinstance(columns, str):
-        raise InvalidArgument(f"columns: got {columns!r}; takes names of classes, or a mapping")
+        raise InvalidArgument(f"columns must be class names or a mapping, got {columns!r}")
     if not classes:
         raise InvalidArgument(
-            f"columns: the classes of task {task.name!r} have no names to look up; takes an "
-            "ImageSet, or None"
+            f"columns must be None for task {task.name!r}: its classes have no names, as its "
+            "images are not an ImageSet"
         )
     names = (
         dict(columns)
@@ -103,18 +111,19 @@ def own_head(
         else {name: i for i, name in enumerate(columns)}
     )
     if not isinstance(columns, Mapping) and len(names) != len(columns):
-        raise InvalidArgument("columns: a class is named twice")
+        raise InvalidArgument("columns must have distinct class names")
     absent = [name for name in classes if name not in names]
     if absent:
         raise InvalidArgument(
-            f"columns: has no logit of class {absent[0]!r} of task {task.name!r}; it has "
-            f"{', '.join(list(names)[:10])}{', ...' if len(names) > 10 else ''}"
+            f"columns must have a logit for class {absent[0]!r} of task {task.name!r}, got "
+            f"{listed(list(names), 10)}"
         )
     chosen = tuple(int(names[name]) for name in classes)
     if min(chosen) < 0 or len(set(chosen)) != len(chosen) or (n and max(chosen) >= n):
         raise InvalidArgument(
-            f"columns: task {task.name!r} gets logits {list(chosen)}; takes different ones"
-            + (f", 0 to {n - 1}" if n else "")
+            f"columns of task {task.name!r} must be distinct"
+            + (f" and in [0, {n - 1}]" if n else " and at least 0")
+            + f", got {list(chosen)}"
         )
     return OwnHead(task.name, classes, spec, chosen)
 
@@ -126,7 +135,8 @@ def _columns_by_default(task: str, classes: Sequence[str], n: int | None) -> tup
         return tuple(int(name) for name in classes)
     if len(classes) != n:
         raise InvalidArgument(
-            f"columns: task {task!r} has {len(classes)} classes and the model puts out {n}; give "
-            "the names of the model's classes in the order of its logits, or {class: logit}"
+            f"columns must be given: task {task!r} has {len(classes)} classes and the model {n} "
+            "logits; pass the class names of the model in the order of its logits, or "
+            "{class: index of its logit}"
         )
     return None

@@ -1,8 +1,8 @@
-"""Closed-form heads: ridge regression from features to one-hot labels.
+"""Ridge regression from features to one-hot labels, in closed form.
 
 Axes: n images, f features, k classes. With balanced weights `v_n = n / (k · n_class)`, the head
-minimises `sum_n v_n ‖y_n − W x_n − b‖² + α ‖W‖²`. Centred at the weighted means, the bias drops out
-and `W = Y_cᵀ V X_c (X_cᵀ V X_c + α I)⁻¹`, `b = ȳ − W x̄`.
+minimizes `sum_n v_n ‖y_n − W x_n − b‖² + α ‖W‖²`. Centering at the weighted means eliminates the
+bias: `W = Y_cᵀ V X_c (X_cᵀ V X_c + α I)⁻¹`, `b = ȳ − W x̄`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fastsal.errors import FactorizationError
 
-_CHUNK = 1024  # images whose features are held in float64 at a time
-_MOST_MARGIN = 10.0  # mean margin, in nats, that a scale may give where more would never hurt
+_CHUNK = 1024  # images whose float64 features are in memory at once
+_MOST_MARGIN = 10.0  # upper bound of the mean margin, in nats; binding for separable data
 
 
 def solve_ridge(
@@ -21,10 +21,19 @@ def solve_ridge(
 ) -> tuple[Tensor, Tensor, float, Tensor]:
     """Solve the weighted normal equations in float64.
 
+    Args:
+        x: Features `[n, f]`, finite.
+        y: Labels, int64 `[n]`.
+        counts: Number of images of every class `[k]`, at least 1.
+        ridge: α divided by the mean eigenvalue of `X_cᵀ V X_c`, at least 0.
+
     Returns:
-        W `[k, f]`, b `[k]`, α, and what the head fitted without image n puts out for it, `[n, k]`:
+        W `[k, f]`, b `[k]`, α, and the leave-one-out outputs `[n, k]`:
         `y_n − (y_n − W x_n − b) / (1 − h_n)` with the leverage
         `h_n = v_n (x_cn (X_cᵀ V X_c + α I)⁻¹ x_cnᵀ + 1 / sum v)`.
+
+    Raises:
+        FactorizationError: The normal equations are singular.
     """
     n, k = len(x), len(counts)
     v = n / (k * counts.double())[y]
@@ -35,31 +44,34 @@ def solve_ridge(
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     cross = torch.zeros(x.shape[1], k, dtype=torch.float64)
     for i in pieces:
-        centred = x[i].double() - x_mean
-        weighted = (centred * v[i, None]).T
-        gram += weighted @ centred
+        centered = x[i].double() - x_mean
+        weighted = (centered * v[i, None]).T
+        gram += weighted @ centered
         cross += weighted @ (target[i] - y_mean)
     alpha = ridge * float(gram.trace()) / len(gram)
     gram.diagonal().add_(alpha)
     factor, info = torch.linalg.cholesky_ex(gram)
     if int(info):
         raise FactorizationError(
-            f"ridge: {ridge} leaves the normal equations of {n} images and {len(gram)} features "
-            "singular; give a larger ridge"
+            f"ridge must be larger, got {ridge}: the normal equations of {n} images and "
+            f"{len(gram)} features are singular"
         )
     weight = torch.cholesky_solve(cross, factor).T.contiguous()
     left_out = []
     for i in pieces:
-        centred = x[i].double() - x_mean
-        half = torch.linalg.solve_triangular(factor, centred.T, upper=False)
+        centered = x[i].double() - x_mean
+        half = torch.linalg.solve_triangular(factor, centered.T, upper=False)
         leverage = v[i] * (half.square().sum(dim=0) + 1 / v.sum())
-        error = target[i] - y_mean - centred @ weight.T
+        error = target[i] - y_mean - centered @ weight.T
         left_out.append(target[i] - error / (1 - leverage).clamp_min(1e-6)[:, None])
     return weight, y_mean - weight @ x_mean, alpha, torch.cat(left_out)
 
 
 def best_scale(logits: Tensor, y: Tensor, counts: Tensor) -> float:
-    """Minimise the balanced cross-entropy over one factor on `logits [n, k]`: convex, bisection."""
+    """Return the factor on `logits [n, k]` of least balanced cross-entropy, by bisection.
+
+    The cross-entropy is convex in the factor.
+    """
     v = 1 / counts.double()[y]
     own = logits.gather(1, y[:, None])[:, 0]
     others = logits.scatter(1, y[:, None], -torch.inf).amax(dim=1)
@@ -67,7 +79,7 @@ def best_scale(logits: Tensor, y: Tensor, counts: Tensor) -> float:
     for _ in range(60):
         scale = (low + high) / 2
         expected = (torch.softmax(scale * logits, dim=1) * logits).sum(dim=1)
-        if float(v @ (expected - own)) > 0:  # the slope of the cross-entropy
+        if float(v @ (expected - own)) > 0:  # derivative of the cross-entropy
             high = scale
         else:
             low = scale

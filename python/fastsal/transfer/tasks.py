@@ -1,4 +1,4 @@
-"""A task: a labelled image set, in parts to prune with, to fit a head, to fine-tune and to test."""
+"""A task: a labeled image set with disjoint splits to prune, fit a head, fine-tune and test."""
 
 from __future__ import annotations
 
@@ -10,62 +10,69 @@ from torch import Tensor
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
-from fastsal.transfer.splits import PARTS, Shares, check_classes, check_parts, cut, pick
+from fastsal.transfer.splits import SPLITS, Shares, check_classes, check_disjoint, cut, pick
+from fastsal.utils.numbers import real
 
-Part = ImageSet | Iterable[tuple[Tensor, Tensor]]
+Split = ImageSet | Iterable[tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Task:
-    """A labelled image set, cut in parts that share no image.
+    """A labeled image set, divided into disjoint splits.
 
-    A part is an `ImageSet`, or any iterable, run over more than once, of
-    `(images [n, c, h, w], labels [n])`. That sets of one source are disjoint is checked; that
-    iterables are is up to the caller.
+    A split is an `ImageSet`, or an iterable of `(images [n, c, h, w], labels [n])` that can be
+    iterated more than once. Image sets are checked to be disjoint; iterables are not.
 
     Attributes:
-        name: the task's name.
-        fit: images that the head is fitted on.
-        test: images that accuracy is measured on.
-        prune: images for the statistics of pruning; None where nothing is pruned with this task.
-        tune: images for fine-tuning; None where nothing is fine-tuned with it.
+        name: Name of the task.
+        fit: Images that the head is fitted on.
+        test: Images that accuracy is measured on.
+        prune: Images for the statistics of pruning; None if the task is never pruned on.
+        tune: Images for fine-tuning; None if the task is never fine-tuned on.
 
     Raises:
-        DataError: two parts share an image, or have different classes.
-        InvalidArgument: a part runs once only.
+        DataError: Two splits share an image or have different classes.
+        InvalidArgument: A split is an iterator, which can be iterated only once.
     """
 
     name: str
-    fit: Part
-    test: Part
-    prune: Part | None = None
-    tune: Part | None = None
+    fit: Split
+    test: Split
+    prune: Split | None = None
+    tune: Split | None = None
 
     def __post_init__(self) -> None:
-        for what, part in self.parts().items():
-            if iter_once(part):
+        for what, split in self.splits().items():
+            if is_iterator(split):
                 raise InvalidArgument(
-                    f"{what}: got a {type(part).__name__}, which runs once; takes an ImageSet, "
-                    "or an iterable that can be run over again"
+                    f"{what} must be an ImageSet or a re-iterable, got a {type(split).__name__}, "
+                    "which can be iterated only once"
                 )
-        check_parts(self.name, self.parts())
+        check_disjoint(self.name, self.splits())
+
+    def __repr__(self) -> str:
+        sizes = [
+            f"{name}={len(split) if isinstance(split, ImageSet) else type(split).__name__}"
+            for name, split in self.splits().items()
+        ]
+        return f"Task({self.name!r}, {', '.join(sizes)})"
 
     @classmethod
     def split(cls, name: str, images: ImageSet, *, fit: float = 0.5, seed: int = 0) -> Task:
-        """Cut one image set in two, class by class.
+        """Divide an image set into a fit and a test split, class by class.
 
         Args:
-            name: the task's name.
-            images: all its images.
-            fit: the share of every class that the head is fitted on; the rest tests.
-            seed: of the cut.
+            name: Name of the task.
+            images: All images.
+            fit: Share of every class that the head is fitted on, in (0, 1); the rest is the test
+                split.
+            seed: Seed of the draw.
 
         Raises:
             InvalidArgument: `fit` is outside (0, 1).
-            DataError: a class is too small for two parts.
+            DataError: A class is too small for two splits.
         """
-        if not 0 < fit < 1:
-            raise InvalidArgument(f"fit: got {fit}; takes a share between 0 and 1")
+        fit = real("fit", fit, above=0, below=1)
         return cls(name, *images.split(fit, 1 - fit, seed=seed))
 
     @classmethod
@@ -78,62 +85,64 @@ class Task:
         shares: Shares | None = None,
         seed: int = 0,
     ) -> Task:
-        """Cut an image set in all the parts of a task, class by class.
+        """Divide an image set into all splits of a task, class by class.
 
-        In which part an image falls depends on `seed`, its place in its source and its class, not
-        on the other classes: tasks over overlapping classes of one file never prune with an image
-        that another tests on, so long as their shares and seeds are the same.
+        The split of an image depends on `seed`, its index in its source and its class, not on the
+        other classes. Tasks on overlapping classes of one file, cut with the same shares and seed,
+        therefore never prune with an image that another task tests on.
 
         Args:
-            name: the task's name.
-            images: all its images.
-            test: images of their own to test on; nothing is cut off `images` then.
-            shares: of the parts; None takes the defaults of `Shares`. A share of 0 makes no part.
-            seed: of the cut.
+            name: Name of the task.
+            images: All images.
+            test: Separate test images; then no test split is drawn from `images`.
+            shares: Share of each split; None uses the defaults of `Shares`. A share of 0 makes no
+                split.
+            seed: Seed of the draw.
 
         Raises:
-            DataError: a class is too small for the parts, or has no image in `test`.
-            InvalidArgument: `shares` without a test part, and no `test`.
+            DataError: A class is too small for the splits, or has no image in `test`.
+            InvalidArgument: The test share is 0 and `test` is None.
         """
         shares = shares or Shares()
         if test is not None:
-            check_classes("test", f"part 'test' of task {name!r}", test)
+            check_classes("test", f"split 'test' of task {name!r}", test)
             shares = Shares(shares.prune, shares.fit, shares.tune, 0.0)
         elif not shares.test > 0:
             raise InvalidArgument(
-                f"shares: test is 0 for task {name!r}; takes a share above 0, or images as `test`"
+                f"shares.test must be above 0 for task {name!r}, which has no separate test "
+                "images, got 0"
             )
         try:
-            parts = cut(images, shares, seed)
+            splits = cut(images, shares, seed)
         except DataError as error:
             raise DataError(f"{error} (task {name!r})") from None
         return cls(
             name,
-            parts["fit"],
-            parts["test"] if test is None else test,
-            parts.get("prune"),
-            parts.get("tune"),
+            splits["fit"],
+            splits["test"] if test is None else test,
+            splits.get("prune"),
+            splits.get("tune"),
         )
 
-    def parts(self) -> dict[str, Part]:
+    def splits(self) -> dict[str, Split]:
         """Return `{"prune" | "fit" | "tune" | "test": images}`, without those that are None."""
-        found = {name: getattr(self, name) for name in PARTS}
-        return {name: part for name, part in found.items() if part is not None}
+        found = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in found.items() if split is not None}
 
     def indices(self) -> dict[str, list[int]]:
-        """Return `{part: places of its images in their source}`, plain numbers for JSON.
+        """Return `{split: indices of its images in their source}`, as plain integers for JSON.
 
         Raises:
-            DataError: a part is not an `ImageSet`, so its images have no places.
+            DataError: A split is not an `ImageSet`, so its images have no indices.
         """
         found = {}
-        for name, part in self.parts().items():
-            if not isinstance(part, ImageSet):
+        for name, split in self.splits().items():
+            if not isinstance(split, ImageSet):
                 raise DataError(
-                    f"{name}: task {self.name!r} has a {type(part).__name__} there, whose images "
-                    "have no indices; takes an ImageSet"
+                    f"{name} of task {self.name!r} must be an ImageSet to have indices, got a "
+                    f"{type(split).__name__}"
                 )
-            found[name] = [int(i) for i in part.index]
+            found[name] = [int(i) for i in split.index]
         return found
 
     @classmethod
@@ -144,58 +153,60 @@ class Task:
         indices: Mapping[str, Sequence[int]],
         test: ImageSet | None = None,
     ) -> Task:
-        """Build the task that `indices` was called on.
+        """Rebuild a task from the output of `Task.indices`.
 
         Args:
-            name: the task's name.
-            images: all its images, as `cut` was given them.
-            indices: as `Task.indices` gives them.
-            test: images of their own to test on, as `cut` was given them.
+            name: Name of the task.
+            images: All images, as given to `cut`.
+            indices: `{split: indices}`, as returned by `Task.indices`.
+            test: Separate test images, as given to `cut`.
 
         Raises:
-            DataError: the indices do not fit the images: unknown or missing parts, places that are
-                not there, a class without images.
+            DataError: The indices do not fit the images: an unknown or missing split, an index
+                that is out of range, or a class without images.
         """
         if not isinstance(indices, Mapping):
-            raise DataError(f"indices: task {name!r} has {type(indices).__name__}; takes a mapping")
-        unknown = [part for part in indices if part not in PARTS]
-        missing = [part for part in ("fit", "test") if part not in indices]
+            raise DataError(
+                f"indices of task {name!r} must be a mapping, got {type(indices).__name__}"
+            )
+        unknown = [split for split in indices if split not in SPLITS]
+        missing = [split for split in ("fit", "test") if split not in indices]
         if unknown or missing:
             raise DataError(
-                f"indices: task {name!r} has parts {list(indices)}; takes 'fit' and 'test', and "
-                "'prune' and 'tune' where there are any"
+                f"indices of task {name!r} must have 'fit' and 'test', and may have 'prune' and "
+                f"'tune', got {list(indices)}"
             )
-        parts = {
-            part: pick(
-                f"part {part!r} of task {name!r}",
-                test if part == "test" and test is not None else images,
+        splits = {
+            split: pick(
+                f"split {split!r} of task {name!r}",
+                test if split == "test" and test is not None else images,
                 places,
             )
-            for part, places in indices.items()
+            for split, places in indices.items()
         }
-        return cls(name, parts["fit"], parts["test"], parts.get("prune"), parts.get("tune"))
+        return cls(name, splits["fit"], splits["test"], splits.get("prune"), splits.get("tune"))
 
 
 def as_tasks(tasks: Task | Iterable[Task]) -> list[Task]:
-    """Return a list of tasks of different names.
+    """Return one or more tasks as a list.
 
     Raises:
-        InvalidArgument: no task, something else than tasks, or two of one name.
+        InvalidArgument: There is no task, something is not a task, or two tasks have one name.
     """
     found = [tasks] if isinstance(tasks, Task) else list(tasks)
     if not found or not all(isinstance(task, Task) for task in found):
-        raise InvalidArgument("tasks: takes one or more fastsal.Task")
+        raise InvalidArgument("tasks must be one or more fastsal.Task")
     names = [task.name for task in found]
     if len(set(names)) != len(names):
-        raise InvalidArgument(f"tasks: a name stands twice in {names}")
+        raise InvalidArgument(f"tasks must have distinct names, got {names}")
     return found
 
 
-def batches_of(part: Part, spec: InputSpec, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return the batches of a part, prepared by `spec` if it is an `ImageSet`."""
-    return part.batches(spec, batch_size) if isinstance(part, ImageSet) else part
+def batches_of(split: Split, spec: InputSpec, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return the batches of a split, preprocessed by `spec` if it is an `ImageSet`."""
+    return split.batches(spec, batch_size) if isinstance(split, ImageSet) else split
 
 
-def iter_once(part: object) -> bool:
-    """Say whether `part` is an iterator, spent by its first pass."""
-    return not isinstance(part, ImageSet) and hasattr(part, "__next__")
+def is_iterator(split: object) -> bool:
+    """Whether `split` is an iterator, which is exhausted by its first pass."""
+    return not isinstance(split, ImageSet) and hasattr(split, "__next__")

@@ -1,30 +1,50 @@
-"""Choices that several rooms offer, each list written once; the command line reads them."""
+"""Valid values of arguments, defined once for functions and for the command line."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-# The gradients whose second moment the statistics are: of the loss at the true label (the empirical
-# Fisher), at a label drawn from the model (the true Fisher), of matching noisy features.
-Curvature = Literal["empirical", "sampled", "features"]
-CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
-
-# Criteria by which weights are ranked, see `fastsal.pruning.criteria`.
+# Saliency criteria, see `fastsal.pruning.criteria`.
 CriterionName = Literal[
     "magnitude", "random", "taylor", "diag-fisher", "block-fisher", "obs-greedy"
-]
+]  # fmt: skip
 CRITERION_NAMES: tuple[CriterionName, ...] = get_args(CriterionName)
 
-# Weights that compete for a place: of the whole model, of one parameter, or of one parameter with
-# Erdős-Rényi kernel densities.
+# How a sparsity is allocated to parameters, see `fastsal.rank`.
 Scope = Literal["global", "layer", "erk"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
-# Type in which statistics are accumulated.
+# Learning-rate schedules of `fastsal.finetune`.
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
+# Floating-point types in which statistics are accumulated.
 Precision = Literal["float32", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# What the processes of a distributed job send each other: rows of gradients, partial sums, or
-# whichever is fewer bytes.
+# Data that processes of a distributed job send each other: gradients of single samples, partial
+# sums, or whichever is fewer bytes.
 Exchange = Literal["rows", "sums", "auto"]
 EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+
+# Types of mixed-precision passes.
+Autocast = Literal["bfloat16", "float16"]
+AUTOCAST_TYPES: tuple[Autocast, ...] = get_args(Autocast)
+
+# Loss whose per-sample gradients define the statistics: at the given label (empirical Fisher), at a
+# label drawn from the model (true Fisher), or of matching noisy features.
+Curvature = Literal["empirical", "sampled", "features"]
+CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
+
+# The classifier that a task is measured through: ridge regression, k-nearest neighbors, logistic
+# regression (a linear probe), or the model's own.
+HeadKind = Literal["ridge", "knn", "probe", "own"]
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
+# Image corruptions, see `fastsal.data.corruptions`.
+CorruptionKind = Literal["gaussian-noise", "blur", "jpeg", "brightness", "contrast"]
+CORRUPTION_KINDS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
+
+# What a study saves for each cell beside its numbers.
+Saved = Literal["none", "masks", "models"]
+SAVED: tuple[Saved, ...] = get_args(Saved)

@@ -1,4 +1,7 @@
-"""The machine and the versions that a result depends on."""
+"""The machine, the library versions and the memory that a result depends on.
+
+Nothing here imports PyTorch at import time: `fastsal --version` reads this module.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+_LIBRARIES = ("torch", "timm", "numpy", "safetensors")
 
 
 def fastsal_version() -> str:
@@ -21,59 +26,23 @@ def fastsal_version() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of fastsal, Python, and the libraries that shape the numbers."""
-    found = {"fastsal": fastsal_version(), "python": platform.python_version()}
-    for name in ("torch", "timm", "numpy", "safetensors"):
-        found[name] = version(name)
-    found["platform"] = platform.platform()
-    return found
+    """Return the versions of fastsal, of Python and of the libraries that affect the results."""
+    libraries = {name: version(name) for name in _LIBRARIES}
+    return {"fastsal": fastsal_version(), **libraries, "python": platform.python_version()}
 
 
-def threads() -> int:
-    """Return the number of threads that PyTorch computes with."""
-    import torch  # late: `fastsal --version` reads this module and must start fast
-
-    return torch.get_num_threads()
-
-
-def versions_of() -> dict[str, Any]:
-    """Return `versions` of what shapes the numbers, and the `machine`."""
-    import torch
-
-    versions = {
-        "fastsal": fastsal_version(),
-        "torch": torch.__version__,
-        **{name: version(name) for name in ("timm", "numpy")},
-        "python": platform.python_version(),
-    }
-    machine = {
+def machine() -> dict[str, Any]:
+    """Return the processor, threads of PyTorch, memory in bytes (None if unknown) and system."""
+    return {
         "processor": processor(),
-        "threads": threads(),
-        "memory_bytes": _memory(),
+        "threads": torch_threads(),
+        "memory_bytes": total_memory(),
         "system": platform.platform(),
     }
-    return {"versions": versions, "machine": machine}
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return None
-
-
-def peak_memory() -> int | None:
-    """Return the most memory that this process has held, in bytes; None where not known."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
 
 
 def processor() -> str:
-    """Return the name of the processor."""
+    """Return the model name of the processor."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -81,3 +50,28 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def torch_threads() -> int:
+    """Return the number of threads that PyTorch uses for one operation."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def total_memory() -> int | None:
+    """Return the physical memory of the machine in bytes, or None if unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return None
+
+
+def peak_memory() -> int | None:
+    """Return the peak resident memory of this process in bytes, or None if unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

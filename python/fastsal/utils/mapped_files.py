@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,23 @@ def give_back(memory: mmap.mmap) -> None:
     """Give back the memory of a mapped file; it is read again when it is used."""
     if hasattr(mmap, "MADV_DONTNEED"):
         memory.madvise(mmap.MADV_DONTNEED)
+
+
+def forget(arrays: Iterable[NDArray[Any]]) -> None:
+    """Release cached pages of the mapped files that arrays are stored in; they are read on use."""
+    maps = {id(base): base for array in arrays if (base := mapped_base(array)) is not None}
+    for base in maps.values():
+        give_back(base)
+
+
+def mapped_base(array: NDArray[Any]) -> mmap.mmap | None:
+    """Return the mapped file that an array is stored in, or None."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def aligned(nbytes: int) -> int:

@@ -9,13 +9,13 @@ from typing import Any
 from fastsal.errors import InvalidArgument
 
 
-def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+def whole(name: str, value: Any, least: int | None = 0, most: int | None = None) -> int:
     """Return an integer argument as an `int`.
 
     Args:
         name: Name of the argument, for the message.
         value: An `int`, or an integer scalar of NumPy or PyTorch. `bool` is rejected.
-        least: Smallest valid value.
+        least: Smallest valid value; None for no lower bound.
         most: Largest valid value; None for no upper bound.
 
     Raises:
@@ -24,9 +24,8 @@ def whole(name: str, value: Any, least: int = 0, most: int | None = None) -> int
     number = as_integer(value)
     if number is None:
         raise InvalidArgument(f"{name} must be an integer, got {value!r:.80}")
-    if number < least or (most is not None and number > most):
-        valid = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise InvalidArgument(f"{name} must be {valid}, got {number}")
+    if (least is not None and number < least) or (most is not None and number > most):
+        raise InvalidArgument(f"{name} must be {_range(least, None, most, None)}, got {number}")
     return number
 
 
@@ -106,9 +105,11 @@ def _range(
     if low is None and high is None:
         return "finite"
     if low is None:
-        return f"at most {high:g}" if below is None else f"less than {high:g}"
+        return f"at most {high:.15g}" if below is None else f"less than {high:.15g}"
     if high is None:
         if above is None:
-            return f"at least {low:g}"
-        return "positive" if low == 0 else f"greater than {low:g}"
-    return f"in {'[' if above is None else '('}{low:g}, {high:g}{']' if below is None else ')'}"
+            return f"at least {low:.15g}"
+        return "positive" if low == 0 else f"greater than {low:.15g}"
+    return (
+        f"in {'[' if above is None else '('}{low:.15g}, {high:.15g}{']' if below is None else ')'}"
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsal.errors import FileFormatError
 from fastsal.utils.atomic import atomic_path
 
 Array = NDArray[Any]
@@ -118,3 +121,53 @@ def write(
             # It is known now, and as long as what stands in its place.
             file.seek(8)
             file.write(text.replace(_NO_DIGEST.encode(), digest.hexdigest().encode(), 1))
+
+
+def read_mapped(
+    path: str | os.PathLike[str], kind: str, version: int
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Open a file that `write` wrote; its arrays are memory-mapped and read-only.
+
+    Arrays of bfloat16 are of type uint16.
+
+    Args:
+        path: The file.
+        kind: `"format"` that its header must have.
+        version: `"version"` that its header must have.
+
+    Returns:
+        The header, and key to array.
+
+    Raises:
+        FileFormatError: The file is truncated, or of another format or version.
+        KeyError, ValueError, TypeError, AttributeError, struct.error: The file is no safetensors
+            file.
+    """
+    shown, size = repr(os.fspath(path)), Path(path).stat().st_size
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > size - 8:
+            raise FileFormatError(f"path: {shown} is truncated or not a safetensors file")
+        tensors = json.loads(file.read(length))
+        metadata = tensors.pop("__metadata__", None) or {}
+        header = json.loads(metadata.get("fastsal", "{}"))
+        if header.get("format") != kind or header.get("version") != version:
+            raise FileFormatError(f"path: {shown} is not a file of {kind}, version {version}")
+        data = 8 + length
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > data else b""
+    end = 0
+    arrays: dict[str, Array] = {}
+    for key, info in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = info["data_offsets"]
+        dtype = np.dtype("uint16" if info["dtype"] == "BF16" else DTYPES[info["dtype"]][0])
+        count = int(np.prod(info["shape"], dtype=np.int64))
+        if start != end or stop - start != count * dtype.itemsize or data + stop > size:
+            raise FileFormatError(f"path: {shown} is truncated, or its header is damaged")
+        array: Array = (
+            np.frombuffer(memory, dtype, count, data + start) if count else np.empty(0, dtype)
+        )
+        arrays[key] = array.reshape(info["shape"])
+        end = stop
+    if data + end != size:
+        raise FileFormatError(f"path: {shown} is longer than its header says")
+    return header, arrays

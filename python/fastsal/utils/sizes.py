@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import as_real
 
 
 def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
@@ -14,15 +15,16 @@ def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
         InvalidArgument: It is neither.
     """
     units = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-        return int(value)
+    number = as_real(value)
+    if number is not None and number > 0:
+        return int(number)
     if isinstance(value, str):
         text = value.strip().upper().replace(" ", "")
         is_decimal = text.endswith("B") and not text.endswith("IB")
-        number = text.removesuffix("B").removesuffix("I")
-        unit = number[-1:] if number[-1:] in units and number[-1:] else ""
+        digits = text.removesuffix("B").removesuffix("I")
+        unit = digits[-1:] if digits[-1:] in units and digits[-1:] else ""
         try:
-            amount = float(number.removesuffix(unit))
+            amount = float(digits.removesuffix(unit))
         except ValueError:
             amount = math.nan
         if amount > 0:

@@ -1,4 +1,4 @@
-"""`fastsal bench`: its figures are ratios of what both sides did, and debug builds are refused."""
+"""`fastsal bench`: figures are ratios of both jobs, and debug builds are refused."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from click.testing import CliRunner
 
 from fastsal import _core
 from fastsal.cli import main
-from fastsal.cli.bench import Result, Size, cases, run
-from fastsal.cli.bench.timing import Case, Comparison, Skip
+from fastsal.cli.bench.cases import BenchSize, cases_of
+from fastsal.cli.bench.timing import Case, Comparison, Result, Skip, run
 
 
 def test_both_sides_run_in_turn_and_the_median_ratio_is_kept():
@@ -43,8 +43,8 @@ def test_limits_have_a_direction(at_least, met):
 
 
 def test_names_are_unique():
-    for size in (Size(), Size.full()):
-        names = [(case.name, case.limit) for case in cases(size)]
+    for size in (BenchSize(), BenchSize.full()):
+        names = [(case.name, case.limit) for case in cases_of(size)]
         assert len(set(names)) == len(names)
 
 

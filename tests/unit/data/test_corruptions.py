@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsal.data.corruptions import KINDS, Corruption, corrupt
+from fastsal.data.corruptions import Corruption, corrupt
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer import Task
+from fastsal.utils.choices import CORRUPTION_KINDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -73,7 +74,7 @@ def slow(kind, pixels, parameter, seed, index):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shape", [(16, 20), (70, 66)])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_corruptions_equal_their_formulas(kind, shape, channels):
     images = smooth(2, *shape, channels)
     parameter = CHANGES[kind][min(shape) > 64]
@@ -85,7 +86,7 @@ def test_corruptions_equal_their_formulas(kind, shape, channels):
         assert np.abs(found.x[i] - want).max() <= 0.5 + 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_higher_severities_change_more(kind):
     images = smooth(8, 32, 32)
     changes = [
@@ -96,7 +97,7 @@ def test_higher_severities_change_more(kind):
     assert changes[0] > 0.05
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_an_image_does_not_depend_on_the_others(kind):
     images = smooth(6)
     whole = corrupt(images, kind, seed=1)
@@ -117,7 +118,7 @@ def test_noise_differs_from_image_to_image():
     assert x.std() == pytest.approx(0.08 * 255, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CORRUPTION_KINDS)
 def test_files_are_corrupted_as_arrays_are(tmp_path, kind):
     images = smooth(6)
     for i, pixels in enumerate(images.x):
@@ -172,18 +173,28 @@ def test_a_corruption_can_be_sent_to_a_worker():
 def test_what_is_not_taken():
     images = smooth()
     for change, message in (
-        ({"kind": "fog"}, "^kind: got 'fog'; takes one of gaussian-noise, blur"),
-        ({"severity": 0}, "^severity: got 0; takes 1 to 5"),
-        ({"severity": 6}, "^severity: got 6"),
-        ({"severity": 2.5}, "^severity: got 2.5"),
-        ({"seed": -1}, "^seed: got -1"),
-        ({"seed": 0.5}, "^seed: got 0.5"),
+        ({"kind": "fog"}, "^kind must be 'gaussian-noise', 'blur', .*got 'fog'"),
+        ({"severity": 0}, r"^severity must be in \[1, 5\], got 0"),
+        ({"severity": 6}, r"^severity must be in \[1, 5\], got 6"),
+        ({"severity": 2.5}, "^severity must be an integer, got 2.5"),
+        ({"seed": -1}, "^seed must be at least 0, got -1"),
+        ({"seed": 0.5}, "^seed must be an integer, got 0.5"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             corrupt(images, **{"kind": "blur", **change})
     for kind in ("jpeg", "brightness"):
-        with pytest.raises(DataError, match=f"^x: has 4 channels; '{kind}' takes grey or RGB"):
+        with pytest.raises(DataError, match=f"^x must have 1 or 3 channels for '{kind}', got 4"):
             corrupt(smooth(c=4), kind)
     assert corrupt(smooth(c=4), "contrast").x.shape == (5, 16, 20, 4)
-    with pytest.raises(InvalidArgument, match="^transform: .* is in memory"):
+    with pytest.raises(InvalidArgument, match="^transform must be None for images in memory"):
         ImageSet(images.x, images.y, transform=Corruption("blur", 1))
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_numpy_and_torch_scalars_are_numbers(number):
+    images = smooth()
+    found = corrupt(images, "gaussian-noise", severity=number(2), seed=number(7))
+    assert np.array_equal(found.x, corrupt(images, "gaussian-noise", severity=2, seed=7).x)
+    for name in ("severity", "seed"):
+        with pytest.raises(InvalidArgument, match=f"^{name} must be an integer, got True"):
+            corrupt(images, "blur", **{name: True})

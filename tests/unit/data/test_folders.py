@@ -79,7 +79,7 @@ def test_resizing_matches_pillow_and_crops_the_longer_side():
 def test_batches_cover_what_was_asked_once_and_again(n, size, start, shuffle):
     images = ImageSet(np.arange(n, dtype=np.uint8)[:, None, None], np.arange(n))
     if start >= n:
-        with pytest.raises(DataError, match="samples"):
+        with pytest.raises(DataError, match="start must be less than"):
             images.batches(GREY, start=start)
         return
     batches = images.batches(GREY, size, start=start, shuffle_seed=3 if shuffle else None)
@@ -99,7 +99,7 @@ def test_shuffled_parts_of_one_seed_are_disjoint():
 
 
 def test_fewer_images_than_samples_is_an_error():
-    with pytest.raises(DataError, match=r"samples: asked for 7, but .* has 4 images after the"):
+    with pytest.raises(DataError, match=r"samples must be at most 4, .* after the first 2, got 7"):
         ImageSet(pixels(), np.arange(6) % 2).batches(RGB, samples=7, start=2)
 
 
@@ -131,7 +131,7 @@ def test_split_is_disjoint_and_stratified():
     a, b, c = images.split(0.5, 0.3, 0.2, seed=4)
     assert sorted(np.concatenate([a.index, b.index, c.index]).tolist()) == list(range(60))
     assert [np.bincount(part.y).tolist() for part in (a, b, c)] == [[10] * 3, [6] * 3, [4] * 3]
-    with pytest.raises(InvalidArgument, match="sum 1"):
+    with pytest.raises(InvalidArgument, match="fractions must sum to 1"):
         images.split(0.5, 0.6)
     with pytest.raises(DataError, match="too few"):
         images.split(0.99, 0.01)
@@ -140,19 +140,22 @@ def test_split_is_disjoint_and_stratified():
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"y": np.arange(6)}, "no array x"),
-        ({"x": pixels().astype(np.float32), "y": np.arange(6)}, "x: .*float32.*takes uint8"),
-        ({"x": pixels()[0, 0], "y": np.arange(5)}, "x: .*takes uint8"),
-        ({"x": pixels().transpose(0, 3, 1, 2).repeat(9, 3), "y": np.arange(6)}, "come last"),
-        ({"x": pixels(), "y": np.arange(5)}, r"y: .*takes integers \[6\]"),
-        ({"x": pixels(), "y": np.arange(6.0)}, "y: .*float64"),
-        ({"x": pixels(), "y": np.arange(6) - 1}, "label -1"),
+        ({"y": np.arange(6)}, "must contain the arrays x and y, got y"),
+        ({"x": pixels().astype(np.float32), "y": np.arange(6)}, "x must be uint8 .*got float32"),
+        ({"x": pixels()[0, 0], "y": np.arange(5)}, "x must be uint8 .*got uint8 .5, 3"),
+        (
+            {"x": pixels().transpose(0, 3, 1, 2).repeat(9, 3), "y": np.arange(6)},
+            "channels must be last",
+        ),
+        ({"x": pixels(), "y": np.arange(5)}, r"y must be integers \[6\], .*got int64 \[5\]"),
+        ({"x": pixels(), "y": np.arange(6.0)}, "y must be integers .*float64"),
+        ({"x": pixels(), "y": np.arange(6) - 1}, "y must be at least 0, got -1"),
         (
             {"x": pixels(), "y": np.arange(6), "classes": np.array(["a", "b"])},
-            "label 5 .* no class",
+            "y must be less than the number of classes, 2, got 5",
         ),
-        ({"x": pixels(), "y": np.zeros(6, int)}, "one class only"),
-        ({"x": pixels(0), "y": np.arange(0)}, "no pixels"),
+        ({"x": pixels(), "y": np.zeros(6, int)}, "must have at least 2 classes"),
+        ({"x": pixels(0), "y": np.arange(0)}, "x must not be empty"),
     ],
 )
 def test_bad_npz_files(tmp_path, arrays, message):
@@ -177,14 +180,16 @@ def test_bad_folders(tmp_path):
     (tmp_path / "note.txt").write_text("")
     with pytest.raises(DataError, match=r"an \.npz file"):
         load_images(tmp_path / "note.txt")
-    with pytest.raises(DataError, match="has no folders"):
+    with pytest.raises(
+        DataError, match="must contain one folder of images per class, got no folder"
+    ):
         load_images(tmp_path)
     folder = write_folder(tmp_path / "d", pixels(2), [0, 0])
-    with pytest.raises(DataError, match=r"one class only \(class0\)"):
+    with pytest.raises(DataError, match="must contain at least 2 class folders, got class0 only"):
         load_images(folder)
     (folder / "empty").mkdir()
     (folder / "empty" / "note.txt").write_text("")
-    with pytest.raises(DataError, match="empty holds no image"):
+    with pytest.raises(DataError, match="empty contains no image file"):
         load_images(folder)
 
 
@@ -202,7 +207,7 @@ def test_images_of_two_sizes_need_a_size(tmp_path):
     folder = write_folder(tmp_path / "d", pixels(2), [0, 0])
     write_folder(folder, pixels(2, 9, 9), [1, 1], ".bmp")
     images = load_images(folder)
-    with pytest.raises(DataError, match=r"size: .*bmp has 9x9 pixels .* give size"):
+    with pytest.raises(DataError, match=r"size must be given .*9x9 pixels \(.*bmp\)"):
         everything(images, RGB)
     got, _ = everything(images, InputSpec(3, (6, 6), RGB.mean, RGB.std))
     assert got.shape == (4, 3, 6, 6)
@@ -211,12 +216,12 @@ def test_images_of_two_sizes_need_a_size(tmp_path):
 def test_sixteen_bit_images_are_refused(tmp_path):
     folder = write_folder(tmp_path / "d", pixels(4), [0, 0, 1, 1])
     Image.fromarray(np.full((4, 5), 40000, np.uint16)).save(folder / "class0" / "9999.png")
-    with pytest.raises(DataError, match=r"9999\.png has pixels of mode I"):
+    with pytest.raises(DataError, match=r"9999\.png must have 8 bits per channel, got mode I"):
         everything(load_images(folder), RGB)
 
 
 def test_channels_that_do_not_fit():
-    with pytest.raises(DataError, match="has 4 channels; the model takes 3"):
+    with pytest.raises(DataError, match="must have 3 channels for this model, got 4"):
         everything(ImageSet(pixels(c=4), np.arange(6)), RGB)
 
 
@@ -234,25 +239,64 @@ def test_images_without_labels(tmp_path):
         Image.fromarray(x[i]).save(flat / f"{i}.png")
         Image.fromarray(x[3 + i]).save(flat / "deeper" / f"{i}.png")
     (flat / "note.txt").write_text("no image")
-    found = load_images(flat, labelled=False)
+    found = load_images(flat, labeled=False)
     assert [p.relative_to(flat).as_posix() for p in found.x] == [
         "0.png", "1.png", "2.png", "deeper/0.png", "deeper/1.png", "deeper/2.png"
     ]  # fmt: skip
     assert (found.classes, found.y.tolist()) == (("0",), [0] * 6)
-    assert load_images(flat / "deeper", labelled=False).y.tolist() == [0, 0, 0]
+    assert load_images(flat / "deeper", labeled=False).y.tolist() == [0, 0, 0]
     np.savez(tmp_path / "x.npz", x=x, classes=np.array(["a", "b"]))
-    assert np.array_equal(load_images(tmp_path / "x.npz", labelled=False).x, x)
+    assert np.array_equal(load_images(tmp_path / "x.npz", labeled=False).x, x)
     # Labels are kept where there are some, so that positions are the same.
     np.savez(tmp_path / "d.npz", x=x, y=y)
     for path in (tmp_path / "d.npz", write_folder(tmp_path / "d", x, y)):
-        a, b = load_images(path), load_images(path, labelled=False)
+        a, b = load_images(path), load_images(path, labeled=False)
         assert a.classes == b.classes
         assert np.array_equal(a.y, b.y)
         assert list(map(str, a.x)) == list(map(str, b.x))
-    with pytest.raises(DataError, match="has no array y"):
+    with pytest.raises(DataError, match="must contain the arrays x and y, got x"):
         load_images(tmp_path / "x.npz")
-    with pytest.raises(DataError, match="has one class only"):
+    with pytest.raises(DataError, match="must contain at least 2 class folders, got"):
         load_images(flat)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no image; takes .bmp"):
-        load_images(tmp_path / "empty", labelled=False)
+    with pytest.raises(DataError, match="contains no image file ..bmp"):
+        load_images(tmp_path / "empty", labeled=False)
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8, torch.tensor])
+def test_numpy_and_torch_scalars_are_numbers(number):
+    images = ImageSet(pixels(30), np.arange(30) % 3)
+    batches = images.batches(RGB, number(7), number(10), number(5), shuffle_seed=number(1))
+    same = images.batches(RGB, 7, 10, 5, shuffle_seed=1)
+    assert np.array_equal(batches.order, same.order)
+    assert (batches.batch_size, len(batches), batches.samples) == (7, 2, 10)
+    assert images.select_classes([number(2), number(0)]).classes == ("2", "0")
+    a, b = images.split(np.float32(0.5), torch.tensor(0.5), seed=number(4))
+    c, d = images.split(0.5, 0.5, seed=4)
+    assert np.array_equal(a.index, c.index)
+    assert np.array_equal(b.index, d.index)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"start": 0.5}, "start must be an integer, got 0.5"),
+        ({"samples": "3"}, "samples must be an integer, got '3'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"shuffle_seed": -1}, "shuffle_seed must be at least 0, got -1"),
+    ],
+)
+def test_what_is_no_number_of_images_is_refused(options, message):
+    with pytest.raises(InvalidArgument, match=message):
+        ImageSet(pixels(), np.arange(6) % 2).batches(RGB, **options)
+
+
+def test_fractions_are_positive_numbers():
+    images = ImageSet(pixels(60), np.arange(60) % 3)
+    with pytest.raises(InvalidArgument, match="fractions must be positive, got 0"):
+        images.split(1.0, 0)
+    with pytest.raises(InvalidArgument, match="fractions must be a number, got True"):
+        images.split(True)
+    with pytest.raises(InvalidArgument, match="classes: .* has no class True"):
+        images.select_classes([True, 0])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,10 +63,17 @@ def test_a_ratio_of_one_keeps_all():
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5, float("nan"), "0.5", None, True])
 def test_ratios_that_are_not_taken(ratio):
-    with pytest.raises(InvalidArgument, match="^ratio: got"):
+    with pytest.raises(InvalidArgument, match="^ratio must be .*, got"):
         imbalanced(images([5, 5]), ratio)
 
 
 def test_one_class_has_no_tail():
-    with pytest.raises(InvalidArgument, match="has 1 class; takes two or more"):
+    with pytest.raises(InvalidArgument, match="must have at least 2 classes, got 1"):
         imbalanced(images([5]), 0.5)
+
+
+def test_numpy_and_torch_scalars_are_numbers():
+    some = images([20, 20, 20])
+    expected = imbalanced(some, 0.5, seed=3).index
+    for ratio, seed in ((np.float64(0.5), np.int64(3)), (torch.tensor(0.5), torch.tensor(3))):
+        assert np.array_equal(imbalanced(some, ratio, seed=seed).index, expected)

@@ -43,7 +43,9 @@ def test_folders_and_npz_are_those_of_load_images(tmp_path, tiny_npz):
     odd = write_folder(tmp_path / "a:b", pixels())
     assert len(open_images("a:b", root=tmp_path)) == 12
     assert len(open_images(odd)) == 12
-    with pytest.raises(InvalidArgument, match="train: got True; .* has no parts of its own"):
+    with pytest.raises(
+        InvalidArgument, match="train must be None for .*, which has no splits, got True"
+    ):
         open_images(folder, train=True)
 
 
@@ -65,17 +67,17 @@ def test_digits_are_spread_over_all_shades():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("sklearn:digitz", "data: got 'sklearn:digitz'; takes 'sklearn:digits'"),
-        ("sklearn:digits?x=1", "takes 'sklearn:digits'"),
-        ("keras:mnist", "data: got 'keras:mnist'; takes a folder of class folders"),
-        ("hf:", "data: 'hf:' names no data set"),
-        ("torchvision:MNIST?root", "has 'root' after the question mark; takes key=value"),
-        ("torchvision:MNIST?a=1&a=2", "has 'a=2' after"),
-        ("torchvision:MNIST?", "has '' after the question mark"),
-        ("torchvision:CIFAR", "torchvision has no data set 'CIFAR' .close: CIFAR10"),
-        ("torchvision:MNIST?rot=/x", "MNIST has no argument 'rot'; takes root, train, download"),
+        ("sklearn:digitz", "data must be 'sklearn:digits', got 'sklearn:digitz'"),
+        ("sklearn:digits?x=1", "data must be 'sklearn:digits'"),
+        ("keras:mnist", "data must be a folder of class folders.*got 'keras:mnist'"),
+        ("hf:", "data must be .*got 'hf:' without a name"),
+        ("torchvision:MNIST?root", "must be key=value, .*got 'root'"),
+        ("torchvision:MNIST?a=1&a=2", "with distinct keys, got 'a=2'"),
+        ("torchvision:MNIST?", "must be key=value, .*got ''"),
+        ("torchvision:CIFAR", "torchvision has no data set 'CIFAR'; did you mean 'CIFAR10'"),
+        ("torchvision:MNIST?rot=/x", "MNIST has no argument 'rot', only root, train, download"),
         ("torchvision:MNIST?transform=x", "has no argument 'transform'"),
-        ("torchvision:MNIST?download=yes", "download=yes; takes true or false"),
+        ("torchvision:MNIST?download=yes", "download must be true or false, got 'yes'"),
     ],
 )
 def test_bad_names(spec, message):
@@ -94,7 +96,7 @@ def test_bad_names(spec, message):
 def test_a_library_that_is_not_installed(spec, module, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(
-        FastsalError, match=f"data: '{spec}' needs {package}: pip install {package}"
+        FastsalError, match=f"data: '{spec}' requires {package}: pip install {package}"
     ):
         open_images(spec)
 
@@ -194,7 +196,7 @@ def test_parts_of_torchvision(library, tmp_path):
     assert a.source != open_images("torchvision:Parts", train=False).source
     some = open_images("torchvision:Parts", classes=["three", 0])
     assert some.classes == ("three", "zero")
-    with pytest.raises(DataError, match="has no image of class 'none'"):
+    with pytest.raises(DataError, match="contains no image of class 'none'"):
         open_images("torchvision:Parts", classes=["none", "one"])
 
 
@@ -234,18 +236,24 @@ GREY, RED = Image.new("L", (4, 4), 9), Image.new("RGB", (4, 4), (255, 0, 0))
 @pytest.mark.parametrize(
     ("items", "message"),
     [
-        ([(GREY, 0), (Image.new("L", (4, 5)), 1)], "image 1 of .* 5x4 pixels .* 4x4; takes one"),
-        ([(GREY, 0), (GREY, 0.5)], "image 1 of .* has label 0.5; takes a whole number"),
-        ([(GREY, 0), (GREY, [1])], r"has label \[1\]"),
-        ([(GREY, "a"), (GREY, 1)], "labels that are texts and labels that are numbers"),
-        ([(GREY, 0, 1)], "item 0 of .* is 3 values; takes an image and a label"),
-        ([GREY], "item 0 of .* is Image; takes an image and a label"),
-        ([(torch.rand(3, 4, 4), 0)], r"is float32 \[4, 4, 3\]; takes an image of 8 bits"),
-        ([("x.png", 0)], "is str; takes an image"),
-        ([(Image.new("F", (4, 4)), 0)], "pixels of mode F"),
-        ([(GREY, 0), (GREY, 0)], "has one class only"),
-        ([(GREY, -1), (GREY, 0)], "label -1; takes 0 or more"),
-        ([], "gave 0 images"),
+        ([(GREY, 0), (Image.new("L", (4, 5)), 1)], "must have one size, got 4x4 and 5x4 .image 1"),
+        (
+            [(GREY, 0), (GREY, 0.5)],
+            "label of image 1 of .* must be an integer or a string, got 0.5",
+        ),
+        ([(GREY, 0), (GREY, [1])], r"label of image 1 .*, got \[1\]"),
+        ([(GREY, "a"), (GREY, 1)], "must be integers or strings, got both"),
+        ([(GREY, 0, 1)], "item 0 of .* must be an image and a label, got 3 values"),
+        ([GREY], "item 0 of .* must be an image and a label, got Image"),
+        (
+            [(torch.rand(3, 4, 4), 0)],
+            r"must be an image with 8 bits per channel, got float32 \[4, 4, 3\]",
+        ),
+        ([("x.png", 0)], "must be an image .*got str"),
+        ([(Image.new("F", (4, 4)), 0)], "must have 8 bits per channel, got mode F"),
+        ([(GREY, 0), (GREY, 0)], "must have at least 2 classes"),
+        ([(GREY, -1), (GREY, 0)], "y must be at least 0, got -1"),
+        ([], "must have 1 images, got 0"),
     ],
 )
 def test_items_that_are_no_labelled_images(items, message, library):
@@ -273,7 +281,7 @@ def test_images_of_every_kind(library):
         [9, 9, 9], [255, 0, 0], [0, 0, 7], [0, 0, 7], [255, 0, 0], [0, 0, 0],
     ]  # fmt: skip
     assert found.y.tolist() == [0, 1] * 3
-    with pytest.raises(DataError, match="has 2 channels; takes 1 or 3"):
+    with pytest.raises(DataError, match="must have 1 or 3 channels, got 2"):
         pixels_of(np.zeros((4, 4, 2), np.uint8), "it")
 
 
@@ -358,12 +366,16 @@ def test_hugging_face_is_kept_from_the_network_unless_asked(hub):
 @pytest.mark.parametrize(
     ("spec", "kind", "message"),
     [
-        ("hf:animals", DataError, "has splits train, test; say which, with split="),
+        ("hf:animals", DataError, "has the splits train, test; choose one with split="),
         ("hf:animals?split=val", DataError, "cannot be opened: Unknown split val"),
-        ("hf:animals?split=train&image=im", DataError, "no column 'im'; it has id, img, label"),
-        ("hf:animals?splitt=train", InvalidArgument, "has key 'splitt' .close: split."),
-        ("hf:two?split=train", DataError, "has columns a, b, x; say which holds the label, with"),
-        ("hf:bare?split=train", DataError, "has columns without names; say which holds the image"),
+        ("hf:animals?split=train&image=im", DataError, "no column 'im', only id, img, label"),
+        ("hf:animals?splitt=train", InvalidArgument, "got 'splitt'; did you mean 'split'"),
+        (
+            "hf:two?split=train",
+            DataError,
+            "label column of .* is ambiguous among a, b, x; choose one with",
+        ),
+        ("hf:bare?split=train", DataError, "image column of .* is ambiguous among unnamed columns"),
         ("hf:/no/such/folder", DataError, "there is no folder /no/such/folder"),
     ],
 )
@@ -380,7 +392,7 @@ def test_folders_of_hugging_face(hub, tmp_path):
     hub.saved[str(tmp_path / "kept")] = {"train": rows(9)}
     assert len(open_images(f"hf:{tmp_path}/kept")) == 9
     assert len(open_images("hf:./kept?split=train", root=tmp_path)) == 9
-    with pytest.raises(DataError, match="has no split 'test'; it has train"):
+    with pytest.raises(DataError, match="has no split 'test', only train"):
         open_images("hf:./kept?split=test", root=tmp_path)
     with pytest.raises(DataError, match="cannot be opened: no data set kept"):
         open_images("hf:kept", root=tmp_path)  # not saved by the library: a name

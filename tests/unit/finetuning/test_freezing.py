@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.finetuning.freezing import normalisation_layers, trained_parameters
+from fastsal.finetuning.freezing import normalization_layers, trained_parameters
 from fastsal.models.classifier import find_head
 
 
@@ -20,14 +20,16 @@ def test_heads():
     assert find_head(deit) == [deit.head, deit.head_dist]
     plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2), nn.ReLU())
     assert find_head(plain) == [plain[2]]
-    with pytest.raises(InvalidArgument, match="^train_head: Conv2d has neither get_classifier"):
+    with pytest.raises(
+        InvalidArgument, match="^train_head must be True for Conv2d, which has neither"
+    ):
         find_head(nn.Conv2d(3, 3, 3))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
 def test_normalisation_of_timm(name):
     model = timm.create_model(name)
-    layers = normalisation_layers(model)
+    layers = normalization_layers(model)
     vectors = {p for layer in layers for p in layer.parameters()}
     for parameter, p in model.named_parameters():
         if "norm" in parameter or "bn" in parameter:
@@ -48,4 +50,4 @@ def test_other_normalisation():
         pass
 
     model = nn.ModuleList([RootMeanNorm(), NormFreeBlock(3, 3), nn.LayerNorm([3, 3])])
-    assert normalisation_layers(model) == [model[0], model[2]]
+    assert normalization_layers(model) == [model[0], model[2]]

@@ -12,6 +12,7 @@ from torch import nn
 import fastsal
 from fastsal import BlockFisher
 from fastsal.errors import FactorizationError, FileFormatError, InvalidArgument
+from fastsal.fisher.block_fisher import sums_of
 
 SHAPES = {"0.weight": (40, 30), "2.weight": (20, 40), "4.weight": (10, 20)}
 
@@ -58,11 +59,11 @@ def test_a_loaded_file_is_read_as_it_is_used(tmp_path):
     fisher = statistics()
     fisher.save(tmp_path / "f")
     loaded = BlockFisher.load(tmp_path / "f", verify=False)
-    assert not loaded._parameters["0.weight"].packed.flags.writeable
+    assert not sums_of(loaded).parameters["0.weight"].packed.flags.writeable
     models = net(), net()
     masks = None
     for model, some in zip(models, (fisher, loaded), strict=True):
-        some._view_bytes = 2**14
+        sums_of(some).storage.view_bytes = 2**14
         scores = fastsal.score(model, some, "obs-greedy", damping=1e-2)
         new = fastsal.rank(scores, 0.5)
         assert masks is None or masks == new
@@ -136,9 +137,12 @@ def test_files_are_merged_without_loading(tmp_path, samples, block_size):
     ("change", "message"),
     [
         (lambda index, folder: index["shards"].pop(), "do not hold the parameters"),
-        (lambda index, folder: index["shards"].append("none.safetensors"), "names none"),
-        (lambda index, folder: index.update(format="other"), "is no index"),
-        (lambda index, folder: index["shards"].append(index["shards"][0]), "several shards"),
+        (lambda index, folder: index["shards"].append("none.safetensors"), "lists the shard none"),
+        (lambda index, folder: index.update(format="other"), "is not an index"),
+        (
+            lambda index, folder: index["shards"].append(index["shards"][0]),
+            "duplicated in several shards",
+        ),
     ],
 )
 def test_an_index_that_does_not_fit(tmp_path, change, message):
@@ -156,14 +160,14 @@ def test_shards_of_other_statistics(tmp_path):
     statistics(samples=70).save(tmp_path / "g", shard_bytes="128KiB")
     other = json.loads((tmp_path / "g").read_text())["shards"][0]
     (tmp_path / name).write_bytes((tmp_path / other).read_bytes())
-    with pytest.raises(FileFormatError, match="not of the same statistics"):
+    with pytest.raises(FileFormatError, match="of different statistics"):
         BlockFisher.load(tmp_path / "f")
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"dtype": "float16"}, "dtype: got 'float16'; takes None, 'float32' or 'bfloat16'"),
+        ({"dtype": "float16"}, "dtype must be None, 'float32' or 'bfloat16', got 'float16'"),
         ({"shard_bytes": 0}, "shard_bytes: got 0"),
     ],
 )
@@ -176,10 +180,12 @@ def test_arguments_that_are_not_taken(tmp_path, how, message):
 def test_files_that_do_not_fit_together(tmp_path):
     statistics().save(tmp_path / "a")
     statistics(block_size=32).save(tmp_path / "b")
-    with pytest.raises(InvalidArgument, match="other: has other parameters"):
+    with pytest.raises(InvalidArgument, match="other must have the same parameters"):
         fastsal.merge_files([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
-    with pytest.raises(InvalidArgument, match="weights: got 1 for 2 files"):
+    with pytest.raises(
+        InvalidArgument, match="weights must be one for each file, .*got 1 for 2 files"
+    ):
         fastsal.merge_files([tmp_path / "a", tmp_path / "a"], tmp_path / "c", weights=[1])
-    with pytest.raises(InvalidArgument, match="weight: got -1"):
+    with pytest.raises(InvalidArgument, match="weight must be .*, got -1"):
         fastsal.merge_files([tmp_path / "a", tmp_path / "a"], tmp_path / "c", weights=[1, -1])
     assert not (tmp_path / "c").exists()

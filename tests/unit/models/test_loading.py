@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -69,15 +70,23 @@ def test_a_model_from_a_file(tiny_file):
 @pytest.mark.parametrize(
     ("function", "arguments", "message"),
     [
-        ("tyni", {}, "no function 'tyni'.*tiny"),
-        ("", {}, "names no function"),
-        ("number", {}, "returned int; takes a torch.nn.Module"),
-        ("rigid", {"num_classes": 4}, "num_classes: got 4, but .* has no such argument"),
-        ("tiny", {"in_chans": 1}, "in_chans: got 1, but .*it takes num_classes"),
-        ("tiny", {"num_classes": 0}, "num_classes: got 0"),
-        ("tiny", {"weights": "pretrained"}, "'pretrained' is for timm names"),
+        ("tyni", {}, "no function 'tyni', only .*tiny"),
+        ("", {}, "without a function"),
+        ("number", {}, "must return a torch.nn.Module, got int"),
+        ("rigid", {"num_classes": 4}, "num_classes must be None for .*rigid.*got 4"),
+        ("tiny", {"in_chans": 1}, "in_chans must be None for .*arguments are num_classes, got 1"),
+        ("tiny", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        (
+            "tiny",
+            {"weights": "pretrained"},
+            "weights must be a path for a model from a file, got 'pretrained'",
+        ),
         ("tiny", {"weights": "nowhere.pth"}, "no file nowhere.pth"),
-        ("tiny", {"weights": "weights.bin"}, "takes 'pretrained' or a file that ends in"),
+        (
+            "tiny",
+            {"weights": "weights.bin"},
+            "weights must be 'pretrained' or a file that ends in .*, got 'weights.bin'",
+        ),
     ],
 )
 def test_bad_arguments_are_named(tiny_file, function, arguments, message):
@@ -120,9 +129,12 @@ def test_weights_come_back(tiny_file, tmp_path, suffix, nest, prefix):
         (lambda s: s.update(extra=torch.zeros(2)), "1 unexpected: extra"),
         (
             lambda s: s.update({"conv.weight": torch.zeros(8, 3, 5, 5)}),
-            r"1 of another shape: conv.weight \[8, 3, 5, 5\]",
+            r"1 of a different shape: conv.weight \[8, 3, 5, 5\]",
         ),
-        (lambda s: s.update({"fc.bias": torch.zeros(3, dtype=torch.int8)}), "1 of another type"),
+        (
+            lambda s: s.update({"fc.bias": torch.zeros(3, dtype=torch.int8)}),
+            "1 of a different type",
+        ),
         (lambda s: s["fc.bias"].fill_(float("nan")), "NaN or infinity in 'fc.bias'"),
         (lambda s: s.update({f"e{i}": torch.zeros(1) for i in range(9)}), "9 unexpected.*4 more"),
     ],
@@ -141,7 +153,9 @@ def test_weights_that_do_not_fit_change_nothing(tiny_file, tmp_path, change, mes
 
 def test_another_number_of_classes_gets_a_hint(tiny_file, tmp_path):
     save_weights(load_model(f"{tiny_file}:tiny", num_classes=7), tmp_path / "w.safetensors")
-    with pytest.raises(FileFormatError, match="classifier has 7 classes: give num_classes"):
+    with pytest.raises(
+        FileFormatError, match="classifier in the file has 7 classes: pass num_classes=7"
+    ):
         load_model(f"{tiny_file}:tiny", weights=tmp_path / "w.safetensors")
 
 
@@ -206,7 +220,9 @@ def test_an_unreachable_hub_is_told(monkeypatch):
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr("timm.create_model", fail)
-    with pytest.raises(FastsalError, match=r"pretrained weights of 'resnet18' cannot be fetched"):
+    with pytest.raises(
+        FastsalError, match=r"pretrained weights of 'resnet18' cannot be downloaded"
+    ):
         load_model("resnet18", weights="pretrained")
 
 
@@ -221,7 +237,7 @@ def test_input_of_timm_models():
 
 
 def test_a_model_of_one_size_says_so():
-    with pytest.raises(InvalidArgument, match="takes 224x224 only"):
+    with pytest.raises(InvalidArgument, match="size must be 224x224 for this model, got 64x64"):
         input_spec(load_model("vit_tiny_patch16_224"), size=64)
     assert input_spec(load_model("test_vit"), size=64).size == (64, 64)
 
@@ -229,11 +245,11 @@ def test_a_model_of_one_size_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size: got 0"),
-        ({"size": (1, 2, 3)}, "size: got"),
-        ({"mean": [0.1, 0.2]}, "mean: got 2 values"),
-        ({"std": 0.0}, "std: got"),
-        ({"channels": 4}, "mean: the model takes 4 channels"),
+        ({"size": 0}, "size must be pixels, .*, got 0"),
+        ({"size": (1, 2, 3)}, "size must be pixels, .*, got .1, 2, 3"),
+        ({"mean": [0.1, 0.2]}, "mean must have 1 value or one per channel .3., got 2"),
+        ({"std": 0.0}, "std must be positive, got 0.0"),
+        ({"channels": 4}, "mean must be given: the model has 4 channels"),
     ],
 )
 def test_bad_input_settings_are_named(tiny_file, arguments, message):
@@ -250,3 +266,50 @@ def test_class_count_where_it_cannot_be_known():
 def test_the_published_resnet20_loads(resnet20_spec, shared_data):
     model = load_model(resnet20_spec, weights=shared_data / "resnet20_cifar10.safetensors")
     assert class_count(model) == 10
+
+
+NUMBERS = [np.int64, np.int32, torch.tensor]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numpy_and_torch_scalars_are_numbers(tiny_file, number):
+    model = load_model(f"{tiny_file}:tiny", num_classes=number(5), seed=number(3))
+    assert class_count(model) == 5
+    same = load_model(f"{tiny_file}:tiny", num_classes=5, seed=3)
+    assert torch.equal(model.fc.weight, same.fc.weight)
+    spec = input_spec(model, channels=number(3), size=number(8), mean=number(0), std=number(1))
+    assert spec == input_spec(model, channels=3, size=8, mean=0.0, std=1.0)
+    assert type(spec.size[0]) is int
+    assert type(spec.mean[0]) is float
+
+
+@pytest.mark.parametrize("values", [np.array, torch.tensor])
+def test_arrays_are_values_per_channel(tiny_file, values):
+    model = load_model(f"{tiny_file}:tiny")
+    spec = input_spec(model, size=values([8, 9]), mean=values([0.5, 0.25, 0.5]), std=values([0.5]))
+    assert spec == input_spec(model, size=(8, 9), mean=(0.5, 0.25, 0.5), std=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_classes", True), ("in_chans", 3.0), ("seed", "3"), ("seed", True)]
+)
+def test_what_is_no_integer_is_refused(tiny_file, name, value):
+    with pytest.raises(InvalidArgument, match=f"{name} must be an integer, got"):
+        load_model(f"{tiny_file}:tiny", **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": True}, "channels must be an integer, got True"),
+        ({"size": True}, "size must be pixels"),
+        ({"size": (8, 8.5)}, "size must be pixels"),
+        ({"size": "8"}, "size must be pixels"),
+        ({"mean": True}, "mean must be a number, got True"),
+        ({"std": (1.0, "1", 1.0)}, "std must be a number, got '1'"),
+        ({"std": float("nan")}, "std must be finite, got nan"),
+    ],
+)
+def test_input_numbers_of_another_type_are_refused(tiny_file, arguments, message):
+    with pytest.raises(InvalidArgument, match=message):
+        input_spec(load_model(f"{tiny_file}:tiny"), **arguments)

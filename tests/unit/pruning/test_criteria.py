@@ -12,6 +12,7 @@ from torch import nn
 import fastsal
 from fastsal import BlockFisher, Masks
 from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.fisher.block_fisher import sums_of
 from fastsal.pruning.criteria import CRITERIA
 
 SHAPES = {"conv": (4, 3, 3, 3), "fc": (5, 7)}
@@ -127,7 +128,7 @@ def test_blocks_of_one_are_the_damped_diagonal(criterion, damping):
 def test_dual_statistics_give_the_same(criterion, n):
     model = Holder()
     dual, primal = (statistics(None, n, precision="float64") for _ in range(2))
-    for p in primal._parameters.values():
+    for p in sums_of(primal).parameters.values():
         p.fold()
     a, b = (fastsal.score(model, fisher, criterion, 0.1) for fisher in (dual, primal))
     for name in SHAPES:
@@ -221,7 +222,9 @@ def test_statistics_of_another_model(criterion):
     fisher = statistics()
     model = Holder()
     model.fc = nn.Parameter(torch.zeros(7, 5))
-    with pytest.raises(UnknownParameter, match=r"model: parameter 'fc' has shape \(7, 5\)"):
+    with pytest.raises(
+        UnknownParameter, match=r"model: parameter 'fc' must have shape \(5, 7\), got \(7, 5\)"
+    ):
         fastsal.score(model, fisher, criterion)
     del model.fc
     with pytest.raises(UnknownParameter, match="model: has no parameter 'fc'"):
@@ -269,7 +272,7 @@ def test_pruned_weights_take_no_part_in_the_inverse():
 @pytest.mark.parametrize("criterion", NAMES)
 def test_masks_of_another_shape(criterion):
     masks = Masks({"fc": torch.ones(35)})
-    with pytest.raises(MaskError, match=r"masks: 'fc' has shape \(35,\); takes \(5, 7\)"):
+    with pytest.raises(MaskError, match=r"masks: 'fc' must have shape \(5, 7\), got \(35,\)"):
         fastsal.score(Holder(), statistics(), criterion, masks=masks)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 import fastsal
 from fastsal.cli import main
 from fastsal.errors import InvalidArgument
+from fastsal.fisher.collection.groups import collected
 from fastsal.fisher.collection.traffic import costs
 from fastsal.fisher.memory_plan import PassMemory
 from fastsal.pruning.forecast import plan_memory
@@ -31,8 +32,7 @@ def test_collect_does_what_was_planned(tmp_path):
     plan = plan_memory(
         net(), images(), prunes=False, samples=48, calibrate=False, scratch=tmp_path, **BUDGET
     )
-    fisher = fastsal.collect(net(), images(), samples=48, scratch=tmp_path, **BUDGET)
-    done = fisher._plan
+    done = collected(net(), images(), samples=48, scratch=tmp_path, **BUDGET).plan
     assert (plan.passes, plan.micro_batch, plan.place) == (done.passes, 4, "file")
     assert plan.memory == done.memory
 

@@ -105,34 +105,54 @@ def test_a_key_depends_on_what_its_numbers_depend_on(write):
 
 
 BAD = [
-    ('name = "small"', "nam = 1", "line 2: nam: is an unknown key (close: name)"),
-    ('name = "small"', "", "name: is missing"),
-    ("seeds = [0, 1]", "seeds = [0, 0]", "line 4: seeds: got [0, 0]; takes each once"),
-    ("seeds = [0, 1]", "seeds = 3", "line 4: seeds: got 3; takes a list of one or more"),
-    ("[0.7, 0.5]", "[70]", "line 3: sparsities: got 70; takes shares from 0 to 1"),
-    ("[0.7, 0.5]", "[true]", "line 3: sparsities: got True"),
-    ('data = "a.npz"', 'dat = "a.npz"', "line 11: tasks[0].dat: is an unknown key (close: data)"),
-    ('classes = ["x", "y"]', 'classes = ["x"]', "line 16: tasks[1].classes: got ['x']"),
-    ('name = "b"', 'name = "a"', "line 14: tasks[1].name: 'a' stands twice in [[tasks]]"),
-    ('tasks = "a"', 'tasks = "c"', "line 19: sources[0].tasks: there is no task 'c'; takes a, b"),
-    ('tasks = "a"', "tasks = {a = 0}", "sources[0].tasks.a: got 0; takes a weight above 0"),
-    ('tasks = "a"', 'tasks = "a"\ndecay = 0.5', "line 20: sources[0].decay: is for a list of two"),
-    ('tasks = "a"', 'tasks = "a"\ncurvature = "none"', "takes empirical, sampled, features"),
-    ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "(close: blur)"),
-    ('tasks = "a"', 'tasks = "a"\nseverity = 6', "takes 1 to 5"),
-    ('"obs-greedy"', '"obs-gredy"', "line 22: criteria[0].criterion: got 'obs-gredy' (close: obs-"),
+    ('name = "small"', "nam = 1", "line 2: nam is an unknown key; did you mean 'name'?"),
+    ('name = "small"', "", "small.toml: name is missing"),
+    ("seeds = [0, 1]", "seeds = [0, 0]", "line 4: seeds must hold distinct values, got [0, 0]"),
+    ("seeds = [0, 1]", "seeds = 3", "line 4: seeds must be a non-empty list, got 3"),
+    ("[0.7, 0.5]", "[70]", "line 3: sparsities must be in [0, 1], got 70"),
+    ("[0.7, 0.5]", "[true]", "line 3: sparsities must be a number, got True"),
+    (
+        'data = "a.npz"',
+        'dat = "a.npz"',
+        "line 11: tasks[0].dat is an unknown key; did you mean 'data'",
+    ),
+    (
+        'classes = ["x", "y"]',
+        'classes = ["x"]',
+        "line 16: tasks[1].classes must be two or more distinct names or indices, got ['x']",
+    ),
+    (
+        'name = "b"',
+        'name = "a"',
+        "line 14: tasks[1].name must be unique in [[tasks]], got 'a' twice",
+    ),
+    ('tasks = "a"', 'tasks = "c"', "line 19: sources[0].tasks must be among a, b, got 'c'"),
+    ('tasks = "a"', "tasks = {a = 0}", "sources[0].tasks.a must be positive, got 0"),
+    ('tasks = "a"', 'tasks = "a"\ndecay = 0.5', "line 20: sources[0].decay requires a list of two"),
+    (
+        'tasks = "a"',
+        'tasks = "a"\ncurvature = "none"',
+        "must be 'empirical', 'sampled' or 'features', got 'none'",
+    ),
+    ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "got 'blurr'; did you mean 'blur'?"),
+    ('tasks = "a"', 'tasks = "a"\nseverity = 6', "severity must be in [1, 5], got 6"),
+    ('"obs-greedy"', '"obs-gredy"', "or 'obs-greedy', got 'obs-gredy'; did you mean 'obs-"),
+    ('"magnitude"', '"magnitude"\ndamping = 0', "criteria[1].damping must be a positive number"),
+    ('"magnitude"', '"magnitude"\npattern = "5:4"', "criteria[1].pattern is invalid (pattern"),
+    ('"magnitude"', '"magnitude"\n[finetune]\nlr = 0.1', "finetune.epochs is missing"),
     (
         '"magnitude"',
-        '"magnitude"\ndamping = 0',
-        "criteria[1].damping: damping must be",
+        '"magnitude"\n[finetune]\nepochs=1\nlr=0.1\npatience=2',
+        "finetune.patience requires held_out",
     ),
-    ('"magnitude"', '"magnitude"\npattern = "5:4"', "criteria[1].pattern: "),
-    ('"magnitude"', '"magnitude"\n[finetune]\nlr = 0.1', "finetune.epochs: is missing"),
-    ('"magnitude"', '"magnitude"\n[finetune]\nepochs=1\nlr=0.1\npatience=2', "give held_out"),
-    ('"magnitude"', '"magnitude"\n[split]\nprune = 0.5', "fit + tune is 1.2; takes a sum of 1"),
-    ('"magnitude"', '"magnitude"\n[landscape]\nsparsities = [0.6]', "0.6 is none of the study's"),
-    ('"magnitude"', '"magnitude"\n[[finetune]]', "finetune: takes a table, [finetune]"),
-    ("[[models]]", "[models]", "models: takes tables, [[models]]"),
+    ('"magnitude"', '"magnitude"\n[split]\nprune = 0.5', "fit + tune = 1, got a sum of 1.2"),
+    (
+        '"magnitude"',
+        '"magnitude"\n[diagnostics]\nsparsities = [0.6]',
+        "must be among the study's [0.7, 0.5], got 0.6",
+    ),
+    ('"magnitude"', '"magnitude"\n[[finetune]]', "finetune must be a table, [finetune]"),
+    ("[[models]]", "[models]", "models must be an array of tables, [[models]]"),
 ]
 
 
@@ -146,9 +166,9 @@ def test_bad_settings_name_the_key_the_line_and_what_is_taken(old, new, message,
 
 
 def test_a_file_that_is_no_toml_names_the_line(write, tmp_path):
-    with pytest.raises(FileFormatError, match=r"no TOML.*line 3"):
+    with pytest.raises(FileFormatError, match=r"not valid TOML.*line 3"):
         load_study(write('name = "a"\n\nseeds = [\n'.replace("[\n", "]")))
-    with pytest.raises(InvalidArgument, match="there is no file"):
+    with pytest.raises(InvalidArgument, match="does not exist"):
         load_study(tmp_path / "absent.toml")
 
 
@@ -157,7 +177,7 @@ def test_lines_are_right_within_strings_and_lists_of_many_lines(write):
         "seeds = [0, 1]",
         'save = """none"""\nseeds = [\n  0,  # save = 1\n  "x",\n]',
     )
-    with pytest.raises(InvalidArgument, match="line 5: seeds: got 'x'"):
+    with pytest.raises(InvalidArgument, match="line 5: seeds must be an integer, got 'x'"):
         load_study(write(text))
 
 
@@ -168,3 +188,21 @@ def test_the_studies_of_the_repository_are_right(path):
     for model in study.models:
         file = model.model.rpartition(":")[0]
         assert (study.folder / file).is_file()
+
+
+def test_choices_are_those_of_the_rooms_that_implement_them():
+    from fastsal.data import corruptions
+    from fastsal.finetuning import trainer
+    from fastsal.pruning.criteria import CRITERIA
+    from fastsal.utils import choices
+
+    assert set(corruptions.KINDS) == set(choices.CORRUPTION_KINDS)
+    assert set(trainer.SCHEDULES) == set(choices.SCHEDULES)
+    assert set(CRITERIA) == set(choices.CRITERION_NAMES)
+
+
+def test_a_study_is_shown_in_one_line(write):
+    study = load_study(write(SMALL))
+    assert repr(study) == (
+        "Study('small', models=1, tasks=2, sources=1, criteria=2, sparsities=2, seeds=2, rounds=1)"
+    )

@@ -9,8 +9,9 @@ import pytest
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study import tables
+from fastsal.study.folder_format import RESULTS
 from fastsal.study.store import Store, differences
-from fastsal.study.tables import RESULTS, write_table
+from fastsal.study.tables import write_table
 
 IDENTITY = {"name": "a", "split": {"prune": 0.3, "fit": 0.7}, "tasks": [{"name": "x"}]}
 
@@ -38,16 +39,20 @@ def test_the_folder_of_another_study_is_refused_and_left_as_it_was(tmp_path):
     store.write("c", {"status": "done"})
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     other = {**IDENTITY, "split": {"prune": 0.5, "fit": 0.5}}
-    with pytest.raises(InvalidArgument, match=r"another study \(it differs in split.fit, split.pr"):
+    with pytest.raises(
+        InvalidArgument, match=r"another study \(different settings: split.fit, split.pr"
+    ):
         Store(tmp_path, other)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(InvalidArgument, match="holds something, but no results of a study"):
+    with pytest.raises(
+        InvalidArgument, match="must be an empty folder or the results folder of this study"
+    ):
         Store(tmp_path, IDENTITY)
-    with pytest.raises(InvalidArgument, match="is a file; takes a folder"):
+    with pytest.raises(InvalidArgument, match="out must be a folder, got the file"):
         Store(tmp_path / "thesis.tex", IDENTITY)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -111,3 +116,20 @@ def test_a_table_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch)
         write_table(tmp_path, "results", {"a": int}, [{"a": 2}])
     assert (tmp_path / "results.csv").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.parquet"]
+
+
+def test_columns_that_a_report_reads_are_those_that_a_study_writes():
+    import dataclasses
+
+    from fastsal.study.folder_format import LAYERS, LOSS_LINE, OVERLAP
+    from fastsal.study.report import results
+
+    kinds = {
+        results.Row: RESULTS, results.Failure: RESULTS, results.Layer: LAYERS,
+        results.LossLine: LOSS_LINE, results.Overlap: OVERLAP,
+    }  # fmt: skip
+    for kind, columns in kinds.items():
+        for field in dataclasses.fields(kind):
+            if field.name == "peak_memory_bytes":  # of older tables
+                continue
+            assert columns[field.name].__name__ == str(field.type).removesuffix(" | None")

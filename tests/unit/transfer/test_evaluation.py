@@ -59,9 +59,9 @@ def test_logits_that_are_not_finite_are_wrong():
 @pytest.mark.parametrize(
     ("model", "labels", "message"),
     [
-        (Fixed(), [0, 3], "labels: 3 is out of range; the model has 3 classes"),
-        (Fixed(), [-1, 0], "labels: -1 is out of range"),
-        (nn.Identity(), [0, 1], r"gave \[2, 3, 1, 1\]"),
+        (Fixed(), [0, 3], "labels must be in 0 .. 2 for outputs of 3 classes, got 3"),
+        (Fixed(), [-1, 0], "labels must be in 0 .. 2 for outputs of 3 classes, got -1"),
+        (nn.Identity(), [0, 1], r"logits \[n, classes\], got \[2, 3, 1, 1\] for 2 labels"),
     ],
 )
 def test_bad_labels_and_logits(model, labels, message):
@@ -70,7 +70,7 @@ def test_bad_labels_and_logits(model, labels, message):
 
 
 def test_no_images():
-    with pytest.raises(DataError, match="no images"):
+    with pytest.raises(DataError, match="batches must hold at least one image"):
         measure(Fixed(), [])
 
 
@@ -98,9 +98,11 @@ def test_evaluate_checks_its_heads(tiny_file, tiny_npz):
     model = load_model(f"{tiny_file}:tiny")
     task = Task.split("colours", load_images(tiny_npz))
     heads = fit_heads(model, task)
-    with pytest.raises(InvalidArgument, match=r"heads: none for \['colours'\]"):
+    with pytest.raises(InvalidArgument, match=r"one head per task, got none for \['colours'\]"):
         evaluate(model, task, {})
-    with pytest.raises(InvalidArgument, match="takes 8 features; the model gives 16"):
+    with pytest.raises(
+        InvalidArgument, match="must have 8 features for the head of task '.*', got 16"
+    ):
         evaluate(load_model(f"{tiny_file}:wide"), task, heads)
 
 
@@ -221,12 +223,12 @@ def named_task(names=NAMES):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (None, "columns: task 't' has 3 classes and the model puts out 10; give the names"),
-        (["cat", "dog"], "columns: has no logit of class 'owl' of task 't'"),
-        ({"cat": 0, "dog": 1, "owl": 1}, r"gets logits \[0, 1, 1\]; takes different ones, 0 to 9"),
-        ({"cat": 0, "dog": 1, "owl": 10}, "takes different ones, 0 to 9"),
-        ("cat", "columns: got 'cat'"),
-        (["cat", "dog", "owl", "cat"], "a class is named twice"),
+        (None, "columns must be given: task 't' has 3 classes and the model 10 logits; pass"),
+        (["cat", "dog"], "columns must have a logit for class 'owl' of task 't', got cat, dog"),
+        ({"cat": 0, "dog": 1, "owl": 1}, r"must be distinct and in \[0, 9\], got \[0, 1, 1\]"),
+        ({"cat": 0, "dog": 1, "owl": 10}, r"must be distinct and in \[0, 9\], got \[0, 1, 10\]"),
+        ("cat", "columns must be class names or a mapping, got 'cat'"),
+        (["cat", "dog", "owl", "cat"], "columns must have distinct class names"),
     ],
 )
 def test_bad_columns(columns, message):
@@ -239,12 +241,14 @@ def test_own_head_of_a_model_whose_classes_cannot_be_counted():
     head = fit_heads(Fixed(3), task, kind="own", spec=SPEC)["t"]
     assert head.columns is None
     assert evaluate(Fixed(3), task, {"t": head})["t"] == pytest.approx(1 / 3)
-    with pytest.raises(InvalidArgument, match="task 't' has 3 classes and the model puts out 2"):
+    with pytest.raises(InvalidArgument, match="task 't' has 3 classes and the model 2 logits"):
         evaluate(Fixed(2), task, {"t": head})
     far = OwnHead("t", NAMES, SPEC, (0, 1, 7))
-    with pytest.raises(InvalidArgument, match="takes logit 7; the model puts out 3"):
+    with pytest.raises(
+        InvalidArgument, match=r"must be in \[0, 2\] for a model with 3 logits, got 7"
+    ):
         evaluate(Fixed(3), task, {"t": far})
-    with pytest.raises(DataError, match=r"model: gave \[3, 3, 1, 1\]"):
+    with pytest.raises(DataError, match=r"must be logits \[n, classes\], got \[3, 3, 1, 1\]"):
         evaluate(nn.Identity(), task, {"t": head})
 
 

@@ -14,7 +14,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer import heads as heads_module
-from fastsal.transfer.head_cache import HeadCache, load_head, model_digest, part_digest, save_head
+from fastsal.transfer.head_cache import HeadCache, load_head, model_digest, save_head, split_digest
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.tasks import Task
 
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_never_used(kind, tmp_path, collected):
     for what, content in damages.items():
         path.write_bytes(content)
         assert content != whole, what
-        with pytest.warns(UserWarning, match="cache: path: .* the head is fitted anew"):
+        with pytest.warns(UserWarning, match="cache: path: .* the head is fitted again"):
             again = fit_heads(Net(), task, **given)["t"]
         assert_same(first, again)
         with warnings.catch_warnings():
@@ -203,7 +203,7 @@ def test_heads_are_saved_and_loaded(kind, tmp_path, read_flipped):
     places = [(i, i % 8) for i in range(0, path.stat().st_size, 7)]
     for _, found in read_flipped(path, load_head, places):
         assert_same(found, head)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_head(tmp_path / "none.safetensors")
 
 
@@ -216,7 +216,7 @@ def test_own_heads_are_not_written(tmp_path):
         cache=tmp_path,
     )["t"]
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InvalidArgument, match="head: got the model's own"):
+    with pytest.raises(InvalidArgument, match="head must be a fitted head, got the model's own"):
         save_head(tmp_path / "x.safetensors", own)
 
 
@@ -230,19 +230,19 @@ def test_files_count_by_name_size_and_time(tmp_path):
         return load_images(root)
 
     a, b = write(tmp_path / "one"), write(tmp_path / "two")
-    assert part_digest(a) == part_digest(b)  # wherever the folder lies
+    assert split_digest(a) == split_digest(b)  # wherever the folder lies
     os.utime(b.x[3], ns=(0, 10**18 + 1))
-    assert part_digest(a) != part_digest(b)
+    assert split_digest(a) != split_digest(b)
     os.utime(b.x[3], ns=(0, 10**18))
     os.rename(b.x[3], b.x[3].with_name("0x.png"))
-    assert part_digest(a) != part_digest(load_images(tmp_path / "two"))
+    assert split_digest(a) != split_digest(load_images(tmp_path / "two"))
 
 
 def test_batches_count_by_what_they_hold():
     batches = list(images().batches(SPEC, 16))
-    assert part_digest(batches) == part_digest([(x.clone(), y.clone()) for x, y in batches])
+    assert split_digest(batches) == split_digest([(x.clone(), y.clone()) for x, y in batches])
     other = [(x, y.roll(1)) for x, y in batches]
-    assert part_digest(batches) != part_digest(other)
+    assert split_digest(batches) != split_digest(other)
 
 
 def test_the_digest_of_a_model_does_not_change_between_runs():

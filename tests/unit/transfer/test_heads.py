@@ -143,46 +143,75 @@ def test_a_timm_model_may_come_without_a_classifier(kind):
     x = torch.randn(3, bare.features)
     assert torch.equal(bare(x), whole(x))
     assert evaluate(model, t, {"t": bare})["t"] > 0.7
-    with pytest.raises(InvalidArgument, match="takes a model with a classifier; this ResNet has"):
+    with pytest.raises(
+        InvalidArgument, match="must have a classifier for kind 'own', got a ResNet"
+    ):
         fit_heads(model, t, kind="own", spec=spec)
 
 
 def test_bad_fits():
     t = task()
     for given, message in (
-        ({"kind": "rigde"}, "kind: got 'rigde' .close: ridge.; takes ridge, knn, probe, own"),
-        ({"kind": "knn", "k": 0}, "k: got 0"),
-        ({"kind": "knn", "k": 2.5}, "k: got 2.5"),
-        ({"kind": "knn", "temperature": 0}, "temperature: got 0"),
-        ({"kind": "probe", "l2": 0}, "l2: got 0"),
-        ({"ridge": float("nan")}, "ridge: got nan"),
-        ({"columns": ["a"]}, "columns: got one for kind 'ridge'"),
+        ({"kind": "rigde"}, "kind must be 'ridge', .* or 'own', got 'rigde'; did you mean 'ridge'"),
+        ({"kind": "knn", "k": 0}, "k must be at least 1, got 0"),
+        ({"kind": "knn", "k": 2.5}, "k must be an integer, got 2.5"),
+        ({"kind": "knn", "temperature": 0}, "temperature must be positive, got 0"),
+        ({"kind": "probe", "l2": 0}, "l2 must be positive, got 0"),
+        ({"ridge": float("nan")}, "ridge must be at least 0, got nan"),
+        ({"columns": ["a"]}, "columns must be None for kind 'ridge'"),
     ):
         with pytest.raises(InvalidArgument, match=message):
             fit_heads(Flat(), t, spec=SPEC, **given)
-    with pytest.raises(InvalidArgument, match="ridge: got -1"):
+    with pytest.raises(InvalidArgument, match="ridge must be at least 0, got -1"):
         fit_heads(Flat(), t, ridge=-1, spec=SPEC)
-    with pytest.raises(FactorizationError, match="ridge: 0"):
+    with pytest.raises(FactorizationError, match="ridge must be larger, got 0"):
         fit_heads(Flat(), task(36), ridge=0, spec=SPEC)
     two = Task("t", t.fit.subset(np.flatnonzero(t.fit.y < 2)), t.test)
     with pytest.raises(DataError, match="no image of class 'c'"):
         fit_heads(Flat(), two, spec=SPEC)
-    with pytest.raises(InvalidArgument, match="name stands twice"):
+    with pytest.raises(InvalidArgument, match="tasks must have distinct names, got"):
         fit_heads(Flat(), [t, t], spec=SPEC)
-    with pytest.raises(InvalidArgument, match="takes one or more"):
+    with pytest.raises(InvalidArgument, match="tasks must be one or more"):
         fit_heads(Flat(), [], spec=SPEC)
 
 
 def test_tasks_do_not_test_on_what_they_fit():
     t = task()
     with pytest.raises(
-        DataError, match=r"test: task 't' has \d+ images in part 'test' that are in part 'fit'"
+        DataError, match=r"task 't' must be disjoint, but 'test' and 'fit' share \d+ images"
     ):
         Task("t", t.fit, t.fit)
-    with pytest.raises(InvalidArgument, match="runs once"):
+    with pytest.raises(InvalidArgument, match="can be iterated only once"):
         Task("t", iter(t.fit.batches(SPEC)), t.test)
-    with pytest.raises(InvalidArgument, match="fit: got 1"):
+    with pytest.raises(InvalidArgument, match=r"fit must be in \(0, 1\), got 1"):
         Task.split("t", t.fit, fit=1)
     other = ImageSet(t.test.x, t.test.y, ("a", "b", "d"))
     with pytest.raises(DataError, match="classes"):
         Task("t", t.fit, other)
+
+
+@pytest.mark.parametrize("kind", [np, torch], ids=["NumPy", "PyTorch"])
+def test_numbers_may_be_scalars_of_arrays(kind):
+    def scalar(value):
+        return np.array(value)[()] if kind is np else torch.tensor(value)
+
+    t = Task.split("t", task().fit, fit=scalar(0.5), seed=0)
+    for given in (
+        {"kind": "ridge", "ridge": 0.5},
+        {"kind": "knn", "k": 3, "temperature": 0.25},
+        {"kind": "probe", "l2": 0.5, "seed": 1},
+    ):
+        want = fit_heads(Flat(), t, spec=SPEC, **given)["t"]
+        scalars = {k: v if k == "kind" else scalar(v) for k, v in given.items()}
+        found = fit_heads(Flat(), t, spec=SPEC, **scalars)["t"]
+        x = torch.randn(4, want.features)
+        assert torch.equal(found(x), want(x))
+
+
+def test_heads_and_tasks_are_shown_in_one_line():
+    t = task()
+    assert repr(t) == f"Task('t', fit={len(t.fit)}, test={len(t.test)})"
+    ridge = fit_heads(Flat(), t, spec=SPEC)["t"]
+    knn = fit_heads(Flat(), t, kind="knn", k=3, spec=SPEC)["t"]
+    assert repr(ridge).startswith(f"Head('t', ridge, {ridge.features} features, 3 classes, alpha=")
+    assert repr(knn).startswith(f"KnnHead('t', {len(t.fit)} images, {knn.features} features, 3 c")

@@ -100,5 +100,7 @@ def test_rows_that_are_not_finite_are_marked_alone():
 
 def test_more_neighbours_than_images():
     bank, labels = clouds(20)
-    with pytest.raises(InvalidArgument, match="k: got 20; task 't' has 20 images .* 1 to 19"):
+    with pytest.raises(
+        InvalidArgument, match=r"k must be in \[1, 19\] for the 20 fit images of task 't', got 20"
+    ):
         fit_knn("t", bank, labels, tuple("abcd"), SPEC, k=20)

@@ -89,6 +89,8 @@ def test_the_same_seed_gives_the_same_probe():
 
 def test_a_class_of_one_image_leaves_nothing_to_hold_out():
     x, y = clouds([30, 1])
-    with pytest.raises(DataError, match="l2: a class of task 't' has 1 image"):
+    with pytest.raises(
+        DataError, match="l2 must be given for task 't': a class has only 1 fit image"
+    ):
         solve_probe("t", x, y, torch.bincount(y), None, 0)
     assert solve_probe("t", x, y, torch.bincount(y), 0.1, 0)[0].isfinite().all()

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.transfer import measure
-from fastsal.transfer.loss_line import line
+from fastsal.transfer.loss_line import measure_line
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ def test_a_quadratic_is_a_parabola_along_the_line(points):
     model = Quadratic()
     a = model.w.detach().clone()
     b = torch.tensor([0.0, 5.0, 0.25], dtype=torch.float64)
-    found = line(model, {"w": model.w}, {"w": b}, value, points=points)
+    found = measure_line(model, {"w": model.w}, {"w": b}, value, points=points)
     assert [p.t for p in found] == pytest.approx([i / (points - 1) for i in range(points)])
     for point in found:
         w = (1 - point.t) * a + point.t * b
@@ -77,7 +77,7 @@ def test_ends_are_the_states_and_the_middle_is_between_them():
         return 0.5, torch.tensor(1.0), 7
 
     # The model's own state, which moves while the line is walked.
-    found = line(model, model.state_dict(), end, see, points=5)
+    found = measure_line(model, model.state_dict(), end, see, points=5)
     assert [(p.t, p.loss, p.accuracy) for p in found] == [
         (t, 1.0, 0.5) for t in (0, 0.25, 0.5, 0.75, 1)
     ]
@@ -97,7 +97,7 @@ def test_losses_at_the_ends_are_those_of_the_models():
     end = other_state(model)
     last = copy.deepcopy(model)
     last.load_state_dict(end)
-    found = line(model, model.state_dict(), end, lambda m: measure(m, batches), points=3)
+    found = measure_line(model, model.state_dict(), end, lambda m: measure(m, batches), points=3)
     for point, m in ((found[0], model), (found[2], last)):
         want = measure(m, batches)
         assert (point.accuracy, point.loss) == (want.accuracy, want.loss)
@@ -117,7 +117,7 @@ def test_an_error_leaves_the_model_as_it_was():
         return 0.0, 0.0
 
     with pytest.raises(RuntimeError, match="no more"):
-        line(model, before, other_state(model), fails)
+        measure_line(model, before, other_state(model), fails)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert model[1].training
 
@@ -126,13 +126,21 @@ def test_what_is_not_taken():
     model = Quadratic()
     state = {"w": torch.zeros(3)}
     cases = [
-        ({"start": {"v": torch.zeros(3)}}, UnknownParameter, "^start: 'v' is no tensor"),
-        ({"end": {"w": torch.zeros(2)}}, InvalidArgument, r"^end: 'w' has shape \[2\]; the model"),
-        ({"end": {}}, UnknownParameter, "^end: 'w' is in one of the states only"),
-        ({"points": 1}, InvalidArgument, "^points: got 1; takes 2 or more"),
-        ({"points": 2.0}, InvalidArgument, "^points: got 2.0"),
+        (
+            {"start": {"v": torch.zeros(3)}},
+            UnknownParameter,
+            "^start: 'v' is not in the state of the model",
+        ),
+        (
+            {"end": {"w": torch.zeros(2)}},
+            InvalidArgument,
+            r"^end: shape of 'w' must be \[3\], got \[2\]",
+        ),
+        ({"end": {}}, UnknownParameter, "^start and end must have the same names; 'w' is in one"),
+        ({"points": 1}, InvalidArgument, "^points must be at least 2, got 1"),
+        ({"points": 2.0}, InvalidArgument, "^points must be an integer, got 2.0"),
     ]
     for change, kind, message in cases:
         with pytest.raises(kind, match=message):
-            line(model, **{"start": state, "end": state, "measure": value, **change})
+            measure_line(model, **{"start": state, "end": state, "measure": value, **change})
     assert model.w[2] == 3

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.transfer.splits import PARTS, Shares
+from fastsal.transfer.splits import SPLITS, Shares
 from fastsal.transfer.tasks import Task
 
 
@@ -53,7 +53,7 @@ def test_counts_are_the_shares_rounded(counts, shares, seed):
         assert min(rests) * min(prune, fit, tune) < whole
         return
     for k, n in enumerate(counts):
-        found = {part: int((getattr(task, part).y == k).sum()) for part in PARTS}
+        found = {part: int((getattr(task, part).y == k).sum()) for part in SPLITS}
         assert sum(found.values()) == n
         assert abs(found["test"] - n * test / 16) <= 0.5 + 1e-9
         rest = n - found["test"]
@@ -105,7 +105,7 @@ def test_indices_go_through_json_and_back():
     whole = images().select_classes([3, 1])
     task = Task.cut("t", whole, seed=2)
     again = Task.from_indices("t", whole, json.loads(json.dumps(task.indices())))
-    for part in PARTS:
+    for part in SPLITS:
         a, b = getattr(task, part), getattr(again, part)
         assert (a.index == b.index).all()
         assert (a.y == b.y).all()
@@ -121,18 +121,18 @@ def test_indices_go_through_json_and_back():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fit": [0, 999]}, r"part 'fit' of task 't' holds image 999, one of 1 that are not among"),
-        ({"fit": [-1, 3]}, "holds image -1"),
-        ({"fit": [0, 1.5]}, "holds 1.5; takes whole numbers"),
-        ({"fit": [0, True]}, "holds True; takes whole numbers"),
-        ({"fit": []}, r"holds \[\]; takes one or more"),
-        ({"fit": "01"}, "'fit' of task 't' holds '0'; takes whole"),
-        ({"fit": 7}, "'fit' of task 't' holds 7; takes"),
-        ({"fit": [0, 0, 1, 2, 3, 4]}, "holds an image twice"),
+        ({"fit": [0, 999]}, r"split 'fit' of task 't' has image 999, one of 1 that are not among"),
+        ({"fit": [-1, 3]}, "has image -1"),
+        ({"fit": [0, 1.5]}, "must hold integers, got 1.5"),
+        ({"fit": [0, True]}, "must hold integers, got True"),
+        ({"fit": []}, r"must be a non-empty list of integers, got \[\]"),
+        ({"fit": "01"}, "'fit' of task 't' must hold integers, got '0'"),
+        ({"fit": 7}, "'fit' of task 't' must be a non-empty list of integers, got 7"),
+        ({"fit": [0, 0, 1, 2, 3, 4]}, "has a duplicate image"),
         ({"fit": "one class"}, r"has no image of class 'b' \(10 images, 1 of 4 classes\)"),
-        ({"fit": None}, r"takes 'fit' and 'test'"),
-        ({"train": [1]}, r"has parts .*'train'"),
-        ({"tune": "fit"}, "tune: task 't' has 36 images in part 'tune' that are in part 'fit'"),
+        ({"fit": None}, r"must have 'fit' and 'test'"),
+        ({"train": [1]}, r"must have 'fit' and .*, got .*'train'"),
+        ({"tune": "fit"}, "tune: .* must be disjoint, but 'tune' and 'fit' share 36 images"),
     ],
 )
 def test_a_stored_split_that_does_not_fit(change, message):
@@ -151,46 +151,48 @@ def test_a_stored_split_that_does_not_fit(change, message):
 
 @pytest.mark.parametrize(
     ("a", "b"),
-    [(a, b) for i, a in enumerate(PARTS) for b in PARTS[:i]],
+    [(a, b) for i, a in enumerate(SPLITS) for b in SPLITS[:i]],
 )
 def test_all_parts_are_disjoint(a, b):
-    parts = Task.cut("t", images()).parts()
+    parts = Task.cut("t", images()).splits()
     parts[a] = parts[b].subset([3, 5, *range(20, len(parts[b]))])
-    with pytest.raises(DataError, match=rf"{a}: task 't' has \d+ images in part '{a}' that are in"):
+    with pytest.raises(DataError, match=rf"{a}: .* but '{a}' and '{b}' share \d+ images"):
         Task("t", **parts)
     elsewhere = images(source="elsewhere")
     parts[a] = elsewhere  # the same places of another file are other images
     Task("t", **parts)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", SPLITS)
 def test_all_parts_have_the_same_classes(part):
-    parts = Task.cut("t", images()).parts()
+    parts = Task.cut("t", images()).splits()
     other = images(names=("a", "b", "c", "z"), source="other")
-    with pytest.raises(DataError, match=r"task 't' has classes .* in part"):
+    with pytest.raises(DataError, match=r"task 't' must have the same classes, got .* in '"):
         Task("t", **{**parts, part: other})
-    with pytest.raises(InvalidArgument, match=rf"{part}: got a generator, which runs once"):
+    with pytest.raises(InvalidArgument, match=rf"{part} must be .*, got a generator, which can"):
         Task("t", **{**parts, part: (x for x in [])})
 
 
 def test_parts_may_be_batches():
     batches = [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))]
     task = Task("t", batches, batches, prune=batches)
-    assert list(task.parts()) == ["prune", "fit", "test"]
-    with pytest.raises(DataError, match="prune: task 't' has a list there"):
+    assert list(task.splits()) == ["prune", "fit", "test"]
+    with pytest.raises(
+        DataError, match="prune of task 't' must be an ImageSet to have indices, got a list"
+    ):
         task.indices()
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prune": -0.1, "fit": 0.7}, "prune is -0.1; takes a share from 0 to 1"),
-        ({"prune": float("nan")}, "prune is nan"),
-        ({"test": "half"}, "test is 'half'"),
-        ({"fit": True}, "fit is True"),
-        ({"prune": 0.5}, r"prune \+ fit \+ tune is 1.2; takes a sum of 1"),
-        ({"prune": 0.5, "fit": 0.0, "tune": 0.5}, "takes a fit above 0"),
-        ({"test": 1.0}, "a test below 1"),
+        ({"prune": -0.1, "fit": 0.7}, r"shares.prune must be in \[0, 1\], got -0.1"),
+        ({"prune": float("nan")}, r"prune must be in \[0, 1\], got nan"),
+        ({"test": "half"}, "test must be a number, got 'half'"),
+        ({"fit": True}, "fit must be a number, got True"),
+        ({"prune": 0.5}, r"prune \+ fit \+ tune of shares must be 1, got 1.2"),
+        ({"prune": 0.5, "fit": 0.0, "tune": 0.5}, "shares.fit must be above 0, got 0"),
+        ({"test": 1.0}, "shares.test must be below 1, got 1"),
     ],
 )
 def test_bad_shares(given, message):
@@ -202,15 +204,25 @@ def test_classes_too_small_to_cut():
     with pytest.raises(DataError) as error:
         Task.cut("small", images((40, 2, 40)))
     assert str(error.value) == (
-        "shares: class 'b' of file has 2 images, which leaves none for part 'prune' with a share "
-        "of 0.3 (task 'small')"
+        "shares: class 'b' of file has 2 images, too few for split 'prune' with a share of 0.3 "
+        "(task 'small')"
     )
-    with pytest.raises(DataError, match=r"test: part 'test' of task 't' has no image of class 'c'"):
+    with pytest.raises(
+        DataError, match=r"test: split 'test' of task 't' has no image of class 'c'"
+    ):
         Task.cut("t", images((9, 9, 9)), test=images((4, 4, 0), "other"))
-    with pytest.raises(InvalidArgument, match="test is 0 for task 't'"):
+    with pytest.raises(InvalidArgument, match="shares.test must be above 0 for task 't'"):
         Task.cut("t", images(), shares=Shares(test=0))
-    with pytest.raises(InvalidArgument, match="seed: got 0.5"):
+    with pytest.raises(InvalidArgument, match="seed must be an integer, got 0.5"):
         Task.cut("t", images(), seed=0.5)
     twice = images().subset([*range(160), 7])
-    with pytest.raises(DataError, match="image 7 of file stands twice"):
+    with pytest.raises(DataError, match="image 7 of file is duplicated"):
         Task.cut("t", twice)
+
+
+@pytest.mark.parametrize("scalar", [lambda v: np.array(v)[()], torch.tensor])
+def test_shares_and_seeds_may_be_scalars_of_arrays(scalar):
+    shares = Shares(scalar(0.5), scalar(0.25), scalar(0.25), test=scalar(0.5))
+    assert shares == Shares(0.5, 0.25, 0.25, 0.5)
+    task = Task.cut("t", images(), shares=shares, seed=scalar(3))
+    assert task.indices() == Task.cut("t", images(), shares=shares, seed=3).indices()

@@ -1,7 +1,4 @@
-"""The core and the gradient engine against their peers, in one run: ratios, not absolute times."""
+"""Benchmarks of the core and the gradient engine against peers, as ratios within one run.
 
-from fastsal.cli.bench.cases import Size, cases
-from fastsal.cli.bench.machine import describe, refuse_debug_build
-from fastsal.cli.bench.timing import Result, run
-
-__all__ = ["Result", "Size", "cases", "describe", "refuse_debug_build", "run"]
+This file imports nothing, so that `fastsal --help` starts without torch.
+"""

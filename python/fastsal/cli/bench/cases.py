@@ -1,4 +1,4 @@
-"""The cases: each sets up its data when its turn comes and drops it after."""
+"""The cases of `fastsal bench`; each creates its data when it runs and frees it afterwards."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _DAMPING = 1e-5
 
 
 @dataclass(frozen=True)
-class Size:
-    """How large the cases are: `Size()` takes about a minute, `Size.full()` about half an hour."""
+class BenchSize:
+    """Sizes of the cases: `BenchSize()` runs about a minute, `BenchSize.full()` half an hour."""
 
     gram_weights: int = 1 << 20
     weights: int = 1 << 18
@@ -40,8 +40,8 @@ class Size:
     pairs: int = 3
 
     @classmethod
-    def full(cls) -> Size:
-        """The sizes that the project's figures are for."""
+    def full(cls) -> BenchSize:
+        """Return the sizes of the published figures."""
         return cls(
             gram_weights=1 << 22,
             weights=1 << 20,
@@ -59,12 +59,12 @@ class Size:
         )
 
 
-# Models whose gradients should cost a quarter at most; the others have a half.
+# Models whose gradients may cost at most a quarter of a pass; for others it is half.
 _CLOSE = ("resnet50", "vit_small_patch16_224")
 
 
-def cases(size: Size) -> Iterator[Case]:
-    """Yield all cases of a size."""
+def cases_of(size: BenchSize) -> Iterator[Case]:
+    """Yield all cases at the given sizes."""
     for block in (64, 128):
         yield Case(
             f"Gram kernel, blocks of {block}, 64 rows of {size.gram_weights:,} weights",
@@ -133,7 +133,7 @@ def cases(size: Size) -> Iterator[Case]:
 
 
 def _rows(n: int, d: int) -> Tensor:
-    """Gradients where `collect` would have put them."""
+    """Return random gradients in memory allocated as by `collect`."""
     rows = empty_pages(n * d, torch.float32).view(n, d)
     return rows.normal_(0, 1e-2, generator=torch.Generator().manual_seed(0))
 
@@ -146,12 +146,12 @@ def _longer(ours: float, theirs: float) -> float:
     return ours / theirs
 
 
-def _gram(size: Size, block: int) -> Comparison:
+def _gram(size: BenchSize, block: int) -> Comparison:
     n, d, side = 64, size.gram_weights, 3072
     rows = _rows(n, d).numpy()
     packed, sums = np.zeros(_core.packed_len(d, block), np.float32), np.zeros(d, np.float32)
     a, b, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
-    # A product and a sum for each entry of the triangles, and for torch of the square.
+    # One multiply-add per entry: of the triangles for the core, of the square for torch.
     useful, whole = n * d * (block + 1), 2 * side**3
     return Comparison(
         lambda: _core.accumulate(rows, "float32", block, packed, sums),
@@ -174,11 +174,11 @@ def _exact(rows: Tensor) -> np.ndarray:
     return fisher.inverse_diagonals(_DAMPING)["w"].values
 
 
-def _against_sparseml(size: Size, n: int) -> Comparison:
+def _against_sparseml(size: BenchSize, n: int) -> Comparison:
     try:
         peer_class = sparseml_fisher()
     except ImportError as missing:
-        raise Skip(f"SparseML is not here; {missing}") from missing
+        raise Skip(f"SparseML is not installed; {missing}") from missing
     keep_freed_memory()
     rows = _rows(n, size.weights)
     made: list[object] = []
@@ -203,7 +203,7 @@ def _against_sparseml(size: Size, n: int) -> Comparison:
     return Comparison(lambda: _statistics(rows), peer, "SparseML", _faster, 3, after)
 
 
-def _against_torch(size: Size) -> Comparison:
+def _against_torch(size: BenchSize) -> Comparison:
     rows = _rows(256, size.weights)
     return Comparison(
         lambda: _statistics(rows),
@@ -214,7 +214,7 @@ def _against_torch(size: Size) -> Comparison:
     )
 
 
-def _inverse_diagonal(size: Size) -> Comparison:
+def _inverse_diagonal(size: BenchSize) -> Comparison:
     fisher, _ = _statistics(_rows(256, size.weights))
     dense = fisher.blocks("w").float()
     return Comparison(
@@ -226,7 +226,7 @@ def _inverse_diagonal(size: Size) -> Comparison:
     )
 
 
-def _greedy(size: Size, block: int) -> Comparison:
+def _greedy(size: BenchSize, block: int) -> Comparison:
     d = size.weights
     fisher = fastsal.BlockFisher({"w": (d,)}, block_size=block)
     fisher.update({"w": _rows(2 * block, d)})
@@ -241,7 +241,7 @@ def _greedy(size: Size, block: int) -> Comparison:
     )
 
 
-def _threshold(size: Size, peer: str) -> Comparison:
+def _threshold(size: BenchSize, peer: str) -> Comparison:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(size.scores, generator=generator).square().numpy()
     k = 9 * scores.size // 10
@@ -264,7 +264,7 @@ def _model(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
 def _gradients(name: str) -> Comparison:
     model, images, labels = _model(name, 8)
     engine = GradientEngine(model, select_parameters(model, None), micro_batch=8)
-    engine.__enter__()  # for as long as the case lasts
+    engine.__enter__()  # hooks are active until the case is dropped
     return Comparison(
         lambda: engine.run(images, labels, lambda *_: None),
         lambda: torch_func_gradients(model, images, labels),
@@ -283,7 +283,7 @@ def _start() -> Comparison:
     return Comparison(ours, peer, "import torch", _longer, 3)
 
 
-def _collect(size: Size, name: str) -> Comparison:
+def _collect(size: BenchSize, name: str) -> Comparison:
     keep_freed_memory()
     model, images, labels = _model(name, size.images)
 
@@ -304,7 +304,7 @@ def _collect(size: Size, name: str) -> Comparison:
     )
 
 
-def _growth_in_weights(size: Size) -> Comparison:
+def _growth_in_weights(size: BenchSize) -> Comparison:
     keep_freed_memory()
     rows = _rows(64, size.gram_weights)
 
@@ -323,7 +323,7 @@ def _growth_in_weights(size: Size) -> Comparison:
     )
 
 
-def _growth_in_samples(size: Size) -> Comparison:
+def _growth_in_samples(size: BenchSize) -> Comparison:
     keep_freed_memory()
     rows = _rows(1024, size.weights)
     held: dict[int, int] = {}

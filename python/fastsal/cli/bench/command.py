@@ -1,67 +1,79 @@
-"""`fastsal bench`: how fast is it on this machine, against what one would use instead?"""
+"""`fastsal bench`: time the core and the gradient engine against their alternatives."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 
 if TYPE_CHECKING:
-    from fastsal.cli.bench import Result
+    from fastsal.cli.bench.timing import Result
 
 
-@click.command(short_help="Time the parts against their peers.")
-@click.option("--full", is_flag=True, help="The sizes of the published figures: half an hour.")
-@click.option("--model", "models", multiple=True, metavar="NAME", help="timm models to collect.")
-@click.option("--only", metavar="TEXT", help="Cases whose name contains TEXT.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of the core and of PyTorch.")
-@click.option("--out", type=options.PATH, metavar="FILE", help="Write the results as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, nothing else.")
+@click.command(cls=Command, short_help="Time the core and the gradient engine against their peers.")
+@click.option(
+    "--full",
+    is_flag=True,
+    help="Use the sizes of the published figures (half an hour).",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    show_default="resnet18",
+    help="Name of a timm model for the cases of statistics collection; may be repeated.",
+)
+@click.option("--only", metavar="TEXT", help="Run only the cases whose name contains TEXT.")
+@options.threads_option
+@click.option("--out", type=PATH, metavar="FILE", help="File for the results, as JSON.")
+@options.json_option
 def bench(**given: Any) -> None:
-    """Time the core and the gradient engine, each beside its peer in the same run.
+    """Time the core and the gradient engine, each alternating with its peer.
 
-    Prints ratios of medians. SparseML is compared where it is installed
-    (pip install --no-deps sparseml==1.8.0). Nothing else should run at the same time.
+    Ratios of median times are printed. SparseML is a peer if it is installed (pip install --no-deps
+    sparseml==1.8.0). No other program should run at the same time.
     """
     import os
 
-    # Idle threads of one side would otherwise spin on the cores of the other for a while.
+    # Otherwise idle threads of one side spin on the cores that the other side uses.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from dataclasses import replace
 
     import torch
 
     import fastsal._core as _core
-    from fastsal.cli.bench import Size, cases, describe, refuse_debug_build, run
+    from fastsal.cli.bench.cases import BenchSize, cases_of
+    from fastsal.cli.bench.conditions import describe, refuse_debug_build
+    from fastsal.cli.bench.timing import run
     from fastsal.cli.output import console, emit
-    from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.json_files import write_json
 
     refuse_debug_build()
     if given["threads"]:
         torch.set_num_threads(given["threads"])
         _core.set_num_threads(given["threads"])
-    size = Size.full() if given["full"] else Size()
+    size = BenchSize.full() if given["full"] else BenchSize()
     if given["models"]:
         size = replace(size, models=given["models"])
-    wanted = (c for c in cases(size) if not given["only"] or given["only"] in c.name)
+    wanted = (c for c in cases_of(size) if not given["only"] or given["only"] in c.name)
     machine, results = describe(), []
     screen = console()
     for result in run(wanted):
         results.append(result)
         if not given["as_json"]:
-            # Progress on the other stream: a run takes minutes.
+            # Progress on stderr: a run lasts minutes.
             click.echo(_line(result), err=True)
     record = {
         "machine": machine,
         "results": [{**vars(r), "met": r.met} for r in results],
     }
     if given["out"]:
-        with atomic_path(given["out"]) as temporary:
-            Path(temporary).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(given["out"], record)
     if given["as_json"]:
         emit(record)
         return
@@ -97,12 +109,12 @@ def _table(results: list[Result]) -> Any:
         if r.ratio is None:
             table.add_row(r.name, "", "", "", "", f"[dim]{r.note}[/dim]")
             continue
-        colour = "green" if r.met else "yellow"
+        color = "green" if r.met else "yellow"
         table.add_row(
             r.name,
             f"{r.ours:.3g} s",
             f"{r.theirs:.3g} s",
-            f"[{colour}]{r.ratio:.2f}[/{colour}]",
+            f"[{color}]{r.ratio:.2f}[/{color}]",
             f"{'≥' if r.at_least else '≤'} {r.limit:g}",
             r.peer + (f"\n[dim]{r.note}[/dim]" if r.note else ""),
         )

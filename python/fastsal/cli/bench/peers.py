@@ -1,4 +1,4 @@
-"""The tools that we measure ourselves against, each loaded as its users would."""
+"""Alternatives that fastsal is compared with, each loaded as its users would load it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch.func import functional_call, grad, vmap
 
 
 def sparseml_fisher() -> Any:
-    """SparseML's `EmpiricalBlockFisherInverse`, alone: the package does not import on new torch.
+    """Return SparseML's `EmpiricalBlockFisherInverse` without importing the package.
+
+    The package itself does not import with current versions of torch.
 
     Install it with `pip install --no-deps sparseml==1.8.0`.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: SparseML is not installed.
     """
     spec = importlib.util.find_spec("sparseml")
     if spec is None or not spec.submodule_search_locations:
@@ -35,21 +37,21 @@ def sparseml_fisher() -> Any:
 
 
 def torch_fisher(gradients: Tensor, block_size: int) -> Tensor:
-    """`F_b` of all blocks by one batched product, `[blocks, B, B]`."""
+    """Return `F_b` of all blocks from one batched product, `[blocks, B, B]`."""
     n = gradients.shape[0]
     blocks = gradients.reshape(n, -1, block_size).permute(1, 2, 0)
     return torch.bmm(blocks, blocks.mT) / n
 
 
 def torch_inverse_diagonal(fisher: Tensor, damping: float) -> Tensor:
-    """`diag((F + λI)⁻¹)` by batched Cholesky and inverse, in the type that came."""
+    """Return `diag((F + λI)⁻¹)` by batched Cholesky and inverse, in the dtype of `fisher`."""
     damped = fisher + damping * torch.eye(fisher.shape[1], dtype=fisher.dtype)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     return inverse.diagonal(dim1=1, dim2=2)
 
 
 def torch_func_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Per-sample gradients of the cross-entropy by `torch.func`, name to `[n, *shape]`."""
+    """Return per-sample gradients of the cross-entropy by `torch.func`, name to `[n, *shape]`."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
 

@@ -1,4 +1,4 @@
-"""Two jobs in turn, so that both see the same machine."""
+"""Timing of two alternating jobs, so that both run under the same conditions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Job = Callable[[], object]
 
 @dataclass
 class Comparison:
-    """What a case sets up: our job, the peer's, and how to read the two times.
+    """Two jobs to compare, and the ratio of their times.
 
     Attributes:
         ours: Our job.
-        peer: The peer's.
-        peer_name: What the peer is.
-        ratio: Takes our seconds and the peer's, returns the figure.
-        pairs: How many times both run.
-        after: Called at the end, returns what else is to be noted.
+        peer: The job of the peer.
+        peer_name: Name of the peer in the table.
+        ratio: Function of our seconds and the peer's seconds that returns the figure.
+        pairs: Number of times that both jobs run.
+        after: Called at the end; returns a note for the table.
     """
 
     ours: Job
@@ -36,13 +36,13 @@ class Comparison:
 
 @dataclass
 class Case:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: What is measured.
-        figure: What the ratio is.
-        limit: What it should reach (`at_least`) or stay below.
-        setup: Makes the comparison; raises `Skip` where a peer is missing.
+        name: Description of the measurement.
+        figure: Unit of the ratio, for example "times as fast".
+        limit: Target of the ratio: a lower bound if `at_least`, else an upper bound.
+        setup: Creates the comparison; raises `Skip` if a peer is missing.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Case:
 
 
 class Skip(Exception):
-    """A case cannot run here; the text says why."""
+    """Raised if a case cannot run here; the message gives the reason."""
 
 
 @dataclass
 class Result:
-    """What came out of a case; times are medians in seconds."""
+    """Result of a case; times are medians in seconds."""
 
     name: str
     figure: str
@@ -73,14 +73,14 @@ class Result:
 
     @property
     def met(self) -> bool | None:
-        """Whether the limit holds; None if the case was skipped."""
+        """Whether the target is met; None if the case was skipped."""
         if self.ratio is None:
             return None
         return self.ratio >= self.limit if self.at_least else self.ratio <= self.limit
 
 
 def run(cases: Iterator[Case]) -> Iterator[Result]:
-    """Run the cases one by one."""
+    """Run the cases one after the other and yield their results."""
     for case in cases:
         result = Result(case.name, case.figure, case.limit, case.at_least)
         try:
@@ -117,11 +117,11 @@ def _seconds(job: Callable[[], Any]) -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep what is freed; False where there is no glibc.
+    """Make glibc keep freed memory; return False if there is no glibc.
 
-    A virtual machine may give freed memory back to its host, and pay up to two seconds a gigabyte
-    to have it again: that would be most of what is measured where gigabytes are needed. (Kept
-    memory is seldom in huge pages, which costs the kernels a tenth.)
+    A virtual machine may return freed memory to its host, and allocating it again may cost up to
+    two seconds per gigabyte, which would dominate the measured time of large cases. (Kept memory is
+    rarely in huge pages, which slows the kernels down by a tenth.)
     """
     trim_threshold, mmap_max = -1, -4
     try:
@@ -132,7 +132,7 @@ def keep_freed_memory() -> bool:
 
 
 def fresh_memory_cost() -> float:
-    """Seconds that the first touch of a gigabyte takes on one thread."""
+    """Return the seconds of the first access to a gigabyte of fresh memory on one thread."""
     import mmap
 
     import numpy as np

@@ -1,1 +1,1 @@
-"""The command `fastsal demo` and its study of an installed model."""
+"""The command `fastsal demo`: a small study of a model from an installed package."""

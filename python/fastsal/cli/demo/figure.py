@@ -1,4 +1,4 @@
-"""The picture of the demo: accuracy over sparsity, source and unseen digits side by side."""
+"""Figure of the demo: accuracy over sparsity on source and unseen digits."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from fastsal.utils.atomic import atomic_path
 
 if TYPE_CHECKING:
-    from fastsal.cli.demo.study import Outcome
+    from fastsal.cli.demo.study import DemoResult
 
-# Okabe and Ito's colours: told apart with any colour vision; markers say it a second time.
+# Okabe and Ito's palette, safe for color-vision deficiency; markers repeat the distinction.
 _STYLES = (
     ("#CC79A7", "s"),
     ("#E69F00", "^"),
@@ -24,8 +24,8 @@ _STYLES = (
 _INK, _FAINT = "#222222", "#8a8a8a"
 
 
-def draw(outcome: Outcome, folder: Path) -> list[Path]:
-    """Draw `demo.png` and `demo.svg` into `folder`; returns their paths."""
+def draw(found: DemoResult, folder: Path) -> list[Path]:
+    """Draw `demo.png` and `demo.svg` in `folder` and return their paths."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -36,14 +36,14 @@ def draw(outcome: Outcome, folder: Path) -> list[Path]:
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2, sharey=True)
         figure.subplots_adjust(left=0.065, right=0.85, top=0.83, bottom=0.25, wspace=0.08)
-        _panel(left, outcome, "source", "Digits 0–4: pruned on these", label=False)
-        _panel(right, outcome, "unseen", "Digits 5–9: never seen by pruning", label=True)
+        _panel(left, found, "source", "Digits 0–4: pruned on these", label=False)
+        _panel(right, found, "unseen", "Digits 5–9: unseen by pruning", label=True)
         left.set_ylabel("top-1 accuracy, %")
         figure.text(
-            0.065, 0.94, "What pruning keeps, without any training after it",
+            0.065, 0.94, "Accuracy after pruning, without any training",
             fontsize=15, fontweight="bold", color=_INK,
         )  # fmt: skip
-        caption = textwrap.fill(_caption(outcome), 158)
+        caption = textwrap.fill(_caption(found), 158)
         figure.text(
             0.065, 0.025, caption, fontsize=9, color="#555555", va="bottom", linespacing=1.4
         )
@@ -55,40 +55,40 @@ def draw(outcome: Outcome, folder: Path) -> list[Path]:
     return paths
 
 
-def _panel(axes: Any, outcome: Outcome, task: str, title: str, *, label: bool) -> None:
+def _panel(axes: Any, found: DemoResult, task: str, title: str, *, label: bool) -> None:
     axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=10)
-    dense = 100 * getattr(outcome.dense, task)
+    dense = 100 * getattr(found.dense, task)
     axes.axhline(dense, color=_INK, linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     axes.axhline(20, color=_FAINT, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-    last = 100 * max(outcome.plan.sparsities)
+    last = 100 * max(found.settings.sparsities)
     axes.text(last, dense + 1.5, f"dense {dense:.1f}", color=_INK, fontsize=10, ha="right")
     axes.text(0, 20 - 1.2, "chance", color=_FAINT, fontsize=10, va="top")
     ends = []
-    for method, (colour, marker) in zip(outcome.plan.methods, _STYLES, strict=False):
-        points = [point for point in outcome.points if point.method == method.label]
+    for method, (color, marker) in zip(found.settings.methods, _STYLES, strict=False):
+        points = [point for point in found.points if point.method == method.label]
         x = [0.0, *(100 * point.sparsity for point in points)]
         y = [dense, *(100 * getattr(point, task) for point in points)]
         axes.plot(
-            x, y, color=colour, marker=marker, markersize=6, linewidth=2.2,
+            x, y, color=color, marker=marker, markersize=6, linewidth=2.2,
             markeredgecolor="white", markeredgewidth=0.8, zorder=3, clip_on=False,
         )  # fmt: skip
-        ends.append((y[-1], method.label, colour))
+        ends.append((y[-1], method.label, color))
     if label:
         texts = [text.replace(" + ", "\n+ ") for _, text, _ in ends]
         heights = [6.0 * (1 + text.count("\n")) for text in texts]
         places = spread([y for y, _, _ in ends], heights, low=3.0, high=103.0)
-        for place, text, (y, _, colour) in zip(places, texts, ends, strict=True):
+        for place, text, (y, _, color) in zip(places, texts, ends, strict=True):
             axes.plot(
                 [last * 1.02, last * 1.055], [y, place],
-                color=colour, linewidth=0.9, clip_on=False,
+                color=color, linewidth=0.9, clip_on=False,
             )  # fmt: skip
             axes.text(
                 last * 1.065, place, text,
-                color=colour, fontsize=11, fontweight="bold", va="center", linespacing=1.15,
+                color=color, fontsize=11, fontweight="bold", va="center", linespacing=1.15,
             )  # fmt: skip
     axes.set_xlim(-1.5, last * 1.02)
     axes.set_ylim(0, 107)
-    axes.set_xticks([0, *(100 * s for s in outcome.plan.sparsities)])
+    axes.set_xticks([0, *(100 * s for s in found.settings.sparsities)])
     axes.set_xlabel("weights pruned, %")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -101,16 +101,16 @@ def _panel(axes: Any, outcome: Outcome, task: str, title: str, *, label: bool) -
 def spread(
     values: Sequence[float], heights: Sequence[float], *, low: float, high: float
 ) -> list[float]:
-    """Move labels of some `heights`, centred at `values`, until none covers another.
+    """Move labels vertically until none overlaps another.
 
     Args:
-        values: where each centre would be.
-        heights: the height of each, in the same unit.
-        low: the least centre.
-        high: the greatest centre.
+        values: preferred center of each label.
+        heights: height of each label, in the same unit.
+        low: smallest center.
+        high: largest center.
 
     Returns:
-        New centres; the order from low to high is kept.
+        New centers, in the same order from low to high.
     """
     order = sorted(range(len(values)), key=lambda i: values[i])
     places = [min(max(values[i], low), high) for i in order]
@@ -125,16 +125,16 @@ def spread(
     return [place for _, place in sorted(zip(order, places, strict=True))]
 
 
-def _caption(outcome: Outcome) -> str:
-    images = outcome.images
-    plan = outcome.plan
+def _caption(found: DemoResult) -> str:
+    images = found.images
+    settings = found.settings
     return (
-        f"EfficientNet-Lite0 (ImageNet weights, {outcome.weights / 1e6:.2f} million prunable), "
-        f"scikit-learn's 8×8 digits at {plan.size}×{plan.size} pixels. Scores: "
+        f"EfficientNet-Lite0 (ImageNet weights, {found.weights / 1e6:.2f} million prunable), "
+        f"scikit-learn's 8×8 digits at {settings.size}×{settings.size} pixels. Scores: "
         f"{images['prune, 0-4']} images of digits 0–4, one collection for all criteria, "
-        f"blocks of {plan.block_size}, damping {plan.damping:g} of the mean diagonal, one global "
-        "threshold. Only the lines with compensation move the kept weights. Heads: ridge "
-        "regression on dense features, then frozen "
+        f"blocks of {settings.block_size}, damping {settings.damping:g} of the mean diagonal, "
+        "one global threshold. Kept weights are updated only where a label says compensation. "
+        "Heads: ridge regression on dense features, then frozen "
         f"({images['head, 0-4']} and {images['head, 5-9']} images). Accuracy: "
         f"{images['test, 0-4']} and {images['test, 5-9']} other images; nothing is trained or "
         "recalibrated after pruning."

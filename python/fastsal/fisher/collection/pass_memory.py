@@ -1,4 +1,4 @@
-"""What one forward and backward pass takes, by trial on one and two samples."""
+"""Memory of one forward and backward pass, measured on one and two samples."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastsal.fisher.collection.passes import Gradients
+from fastsal.fisher.collection.passes import PassSettings
 from fastsal.fisher.memory_plan import PassMemory
 from fastsal.gradients.precision import row_dtype
 from fastsal.utils.live_memory import LiveMemory, trim_heap
 
 
-def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | None) -> PassMemory:
-    """What passes with the gradients of some parameters take, from those of one and two samples."""
+def measure(
+    how: PassSettings, names: set[str], images: Tensor, labels: Tensor | None
+) -> PassMemory:
+    """Measure the memory of passes that form the gradients of some parameters.
+
+    Args:
+        how: Settings of the passes.
+        names: The parameters.
+        images: At least one sample.
+        labels: Their labels, or None.
+    """
     if how.chosen and next(iter(how.chosen.values())).device.type == "meta":
         return _on_meta(how, names, images)
     peaks = []
     with replace(how, micro_batch=2).engine(names) as engine, LiveMemory() as live:
         engine.prepare(*first_samples(images, labels, 2))
-        for n in (1, 2):  # what the rules hold between layers grows with the samples
+        for n in (1, 2):  # buffers between layers grow with the samples
             live.reset()
             engine.run(*first_samples(images, labels, n), drop)
             peaks.append(live.peak + engine.scratch_nbytes)
@@ -29,12 +38,12 @@ def measure(how: Gradients, names: set[str], images: Tensor, labels: Tensor | No
 
 
 def drop(name: str, rows: Tensor) -> None:
-    """A sink that keeps nothing."""
+    """Discard rows."""
     del name, rows
 
 
-def _on_meta(how: Gradients, names: set[str], images: Tensor) -> PassMemory:
-    """The same without computing: the tensors that autograd keeps on the meta device."""
+def _on_meta(how: PassSettings, names: set[str], images: Tensor) -> PassMemory:
+    """Measure without computing: count the tensors that autograd keeps on the meta device."""
     peaks = []
     for n in (1, 2):
         x, _ = first_samples(images, None, n)
@@ -63,6 +72,6 @@ def _line(one: float, two: float) -> PassMemory:
 
 
 def first_samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
-    """The first `n` samples, over again where there are fewer."""
+    """Return the first `n` samples, repeated if there are fewer."""
     at = torch.arange(n) % len(images)
     return images[at], None if labels is None else labels[at]

@@ -1,4 +1,4 @@
-"""Passes over images: each adds the statistics of some parts of a model."""
+"""One pass over images, which adds the statistics of some parts of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastsal.data.batches import Pair, in_micro_batches
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Parts
 from fastsal.fisher.sinks.choosing import choose_sink
 from fastsal.gradients import GradientEngine
@@ -19,20 +19,20 @@ from fastsal.utils.progress import Report
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """How the gradients of a model are formed and summed.
+class PassSettings:
+    """Settings of passes: how gradients are formed and summed.
 
     Attributes:
         model: The model.
-        chosen: Name to parameter, of all that there are statistics of.
-        loss: As for `collect`.
-        labels: As for `collect`.
-        seed: Of what is drawn; the same in every pass.
-        autocast: Type of the passes, or None.
-        loss_scale: As for `collect`.
+        chosen: Name to parameter, of all parameters with statistics.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`.
+        curvature: `"empirical"`, `"sampled"` or `"features"`; see `collect`.
+        seed: Seed of random draws, which are the same in every pass.
+        autocast: Type that passes run in, or None.
+        loss_scale: Factor of the losses in the backward pass; None chooses by type.
         micro_batch: Samples of one forward and backward pass.
-        step: Samples that are gathered before they are added to the statistics.
-        samples: Samples in all, or None if not known.
+        step: Samples whose rows are gathered before they are added to the sums.
+        samples: Total number of samples, or None if unknown.
     """
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Gradients:
     samples: int | None
 
     def engine(self, names: Iterable[str]) -> GradientEngine:
-        """The engine of a pass that forms the gradients of some parameters."""
+        """Return the engine of a pass that forms the gradients of some parameters."""
         wanted = set(names)
         return GradientEngine(
             self.model,
@@ -62,38 +62,38 @@ class Gradients:
 
 
 def add_pass(
-    gradients: Gradients,
-    fisher: BlockFisher,
+    settings: PassSettings,
+    sums: ModelSums,
     parts: Parts,
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """Go over images once and add their gradients to the statistics of some parts.
+    """Iterate over images once, and add their gradients to the sums of some parts.
 
     Args:
-        gradients: How.
-        fisher: Statistics by the keys of `parts`.
-        parts: What gradients are formed of.
+        settings: Settings of the pass.
+        sums: The sums, by the keys of `parts`.
+        parts: Parts to collect, by their keys.
         pairs: Images and labels.
-        report: Is told of samples as they are done.
+        report: Called with the number of samples done and the total or None.
     """
-    with gradients.engine(part.name for part in parts.values()) as engine:
+    with settings.engine(part.name for part in parts.values()) as engine:
         sink = choose_sink(
-            fisher,
-            gradients.chosen,
+            sums,
+            settings.chosen,
             parts,
-            gradients.step,
-            samples=gradients.samples,
+            settings.step,
+            samples=settings.samples,
         )
         total = 0
-        # A micro-batch at a time, so that an error can name the sample.
-        for images, targets in in_micro_batches(pairs, gradients.micro_batch, gradients.step):
+        # One micro-batch at a time, so that an error can name the sample.
+        for images, targets in in_micro_batches(pairs, settings.micro_batch, settings.step):
             if total == 0:
                 engine.prepare(images, targets)
             total += images.shape[0]
-            if gradients.samples is None:
+            if settings.samples is None:
                 sink.expect(total)
             engine.run(images, targets, sink)
             sink.end_micro_batch(images.shape[0])
-            report(total, gradients.samples)
+            report(total, settings.samples)
         sink.flush()

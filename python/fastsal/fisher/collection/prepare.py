@@ -1,4 +1,4 @@
-"""Check the arguments of `collect` and plan the collection."""
+"""Checks of the arguments of `collect`, and the plan of the collection."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from torch import nn
 
 from fastsal.data.batches import Batches, Source, check_samples
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.checks import check_block_size, check_precision, check_shapes
 from fastsal.fisher.collection.budget import plan_within, unlimited
-from fastsal.fisher.collection.passes import Gradients
+from fastsal.fisher.collection.passes import PassSettings
 from fastsal.fisher.collection.work import Work
 from fastsal.fisher.memory_plan import Share, Use
-from fastsal.fisher.parts import rows
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.parts import row_unit
 from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
 from fastsal.utils.choices import CURVATURES, Curvature
+from fastsal.utils.numbers import whole
 from fastsal.utils.sizes import parse_bytes
 from fastsal.utils.suggestions import check_choice
 
@@ -48,38 +50,42 @@ def prepare(
     is_dry: bool = False,
     share: Share | None = None,
 ) -> Work:
-    """Check what `collect` was given and plan it.
+    """Check the arguments of `collect`, and plan the collection.
 
-    `use` and `share` are as for `plan_within`; `by_rows` says that parts are to end with rows of
-    axis 0, `is_dry` that the work is not to be done.
+    The other arguments are those of `collect`. `use` gives the memory requirements of what the
+    statistics are for, and `share` how they are divided among processes (see `plan_within`).
+    `by_rows` requires parts to end with a row of axis 0; `is_dry` requests only the plan.
+
+    Raises:
+        InvalidArgument: An argument is invalid, or the memory budget is too small.
     """
-    check_samples(samples)
-    if micro_batch is not None and micro_batch < 1:
-        raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
+    samples = check_samples(samples)
+    micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch, 1)
+    block_size, precision = check_block_size(block_size), check_precision(precision)
     chosen = select_parameters(model, parameters)
     check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])
     if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])
-    fisher = BlockFisher(
-        {name: tuple(p.shape) for name, p in chosen.items()},
-        block_size=block_size,
-        precision=precision,
-    )
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+    check_shapes(shapes)
+    sums = ModelSums.empty(shapes, block_size, precision)
     share = share or Share()
     if by_rows:
-        share = replace(share, unit=rows(fisher.shapes, block_size))
+        share = replace(share, unit=row_unit(shapes, block_size))
     size = micro_batch or choose_micro_batch(chosen)
-    step = step_rows(chosen, fisher.final_nbytes, size, samples)
-    how = Gradients(model, chosen, loss, curvature, seed, autocast, loss_scale, size, step, samples)
+    step = step_rows(chosen, sums.final_nbytes, size, samples)
+    how = PassSettings(
+        model, chosen, loss, curvature, seed, autocast, loss_scale, size, step, samples
+    )
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
-            raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
-        return Work(how, unlimited(how, fisher, share), fisher, source)
+            raise InvalidArgument("scratch and scratch_budget require memory_budget")
+        return Work(how, unlimited(how, sums, share), sums, source)
     plan = plan_within(
         parse_bytes(memory_budget),
         how,
-        fisher,
+        sums,
         *source.first(),
         scratch=scratch,
         scratch_budget=None
@@ -90,6 +96,5 @@ def prepare(
         is_dry=is_dry,
         share=share,
     )
-    fisher._view_bytes = plan.view
-    fisher._plan = plan
-    return Work(replace(how, micro_batch=plan.micro_batch), plan, fisher, source)
+    sums.storage.view_bytes = plan.view
+    return Work(replace(how, micro_batch=plan.micro_batch), plan, sums, source)

@@ -1,106 +1,121 @@
-"""Statistics that are nowhere: whatever uses them goes over the images again.
+"""Statistics that are not stored: each use runs the passes over the images again.
 
-Sums of a group of parts are collected, used, and forgotten before those of the next group are made.
-So a model is pruned whose sums fit neither into memory nor onto a disk, in several times the time.
+The sums of one group of parts are collected, used and freed before those of the next group. A model
+can be pruned in this way if its sums fit neither in memory nor on a disk, in several times the
+time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import replace
 
 from fastsal.data.batches import check_again
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.work import GroupPass
+from fastsal.fisher.block_fisher import BlockFisher, fisher_of
+from fastsal.fisher.collection.work import Passes, Work
+from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, Parts
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.progress import Report, reporter
 
-if TYPE_CHECKING:
-    from fastsal.fisher.collection.work import Work
 
+class Recollected:
+    """Statistics that are recomputed on each use, in groups of parts.
 
-class Recollected(BlockFisher):
-    """Statistics that are collected whenever they are used, in groups of parts.
-
-    They are those of one place only as long as the model has the same weights at each use.
+    They are consistent only if the model has the same weights at each use.
 
     Args:
-        work: What is done each time; its statistics, of no samples, are what these are like.
-        groups: Parts of them, by their keys, that are collected at a time.
-        add: Does it for one group.
-        progress: Where to report, at each use.
+        work: The collection; its sums stay empty.
+        passes: Runs it for one group of parts at a time.
+        progress: How to report progress, at each use.
     """
 
-    def __init__(
-        self,
-        work: Work,
-        groups: Sequence[Parts],
-        add: GroupPass,
-        progress: bool | Report = False,
-    ) -> None:
-        vars(self).update(vars(work.fisher))
-        self._like = work.fisher
-        self._groups = groups
-        self._add_group = add
+    def __init__(self, work: Work, passes: Passes, progress: bool | Report = False) -> None:
+        self._works = [work]
+        self._passes = passes
         self._progress = progress
-        self._works: list[Work] = []
-        self._next = len(groups)  # of the use that goes on, if one does
-        self._join(work)
+        self._next = len(passes.groups)  # first group that a use in progress has not collected
+        # This also fills the held-out images of a source that holds some out.
+        self._samples = sum(len(images) for images, _ in work.source())
 
-    def _join(self, work: Work) -> None:
-        """More samples, which are summed by themselves and then added."""
-        # This also fills what a source holds out.
-        samples = sum(len(images) for images, _ in work.source())
-        self._works.append(work)
-        self._samples += samples
-        self._rows_seen += samples
+    @property
+    def samples(self) -> int:
+        """Number of samples."""
+        return self._samples
 
-    def _views(self, *, cuts: bool = True) -> Iterator[tuple[BlockFisher, Parts]]:
-        """The statistics in groups of parts, each collected when it is asked for.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name to shape."""
+        return self._works[0].sums.shapes
 
-        Args:
-            cuts: Whether parts that alone take more than a group are cut; the groups are as they
-                are.
-        """
-        total = self._rows_seen * len(self._groups)
+    @property
+    def precision(self) -> str:
+        """Type of the sums, `"float32"` or `"float64"`."""
+        return self._works[0].sums.precision
+
+    @property
+    def plan(self) -> MemoryPlan:
+        """How memory is used."""
+        return self._works[0].plan
+
+    def __repr__(self) -> str:
+        return (
+            f"Recollected({len(self.shapes)} parameters, samples={self.samples}, "
+            f"passes={len(self._passes.groups)})"
+        )
+
+    def add(self, work: Work) -> None:
+        """Add the samples of more work, which are summed separately and then added on each use."""
+        self._samples += sum(len(images) for images, _ in work.source())
+        self._works.append(replace(work, sums=self._works[0].sums))
+
+    def merge(self, other: Recollected) -> None:
+        """Add the samples of other statistics of the same passes."""
+        self._works += other._works
+        self._samples += other._samples
+
+    def groups(self, *, cuts: bool = True) -> Iterator[tuple[BlockFisher, Parts]]:
+        """Yield the statistics of groups of parts, each collected when it is requested."""
+        total = self._samples * len(self._passes.groups)
         with reporter(self._progress, "statistics") as report:
-            for number, parts in enumerate(self._groups):
-                before = number * self._rows_seen
+            for number, parts in enumerate(self._passes.groups):
+                before = number * self._samples
 
                 def so_far(done: int, _: int | None, before: int = before) -> None:
                     report(before + done, total)
 
-                some = self._collected(number, parts, so_far)
+                sums = self._collected(number, so_far)
                 self._next = number + 1
-                for view, inner in some._views(cuts=cuts):
+                for view, inner in sums.views(cuts=cuts):
                     found = [_within(parts[part.name], part) for part in inner.values()]
                     keys = [part.key for part in found]
-                    view._parameters = dict(zip(keys, view._parameters.values(), strict=True))
-                    yield view, dict(zip(keys, found, strict=True))
-                    view._parameters.clear()
-                some._parameters.clear()
+                    view.parameters = dict(zip(keys, view.parameters.values(), strict=True))
+                    yield fisher_of(view), dict(zip(keys, found, strict=True))
+                    view.parameters.clear()
+                sums.parameters.clear()
                 trim_heap()
 
-    def _finish(self) -> None:
-        """Go through what is left of a use that failed, as other ranks do that it has not."""
-        for number in range(self._next, len(self._groups)):
-            self._collected(number, self._groups[number], lambda *_: None)
-        self._next = len(self._groups)
+    def finish(self) -> None:
+        """Run the remaining passes of a use that failed, in which other processes take part."""
+        for number in range(self._next, len(self._passes.groups)):
+            self._collected(number, lambda *_: None)
+        self._next = len(self._passes.groups)
 
-    def _collected(self, number: int, parts: Parts, report: Report) -> BlockFisher:
-        some = self._like._empty(parts)
+    def _collected(self, number: int, report: Report) -> ModelSums:
+        parts = self._passes.groups[number]
         first, *others = self._works
-        self._add_group(first, some, number, report)
+        sums = first.sums.like(parts)
+        self._passes.add(first, sums, number, report)
         for work in others:
-            more = self._like._empty(parts)
-            self._add_group(work, more, number, lambda *_: None)
-            some.merge(more)
-        trim_heap()  # what a pass held, before scores are made
-        check_again(self._rows_seen, some._rows_seen)
-        return some
+            more = first.sums.like(parts)
+            self._passes.add(work, more, number, lambda *_: None)
+            sums.merge(more, 1.0)
+        trim_heap()  # memory of the passes, before scores are computed
+        check_again(self._samples, sums.rows_seen)
+        return sums
 
 
 def _within(outer: Part, inner: Part) -> Part:
-    """A part of a part, as one of the parameter."""
+    """Return a part of a part as one of the parameter."""
     return Part(outer.name, outer.start + inner.start, outer.start + inner.stop, outer.size)

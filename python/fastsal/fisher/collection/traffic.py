@@ -1,4 +1,4 @@
-"""What a job of several ranks moves and holds, on paper; the counters of `Ranks` say the same."""
+"""Computed traffic and memory of a distributed job; the counters of `Ranks` measure the same."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastsal.fisher.memory_plan import Share
-from fastsal.fisher.parts import Part, packed_bytes, whole
+from fastsal.fisher.parts import Part, packed_bytes, uncut
 from fastsal.fisher.shares import shares
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of each rank, in order; bytes.
+    """Traffic and memory of each rank, in order, in bytes.
 
     Attributes:
-        rows: Sent to the owners of sums, in one collection.
-        weights: Sent after one compensation: a rank's own, to all others.
-        masks: Sent after one ranking: the bits of a rank's own, to all others.
-        statistics: Held: packed blocks and sums of a rank's share.
-        gathered: Held: rows of its share that wait to be added.
-        in_flight: Held: rows of one part, from all ranks, on their way to its sums.
-        partial_sums: What would be sent instead of rows if each rank summed the whole model first,
-            which takes the statistics of the whole model on each.
+        rows: Sent to the ranks that own the sums, in one collection.
+        weights: Sent after one compensation: the rank's own weights, to all others.
+        masks: Sent after one ranking: the bits of the rank's own masks, to all others.
+        statistics: Held: packed blocks and sums of the rank's share.
+        gathered: Held: rows of the share that wait to be added.
+        in_flight: Held: rows of one part received from all ranks at once.
+        partial_sums: Sent instead of rows if each rank sums the whole model first, which needs the
+            memory of all statistics on each rank.
     """
 
     rows: list[int]
@@ -44,27 +44,27 @@ def costs(
     micro_batch: int,
     step: int,
 ) -> Costs:
-    """Bytes of a job with float32 rows and sums.
+    """Compute traffic and memory of a job with float32 rows and sums.
 
     Args:
         shapes: Name to shape.
-        samples: Of one collection.
-        ranks: Number of them.
+        samples: Samples of one collection.
+        ranks: Number of ranks.
         block_size: Weights of a block.
-        micro_batch: Samples a rank runs at a time.
+        micro_batch: Samples of one pass on one rank.
         step: Samples that are added to the sums at a time (`step_rows`).
     """
     sharing = Share(ranks)
     most = sharing.longest(micro_batch, block_size, None)
-    every = shares(whole(shapes), block_size, ranks, most=most)
-    total = sum(part.size for part in whole(shapes))
+    every = shares(uncut(shapes), block_size, ranks, most=most)
+    total = sum(part.size for part in uncut(shapes))
     own = [sum(map(len, share)) for share in every]
-    padded = sum(-(-n // ranks) for n in _micro_batches(samples, micro_batch * ranks))
+    padded = sum(min(n, micro_batch) for n in _micro_batches(samples, micro_batch * ranks))
 
     def held(parts: Sequence[Part]) -> int:
         return sum(packed_bytes(part, block_size, 4) for part in parts)
 
-    # What is left of a micro-batch when whole steps have been added.
+    # Rows that remain when whole steps have been added.
     rests = itertools.accumulate(_micro_batches(samples, micro_batch * ranks))
     waits = max(n % step for n in rests)
     return Costs(
@@ -74,7 +74,7 @@ def costs(
         statistics=[held(share) for share in every],
         gathered=[4 * waits * d for d in own],
         in_flight=[4 * sharing.rows(micro_batch) * max(map(len, share)) for share in every],
-        partial_sums=held(whole(shapes)) * (ranks - 1) // ranks,
+        partial_sums=held(uncut(shapes)) * (ranks - 1) // ranks,
     )
 
 

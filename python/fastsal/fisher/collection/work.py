@@ -1,34 +1,44 @@
-"""A collection of Fisher statistics: what to do, and the step that does it."""
+"""A prepared collection of statistics, and the passes over images that accumulate it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fastsal.data.batches import Source
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.collection.passes import Gradients
+from fastsal.fisher.collection.passes import PassSettings
 from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.parts import Parts
 from fastsal.utils.progress import Report
 
 
 @dataclass(frozen=True)
 class Work:
-    """Statistics that are to be collected.
+    """A collection that is ready to run.
 
     Attributes:
         how: How gradients are formed and summed.
         plan: How memory is used.
-        fisher: Empty statistics, in their place.
+        sums: The sums that samples are added to.
         source: The images.
     """
 
-    how: Gradients
+    how: PassSettings
     plan: MemoryPlan
-    fisher: BlockFisher
+    sums: ModelSums
     source: Source
 
 
-# add(work, fisher, number, report): go over the images of a work once and add the statistics of a
-# group of parts.
-GroupPass = Callable[[Work, BlockFisher, int, Report], None]
+@dataclass(frozen=True)
+class Passes:
+    """Passes over the images, each for one group of parts.
+
+    Attributes:
+        groups: Parts of each pass, by the keys of their sums.
+        add: `add(work, sums, number, report)` runs pass `number`: it iterates over the images of
+            `work` once, adds the gradients of the parts to `sums`, and reports samples.
+    """
+
+    groups: Sequence[Parts]
+    add: Callable[[Work, ModelSums, int, Report], None]

@@ -1,1 +1,1 @@
-"""Sinks: the ways in which per-sample gradients reach the statistics."""
+"""Sinks: how per-sample gradients are added to the sums."""

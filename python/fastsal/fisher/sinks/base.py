@@ -1,4 +1,4 @@
-"""The protocol of a sink."""
+"""The interface between the gradient engine and the sums."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Sink(Protocol):
-    """Takes the rows of every parameter, once a micro-batch, during the backward pass."""
+class RowSink(Protocol):
+    """Receives the rows of every parameter, once a micro-batch, during the backward pass."""
 
     def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
+        """Announce that at least `samples` samples come in total."""
 
     def __call__(self, name: str, rows: Tensor) -> None:
-        """Take rows `[n, *shape]` of a parameter; the memory is valid during the call only."""
+        """Receive rows `[n, *shape]` of a parameter, in memory that is valid during the call."""
 
     def end_micro_batch(self, n: int) -> None:
-        """All parameters have had their rows of `n` samples."""
+        """Count `n` samples, of which every parameter has received its rows."""
 
     def flush(self) -> None:
-        """Bring everything into the statistics."""
+        """Add all pending rows to the sums."""

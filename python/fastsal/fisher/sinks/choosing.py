@@ -1,8 +1,4 @@
-"""Where per-sample gradients go: three ways to the statistics, chosen by device and memory.
-
-All have the shape of `Sink`. The data never takes another way, so that a fourth (a file, another
-machine) has its room here.
-"""
+"""Choice of the sink that adds per-sample gradients to the sums, by device and memory."""
 
 from __future__ import annotations
 
@@ -11,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Parts
-from fastsal.fisher.sinks.base import Sink
+from fastsal.fisher.sinks.base import RowSink
 from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
 from fastsal.fisher.sinks.slicing import PartSink
 from fastsal.fisher.sinks.streaming import RowStream
@@ -24,49 +20,49 @@ __all__ = [
     "DeviceTiles",
     "PartSink",
     "RowGatherer",
+    "RowSink",
     "RowStream",
-    "Sink",
     "choose_sink",
     "step_rows",
 ]
 
-# Of a GPU's free memory, what statistics may take: activations and rows need the rest.
+# Largest fraction of a GPU's free memory for sums; the rest is for activations and rows.
 _GPU_SHARE = 0.6
 
 
 def choose_sink(
-    fisher: BlockFisher,
+    sums: ModelSums,
     parameters: Mapping[str, nn.Parameter],
     parts: Parts,
     step: int,
     *,
     samples: int | None = None,
-) -> Sink:
-    """Choose by device and memory.
+) -> RowSink:
+    """Choose a sink by device and memory.
 
-    CPU: rows are gathered and added by the core. CUDA: sums stay on the device as squares if those
-    fit into a part of its free memory, else rows stream to the core.
+    On the CPU, rows are gathered and added by the core. With CUDA, squares are summed on the device
+    if they fit in a fraction of its free memory; otherwise rows are streamed to main memory.
 
     Args:
-        fisher: The statistics that everything ends in, by the keys of `parts`.
+        sums: The sums that rows are added to, by the keys of `parts`.
         parameters: Name to parameter.
-        parts: What there are statistics of.
-        step: Rows that are added at a time (`step_rows`).
-        samples: Samples to come in all, if known.
+        parts: Parts to collect, by their keys.
+        step: Number of rows added at a time (`step_rows`).
+        samples: Total number of samples, if known.
     """
     device = next(iter(parameters.values())).device
-    sink: Sink
+    sink: RowSink
     if device.type == "cpu":
         dtypes = {key: row_dtype(parameters[part.name]) for key, part in parts.items()}
-        sink = RowGatherer(fisher, dtypes, step, expected=samples)
-    elif device.type == "cuda" and fisher.precision == "float32" and _fits(fisher, device):
-        sink = DeviceTiles(fisher, device)
+        sink = RowGatherer(sums, dtypes, step, expected=samples)
+    elif device.type == "cuda" and sums.precision == "float32" and _fits(sums, device):
+        sink = DeviceTiles(sums, device)
     else:
-        sink = RowStream(fisher, device, expected=samples)
+        sink = RowStream(sums, device, expected=samples)
     is_cut = not all(part.is_whole for part in parts.values())
     return PartSink(sink, parts) if is_cut else sink
 
 
-def _fits(fisher: BlockFisher, device: torch.device) -> bool:
+def _fits(sums: ModelSums, device: torch.device) -> bool:
     free, _ = torch.cuda.mem_get_info(device)
-    return tile_bytes(fisher) <= _GPU_SHARE * free
+    return tile_bytes(sums) <= _GPU_SHARE * free

@@ -1,4 +1,4 @@
-"""Rows of whole parameters, cut into the parts that statistics are kept of."""
+"""Slicing of the rows of whole parameters into those of parts."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastsal.fisher.parts import Part, Parts
-from fastsal.fisher.sums import flat_rows
+from fastsal.fisher.rows import flat_rows
 from fastsal.gradients.backward import Lender
 
 if TYPE_CHECKING:
-    from fastsal.fisher.sinks.base import Sink
+    from fastsal.fisher.sinks.base import RowSink
 
 
 class PartSink:
-    """A sink that hands the rows of each part on, by its key.
+    """Passes the rows of each part to another sink, by the key of the part.
 
     Args:
-        sink: Takes the rows of parts.
-        parts: Key to part; weights that are in none are dropped.
+        sink: Receives the rows of parts.
+        parts: Parts by their keys; weights in none of them are dropped.
     """
 
-    def __init__(self, sink: Sink, parts: Parts) -> None:
+    def __init__(self, sink: RowSink, parts: Parts) -> None:
         self._sink = sink
         self._parts: dict[str, list[Part]] = {}
         for part in parts.values():
@@ -31,17 +31,17 @@ class PartSink:
         self._lender = sink if isinstance(sink, Lender) else None
 
     def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
+        """Announce that at least `samples` samples come in total."""
         self._sink.expect(samples)
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
-        """Return memory for the next rows of a parameter that is not cut, if there is some."""
+        """Return a buffer for the next rows of a parameter, or None; None for one that is cut."""
         if self._lender is None or not self._parts[name][0].is_whole:
             return None
         return self._lender.room(name, shape)
 
     def __call__(self, name: str, rows: Tensor) -> None:
-        """Take rows `[n, *shape]` of a parameter."""
+        """Receive rows `[n, *shape]` of a parameter."""
         for part in self._parts[name]:
             if part.is_whole:
                 self._sink(name, rows)
@@ -50,9 +50,9 @@ class PartSink:
                 self._sink(part.key, piece.contiguous())
 
     def end_micro_batch(self, n: int) -> None:
-        """All parameters have had their rows of `n` samples."""
+        """Count `n` samples, of which every parameter has received its rows."""
         self._sink.end_micro_batch(n)
 
     def flush(self) -> None:
-        """Bring everything into the statistics."""
+        """Add all pending rows to the sums."""
         self._sink.flush()

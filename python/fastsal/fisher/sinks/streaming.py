@@ -1,8 +1,7 @@
-"""Rows from a device to the core in main memory, while the device goes on.
+"""Streaming of rows from a device to sums in main memory, in parallel with the backward pass.
 
-Two buffers a size, pinned where there is CUDA: the device copies into one while the core adds the
-other on a thread of its own. The core releases the interpreter's lock, so that the backward pass is
-not held up.
+There are two buffers, pinned with CUDA: the device copies into one while a thread adds the other to
+the sums. The core releases the interpreter's lock, so that the backward pass does not wait.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.model_sums import ModelSums
 
 _BUFFERS = 2
 
@@ -22,37 +21,37 @@ class RowStream:
     """A sink that copies rows to main memory and adds them there.
 
     Args:
-        fisher: What the rows are added to.
-        device: Where rows come from.
-        expected: Samples to come in all, if known.
-        dtype: What rows travel as; None keeps theirs. bfloat16 halves the traffic and rounds each
-            gradient to eight bits, which moves sums of many samples little.
+        sums: The sums that rows are added to.
+        device: The device that rows are on.
+        expected: Total number of samples, if known.
+        dtype: Type that rows are copied in; None keeps theirs. bfloat16 halves the traffic and
+            rounds each gradient to eight bits, which changes sums of many samples little.
     """
 
     def __init__(
         self,
-        fisher: BlockFisher,
+        sums: ModelSums,
         device: torch.device,
         *,
         expected: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._fisher = fisher
+        self._sums = sums
         self._expected = expected
         self._dtype = dtype
         self._is_cuda = device.type == "cuda"
         self._buffers: list[Tensor | None] = [None] * _BUFFERS
         self._pending: list[Future[None] | None] = [None] * _BUFFERS
         self._turn = 0
-        # One thread: parameters are added in the order they came.
+        # One thread: parameters are added in the order in which they arrive.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fastsal-rows")
 
     def expect(self, samples: int) -> None:
-        """At least so many samples come in all."""
+        """Announce that at least `samples` samples come in total."""
         self._expected = max(samples, self._expected or 0)
 
     def __call__(self, name: str, rows: Tensor) -> None:
-        """Copy rows `[n, *shape]`; they are added while the caller goes on."""
+        """Copy rows `[n, *shape]`; they are added in the background."""
         turn = self._turn
         self._turn = (turn + 1) % _BUFFERS
         self._wait(turn)
@@ -67,7 +66,7 @@ class RowStream:
     def _add(self, name: str, rows: Tensor, arrived: torch.cuda.Event | None) -> None:
         if arrived is not None:
             arrived.synchronize()
-        self._fisher._add(name, rows, self._expected)
+        self._sums.add(name, rows, self._expected)
 
     def _buffer(self, turn: int, rows: Tensor) -> Tensor:
         dtype = self._dtype or rows.dtype
@@ -79,16 +78,16 @@ class RowStream:
         return buffer[:size].view(dtype).view(rows.shape)
 
     def end_micro_batch(self, n: int) -> None:
-        """Wait for the core, then count samples.
+        """Wait for pending rows, then count `n` samples.
 
         Raises:
             NonFiniteGradient: NaN or infinity; names parameter and sample.
         """
         self._drain()
-        self._fisher._count(n)
+        self._sums.count(n)
 
     def flush(self) -> None:
-        """Wait for the core and end its thread."""
+        """Wait for pending rows and end the thread."""
         self._drain()
         self._worker.shutdown()
 

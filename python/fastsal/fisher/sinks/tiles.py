@@ -1,8 +1,8 @@
-"""Sums on the model's own device: one batched matrix product a parameter and micro-batch.
+"""Summation on the model's device: one batched matrix product a parameter and micro-batch.
 
-The blocks are whole float32 squares there, twice the memory of packed triangles: a batched product
-adds to a square in place, while a triangle would have to be gathered and scattered each time, which
-costs more traffic than the square has. They are packed once, when they leave the device.
+Blocks are full float32 squares on the device, twice the memory of packed triangles. A batched
+product adds to a square in place; a triangle would have to be gathered and scattered each time,
+which moves more data. Squares are packed once, when they are copied to main memory.
 """
 
 from __future__ import annotations
@@ -16,68 +16,74 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import NonFiniteGradient
-from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.sums import flat_rows
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.rows import flat_rows
 
 
 @dataclass
-class _Sums:
-    """Axes: K blocks of B weights, the last one padded; d weights."""
+class Tile:
+    """Sums of one parameter on the device.
+
+    Axes: K blocks of B weights, the last one padded; d weights.
+    """
 
     squares: Tensor  # [K, B, B]
     total: Tensor  # [d]
 
 
-def tile_bytes(fisher: BlockFisher) -> int:
-    """Return the device memory that the squares and sums of all parameters take."""
+def tile_bytes(sums: ModelSums) -> int:
+    """Return the device memory of the squares and sums of all parameters, in bytes."""
     size = 0
-    for p in fisher._parameters.values():
+    for p in sums.parameters.values():
         size += 4 * (math.ceil(p.d / p.block_size) * p.block_size**2 + p.d)
     return size
 
 
 class DeviceTiles:
-    """A sink that adds rows on the device they are on.
+    """Sums rows on their device.
 
     Args:
-        fisher: What the sums end in, at `flush`.
-        device: Where rows come from.
+        sums: The sums in main memory, to which those of the device are added at `flush`.
+        device: The device that rows are on.
+
+    Attributes:
+        tiles: Name to the sums on the device.
     """
 
-    def __init__(self, fisher: BlockFisher, device: torch.device) -> None:
-        self._fisher = fisher
+    def __init__(self, sums: ModelSums, device: torch.device) -> None:
+        self._sums = sums
         self._device = device
-        self._sums: dict[str, _Sums] = {}
-        # Whether rows were finite, name to a scalar: read once a micro-batch, as reading waits.
+        self.tiles: dict[str, Tile] = {}
+        # Whether rows are finite, name to a scalar; read once a micro-batch, as reading waits.
         self._finite: dict[str, Tensor] = {}
         self._seen = 0
 
     def expect(self, samples: int) -> None:
-        """Nothing depends on it here."""
+        """Do nothing: the number of samples does not matter here."""
 
     def __call__(self, name: str, rows: Tensor) -> None:
         """Add `GᵀG` of every block and the sum of rows `[n, *shape]`."""
-        p = self._fisher._parameters[name]
+        p = self._sums.parameters[name]
         block, count = p.block_size, math.ceil(p.d / p.block_size)
-        if name not in self._sums:
-            self._sums[name] = _Sums(
+        if name not in self.tiles:
+            self.tiles[name] = Tile(
                 torch.zeros(count, block, block, device=self._device),
                 torch.zeros(p.d, device=self._device),
             )
-        sums = self._sums[name]
+        tile = self.tiles[name]
         flat = flat_rows(rows).float()
         chunk = flat.sum(0)
         self._finite[name] = chunk.isfinite().all()
-        sums.total += chunk
+        tile.total += chunk
         missing = count * block - p.d
         if missing:
             flat = torch.nn.functional.pad(flat, (0, missing))
         blocks = flat.view(-1, count, block).transpose(0, 1)  # [K, n, B]
         with _full_float32():
-            sums.squares.baddbmm_(blocks.transpose(1, 2), blocks)
+            tile.squares.baddbmm_(blocks.transpose(1, 2), blocks)
 
     def end_micro_batch(self, n: int) -> None:
-        """Count samples.
+        """Count `n` samples.
 
         Raises:
             NonFiniteGradient: NaN or infinity in this micro-batch; names the parameter.
@@ -87,23 +93,23 @@ class DeviceTiles:
             for name, fine in zip(self._finite, finite, strict=True):
                 if not fine:
                     raise NonFiniteGradient(
-                        f"gradients: {name!r} is NaN or infinite for one of the samples "
-                        f"{self._seen} to {self._seen + n - 1}; takes finite gradients"
+                        f"gradients must be finite, got NaN or infinity for {name!r}, in one "
+                        f"of the samples {self._seen} to {self._seen + n - 1}"
                     )
             self._finite.clear()
         self._seen += n
-        self._fisher._count(n)
+        self._sums.count(n)
 
     def flush(self) -> None:
-        """Pack the sums and add them to the statistics."""
-        for name, sums in self._sums.items():
-            p = self._fisher._parameters[name]
-            p.add_sums(_packed(sums.squares, p.d).cpu().numpy(), sums.total.cpu().numpy())
-        self._sums.clear()
+        """Pack the sums of the device and add them to those in main memory."""
+        for name, tile in self.tiles.items():
+            p = self._sums.parameters[name]
+            p.add_sums(_packed(tile.squares, p.d).cpu().numpy(), tile.total.cpu().numpy())
+        self.tiles.clear()
 
 
 def _packed(squares: Tensor, d: int) -> Tensor:
-    """Upper triangles by rows of `[K, B, B]`, one after the other; the last block may be short."""
+    """Return the upper triangles of `[K, B, B]` in row order; the last block may be short."""
     block = squares.shape[1]
     whole, short = divmod(d, block)
     parts = []
@@ -116,7 +122,7 @@ def _packed(squares: Tensor, d: int) -> Tensor:
 
 @contextlib.contextmanager
 def _full_float32() -> Iterator[None]:
-    """No TF32: ten bits of mantissa would show in the inverse."""
+    """Disable TF32, whose ten bits of mantissa would change inverses."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

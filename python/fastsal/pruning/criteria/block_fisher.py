@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsal.fisher.block_fisher import raise_failed
+from fastsal.fisher.inverses import raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 

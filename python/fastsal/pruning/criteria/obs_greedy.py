@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 import fastsal._core as _core
-from fastsal.fisher.block_fisher import raise_failed
+from fastsal.fisher.block_fisher import sums_of
+from fastsal.fisher.inverses import error_bound, raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
@@ -21,7 +22,8 @@ def obs_greedy(inputs: Inputs) -> Scores:
     Raises:
         FactorizationError: Blocks are not positive definite in float64; the message names them.
     """
-    parameters, block_size = inputs.fisher._borrow_all(inputs.kept)
+    sums = sums_of(inputs.fisher)
+    parameters, block_size = sums.all_for_core(inputs.kept)
     names = inputs.fisher.names
     weights = [inputs.weights[name].reshape(-1).float().numpy() for name in names]
     results = _core.eliminate(parameters, weights, block_size, inputs.damping)
@@ -29,5 +31,5 @@ def obs_greedy(inputs: Inputs) -> Scores:
     for name, (values, _, failed, sensitivity) in zip(names, results, strict=True):
         raise_failed(name, failed, inputs.damping)
         scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
-        inputs.errors[name] = inputs.fisher._error_bound(name, sensitivity)
+        inputs.errors[name] = error_bound(sums, name, sensitivity)
     return scores

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.parts import Parts, slices, whole
+from fastsal.fisher.parts import Parts, slices, uncut
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
 from fastsal.utils.choices import CriterionName
-from fastsal.utils.numbers import whole as whole_number
+from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
 from fastsal.utils.warn import warn_user
 
@@ -30,7 +31,7 @@ SEEDS = (-(2**63), 2**64 - 1)
 
 def score(
     model: nn.Module,
-    fisher: BlockFisher | None,
+    fisher: BlockFisher | Statistics | None,
     criterion: CriterionName = "block-fisher",
     damping: float | str = "0.1x",
     *,
@@ -78,21 +79,22 @@ def score(
             parameter.
     """
     entry = CRITERIA[find_criterion(criterion)]
-    seed = whole_number("seed", seed, *SEEDS)
+    seed = whole("seed", seed, *SEEDS)
     if entry.needs_fisher and fisher is None:
         raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
-    chosen = _chosen(model, fisher, parameters)
+    statistics = None if fisher is None else statistics_of(fisher)
+    chosen = _chosen(model, statistics, parameters)
     kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
     check_mask_shapes("masks", kept, chosen)
     absolute = 1.0  # not used without an inverse
-    if entry.needs_damping and fisher is not None:
-        absolute = resolve_damping(damping, fisher)
-    return score_tensors(chosen, fisher, entry, absolute, kept, seed)
+    if entry.needs_damping and statistics is not None:
+        absolute = resolve_damping(damping, statistics)
+    return score_tensors(chosen, statistics, entry, absolute, kept, seed)
 
 
 def score_tensors(
     tensors: Mapping[str, Tensor],
-    fisher: BlockFisher | None,
+    statistics: Statistics | None,
     entry: Criterion,
     damping: float,
     kept: Mapping[str, Tensor],
@@ -102,7 +104,7 @@ def score_tensors(
 
     Args:
         tensors: Name to weights, of a whole model or of parts of it.
-        fisher: Statistics of these; None for criteria that need none.
+        statistics: Statistics of these; None for criteria that need none.
         entry: The criterion.
         damping: Absolute `λ`.
         kept: Name to mask, True = kept.
@@ -111,15 +113,15 @@ def score_tensors(
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, NDArray[np.float64]] = {}
     scores = {name: torch.empty(p.shape) for name, p in tensors.items()}
-    for statistics, parts in _views(tensors, fisher if entry.needs_fisher else None):
+    for fisher, parts in _groups(tensors, statistics if entry.needs_fisher else None):
         weights = {key: _double(key, w) for key, w in slices(tensors, parts).items()}
         some = slices(kept, parts) or None
-        inputs = Inputs(weights, statistics, damping, some, generator, errors)
+        inputs = Inputs(weights, fisher, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
             parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
-        del statistics, weights, inputs  # before sums of the next parts are made
-    if fisher is not None:
-        warn_imprecise(errors, fisher.precision, damping)
+        del fisher, weights, inputs  # before sums of the next parts are made
+    if statistics is not None:
+        warn_imprecise(errors, statistics.precision, damping)
     for name, mask in kept.items():
         scores[name].masked_fill_(~mask, -math.inf)
     return scores
@@ -153,25 +155,25 @@ def warn_imprecise(
         )
 
 
-def _views(
-    chosen: Mapping[str, Tensor], fisher: BlockFisher | None
+def _groups(
+    chosen: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Iterator[tuple[BlockFisher | None, Parts]]:
     """Yield what is scored at once: a group of parts with its statistics, or one parameter."""
-    if fisher is not None:
-        yield from fisher._views()
+    if statistics is not None:
+        yield from statistics.groups()
         return
-    for part in whole({name: p.shape for name, p in chosen.items()}):
+    for part in uncut({name: p.shape for name, p in chosen.items()}):
         yield None, {part.key: part}
 
 
 def _chosen(
-    model: nn.Module, fisher: BlockFisher | None, parameters: str | Sequence[str] | None
+    model: nn.Module, statistics: Statistics | None, parameters: str | Sequence[str] | None
 ) -> dict[str, nn.Parameter]:
-    if fisher is None:
+    if statistics is None:
         return select_parameters(model, parameters)
     if parameters is not None:
         raise InvalidArgument("parameters must be None with fisher, which defines them")
-    return model_parameters(model, fisher.shapes)
+    return model_parameters(model, statistics.shapes)
 
 
 def _double(name: str, weights: Tensor) -> Tensor:

@@ -41,19 +41,25 @@ class Examination:
     ) -> None:
         self.limit = limit
         self._loss = loss
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        found: list[tuple[Tensor, Tensor]] = []
         for images, labels in batches:
             if labels is None:
                 raise DataError("labels must not be None: a limit is tested on labeled images")
-            self._batches.append((images, labels))
-        if not self._batches:
+            found.append((images, labels))
+        if not found:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
+        self._batches = self._own(found)
         self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
         self._losses = [
             losses_of(loss, dense, labels.cpu())
             for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
         ]
-        self.cap = loss_of_guessing(self._dense[0]) if limit.kind == "loss" else None
+        has_cap = limit.kind == "loss" and self._dense
+        self.cap = loss_of_guessing(self._dense[0]) if has_cap else None
+
+    def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """Those that are measured here."""
+        return batches
 
     @property
     def images(self) -> int:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.block_fisher import BlockFisher, raise_failed
+from fastsal.fisher.block_fisher import BlockFisher, sums_of
+from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import Part, Parts, flat, slices
+from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.masks.masks import Masks
@@ -31,7 +33,7 @@ LARGEST_GROUP = 8
 
 def rank_pattern(
     model: nn.Module,
-    fisher: BlockFisher,
+    fisher: BlockFisher | Statistics,
     pattern: str,
     sparsity: float | None = None,
     damping: float | str = "0.1x",
@@ -73,25 +75,26 @@ def rank_pattern(
             f"pattern must have groups of at most {LARGEST_GROUP} for joint costs, got "
             f"{pattern!r}; rank(scores, pattern=...) supports larger ones"
         )
-    owned = model_parameters(model, fisher.shapes)
+    statistics = statistics_of(fisher)
+    owned = model_parameters(model, statistics.shapes)
     shapes = {name: tuple(p.shape) for name, p in owned.items()}
     check_ranking(shapes, sparsity, scope, pattern, floor)
-    damping = resolve_damping(damping, fisher)
+    damping = resolve_damping(damping, statistics)
     recipe = {"pattern": str(wanted), "joint": True, "damping": damping}
     if wanted.is_whole:
-        costs = joint_costs(owned, fisher, wanted, damping)
+        costs = joint_costs(owned, statistics, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
         kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
         return Masks(kept, {**groups.recipe, **recipe})
-    return Masks(joint_choice(owned, fisher, wanted, damping), recipe)
+    return Masks(joint_choice(owned, statistics, wanted, damping), recipe)
 
 
 def joint_costs(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Return the joint costs of whole groups, name of the statistics to `[outer, G, inner]`."""
     costs = {name: torch.empty(grouped_shape(w.shape, pattern.m)) for name, w in tensors.items()}
-    for weights, parts, given in _by_rows(tensors, fisher):
+    for weights, parts, given in _by_rows(tensors, statistics):
         found = _core.group_costs(*given, pattern.m, damping)
         for (key, part), (values, failed) in zip(parts.items(), found, strict=True):
             raise_failed(key, failed, damping)
@@ -104,11 +107,11 @@ def joint_costs(
 
 
 def joint_choice(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
     """Return the masks of an N:M pattern by joint costs, by the names of the statistics."""
     kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
-    for _, parts, given in _by_rows(tensors, fisher):
+    for _, parts, given in _by_rows(tensors, statistics):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
         for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):
             raise_failed(key, failed, damping)
@@ -118,15 +121,15 @@ def joint_choice(
 
 
 def _by_rows(
-    tensors: Mapping[str, Tensor], fisher: BlockFisher
+    tensors: Mapping[str, Tensor], statistics: Statistics
 ) -> Iterator[tuple[dict[str, Tensor], Parts, tuple[Any, Any, Any, int]]]:
     """Yield groups of parts that end with rows of axis 0: weights, parts, input of the core."""
-    for statistics, parts in fisher._views(cuts=False):
+    for fisher, parts in statistics.groups(cuts=False):
         weights = {
             key: in_rows(values, tensors[parts[key].name].shape)
             for key, values in slices(tensors, parts).items()
         }
-        yield weights, parts, _inputs(statistics, weights)
+        yield weights, parts, _inputs(fisher, weights)
 
 
 def in_rows(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -142,6 +145,6 @@ def _rows_of(groups: Tensor, part: Part) -> Tensor:
 
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
     """Return statistics, weights, axes and block size in the form of the core."""
-    parameters, block_size = fisher._borrow_all(None)
+    parameters, block_size = sums_of(fisher).all_for_core()
     rows = [flat(w).float().numpy() for w in weights.values()]
     return parameters, rows, [input_axes(w.shape) for w in weights.values()], block_size

@@ -1,1 +1,1 @@
-"""Pictures and pages about what was done; needs the `report` extra."""
+"""Reports of studies in HTML and Markdown; HTML needs the extra `report`."""

@@ -1,8 +1,8 @@
-"""Small charts as inline SVG: axes, lines with bands, marks, whiskers.
+"""Small charts as inline SVG: axes, lines with bands, marks and whiskers.
 
-Nothing here sets a colour: classes do, so that one style sheet serves light, dark and print.
-Lengths are in the units of the view box; panels are about as wide as a phone, so that text keeps
-its size.
+Colors are set by CSS classes, so that one style sheet serves light mode, dark mode and print.
+Lengths are in units of the view box; a panel is about as wide as a phone, so that text is not
+scaled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from fastsal.study.report.palette import colour, mark
+from fastsal.study.report.palette import color, mark
 
 _STAR = [(0.0, -1.0), (0.24, -0.32), (0.95, -0.31), (0.38, 0.12), (0.59, 0.81), (0.0, 0.4),
          (-0.59, 0.81), (-0.38, 0.12), (-0.95, -0.31), (-0.24, -0.32)]  # fmt: skip
@@ -27,13 +27,21 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "star": [(1.35 * x, 1.35 * y) for x, y in _STAR],
 }
 _STROKES = {"plus": "M{l} {y}H{r}M{x} {t}V{b}", "cross": "M{l} {t}L{r} {b}M{r} {t}L{l} {b}"}
-LETTER, _BOLD = 0.56, 0.62  # width of a letter, in font sizes
-_MOST_MARKS = 12  # of a line; on a longer one every second point or so is marked
+LETTER, _BOLD = 0.56, 0.62  # mean width of a letter, relative to the font size
+_MOST_MARKS = 12  # per line; only some points of a longer line are marked
 
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis: its ends, and `(value, text)` of its ticks."""
+    """An axis.
+
+    Attributes:
+        low: Value at the lower end.
+        high: Value at the upper end.
+        ticks: `(value, text)` of each tick.
+        label: Text of the axis.
+        log: Whether the axis is logarithmic.
+    """
 
     low: float
     high: float
@@ -42,7 +50,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Return where a value lies, 0 at the low end and 1 at the high one."""
+        """Return the relative position of a value, 0 at the low end and 1 at the high end."""
         low, high, at = self.low, self.high, value
         if self.log:
             low, high, at = math.log(low), math.log(high), math.log(value)
@@ -51,7 +59,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Values of one method: points `(x, middle, low, high)`; low and high may be None."""
+    """Values of one criterion.
+
+    Attributes:
+        index: Index of its color and mark.
+        label: Name in descriptions.
+        points: `(x, mean, low, high)`; low and high may be None.
+        after: Whether the values are those after fine-tuning.
+    """
 
     index: int
     label: str
@@ -61,16 +76,20 @@ class Series:
 
 @dataclass
 class Panel:
-    """One chart; draw into it, then `svg` makes it a picture.
+    """One chart to draw into; `svg` renders it.
 
     Attributes:
-        title: stands above the chart, cut where it is too long.
-        tag: a word set off behind the title.
-        x: the axis below.
-        y: the axis on the left.
-        width: of the whole, with axes.
-        height: likewise.
-        left: room for the labels of the left axis.
+        title: Text above the chart, shortened if too long.
+        x: Horizontal axis.
+        y: Vertical axis.
+        tag: A word after the title.
+        width: Total width, with axes.
+        height: Total height, with axes.
+        left: Margin for the labels of the vertical axis.
+        right: Right margin.
+        top: Top margin.
+        bottom: Bottom margin.
+        parts: SVG elements, in drawing order.
     """
 
     title: str
@@ -86,21 +105,21 @@ class Panel:
     parts: list[str] = field(default_factory=list)
 
     def px(self, value: float) -> float:
-        """Return the horizontal place of a value."""
+        """Return the horizontal coordinate of a value."""
         return self.left + self.x.place(value) * (self.width - self.left - self.right)
 
     def py(self, value: float) -> float:
-        """Return the vertical place of a value."""
+        """Return the vertical coordinate of a value."""
         return (
             self.height - self.bottom - self.y.place(value) * (self.height - self.top - self.bottom)
         )
 
     def add(self, part: str) -> None:
-        """Draw on top of what is there."""
+        """Add an SVG element on top of the others."""
         self.parts.append(part)
 
     def line(self, series: Series, dodge: float = 0.0, whiskers: bool = False) -> None:
-        """Draw a line with its marks, and a band or whiskers where there are bounds."""
+        """Draw a line with marks, and a band or whiskers for points with bounds."""
         at = [(self.px(x) + dodge, self.py(m)) for x, m, _, _ in series.points]
         inner = []
         bounded = [(self.px(x) + dodge, self.py(low), self.py(high))
@@ -117,16 +136,16 @@ class Panel:
         every = math.ceil(len(at) / _MOST_MARKS)
         inner += [marker(series.index, x, y, hollow=series.after)
                   for i, (x, y) in enumerate(at) if i % every == series.index % every]  # fmt: skip
-        self.add(method_group(series.index, "".join(inner), series.after))
+        self.add(variant_group(series.index, "".join(inner), series.after))
 
     def level(self, value: float, text: str) -> None:
-        """Draw a line across at a value, named at its right end."""
+        """Draw a horizontal reference line with a label at its right end."""
         y = self.py(value)
         self.add(f'<path class="ref" d="M{n(self.left)} {n(y)}H{n(self.width - self.right)}"/>')
         self.add(label(self.width - self.right, y - 4, text, "end", "rl"))
 
     def body(self) -> str:
-        """Return the chart without the element around it."""
+        """Return the content of the chart without the enclosing `svg` element."""
         left, right = self.left, self.width - self.right
         top, bottom = self.top, self.height - self.bottom
         found = []
@@ -152,25 +171,25 @@ class Panel:
 
 
 class Ids:
-    """Names of elements, each once on a page."""
+    """Generator of unique element ids for a page."""
 
     def __init__(self, prefix: str = "f") -> None:
         self._prefix = prefix
         self._numbers: Iterator[int] = itertools.count(1)
 
     def new(self) -> str:
-        """Return a name that was not given before."""
+        """Return a new id."""
         return f"{self._prefix}{next(self._numbers)}"
 
 
 def svg(panel: Panel, description: str, ids: Ids) -> str:
-    """Return a panel as an `svg` element that tells a screen reader what it shows."""
+    """Return a panel as an `svg` element with a description for screen readers."""
     name = f"{panel.title} ({panel.tag})" if panel.tag else panel.title
     return wrap(panel.body(), panel.width, panel.height, name, description, ids)
 
 
 def wrap(body: str, width: float, height: float, title: str, description: str, ids: Ids) -> str:
-    """Return an `svg` element with title and description around a drawing."""
+    """Return an `svg` element with a title, a description and the given content."""
     key = ids.new()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {n(width)} {n(height)}" '
@@ -180,14 +199,14 @@ def wrap(body: str, width: float, height: float, title: str, description: str, i
     )
 
 
-def method_group(index: int, inner: str, after: bool = False) -> str:
-    """Return a group in a method's colour; `after` sets off what came after fine-tuning."""
+def variant_group(index: int, inner: str, after: bool = False) -> str:
+    """Return a group in the color of a criterion, styled as before or after fine-tuning."""
     stage = "after" if after else "before"
-    return f'<g class="{colour(index)} {stage}" data-m="{index}">{inner}</g>'
+    return f'<g class="{color(index)} {stage}" data-m="{index}">{inner}</g>'
 
 
 def marker(index: int, x: float, y: float, radius: float = 3.4, hollow: bool = False) -> str:
-    """Return the mark of a method at a place."""
+    """Return the mark of a criterion at a position."""
     shape, kind = mark(index), "mk ho" if hollow else "mk"
     if shape == "circle":
         return f'<circle class="{kind}" cx="{n(x)}" cy="{n(y)}" r="{n(radius)}"/>'
@@ -203,7 +222,7 @@ def whisker(
     panel: Panel, index: int, y: float, middle: float, ends: tuple[float | None, float | None],
     after: bool,
 ) -> None:  # fmt: skip
-    """Draw a mark and its interval, level; an end outside the axis becomes an arrow."""
+    """Draw a mark and its horizontal interval; an end outside the axis becomes an arrowhead."""
     low, high = ends
     inner = []
     if low is not None and high is not None:
@@ -214,18 +233,18 @@ def whisker(
                 path = f"M{n(x + step)} {n(y - 3)}L{n(x)} {n(y)}L{n(x + step)} {n(y + 3)}"
                 inner.append(f'<path class="wh" d="{path}"/>')
     inner.append(marker(index, panel.px(middle), y, 3.6, hollow=after))
-    panel.add(f'<g class="{colour(index)}">{"".join(inner)}</g>')
+    panel.add(f'<g class="{color(index)}">{"".join(inner)}</g>')
 
 
 def label(x: float, y: float, text: str, anchor: str, kind: str) -> str:
-    """Return a text; `kind` is its class."""
+    """Return a text element of the CSS class `kind`."""
     return (
         f'<text class="{kind}" x="{n(x)}" y="{n(y)}" text-anchor="{anchor}">{escape(text)}</text>'
     )
 
 
 def cut(text: str, room: float, size: float, letter: float = LETTER) -> str:
-    """Shorten a text to a width, in the middle: names often differ at their ends."""
+    """Shorten a text to a width by removing its middle, as names often differ at their ends."""
     most = max(int(room / (letter * size)), 3)
     if len(text) <= most:
         return text
@@ -234,7 +253,7 @@ def cut(text: str, room: float, size: float, letter: float = LETTER) -> str:
 
 
 def linear_axis(low: float, high: float, count: int = 5, label: str = "") -> Axis:
-    """Return an axis from tick to tick around a range, with round ticks."""
+    """Return an axis with round ticks that covers a range and ends at ticks."""
     if high <= low:
         low, high = low - 1, high + 1
     step = _step((high - low) / max(count - 1, 1))
@@ -244,14 +263,14 @@ def linear_axis(low: float, high: float, count: int = 5, label: str = "") -> Axi
 
 
 def inner_axis(low: float, high: float, count: int = 5, label: str = "") -> Axis:
-    """Return an axis that ends where the range does, with round ticks inside."""
+    """Return an axis of exactly a range, with round ticks inside."""
     step = _step((high - low) / max(count - 1, 1))
     numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
     return Axis(low, high, [(i * step, tick(i * step, step)) for i in numbers], label)
 
 
 def log_axis(values: Sequence[float], label: str = "") -> Axis:
-    """Return a logarithmic axis of whole decades around values above 0."""
+    """Return a logarithmic axis of full decades that covers values above 0."""
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)
     every = max(1, math.ceil((high - low) / 5))
@@ -261,7 +280,7 @@ def log_axis(values: Sequence[float], label: str = "") -> Axis:
 
 
 def counted_axis(count: int, label: str = "") -> Axis:
-    """Return an axis of the numbers 1 to `count`."""
+    """Return an axis of the integers 1 to `count`."""
     if count < 2:
         return Axis(0, 2, [(1, "1")], label)
     step = max(1, math.ceil(_step((count - 1) / 5)))
@@ -270,7 +289,7 @@ def counted_axis(count: int, label: str = "") -> Axis:
 
 
 def tick(value: float, step: float) -> str:
-    """Write a tick with as many decimals as its step has."""
+    """Format a tick with the number of decimals of the step."""
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) if step < 1 else 0
     if round(step, digits) != step and digits < 6:  # a quarter
         digits += 1
@@ -279,7 +298,7 @@ def tick(value: float, step: float) -> str:
 
 
 def n(value: float) -> str:
-    """Write a length shortly."""
+    """Format a length with at most one decimal."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text
 

@@ -1,13 +1,13 @@
-"""P1 and P2 as measured differences, and what the intervals permit to say.
+"""Verdicts on the predictions P1 and P2, from accuracy differences and their intervals.
 
-Two predictions of "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
-(arXiv 2509.24066). P1: pruning on the source keeps both the source and the tasks that pruning
-never saw. P2: fine-tuning the pruned backbone on the source raises the source and does not lower
-the others.
+The predictions are from "A Second-Order Perspective on Pruning at Initialization and Knowledge
+Transfer" (arXiv 2509.24066). P1: pruning on a source preserves accuracy on the source and on unseen
+tasks. P2: fine-tuning the pruned backbone on the source raises accuracy on the source and does not
+lower it on unseen tasks.
 
-A difference is taken within a seed: source = mean over the source's tasks, transfer = mean over
-the tasks that pruning never saw; then come mean and t-interval over seeds. Units: percentage
-points of top-1 accuracy.
+Differences are taken within a seed: source is the mean over the tasks of the source, transfer the
+mean over the tasks that pruning does not see. Means and t-intervals are over seeds. Units:
+percentage points of top-1 accuracy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from fastsal.study.folder_format import SOURCE, TRANSFER
 from fastsal.study.report.intervals import Interval, mean, t_interval
-from fastsal.study.report.results import SOURCE, TRANSFER, Method, Results, Row, in_order
+from fastsal.study.report.results import Results, Row, Variant, in_order
 
 MARGIN = 1.0  # points
 
-HELD, NOT_HELD, OPEN = "held", "did not hold", "open"
+HELD, NOT_HELD, OPEN = "held", "did not hold", "inconclusive"
 UNKNOWN, ABSENT = "no interval", "not measured"
 KEPT, DROPPED = "kept", "dropped"
 RAISED, NOT_RAISED = "raised", "not raised"
@@ -31,19 +32,19 @@ Difference = Callable[[Row], "float | None"]
 
 @dataclass(frozen=True)
 class Change:
-    """How one method at one sparsity changed accuracies, in points.
+    """Changes of accuracy for one variant and sparsity, in percentage points.
 
     Attributes:
-        method: criterion and rounds.
-        sparsity: asked for.
-        source: mean over the source's tasks; None where there is nothing to take it from.
-        transfer: mean over the tasks that pruning never saw; None likewise.
-        gap: transfer minus source; None without both.
-        worst: the transfer task with the least mean, and that mean.
+        variant: Criterion and number of rounds.
+        sparsity: Requested sparsity.
+        source: Mean over the tasks of the source; None if not measured.
+        transfer: Mean over the tasks that pruning does not see; None if not measured.
+        gap: Transfer minus source; None unless both are measured.
+        worst: Transfer task with the lowest mean change, and that mean.
         per_seed: `{seed: (source, transfer)}`.
     """
 
-    method: Method
+    variant: Variant
     sparsity: float
     source: Interval | None
     transfer: Interval | None
@@ -54,7 +55,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Finding:
-    """A change and its verdicts: on the source, on transfer, on the prediction."""
+    """A change with its verdicts on the source, on transfer and on the prediction."""
 
     change: Change
     source: str
@@ -64,25 +65,25 @@ class Finding:
 
 @dataclass(frozen=True)
 class Section:
-    """One model pruned on one source.
+    """Results of one model pruned on one source.
 
     Attributes:
-        model: its name.
-        source: its name.
-        rows: of the cells done.
-        methods: those that have rows, in the study's order.
-        sparsities: rising.
-        seeds: rising.
-        tasks: `(task, role)`, the source's first.
-        p1: pruned minus dense, by method and sparsity.
-        p2: tuned minus pruned; empty without fine-tuning.
-        control: tuned minus dense where nothing was pruned; None where the study has no such cell.
+        model: Name of the model.
+        source: Name of the source.
+        rows: Rows of finished cells.
+        variants: Variants that have rows, in the order of the study.
+        sparsities: Sparsities, in increasing order.
+        seeds: Seeds, in increasing order.
+        tasks: `(task, role)`, those of the source first.
+        p1: Findings on pruned minus dense, by variant and sparsity.
+        p2: Findings on fine-tuned minus pruned; empty without fine-tuning.
+        control: Change by fine-tuning the dense model, at sparsity 0; None without such a cell.
     """
 
     model: str
     source: str
     rows: list[Row]
-    methods: list[Method]
+    variants: list[Variant]
     sparsities: list[float]
     seeds: list[int]
     tasks: list[tuple[str, str]]
@@ -100,21 +101,21 @@ class Section:
 
     @property
     def pruned_at(self) -> list[float]:
-        """The sparsities above 0: with nothing pruned there is nothing to judge."""
+        """The sparsities above 0, for which predictions are judged."""
         return [s for s in self.sparsities if s > 0]
 
-    def select(self, method: Method, sparsity: float, task: str | None = None) -> list[Row]:
-        """Return the rows of a method at a sparsity, of one task or of all, by seed."""
-        found = self._by_point.get((method.criterion, method.rounds, sparsity), [])
+    def select(self, variant: Variant, sparsity: float, task: str | None = None) -> list[Row]:
+        """Return the rows of a variant at a sparsity, for one task or for all, ordered by seed."""
+        found = self._by_point.get((variant.criterion, variant.rounds, sparsity), [])
         return [row for row in found if task is None or row.task == task]
 
 
 def sections(results: Results, margin: float = MARGIN) -> list[Section]:
-    """Divide results by model and source and judge both predictions in each.
+    """Group results by model and source, and judge both predictions in each group.
 
     Args:
-        results: of the study.
-        margin: points that a mean may lose and still count as kept.
+        results: Results of the study.
+        margin: Loss in percentage points that still counts as kept.
     """
     return [
         _section(results, model, source, margin)
@@ -123,14 +124,14 @@ def sections(results: Results, margin: float = MARGIN) -> list[Section]:
 
 
 def judge_pruning(change: Change, margin: float) -> Finding:
-    """P1: kept where the whole interval is at or above -margin; dropped where it is below 0."""
+    """Judge P1: kept if the whole interval is at or above -margin, dropped if it is below 0."""
     source = _loss_verdict(change.source, margin, KEPT, DROPPED)
     transfer = _loss_verdict(change.transfer, margin, KEPT, DROPPED)
     return Finding(change, source, transfer, _both((source, transfer), {KEPT}, {DROPPED}))
 
 
 def judge_tuning(change: Change, margin: float) -> Finding:
-    """P2: the source raised where its whole interval is above 0, transfer judged as in P1."""
+    """Judge P2: source raised if its whole interval is above 0, transfer judged as in P1."""
     source = _gain_verdict(change.source)
     transfer = _loss_verdict(change.transfer, margin, NOT_LOWERED, LOWERED)
     if change.transfer is not None and change.transfer.low is not None and change.transfer.low > 0:
@@ -139,19 +140,21 @@ def judge_tuning(change: Change, margin: float) -> Finding:
     return Finding(change, source, transfer, _both((source, transfer), good, bad))
 
 
-def changes(rows: Sequence[Row], methods: Iterable[Method], difference: Difference) -> list[Change]:
-    """Return the change of every method at every sparsity, in points, where there is one.
+def changes(
+    rows: Sequence[Row], variants: Iterable[Variant], difference: Difference
+) -> list[Change]:
+    """Return the change of every variant at every sparsity, in percentage points.
 
     Args:
-        rows: of one model and source.
-        methods: in the order that is wanted.
-        difference: of accuracies of one row, 0 to 1; None where it lacks one.
+        rows: Rows of one model and source.
+        variants: Variants, in the order of the result.
+        difference: Difference of accuracies of a row, -1 to 1; None if the row has none.
     """
     found = []
-    for method in methods:
-        own = [r for r in rows if (r.criterion, r.rounds) == (method.criterion, method.rounds)]
+    for variant in variants:
+        own = [r for r in rows if (r.criterion, r.rounds) == (variant.criterion, variant.rounds)]
         for sparsity in sorted({r.sparsity for r in own}):
-            change = _change(method, sparsity, [r for r in own if r.sparsity == sparsity],
+            change = _change(variant, sparsity, [r for r in own if r.sparsity == sparsity],
                              difference)  # fmt: skip
             if change.source is not None or change.transfer is not None:
                 found.append(change)
@@ -159,12 +162,12 @@ def changes(rows: Sequence[Row], methods: Iterable[Method], difference: Differen
 
 
 def pooled(found: Sequence[Finding]) -> tuple[int, Interval | None, Interval | None]:
-    """Return the mean change over the whole grid, of source and of transfer, over seeds.
+    """Return the mean change over the grid, with intervals over seeds.
 
-    Only seeds count in which no change of the grid is missing: another grid is another mean.
+    Seeds with missing grid points are excluded, so that all means are over the same grid.
 
     Returns:
-        The number of grid points, the intervals of source and of transfer.
+        Number of grid points, interval of the source, interval of transfer.
     """
     intervals = []
     for side in (0, 1):
@@ -182,40 +185,42 @@ def pooled(found: Sequence[Finding]) -> tuple[int, Interval | None, Interval | N
 
 
 def pruning_loss(row: Row) -> float | None:
-    """Pruned minus dense: what P1 is about."""
+    """Return pruned minus dense accuracy, for P1."""
     return row.pruned - row.dense
 
 
 def tuning_gain(row: Row) -> float | None:
-    """Tuned minus pruned: what P2 is about."""
+    """Return fine-tuned minus pruned accuracy, for P2."""
     return None if row.tuned is None else row.tuned - row.pruned
 
 
 def _section(results: Results, model: str, source: str, margin: float) -> Section:
     rows = [r for r in results.rows if (r.model, r.source) == (model, source)]
     present = {(r.criterion, r.rounds) for r in rows}
-    methods = [m for key, m in results.methods.items() if key in present]
+    variants = [m for key, m in results.variants.items() if key in present]
     tasks = in_order((r.task, r.role) for r in rows)
     listed = results.settings.get("tasks", [])
     names = [t.get("name") if isinstance(t, dict) else t for t in listed]
     tasks.sort(key=lambda t: (t[1] != SOURCE, names.index(t[0]) if t[0] in names else len(names)))
     pruned = [r for r in rows if r.sparsity > 0]
-    control = changes([r for r in rows if r.sparsity == 0], methods, tuning_gain)
+    control = changes([r for r in rows if r.sparsity == 0], variants, tuning_gain)
     return Section(
         model=model,
         source=source,
         rows=rows,
-        methods=methods,
+        variants=variants,
         sparsities=sorted({r.sparsity for r in rows}),
         seeds=sorted({r.seed for r in rows}),
         tasks=tasks,
-        p1=[judge_pruning(c, margin) for c in changes(pruned, methods, pruning_loss)],
-        p2=[judge_tuning(c, margin) for c in changes(pruned, methods, tuning_gain)],
+        p1=[judge_pruning(c, margin) for c in changes(pruned, variants, pruning_loss)],
+        p2=[judge_tuning(c, margin) for c in changes(pruned, variants, tuning_gain)],
         control=control[0] if control else None,
     )
 
 
-def _change(method: Method, sparsity: float, rows: Sequence[Row], difference: Difference) -> Change:
+def _change(
+    variant: Variant, sparsity: float, rows: Sequence[Row], difference: Difference
+) -> Change:
     points: dict[int, dict[str, dict[str, float]]] = {}
     tasks: dict[str, set[str]] = {SOURCE: set(), TRANSFER: set()}
     for row in rows:
@@ -226,7 +231,7 @@ def _change(method: Method, sparsity: float, rows: Sequence[Row], difference: Di
             roles[row.role][row.task] = 100 * value
     per_seed = {}
     for seed in sorted(points):
-        # A mean over fewer tasks than the other seeds have is another mean.
+        # Seeds with missing tasks are excluded, so that all means are over the same tasks.
         sides = [
             mean(list(points[seed][role].values()))
             if points[seed][role] and points[seed][role].keys() == tasks[role]
@@ -241,7 +246,7 @@ def _change(method: Method, sparsity: float, rows: Sequence[Row], difference: Di
     }
     means = [(task, mean(values)) for task, values in by_task.items() if values]
     return Change(
-        method=method,
+        variant=variant,
         sparsity=sparsity,
         source=_interval([s for s, _ in pairs if s is not None]),
         transfer=_interval([t for _, t in pairs if t is not None]),

@@ -1,4 +1,4 @@
-"""Changes with their intervals: a mark and a whisker a method, a panel a sparsity."""
+"""Draw changes of accuracy with their intervals, one panel per sparsity."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastsal.study.report.intervals import Interval
 
 
 def forest(
-    part: Section, found: Sequence[Finding], what: str, margin: float, ids: Ids
+    section: Section, found: Sequence[Finding], what: str, margin: float, ids: Ids
 ) -> list[str]:
-    """Changes of source and transfer with their intervals, a panel a sparsity."""
+    """Draw changes of source and transfer with their intervals, one panel per sparsity."""
     drawn = []
-    for sparsity in part.sparsities:
+    for sparsity in section.sparsities:
         here = [f for f in found if f.change.sparsity == sparsity]
         if here:
             drawn.append(_panel(sparsity, here, what, margin, ids))
@@ -36,7 +36,7 @@ def _panel(sparsity: float, found: Sequence[Finding], what: str, margin: float, 
     intervals = [i for f in found for i in (f.change.source, f.change.transfer) if i is not None]
     low, high = _range(intervals, margin)
     row = 30.0
-    longest = max(len(f.change.method.label) for f in found)
+    longest = max(len(f.change.variant.label) for f in found)
     left = min(max(LETTER * 11 * longest + 14, 56.0), 140.0)
     panel = Panel(
         wording.sparsity(sparsity) + " pruned",
@@ -54,19 +54,19 @@ def _panel(sparsity: float, found: Sequence[Finding], what: str, margin: float, 
     panel.add(f'<path class="zero" d="M{b:.1f} {top}V{bottom}"/>')
     texts = []
     for i, f in enumerate(found):
-        method, y = f.change.method, panel.top + row * i + row / 2
-        panel.add(label(2, y + 3.5, cut(method.label, left - 10, 11), "start", "nm"))
+        variant, y = f.change.variant, panel.top + row * i + row / 2
+        panel.add(label(2, y + 3.5, cut(variant.label, left - 10, 11), "start", "nm"))
         for interval, step, hollow in ((f.change.source, -5, False), (f.change.transfer, 6, True)):
             if interval is not None:
-                whisker(panel, method.index, y + step, interval.mean,
+                whisker(panel, variant.index, y + step, interval.mean,
                         (interval.low, interval.high), hollow)  # fmt: skip
-        texts.append(f"{method.label}: source {wording.bounds(f.change.source)}, "
+        texts.append(f"{variant.label}: source {wording.bounds(f.change.source)}, "
                      f"transfer {wording.bounds(f.change.transfer)}")  # fmt: skip
     return svg(panel, ". ".join(texts) + ".", ids)
 
 
 def _range(intervals: Sequence[Interval], margin: float) -> tuple[float, float]:
-    """Cover every mean; whiskers much longer than the others are cut."""
+    """Return a range that covers every mean; whiskers much longer than the others are cut."""
     means = [i.mean for i in intervals]
     halves = sorted(i.high - i.mean for i in intervals if i.high is not None)
     reach = halves[(3 * (len(halves) - 1)) // 4] if halves else 0.0

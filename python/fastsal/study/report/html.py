@@ -1,4 +1,4 @@
-"""The report as one HTML page that asks for nothing from outside."""
+"""Render the report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ from importlib.util import find_spec
 from typing import Any
 
 from fastsal.errors import FastsalError
-from fastsal.study.report import figures, forest, looks, palette, summaries, wording
-from fastsal.study.report.chart import Ids, marker, method_group, wrap
+from fastsal.study.report import (
+    diagnostic_figures,
+    figures,
+    forest,
+    palette,
+    summaries,
+    wording,
+)
+from fastsal.study.report.chart import Ids, marker, variant_group, wrap
 from fastsal.study.report.figures import Figure, Table
 from fastsal.study.report.findings import MARGIN, Finding, Section, sections
 from fastsal.study.report.provenance import provenance, settings_text
-from fastsal.study.report.results import Method, Results
+from fastsal.study.report.results import Results, Variant
 
-BOTH_STAGES = 4  # methods; with more, lines of after fine-tuning wait for a click
+BOTH_STAGES = 4  # variants; with more, lines after fine-tuning are hidden at first
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """P1 or P2 on the page: its verdicts, its figure and its numbers."""
+    """Verdicts, figure and table of P1 or P2."""
 
     name: str
     claim: str
@@ -30,8 +37,8 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Everything that the page shows of one model and source."""
+class SectionView:
+    """Content of the page for one model and source."""
 
     key: str
     section: Section
@@ -44,31 +51,33 @@ class Part:
     layers: Figure | None
     predicted: Figure | None
     cost: Table
-    paths: list[tuple[str, Figure]]
+    loss_lines: list[tuple[str, Figure]]
     overlaps: Figure | None
 
 
-def page(results: Results, *, landscape: bool = True, margin: float = MARGIN) -> str:
+def page(results: Results, *, diagnostics: bool = True, margin: float = MARGIN) -> str:
     """Return the report of a study as HTML.
 
     Args:
-        results: of the study.
-        landscape: whether to show losses along lines and overlaps, where there are any.
-        margin: points that a mean may lose and still count as kept.
+        results: Results of the study.
+        diagnostics: Whether to show loss lines and Fisher overlaps, if the results have them.
+        margin: Loss in percentage points that still counts as kept.
 
     Raises:
         FastsalError: jinja2 is not installed.
     """
     if find_spec("jinja2") is None:
-        raise FastsalError("the page needs jinja2: pip install 'fastsal[report]'; or --format md")
+        raise FastsalError(
+            "an HTML report requires jinja2: pip install 'fastsal[report]', or use --format md"
+        )
     import jinja2
 
     ids = Ids()
-    parts = [
-        _part(results, section, f"part-{i}", landscape, margin, ids)
+    views = [
+        _view(results, section, f"section-{i}", diagnostics, margin, ids)
         for i, section in enumerate(sections(results, margin), 1)
     ]
-    judged = [part.section for part in parts]
+    judged = [view.section for view in views]
     table, averaged = summaries.full_table(judged)
     tuned = any(section.p2 for section in judged)
     environment = jinja2.Environment(
@@ -83,7 +92,7 @@ def page(results: Results, *, landscape: bool = True, margin: float = MARGIN) ->
         done=wording.what_was_done(results, judged),
         paper=wording.PAPER,
         paper_url=wording.PAPER_URL,
-        parts=parts,
+        views=views,
         rule=wording.rule(margin, tuned),
         brief_rule=wording.brief_rule(margin, tuned),
         tuned=tuned,
@@ -94,8 +103,8 @@ def page(results: Results, *, landscape: bool = True, margin: float = MARGIN) ->
         single=all(len(section.seeds) == 1 for section in judged),
         table=table,
         averaged=averaged,
-        both=len(results.methods) <= BOTH_STAGES,
-        swatch=lambda method: _swatch(method, ids),
+        both=len(results.variants) <= BOTH_STAGES,
+        swatch=lambda variant: _swatch(variant, ids),
         light=palette.LIGHT,
         dark=palette.DARK,
         percent=wording.percent,
@@ -104,63 +113,68 @@ def page(results: Results, *, landscape: bool = True, margin: float = MARGIN) ->
     )
 
 
-def _part(
-    results: Results, part: Section, key: str, landscape: bool, margin: float, ids: Ids
-) -> Part:
+def _view(
+    results: Results, section: Section, key: str, diagnostics: bool, margin: float, ids: Ids
+) -> SectionView:
     predictions = []
-    for name, claim, measured, found in (
-        ("P1", "pruning on the source keeps both", "pruned − dense", part.p1),
-        ("P2", "fine-tuning on the source raises it and does not lower the others",
-         "fine-tuned − pruned", part.p2),
-    ):  # fmt: skip
+    for name, measured, found in (
+        ("P1", "pruned − dense", section.p1),
+        ("P2", "fine-tuned − pruned", section.p2),
+    ):
         if found:
-            predictions.append(_prediction(part, name, claim, measured, found, margin, ids))
-    return Part(
+            predictions.append(_prediction(section, name, measured, found, margin, ids))
+    return SectionView(
         key=key,
-        section=part,
-        seeds=wording.seed_note(part),
-        findings=[*wording.findings_of(part), *summaries.more_findings(part)],
-        headline=summaries.headline_table(part),
-        accuracy=figures.accuracy(part, ids),
+        section=section,
+        seeds=wording.seed_note(section),
+        findings=[*wording.findings_of(section), *summaries.more_findings(section)],
+        headline=summaries.headline_table(section),
+        accuracy=figures.accuracy(section, ids),
         predictions=predictions,
-        winners=_winners(part),
-        layers=figures.layers(part, results.layers, ids),
-        predicted=figures.predicted(part, ids),
-        cost=summaries.cost_table(part),
-        paths=[
+        winners=_winners(section),
+        layers=figures.layers(section, results.layers, ids),
+        predicted=figures.predicted(section, ids),
+        cost=summaries.cost_table(section),
+        loss_lines=[
             (wording.sparsity(sparsity), figure)
-            for sparsity, figure in looks.paths(part, results.landscape, ids)
+            for sparsity, figure in diagnostic_figures.loss_lines(section, results.loss_lines, ids)
         ]
-        if landscape
+        if diagnostics
         else [],
-        overlaps=looks.overlaps(part, results.overlap, ids) if landscape else None,
+        overlaps=diagnostic_figures.overlaps(section, results.overlaps, ids)
+        if diagnostics
+        else None,
     )
 
 
 def _prediction(
-    part: Section, name: str, claim: str, measured: str, found: list[Finding], margin: float,
+    section: Section, name: str, measured: str, found: list[Finding], margin: float,
     ids: Ids,
 ) -> Prediction:  # fmt: skip
     return Prediction(
         name=name,
-        claim=claim,
+        claim=wording.CLAIMS[name],
         measured=measured,
-        verdicts=summaries.verdict_table(part, found),
-        panels=forest.forest(part, found, measured, margin, ids),
+        verdicts=summaries.verdict_table(section, found),
+        panels=forest.forest(section, found, measured, margin, ids),
         table=summaries.change_table(found, name),
     )
 
 
-def _winners(part: Section) -> list[tuple[str, list[list[Any]]]]:
+def _winners(section: Section) -> list[tuple[str, list[list[Any]]]]:
     stages = [("Before fine-tuning", False)]
-    if part.p2:
+    if section.p2:
         stages.append(("After fine-tuning on the source", True))
     return [
         (
             title,
             [
-                [task, role, *(summaries.winner(part, task, s, after) for s in part.pruned_at)]
-                for task, role in part.tasks
+                [
+                    task,
+                    role,
+                    *(summaries.winner(section, task, s, after) for s in section.pruned_at),
+                ]
+                for task, role in section.tasks
             ],
         )
         for title, after in stages
@@ -168,13 +182,15 @@ def _winners(part: Section) -> list[tuple[str, list[list[Any]]]]:
 
 
 def _failure(results: Results, failure: Any) -> list[str]:
-    method = results.methods[failure.criterion, failure.rounds]
+    variant = results.variants[failure.criterion, failure.rounds]
     return [
-        failure.model, failure.source, method.label, wording.sparsity(failure.sparsity),
+        failure.model, failure.source, variant.label, wording.sparsity(failure.sparsity),
         str(failure.seed), failure.error or wording.NONE,
     ]  # fmt: skip
 
 
-def _swatch(method: Method, ids: Ids) -> str:
-    inner = '<path class="ln" d="M1 7H27"/>' + marker(method.index, 14, 7, 4)
-    return wrap(method_group(method.index, inner), 28, 14, method.label, "Mark in the figures", ids)
+def _swatch(variant: Variant, ids: Ids) -> str:
+    inner = '<path class="ln" d="M1 7H27"/>' + marker(variant.index, 14, 7, 4)
+    return wrap(
+        variant_group(variant.index, inner), 28, 14, variant.label, "Mark in the figures", ids
+    )

@@ -1,8 +1,8 @@
 """Means over seeds and their t-intervals.
 
-Seeds of one cell are independent draws (of calibration images, of the order of fine-tuning), so the
-mean over n seeds has a Student t-interval with n - 1 degrees of freedom. Differences are taken
-within a seed first: both sides have the same test images, heads and calibration images.
+Seeds are independent draws of the calibration images and of the order of fine-tuning, so the mean
+over n seeds has a Student t-interval with n - 1 degrees of freedom. Differences are taken within a
+seed first, with the same test images, heads and calibration images on both sides.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval of its confidence.
+    """A mean with its confidence interval.
 
     Attributes:
-        mean: of the values.
-        low: lower bound; None for one value, which says nothing about its spread.
-        high: upper bound; None for one value.
-        n: how many values.
+        mean: Mean of the values.
+        low: Lower bound; None for a single value.
+        high: Upper bound; None for a single value.
+        n: Number of values.
     """
 
     mean: float
@@ -31,19 +31,19 @@ class Interval:
     n: int
 
     def scaled(self, factor: float) -> Interval:
-        """Return the interval in another unit; `factor` is above 0."""
+        """Return the interval times a factor above 0."""
         low = None if self.low is None else self.low * factor
         high = None if self.high is None else self.high * factor
         return Interval(self.mean * factor, low, high, self.n)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean; the order of the values does not matter."""
+    """Return the mean, independent of the order of the values."""
     return math.fsum(values) / len(values)
 
 
 def median(values: Sequence[float]) -> float:
-    """Return the median; the mean of the middle two for an even number."""
+    """Return the median, the mean of the middle two for an even number of values."""
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
@@ -52,8 +52,8 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
     """Return the mean of `values` with its two-sided Student t-interval.
 
     Args:
-        values: one a seed, at least one.
-        confidence: probability that the interval covers the mean of the distribution.
+        values: One value per seed, at least one.
+        confidence: Probability that the interval covers the mean of the distribution.
     """
     n, middle = len(values), mean(values)
     if n < 2:
@@ -64,10 +64,10 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 
 
 def band(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
-    """Return what a figure draws: the t-interval, for two values the lesser and the greater.
+    """Return the interval to draw: the t-interval, or the range of two values.
 
-    With one degree of freedom the t-interval is 12.7 standard errors wide, so wide that a figure
-    shows nothing else.
+    With one degree of freedom the t-interval extends 12.7 standard errors to each side, too wide
+    for a figure.
     """
     if len(values) == 2:
         return Interval(mean(values), min(values), max(values), 2)
@@ -75,14 +75,14 @@ def band(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t with a whole number of degrees of freedom.
+    """Return the quantile of Student's t with an integer number of degrees of freedom.
 
     Args:
-        probability: above 0.5, below 1.
-        freedom: degrees of freedom, 1 or more.
+        probability: Probability, in (0.5, 1).
+        freedom: Degrees of freedom, at least 1.
 
     The central probability `P(|T| <= t)` is a finite sum in `θ = atan(t / √ν)` (Abramowitz and
-    Stegun, 26.7.3 and 26.7.4); it rises with θ, so that bisection finds θ.
+    Stegun, 26.7.3 and 26.7.4) that increases with θ, so θ is found by bisection.
     """
     target = 2 * probability - 1
     low, high = 0.0, math.pi / 2

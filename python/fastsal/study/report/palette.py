@@ -1,7 +1,7 @@
-"""Colours and marks of methods: told apart with any colour vision, on white and on black.
+"""Colors and marks of variants, distinguishable with any color vision, in light and dark mode.
 
-The colours follow Okabe and Ito, darkened or lightened until each has a contrast of 3:1 or more
-with its background; marks say the same a second time.
+The colors follow Okabe and Ito, darkened or lightened to a contrast of at least 3:1 with the
+background; each variant also has a mark of its own.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ DARK = {
     "c0": "#5db7f5", "c1": "#ff8c42", "c2": "#2fcb9b", "c3": "#e893c8", "c4": "#e3b341",
     "c5": "#a99cff", "c6": "#b8c0c8", "c7": "#8be0ff", "c8": "#d79a78", "c9": "#bccf45",
 }  # fmt: skip
-COLOURS = 10
+COLORS = 10
 MARKS = (
     "circle", "square", "triangle", "diamond", "down", "plus", "cross", "hexagon", "hourglass",
     "star",
 )  # fmt: skip
 
 
-def colour(index: int) -> str:
-    """Return the class of a method's colour."""
-    return f"c{index % COLOURS}"
+def color(index: int) -> str:
+    """Return the CSS class of the color of a variant."""
+    return f"c{index % COLORS}"
 
 
 def mark(index: int) -> str:
-    """Return a method's mark; methods that share a colour have other marks."""
-    return MARKS[(index + index // COLOURS) % len(MARKS)]
+    """Return the mark of a variant; variants of one color have different marks."""
+    return MARKS[(index + index // COLORS) % len(MARKS)]
 
 
-def concrete(css: str, colours: dict[str, str]) -> str:
-    """Put colours in the place of `var(--name)`, for readers of SVG that know no variables."""
-    for name, value in colours.items():
+def concrete(css: str, colors: dict[str, str]) -> str:
+    """Replace `var(--name)` by colors, for SVG renderers without support for variables."""
+    for name, value in colors.items():
         css = css.replace(f"var(--{name})", value)
     return css

@@ -1,4 +1,4 @@
-"""What a study ran on, and how to run it again."""
+"""Provenance of a study: command, versions, machine and data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastsal.study.report.results import Results, in_order
 
 
 def provenance(results: Results) -> list[tuple[str, str]]:
-    """Return `(what, value)` of command, versions, machine, seeds and data, where known."""
+    """Return `(name, value)` of command, versions, machine, seeds and data, where known."""
     facts = results.facts
     machine, versions = _table(facts, "machine"), _table(facts, "versions")
     found = [
@@ -20,23 +20,23 @@ def provenance(results: Results) -> list[tuple[str, str]]:
         ("machine", _machine(machine)),
         ("models", _models(results)),
         ("sources", ", ".join(in_order(r.source for r in results.rows))),
-        ("images of the statistics", _counts(r.samples for r in results.rows)),
+        ("calibration images", _counts(r.samples for r in results.rows)),
         ("tasks", ", ".join(_tasks(results))),
         ("seeds", ", ".join(str(s) for s in sorted({r.seed for r in results.rows}))),
         ("cells", _cells(results)),
-        ("time", f"{facts['seconds']:,.0f} s" if _number(facts.get("seconds")) else ""),
+        ("total time", f"{facts['seconds']:,.0f} s" if _number(facts.get("seconds")) else ""),
         ("fingerprint", str(facts.get("fingerprint") or "")),
     ]
     return [(name, value) for name, value in found if value]
 
 
 def command(results: Results) -> str:
-    """Return the command that reproduces the study; empty where the folder does not say."""
+    """Return the command that reproduces the study; empty if unknown."""
     return str(results.facts.get("command") or "")
 
 
 def settings_text(results: Results) -> str:
-    """Return the settings of the study as indented JSON; empty where the folder does not say."""
+    """Return the settings of the study as indented JSON; empty if unknown."""
     return json.dumps(results.settings, indent=1, ensure_ascii=False) if results.settings else ""
 
 
@@ -50,7 +50,7 @@ def _machine(machine: Mapping[str, Any]) -> str:
     if _number(machine.get("threads")):
         parts.append(wording.number(machine["threads"], "thread"))
     if _number(machine.get("memory_bytes")):
-        parts.append(f"{wording.size(machine['memory_bytes'])} of memory")
+        parts.append(f"{wording.size(machine['memory_bytes'])} memory")
     if machine.get("system"):
         parts.append(str(machine["system"]))
     return ", ".join(parts)
@@ -85,7 +85,7 @@ def _tasks(results: Results) -> list[str]:
 def _cells(results: Results) -> str:
     done = len({r.cell for r in results.rows})
     failed = len(results.failures)
-    return f"{done:,} done" + (f", {failed:,} failed" if failed else "")
+    return f"{done:,} finished" + (f", {failed:,} failed" if failed else "")
 
 
 def _counts(values: Any) -> str:

@@ -1,43 +1,50 @@
-"""The folder of a study's results, read into typed rows and checked."""
+"""Read and validate the results folder of a study."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.study.report.tables import column, read_records, read_rows
-
-FORMAT = 1
-SOURCE, TRANSFER = "source", "transfer"
-DENSE_PRUNED, PRUNED_TUNED = "dense-pruned", "pruned-tuned"
+from fastsal.study.folder_format import (
+    DENSE_PRUNED,
+    DONE,
+    FAILED,
+    FORMAT,
+    PRUNED_TUNED,
+    SOURCE,
+    STUDY_FILE,
+    TRANSFER,
+)
+from fastsal.study.report.csv_rows import column, read_records, read_rows
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell and task; accuracies are top-1, 0 to 1. `None` is an empty field."""
+    """Result of one cell on one task; accuracies are top-1, 0 to 1; None is an empty field."""
 
     cell: str
     model: str
     source: str
     criterion: str
     rounds: int
-    sparsity: float = column(share=True)
+    sparsity: float = column(fraction=True)
     seed: int = column()
     task: str = column()
     role: str = column(choices=(SOURCE, TRANSFER))
-    dense: float = column(share=True)
-    pruned: float = column(share=True)
-    tuned: float | None = column(share=True)
+    dense: float = column(fraction=True)
+    pruned: float = column(fraction=True)
+    tuned: float | None = column(fraction=True)
     head: str | None = column(optional=True)
     samples: int | None = column(optional=True)
     damping: float | None = column(optional=True)
-    sparsity_reached: float | None = column(share=True, optional=True)
+    sparsity_reached: float | None = column(fraction=True, optional=True)
     predicted_increase: float | None = column(optional=True)
     measured_increase: float | None = column(optional=True)
     classes: int | None = column(optional=True)
@@ -52,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that failed, and why in one line."""
+    """A failed cell with its error in one line."""
 
     cell: str
     model: str
@@ -66,13 +73,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class Layer:
-    """How many weights of a layer went in a cell; `position` is its order in the network."""
+    """Number of pruned weights of a layer in a cell; `position` is its index in the network."""
 
     model: str
     source: str
     criterion: str
     rounds: int
-    sparsity: float = column(share=True)
+    sparsity: float = column(fraction=True)
     seed: int = column()
     position: int = column()
     layer: str = column()
@@ -81,26 +88,26 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Landscape:
-    """Loss (nats) and accuracy of a task at `t`, 0 to 1, of the line between two models."""
+class LossLine:
+    """Loss (nats) and accuracy at position `t`, 0 to 1, on the line between two states."""
 
     model: str
     source: str
     criterion: str
     rounds: int
-    sparsity: float = column(share=True)
+    sparsity: float = column(fraction=True)
     seed: int = column()
     task: str = column()
     role: str = column(choices=(SOURCE, TRANSFER))
     path: str = column(choices=(DENSE_PRUNED, PRUNED_TUNED))
-    t: float = column(share=True)
+    t: float = column(fraction=True)
     loss: float | None = column()
     accuracy: float | None = column()
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Overlap of the Fishers of the source and of a task in one layer, 0 to 1."""
+    """Overlap of the Fisher statistics of the source and of a task in one layer, 0 to 1."""
 
     model: str
     source: str
@@ -113,8 +120,8 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A criterion in so many rounds; `index` is its place and colour on the page."""
+class Variant:
+    """A criterion with a number of rounds; `index` is its position and color on the page."""
 
     criterion: str
     rounds: int
@@ -122,20 +129,20 @@ class Method:
     index: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
-    """What a study's folder holds.
+    """Content of the results folder of a study.
 
     Attributes:
-        folder: where it is.
-        name: of the study.
-        facts: `study.json`.
-        rows: of cells that are done.
-        failures: cells that are not.
-        layers: where the zeros went.
-        landscape: losses along lines; empty where they were not asked for.
-        overlap: of Fishers; empty where they were not asked for.
-        methods: `{(criterion, rounds): method}`, in the order of the study.
+        folder: Path of the folder.
+        name: Name of the study.
+        facts: Content of `study.json`.
+        rows: Rows of finished cells.
+        failures: Failed cells.
+        layers: Pruned weights per layer.
+        loss_lines: Losses along lines; empty if not measured.
+        overlaps: Fisher overlaps; empty if not measured.
+        variants: `{(criterion, rounds): variant}`, in the order of the study.
     """
 
     folder: Path
@@ -144,44 +151,55 @@ class Results:
     rows: list[Row]
     failures: list[Failure]
     layers: list[Layer] = field(default_factory=list)
-    landscape: list[Landscape] = field(default_factory=list)
-    overlap: list[Overlap] = field(default_factory=list)
-    methods: dict[tuple[str, int], Method] = field(default_factory=dict)
+    loss_lines: list[LossLine] = field(default_factory=list)
+    overlaps: list[Overlap] = field(default_factory=list)
+    variants: dict[tuple[str, int], Variant] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Results({self.name!r}, {len(self.rows)} rows, {len(self.failures)} failures, "
+            f"{len(self.variants)} variants)"
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The study as it was asked for; empty where the folder does not say."""
+        """Settings of the study; empty if the folder does not have them."""
         found = self.facts.get("settings") or self.facts.get("identity")
         return found if isinstance(found, dict) else {}
 
     def prunable(self, model: str) -> int | None:
-        """Return the number of prunable weights of a model, where the folder says it."""
+        """Return the number of prunable weights of a model; None if the folder does not have it."""
         try:
             return int(self.facts["models"][model]["prunable"])
         except (KeyError, TypeError, ValueError):
             return None
 
 
-def read_results(folder: Path) -> Results:
+def read_results(folder: str | os.PathLike[str]) -> Results:
     """Read the results of `fastsal sweep` or `fastsal transfer`.
 
+    Args:
+        folder: Results folder.
+
     Raises:
-        InvalidArgument: the folder holds something else; says what is missing.
-        FileFormatError: a file in it is damaged, or of another format; names file, line and column.
+        InvalidArgument: The folder is not a results folder; the message names what is missing.
+        FileFormatError: A file is damaged or has another format; the message names file, line and
+            column.
     """
+    folder = Path(folder)
     _check_kind(folder)
-    facts = _read_facts(folder / "study.json")
+    facts = _read_facts(folder / STUDY_FILE)
     path = folder / "results.csv"
     rows = read_rows(path, Row, skip=_failed)
     failures = read_rows(path, Failure, skip=lambda record: not _failed(record))
     statuses = read_records(path, ["study", "status"])
     for line, record in statuses:
-        if record["status"] not in ("done", "failed"):
+        if record["status"] not in (DONE, FAILED):
             raise FileFormatError(
-                f"{path}, line {line}, status: got {record['status']!r}; takes done or failed"
+                f"{path}, line {line}: status must be {DONE} or {FAILED}, got {record['status']!r}"
             )
     if not statuses:
-        raise FileFormatError(f"{path}: holds no row; the study has no finished cell yet")
+        raise FileFormatError(f"{path}: no rows; the study has no finished cell")
     _check_once(path, rows)
     return Results(
         folder=folder,
@@ -190,9 +208,9 @@ def read_results(folder: Path) -> Results:
         rows=rows,
         failures=failures,
         layers=_optional(folder / "layers.csv", Layer),
-        landscape=_optional(folder / "landscape.csv", Landscape),
-        overlap=_optional(folder / "overlap.csv", Overlap),
-        methods=_methods(facts, [*rows, *failures]),
+        loss_lines=_optional(folder / "loss_line.csv", LossLine),
+        overlaps=_optional(folder / "overlap.csv", Overlap),
+        variants=_variants(facts, [*rows, *failures]),
     )
 
 
@@ -202,24 +220,24 @@ def in_order(found: Iterable[Key]) -> list[Key]:
 
 
 def _failed(record: dict[str, str]) -> bool:
-    return record.get("status") == "failed"
+    return record.get("status") == FAILED
 
 
 def _check_kind(folder: Path) -> None:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise InvalidArgument(f"dir: {folder} {what}; takes a folder of a study's results")
-    missing = [n for n in ("study.json", "results.csv") if not (folder / n).is_file()]
+        raise InvalidArgument(f"dir must be the results folder of a study; {folder} {what}")
+    missing = [n for n in (STUDY_FILE, "results.csv") if not (folder / n).is_file()]
     if not missing:
         return
-    message = f"dir: {folder} is no folder of a study's results: it holds no {missing[0]}"
+    message = f"dir must be the results folder of a study; {folder} has no {missing[0]}"
     if (folder / "masks.safetensors").is_file():
         message += (
-            "; it is a run of `fastsal prune`, whose numbers are in its report.json. "
-            "A study comes from `fastsal transfer` or `fastsal sweep`"
+            ". It is the output of `fastsal prune`, with results in report.json; "
+            "`fastsal transfer` and `fastsal sweep` write results folders"
         )
     elif missing == ["results.csv"]:
-        message += "; the study has not come to its end: the same command goes on with it"
+        message += ". The study has not finished; rerun its command to resume it"
     raise InvalidArgument(message)
 
 
@@ -227,10 +245,10 @@ def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileFormatError(f"{path}: is no JSON ({error})") from None
+        raise FileFormatError(f"{path}: not valid JSON ({error})") from None
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != FORMAT:
-        raise FileFormatError(f"{path}: got format {found!r}; takes {FORMAT}")
+        raise FileFormatError(f"{path}: format must be {FORMAT}, got {found!r}")
     result: dict[str, Any] = facts
     return result
 
@@ -240,17 +258,17 @@ def _optional(path: Path, kind: type[Key]) -> list[Key]:
 
 
 def _check_once(path: Path, rows: list[Row]) -> None:
-    """A task that stands twice in a cell would weigh twice in every mean."""
+    """Check for duplicate rows, which would count twice in every mean."""
     seen: set[tuple[Any, ...]] = set()
     for row in rows:
         point = (row.model, row.source, row.criterion, row.rounds, row.sparsity, row.seed, row.task)
         if point in seen:
-            raise FileFormatError(f"{path}: task {row.task!r} stands twice in cell {row.cell!r}")
+            raise FileFormatError(f"{path}: task {row.task!r} is duplicated in cell {row.cell!r}")
         seen.add(point)
 
 
-def _methods(facts: dict[str, Any], rows: list[Any]) -> dict[tuple[str, int], Method]:
-    """Order methods as the study lists its criteria; name the rounds where they differ."""
+def _variants(facts: dict[str, Any], rows: list[Any]) -> dict[tuple[str, int], Variant]:
+    """Order variants as the study lists its criteria; labels name rounds where they differ."""
     found = in_order((row.criterion, row.rounds) for row in rows)
     settings = facts.get("settings")
     listed = settings.get("criteria", []) if isinstance(settings, dict) else []
@@ -258,10 +276,10 @@ def _methods(facts: dict[str, Any], rows: list[Any]) -> dict[tuple[str, int], Me
     place = {name: i for i, name in enumerate(names)}
     found.sort(key=lambda key: (place.get(key[0], len(place)), key[0] if place else "", key[1]))
     several = {c for c in {k[0] for k in found} if sum(k[0] == c for k in found) > 1}
-    methods = {}
+    variants = {}
     for i, (criterion, rounds) in enumerate(found):
         label = criterion
         if criterion in several:
             label += f", {rounds} round{'s' if rounds > 1 else ''}"
-        methods[criterion, rounds] = Method(criterion, rounds, label, i)
-    return methods
+        variants[criterion, rounds] = Variant(criterion, rounds, label, i)
+    return variants

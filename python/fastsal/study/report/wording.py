@@ -1,21 +1,29 @@
-"""Numbers and sentences of a report, the same in HTML and in Markdown. Plain text, not escaped."""
+"""Numbers and sentences of a report, shared by HTML and Markdown; plain text, not escaped."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
+from fastsal.study.folder_format import SOURCE, TRANSFER
 from fastsal.study.report.findings import HELD, NOT_HELD, OPEN, UNKNOWN, Finding, Section, pooled
 from fastsal.study.report.intervals import Interval
-from fastsal.study.report.results import SOURCE, TRANSFER, Results, in_order
+from fastsal.study.report.results import Results, in_order
 
 PAPER = "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
 PAPER_URL = "https://arxiv.org/abs/2509.24066"
 NONE = "–"
+# The predictions in full, and in short.
+CLAIMS = {
+    "P1": "pruning on the source preserves accuracy on the source and on unseen tasks",
+    "P2": "fine-tuning on the source raises accuracy on the source and does not lower it on unseen "
+    "tasks",
+}
+SHORT_CLAIMS = {"P1": "pruning preserves accuracy", "P2": "fine-tuning raises accuracy"}
 
 
 def points(value: float | None) -> str:
-    """Write a difference in points with its sign and two decimals."""
+    """Format a difference in percentage points, with sign and two decimals."""
     if value is None:
         return NONE
     text = f"{value:+.2f}"
@@ -23,7 +31,7 @@ def points(value: float | None) -> str:
 
 
 def bounds(interval: Interval | None) -> str:
-    """Write a difference and its interval: `−0.40 [−0.90, +0.10]`."""
+    """Format a difference with its interval, as in `−0.40 [−0.90, +0.10]`."""
     if interval is None:
         return NONE
     if interval.low is None:
@@ -32,24 +40,24 @@ def bounds(interval: Interval | None) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share, 0 to 1, in per cent."""
+    """Format a fraction, 0 to 1, in percent without the sign."""
     return NONE if share is None else f"{100 * share:.{digits}f}"
 
 
 def sparsity(share: float) -> str:
-    """Write a sparsity: `90 %`, `97.5 %`, not broken before the sign."""
-    return f"{100 * share:.6g}\u00a0%"
+    """Format a sparsity, 0 to 1, as in `90%` and `97.5%`."""
+    return f"{100 * share:.6g}%"
 
 
 def short(value: float | None) -> str:
-    """Write a number with three digits, a large one in full."""
+    """Format a number with three digits, or without decimals from 100."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}".replace("-", "−")
 
 
 def size(count: float | None) -> str:
-    """Write a number of bytes in KiB, MiB or GiB, three digits."""
+    """Format a number of bytes in KiB, MiB or GiB, with three digits."""
     if not count:
         return NONE if count is None else "0"
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
@@ -59,170 +67,180 @@ def size(count: float | None) -> str:
 
 
 def number(count: int, one: str, many: str | None = None) -> str:
-    """Write a count and its noun."""
+    """Format a count with its noun."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def listing(names: Sequence[str], most: int = 8) -> str:
-    """Write names in a sentence; a long list is cut and says so."""
+    """Join names for a sentence; a long list is shortened."""
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def what_was_done(results: Results, parts: Sequence[Section]) -> str:
-    """Say in one sentence what the study did, from its rows."""
-    if not parts:
-        return f"No cell of the study came to its end; {number(len(results.failures), 'failed')}."
+def what_was_done(results: Results, sections: Sequence[Section]) -> str:
+    """Describe what the study did, from its rows."""
+    if not sections:
+        return f"No cell of the study finished; {number(len(results.failures), 'cell')} failed."
     rows = results.rows
     models = []
     for name in in_order(r.model for r in rows):
         known = results.prunable(name)
         models.append(f"{name} ({known:,} prunable weights)" if known else name)
     levels = sorted({r.sparsity for r in rows})
-    span = sparsity(levels[0])
+    span = f"{sparsity(levels[0])} sparsity"
     if len(levels) > 1:
-        span = f"{len(levels)} sparsities from {span} to {sparsity(levels[-1])}"
+        span = f"{len(levels)} sparsities from {sparsity(levels[0])} to {sparsity(levels[-1])}"
     criteria = number(len({r.criterion for r in rows}), "criterion", "criteria")
     rounds = sorted({r.rounds for r in rows})
     if len(rounds) > 1:
-        criteria += f", in {listing([str(r) for r in rounds])} rounds,"
+        criteria += f" in {listing([str(r) for r in rounds])} rounds"
     seeds = len({r.seed for r in rows})
-    sources = in_order(p.source for p in parts)
+    sources = in_order(s.source for s in sections)
     transfer = in_order(r.task for r in rows if r.role == TRANSFER)
     own = in_order(r.task for r in rows if r.role == SOURCE)
-    tuned = any(p.p2 for p in parts)
-    text = (
-        f"{listing(models)} {'was' if len(models) == 1 else 'were'} pruned to {span} by "
-        f"{criteria} that saw images of {listing(sources)} alone ({number(seeds, 'seed')}), "
-        "and top-1 accuracy was measured on "
-    )
-    if len(sources) == 1:
-        text += f"{listing(own)} and on {number(len(transfer), 'task')} that pruning never saw"
-        text += f" ({listing(transfer)})" if transfer else ""
+    tuned = any(s.p2 for s in sections)
+    images = f"images of {sources[0]} only"
+    if len(sources) > 1:
+        images = f"images of one of {len(sources)} sources ({listing(sources)})"
+    if len(sources) > 1:
+        tasks = number(len({*own, *transfer}), "task")
+    elif transfer:
+        unseen = number(len(transfer), "unseen task")
+        tasks = f"the source ({listing(own)}) and {unseen} ({listing(transfer)})"
     else:
-        text += f"{number(len(set(own) | set(transfer)), 'task')}, the source's and the others"
-    stage = "before and after fine-tuning on the source" if tuned else "without any training after"
-    return f"{text}, {stage}."
+        tasks = f"the source ({listing(own)})"
+    stage = "before and after fine-tuning on the source" if tuned else "without fine-tuning"
+    return (
+        f"{listing(models)} {'was' if len(models) == 1 else 'were'} pruned to {span} with "
+        f"{criteria}, using {images}, with {number(seeds, 'seed')}. Top-1 accuracy was measured "
+        f"on {tasks}, {stage}."
+    )
 
 
 def limit(margin: float) -> str:
-    """Write the least change that counts as kept."""
+    """Format the smallest change that counts as kept."""
     return f"−{margin:g} {'point' if margin == 1 else 'points'}" if margin else "0"
 
 
 def rule(margin: float, tuned: bool) -> list[str]:
-    """Say exactly when a prediction counts as held."""
+    """Return the decision rule of the predictions, one paragraph per item."""
     lines = [
-        "A difference is taken within a seed, between accuracies on the same test images; transfer "
-        "is the mean over the tasks that pruning never saw. Over seeds: mean and 95 % Student "
-        "t-interval (n − 1 degrees of freedom), each interval by itself, with no correction for "
-        "their number.",
-        f"P1 (pruned − dense): a side is kept where its whole interval is at or above "
-        f"{limit(margin)}, dropped where it is not kept and the whole interval is below 0, "
-        "otherwise open. P1 held where source and transfer are kept, and did not hold where either "
-        "dropped.",
+        "Differences are taken within a seed, between accuracies on the same test images. Source "
+        "is the mean over the tasks of the source, transfer the mean over unseen tasks. Means and "
+        "95% Student t-intervals (n − 1 degrees of freedom) are over seeds. The intervals are not "
+        "corrected for multiple comparisons.",
+        "P1 (pruned − dense): source or transfer is kept if its whole interval is at or above "
+        f"{limit(margin)}, dropped if it is not kept and its whole interval is below 0, and "
+        "inconclusive otherwise. P1 held if both are kept, and did not hold if either is dropped.",
     ]
     if tuned:
         lines.append(
-            "P2 (fine-tuned − pruned): the source is raised where its whole interval is above 0, "
-            "not raised where it is at or below 0, otherwise open. Transfer is raised where its "
-            f"whole interval is above 0, not lowered where it is at or above {limit(margin)}, "
-            "lowered where it is neither and the whole interval is below 0, otherwise open. P2 "
-            "held where the source is raised and transfer not lowered (or raised); it did not hold "
-            "where the source is not raised or transfer is lowered."
+            "P2 (fine-tuned − pruned): the source is raised if its whole interval is above 0, not "
+            "raised if its whole interval is at or below 0, and inconclusive otherwise. Transfer "
+            "is raised if its whole interval is above 0, not lowered if it is at or above "
+            f"{limit(margin)}, lowered if it is neither and its whole interval is below 0, and "
+            "inconclusive otherwise. P2 held if the source is raised and transfer is raised or not "
+            "lowered; it did not hold if the source is not raised or transfer is lowered."
         )
     lines.append(
-        "One seed gives no interval, and no verdict. Intervals cover the draw of calibration "
-        "images and the order of training; they do not cover the draw of test images, which are "
-        "the same throughout. An interval of no width: every seed came to the same number."
+        "A single seed gives no interval and no verdict. Intervals cover the draw of calibration "
+        "images and the order of training, not the draw of test images, which are the same for all "
+        "seeds. An interval of zero width means that all seeds gave the same value."
     )
     return lines
 
 
 def brief_rule(margin: float, tuned: bool) -> str:
-    """Say in short what the verdicts mean."""
+    """Return a short version of the decision rule."""
     text = (
-        f"In brackets: 95 % t-intervals over seeds. P1 held: the intervals of source and of "
-        f"transfer are both at or above {limit(margin)}."
+        "Brackets: 95% t-intervals over seeds. P1 held: the intervals of source and transfer are "
+        f"at or above {limit(margin)}."
     )
     if tuned:
         text += (
-            " P2 held: the interval of the source is above 0, that of transfer at or above "
+            " P2 held: the interval of the source is above 0, and that of transfer is at or above "
             f"{limit(margin)}."
         )
-    return f"{text} Open: the interval allows both answers."
+    return f"{text} Inconclusive: the interval allows either answer."
 
 
-def seed_note(part: Section) -> str:
-    """Say what it means for intervals that there are one or two seeds; empty with more."""
-    text = number(len(part.seeds), "seed")
-    if len(part.seeds) == 1:
-        return f"{text}: numbers come without an interval, and nothing can be called held."
-    if len(part.seeds) == 2:
-        return f"{text}: t-intervals are 12.7 standard errors wide; figures show the range instead."
+def seed_note(section: Section) -> str:
+    """Explain the intervals of one or two seeds; empty with more seeds."""
+    text = number(len(section.seeds), "seed")
+    if len(section.seeds) == 1:
+        return f"{text}: values have no interval, and predictions have no verdict."
+    if len(section.seeds) == 2:
+        return (
+            f"{text}: t-intervals extend 12.7 standard errors to each side; figures show the range "
+            "instead."
+        )
     return ""
 
 
 def count_sentence(found: Sequence[Finding], name: str) -> str:
-    """Say in how many points of the grid a prediction held, was open, did not hold."""
+    """Count the combinations in which a prediction held, did not hold or is inconclusive."""
     counts = Counter(f.verdict for f in found)
     total = len(found)
     if counts[UNKNOWN] == total:
-        return f"{name}: one seed, no interval, no verdict."
-    parts = [f"held at {counts[HELD]} of {number(total, 'point')} of the grid"]
-    parts += [f"{text} at {counts[v]}" for v, text in ((NOT_HELD, NOT_HELD), (OPEN, "is open"))
-              if counts[v]]  # fmt: skip
+        return f"{name}: no verdict, as there is only one seed."
+    clauses = [f"held at {counts[HELD]} of {number(total, 'combination')} (criterion × sparsity)"]
+    clauses += [f"{verdict} at {counts[verdict]}" for verdict in (NOT_HELD, OPEN)
+                if counts[verdict]]  # fmt: skip
     rest = total - counts[HELD] - counts[NOT_HELD] - counts[OPEN]
     if rest:
-        parts.append(f"has no verdict at {rest}")
-    return f"{name} {', '.join(parts)} (criterion × sparsity)."
+        clauses.append(f"no verdict at {rest}")
+    return f"{name} ({SHORT_CLAIMS[name]}): {', '.join(clauses)}."
 
 
 def change_text(finding: Finding) -> str:
-    """Write a change: method, source and transfer with their intervals."""
+    """Format a change: variant, source and transfer with their intervals."""
     c = finding.change
-    return f"{c.method.label} (source {bounds(c.source)}, transfer {bounds(c.transfer)} points)"
+    return f"{c.variant.label} (source {bounds(c.source)}, transfer {bounds(c.transfer)} points)"
 
 
-def pruning_sentence(part: Section) -> str:
-    """Say how far P1 reached; where it held nowhere, where it came nearest."""
-    held = [f for f in part.p1 if f.verdict == HELD]
+def pruning_sentence(section: Section) -> str:
+    """Name the highest sparsity at which P1 held, or else the smallest drop."""
+    held = [f for f in section.p1 if f.verdict == HELD]
     if held:
         top = max(f.change.sparsity for f in held)
         best = [change_text(f) for f in held if f.change.sparsity == top]
         return f"Highest sparsity at which P1 held: {sparsity(top)}, with {listing(best, 3)}."
-    sized = [(min(i.mean for i in (f.change.source, f.change.transfer) if i), f) for f in part.p1]
+    sized = [
+        (min(i.mean for i in (f.change.source, f.change.transfer) if i), f) for f in section.p1
+    ]
     if not sized:
         return ""
     nearest = max(sized, key=lambda pair: pair[0])[1]
-    return f"Smallest drop: at {sparsity(nearest.change.sparsity)}, {change_text(nearest)}."
+    return (
+        f"Smallest accuracy drop, at {sparsity(nearest.change.sparsity)}: {change_text(nearest)}."
+    )
 
 
 def pooled_sentence(found: Sequence[Finding], what: str) -> str:
-    """Say the mean change over the whole grid."""
+    """Describe the mean change over the grid."""
     count, source, transfer = pooled(found)
     seeds = max((i.n for i in (source, transfer) if i is not None), default=0)
     return (
-        f"{what}, mean over {number(count, 'point')} of the grid: source {bounds(source)}, "
+        f"{what}, mean over {number(count, 'combination')}: source {bounds(source)}, "
         f"transfer {bounds(transfer)} points ({number(seeds, 'seed')})."
     )
 
 
-def findings_of(part: Section) -> list[str]:
-    """Return the measured findings of one model and source, the first ones first."""
+def findings_of(section: Section) -> list[str]:
+    """Return the findings on one model and source as sentences."""
     lines = []
-    if part.p1:
-        lines.append(count_sentence(part.p1, "P1"))
-        lines.append(pruning_sentence(part))
-    if part.p2:
-        lines.append(count_sentence(part.p2, "P2"))
-        lines.append(pooled_sentence(part.p2, "Fine-tuning on the source"))
-    if part.control is not None:
+    if section.p1:
+        lines.append(count_sentence(section.p1, "P1"))
+        lines.append(pruning_sentence(section))
+    if section.p2:
+        lines.append(count_sentence(section.p2, "P2"))
+        lines.append(pooled_sentence(section.p2, "Change by fine-tuning on the source"))
+    if section.control is not None:
         lines.append(
-            f"For comparison, fine-tuning the dense model: source {bounds(part.control.source)}, "
-            f"transfer {bounds(part.control.transfer)} points."
+            f"Change by fine-tuning the dense model: source {bounds(section.control.source)}, "
+            f"transfer {bounds(section.control.transfer)} points."
         )
-    if part.p1 and not part.p2:
-        lines.append("P2: not measured, the study has no fine-tuning.")
+    if section.p1 and not section.p2:
+        lines.append("P2: not measured; the study has no fine-tuning.")
     return [line for line in lines if line]

@@ -1,4 +1,4 @@
-"""Read the settings of a study from TOML."""
+"""Read and validate the settings of a study from TOML."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from typing import Any
 from fastsal.errors import InvalidArgument
 from fastsal.study.settings.fields import Reader
 from fastsal.study.settings.schema import (
-    CORRUPTIONS,
-    HEADS,
-    SAVES,
     CriterionSettings,
+    DiagnosticsSettings,
     FinetuneSettings,
-    LandscapeSettings,
     ModelSettings,
     SourceSettings,
     SplitSettings,
@@ -24,7 +21,15 @@ from fastsal.study.settings.schema import (
     TaskSettings,
 )
 from fastsal.study.settings.toml_lines import read_toml
-from fastsal.utils.choices import CURVATURES
+from fastsal.utils.choices import (
+    CORRUPTION_KINDS,
+    CRITERION_NAMES,
+    CURVATURES,
+    HEAD_KINDS,
+    SAVED,
+    SCHEDULES,
+    SCOPES,
+)
 
 
 def load_study(
@@ -33,13 +38,14 @@ def load_study(
     """Read a study from a TOML file.
 
     Args:
-        path: the file.
-        root: the folder that data and weights are below; None takes the file's own `root`, which is
-            below the file's folder, or that folder.
+        path: Path of the file.
+        root: Folder that paths of data and weights are relative to; None uses the key `root` of
+            the file, relative to its folder, or the folder itself.
 
     Raises:
-        InvalidArgument: an unknown key or a value that is not taken; says which key, in which line.
-        FileFormatError: it is no TOML.
+        InvalidArgument: The file does not exist, a key is unknown, or a value is invalid; the
+            message names the key and its line.
+        FileFormatError: The file is not valid TOML.
     """
     path = Path(path)
     table, lines = read_toml(path)
@@ -49,16 +55,25 @@ def load_study(
 def study_of(
     top: Reader, folder: Path = Path(), root: str | os.PathLike[str] | None = None
 ) -> Study:
-    """Check settings and make a study of them; see `load_study`."""
+    """Validate settings and return them as a study.
+
+    Args:
+        top: The top-level table.
+        folder: Folder that paths of model files are relative to.
+        root: Folder that paths of data and weights are relative to, as for `load_study`.
+
+    Raises:
+        InvalidArgument: A key is unknown or a value is invalid.
+    """
     top.only(
         "name", "root", "sparsities", "seeds", "rounds", "samples", "block_size", "batch_size",
         "head", "ridge", "save", "models", "tasks", "sources", "criteria", "split", "finetune",
-        "landscape",
+        "diagnostics",
     )  # fmt: skip
     own_root = folder / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
     samples = top.optional_count("samples")
-    sparsities, seeds = top.shares("sparsities"), top.counts("seeds", [0])
+    sparsities, seeds = top.fractions("sparsities"), top.counts("seeds", [0])
     return Study(
         name=top.text("name"),
         models=_named(top, "models", _model),
@@ -70,14 +85,14 @@ def study_of(
         rounds=tuple(top.counts("rounds", [1], least=1)),
         block_size=top.count("block_size", 64),
         batch_size=top.count("batch_size", 64),
-        head=top.choice("head", HEADS, "ridge"),
-        ridge=top.number("ridge", 0.1, lambda v: v >= 0, "a number, 0 or more"),
-        save=top.choice("save", SAVES, "none"),
+        head=top.choice("head", HEAD_KINDS, "ridge"),
+        ridge=top.number("ridge", 0.1, least=0),
+        save=top.choice("save", SAVED, "none"),
         split=_split(top.within("split")),
         finetune=_finetune(top.within("finetune")) if "finetune" in top.table else None,
-        landscape=(
-            _landscape(top.within("landscape"), sparsities, seeds)
-            if "landscape" in top.table
+        diagnostics=(
+            _diagnostics(top.within("diagnostics"), sparsities, seeds)
+            if "diagnostics" in top.table
             else None
         ),
         root=Path(root).absolute() if root is not None else own_root,
@@ -88,12 +103,12 @@ def study_of(
 def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
     tables = top.tables(key)
     if not tables:
-        raise top.error(key, f"is missing; takes one or more tables, [[{key}]]")
+        raise top.error(key, f"is missing; at least one table [[{key}]] is required")
     found: list[Any] = []
     for reader in tables:
         item = read(reader)
         if item.name in [other.name for other in found]:
-            raise reader.error("name", f"{item.name!r} stands twice in [[{key}]]")
+            raise reader.error("name", f"must be unique in [[{key}]], got {item.name!r} twice")
         found.append(item)
     return tuple(found)
 
@@ -121,13 +136,13 @@ def _task(r: Reader) -> TaskSettings:
         or not all(isinstance(c, (str, int)) and not isinstance(c, bool) for c in classes)
         or len(set(classes)) != len(classes)
     ):
-        raise r.error("classes", f"got {classes!r}; takes two or more names or numbers, each once")
+        raise r.error("classes", f"must be two or more distinct names or indices, got {classes!r}")
     return TaskSettings(
         name=r.text("name"),
         data=r.text("data"),
         test=r.optional_text("test"),
         classes=None if classes is None else tuple(classes),
-        head=r.choice("head", HEADS, "") if "head" in r.table else None,
+        head=r.choice("head", HEAD_KINDS, None) if "head" in r.table else None,
         images=r.optional_count("images"),
         test_images=r.optional_count("test_images"),
     )
@@ -139,36 +154,30 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
     )  # fmt: skip
     given = r.table.get("tasks")
     if isinstance(given, Mapping):
-        weights = {
-            name: r.within("tasks").number(name, None, lambda v: v > 0, "a weight above 0")
-            for name in given
-        }
+        weights = {name: r.within("tasks").number(name, None, above=0) for name in given}
     else:
         weights = dict.fromkeys(r.names("tasks"), 1.0)
     for name in weights:
         if name not in tasks:
-            raise r.error("tasks", f"there is no task {name!r}; takes {', '.join(tasks)}")
+            raise r.error("tasks", f"must be among {', '.join(tasks)}, got {name!r}")
     if not weights:
-        raise r.error("tasks", "is empty; takes one or more tasks")
+        raise r.error("tasks", "must hold at least one task")
     decay = None
     if "decay" in r.table:
-        decay = r.number("decay", None, lambda v: 0 < v <= 1, "a number above 0, to 1")
+        decay = r.number("decay", None, above=0, most=1)
         if len(weights) < 2 or isinstance(given, Mapping):
-            raise r.error("decay", "is for a list of two or more tasks, in the order they came")
+            raise r.error("decay", "requires a list of two or more tasks, in order of arrival")
     corruption = None
     if "corruption" in r.table:
-        corruption = r.choice("corruption", CORRUPTIONS, "")
-    severity = r.count("severity", 3)
-    if severity > 5:
-        raise r.error("severity", f"got {severity}; takes 1 to 5")
+        corruption = r.choice("corruption", CORRUPTION_KINDS, None)
     return SourceSettings(
         name=r.text("name", " + ".join(weights)),
         tasks=weights,
         samples=r.optional_count("samples") or samples,
         curvature=r.choice("curvature", CURVATURES, "empirical"),
         corruption=corruption,
-        severity=severity,
-        imbalance=r.number("imbalance", 1.0, lambda v: 0 < v <= 1, "a ratio above 0, to 1"),
+        severity=r.count("severity", 3, most=5),
+        imbalance=r.number("imbalance", 1.0, above=0, most=1),
         decay=decay,
     )
 
@@ -181,17 +190,17 @@ def _criterion(r: Reader) -> CriterionSettings:
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
         "pattern",
     )  # fmt: skip
-    criterion = r.choice("criterion", tuple(CRITERIA), "")
+    criterion = r.choice("criterion", CRITERION_NAMES, None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
     if "damping" in r.table:
         try:
             parsed = parse_damping(r.table["damping"], auto=True)
         except InvalidArgument as error:
-            raise r.error("damping", str(error)) from None
+            raise r.error("damping", str(error).removeprefix("damping ")) from None
         damping = parsed if isinstance(parsed, (str, float)) else str(parsed)
-    # A criterion that goes with compensation by itself is called by its name alone.
-    name = criterion
+    # The name mentions compensation only where it differs from the default of the criterion.
+    name: str = criterion
     if compensate != CRITERIA[criterion].needs_damping:
         name += " + compensation" if compensate else " alone"
     curvature = r.choice("curvature", CURVATURES, "empirical") if "curvature" in r.table else None
@@ -205,9 +214,9 @@ def _criterion(r: Reader) -> CriterionSettings:
         try:
             Pattern.parse(pattern)
         except InvalidArgument as error:
-            raise r.error("pattern", str(error)) from None
+            raise r.error("pattern", f"is invalid ({error})") from None
         if rounds not in (None, (1,)):
-            raise r.error("rounds", "takes 1 with a pattern")
+            raise r.error("rounds", f"must be [1] with a pattern, got {list(rounds or [])}")
         rounds = (1,)
     return CriterionSettings(
         name=r.text("name", name),
@@ -216,8 +225,8 @@ def _criterion(r: Reader) -> CriterionSettings:
         damping=damping,
         curvature=curvature,
         rounds=rounds,
-        scope=r.choice("scope", ("global", "layer", "erk"), "global"),
-        floor=r.share("floor", 0.0),
+        scope=r.choice("scope", SCOPES, "global"),
+        floor=r.number("floor", 0.0, least=0, most=1),
         pattern=pattern,
     )
 
@@ -225,14 +234,13 @@ def _criterion(r: Reader) -> CriterionSettings:
 def _split(r: Reader) -> SplitSettings:
     r.only("prune", "fit", "tune", "test", "seed")
     own = SplitSettings()
-    shares = {
-        name: r.number(name, getattr(own, name), lambda v: 0 < v < 1, "a share between 0 and 1")
-        for name in ("prune", "fit", "tune", "test")
-    }
+    names = [f.name for f in dataclasses.fields(own) if f.name != "seed"]
+    shares = {name: r.number(name, getattr(own, name), above=0, below=1) for name in names}
     total = shares["prune"] + shares["fit"] + shares["tune"]
     if abs(total - 1) > 1e-9:
         raise r.error(
-            next(iter(r.table), "prune"), f"prune + fit + tune is {total:g}; takes a sum of 1"
+            next(iter(r.table), "prune"),
+            f"must make prune + fit + tune = 1, got a sum of {total:g}",
         )
     return SplitSettings(**shares, seed=r.count("seed", 0, least=0))
 
@@ -240,32 +248,32 @@ def _split(r: Reader) -> SplitSettings:
 def _finetune(r: Reader) -> FinetuneSettings:
     names = [f.name for f in dataclasses.fields(FinetuneSettings)]
     r.only(*names)
-    held_out = r.number("held_out", 0.0, lambda v: 0 <= v < 1, "a share below 1")
+    held_out = r.number("held_out", 0.0, least=0, below=1)
     patience = r.optional_count("patience")
     if patience is not None and not held_out:
-        raise r.error("patience", "is for held-out loss; give held_out as well")
+        raise r.error("patience", "requires held_out")
     return FinetuneSettings(
         epochs=r.count("epochs", None),
-        lr=r.number("lr", None, lambda v: v > 0, "a number above 0"),
+        lr=r.number("lr", None, above=0),
         optimizer=r.text("optimizer", "sgd"),
-        momentum=r.number("momentum", 0.9, lambda v: 0 <= v < 1, "a number from 0, below 1"),
-        weight_decay=r.number("weight_decay", 0.0, lambda v: v >= 0, "a number, 0 or more"),
-        schedule=r.choice("schedule", ("cosine", "linear", "constant"), "cosine"),
+        momentum=r.number("momentum", 0.9, least=0, below=1),
+        weight_decay=r.number("weight_decay", 0.0, least=0),
+        schedule=r.choice("schedule", SCHEDULES, "cosine"),
         images=r.optional_count("images"),
         held_out=held_out,
         patience=patience,
     )
 
 
-def _landscape(r: Reader, sparsities: list[float], seeds: list[int]) -> LandscapeSettings:
+def _diagnostics(r: Reader, sparsities: list[float], seeds: list[int]) -> DiagnosticsSettings:
     r.only("points", "sparsities", "seeds", "images", "eigenvectors", "samples")
-    some = r.shares("sparsities") if "sparsities" in r.table else None
+    some = r.fractions("sparsities") if "sparsities" in r.table else None
     few = r.counts("seeds", []) if "seeds" in r.table else None
     for key, chosen, all_of in (("sparsities", some, sparsities), ("seeds", few, seeds)):
         absent = [v for v in chosen or [] if v not in all_of]
         if absent:
-            raise r.error(key, f"{absent[0]} is none of the study's; takes some of {all_of}")
-    return LandscapeSettings(
+            raise r.error(key, f"must be among the study's {all_of}, got {absent[0]}")
+    return DiagnosticsSettings(
         points=r.count("points", 9, least=2),
         sparsities=None if some is None else tuple(some),
         seeds=None if few is None else tuple(few),

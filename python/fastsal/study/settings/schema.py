@@ -1,4 +1,4 @@
-"""What a study is: models, tasks, sources and criteria, and the grid that they span."""
+"""Settings of a study: models, tasks, sources, criteria and the grid that they span."""
 
 from __future__ import annotations
 
@@ -6,31 +6,35 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import (
+    CorruptionKind,
+    CriterionName,
+    Curvature,
+    HeadKind,
+    Saved,
+    Schedule,
+    Scope,
+)
 
-HEADS = ("ridge", "knn", "probe", "own")
-CORRUPTIONS = ("gaussian-noise", "blur", "jpeg", "brightness", "contrast")
-MOST_SAMPLES = 1024  # images of statistics where none are asked for
-SAVES = ("none", "masks", "models")
-
-Named = TypeVar("Named", "ModelSettings", "TaskSettings", "SourceSettings", "CriterionSettings")
+MOST_SAMPLES = 1024  # images for statistics where `samples` is not given
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A model: `[[models]]`.
+    """Settings of a model, `[[models]]`.
 
     Attributes:
-        name: in tables and figures.
-        model: a timm name, or `file.py:function`, the file beside the study's.
-        weights: a file below `root`, or `"pretrained"`; None for what the function gives.
-        num_classes: as for `load_model`; so is `in_chans`.
-        in_chans: channels of the images.
-        size: of the images, in pixels; None asks the model.
-        parameters: names or patterns of the weights to prune; None takes those of Linear and
-            ConvNd but for the classifier's.
+        name: Name in tables and figures.
+        model: A timm name, or `file.py:function` with a path relative to the study file.
+        weights: A weights file relative to `root`, or `"pretrained"`; None uses the weights that
+            the function returns.
+        num_classes: Number of classes, as for `fastsal.load_model`; None uses the model's.
+        in_chans: Number of image channels, as for `fastsal.load_model`; None uses the model's.
+        size: Height and width of the images, in pixels; None uses the model's.
+        parameters: Names or patterns of the weights to prune; None selects the weights of Linear
+            and ConvNd layers except the classifier.
     """
 
     name: str
@@ -44,50 +48,52 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """A task: `[[tasks]]`.
+    """Settings of a task, `[[tasks]]`.
 
     Attributes:
-        name: in tables and figures.
-        data: images, as `fastsal.data.opening.open_images` takes them; a path is below `root`.
-        test: images of their own to test on; None cuts them from `data`.
-        classes: names or numbers of the classes to keep; None keeps all.
-        head: one of `HEADS`; None takes the study's.
-        images: at most so many of `data`, class by class; None takes all.
-        test_images: the same for the test part.
+        name: Name in tables and figures.
+        data: Images, as for `fastsal.data.opening.open_images`; a path is relative to `root`.
+        test: Separate test images; None draws a test split from `data`.
+        classes: Names or indices of the classes to use; None uses all.
+        head: Kind of head, one of `HEAD_KINDS`; None uses the study's.
+        images: Largest number of images to use of `data`, balanced over classes; None uses all.
+        test_images: Largest number of test images, balanced over classes; None uses all.
     """
 
     name: str
     data: str
     test: str | None = None
     classes: tuple[str | int, ...] | None = None
-    head: str | None = None
+    head: HeadKind | None = None
     images: int | None = None
     test_images: int | None = None
 
 
 @dataclass(frozen=True)
 class SourceSettings:
-    """What pruning sees: `[[sources]]`.
+    """Settings of a source, the images that pruning sees, `[[sources]]`.
 
     Attributes:
-        name: in tables and figures.
-        tasks: `{task: weight}`: statistics add, so a mixture is their weighted sum.
-        samples: images of the statistics, over all its tasks; None takes what there is, at most
-            `MOST_SAMPLES`.
-        labels: `"true"`, `"sampled"` or `"features"`, as for `collect`. With the last two the
-            images count as unlabelled: fine-tuning learns what the dense model says of them.
-        corruption: done to its images, see `fastsal.corrupt`; None leaves them.
-        severity: of it, 1 to 5.
-        imbalance: images of the rarest class over those of the most frequent; 1 leaves them.
-        decay: with several tasks: they came one after another, and statistics count this much less
-            with each that follows; None for all at once.
+        name: Name in tables and figures.
+        tasks: `{task: weight}`; the statistics of a mixture are the weighted sum over its tasks.
+        samples: Number of images for the statistics, over all tasks of the source; None uses all
+            images, at most `MOST_SAMPLES`.
+        curvature: Kind of statistics, one of `CURVATURES`, as for `fastsal.collect`. With
+            `"sampled"` and `"features"` the images are treated as unlabeled: fine-tuning learns
+            the predictions of the dense model.
+        corruption: CorruptionKind of the images, one of `CORRUPTION_KINDS`; None for none.
+        severity: Severity of the corruption, 1 to 5.
+        imbalance: Number of images of the rarest class divided by that of the most frequent class,
+            in (0, 1]; 1 keeps the images balanced.
+        decay: For several tasks that arrive in sequence: factor in (0, 1] on the accumulated
+            statistics before each further task; None sums all tasks at once.
     """
 
     name: str
     tasks: Mapping[str, float]
     samples: int | None = None
     curvature: Curvature = "empirical"
-    corruption: str | None = None
+    corruption: CorruptionKind | None = None
     severity: int = 3
     imbalance: float = 1.0
     decay: float | None = None
@@ -95,46 +101,50 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class CriterionSettings:
-    """How to prune: `[[criteria]]`.
+    """Settings of a pruning criterion, `[[criteria]]`.
 
     Attributes:
-        name: in tables and figures.
-        criterion: one of `fastsal.CRITERIA`.
-        compensate: whether kept weights move.
-        damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"`.
-        labels: of the statistics, `"true"`, `"sampled"` or `"features"`; None takes the source's.
-            Fine-tuning does not depend on it.
-        rounds: None takes the study's.
-        scope: as for `rank`; so are `floor` and `pattern`.
-        floor: least kept share of a parameter.
-        pattern: with a pattern such as `"2:4"` the sparsity is what it gives at least.
+        name: Name in tables and figures.
+        criterion: One of `fastsal.CRITERIA`.
+        compensate: Whether kept weights are updated to compensate for pruned ones.
+        damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"` to select it
+            on held-out images.
+        curvature: Kind of statistics, one of `CURVATURES`; None uses the source's. It does not
+            affect fine-tuning.
+        rounds: Numbers of pruning rounds; None uses the study's.
+        scope: Scope of the ranking, one of `SCOPES`, as for `fastsal.rank`.
+        floor: Smallest kept fraction of any parameter, 0 to 1.
+        pattern: Sparsity pattern such as `"2:4"`, as for `fastsal.rank`; the pattern then sets a
+            lower bound on the sparsity.
     """
 
     name: str
-    criterion: str
+    criterion: CriterionName
     compensate: bool = True
     damping: float | str = "auto"
     curvature: Curvature | None = None
     rounds: tuple[int, ...] | None = None
-    scope: str = "global"
+    scope: Scope = "global"
     floor: float = 0.0
     pattern: str | None = None
 
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Training after pruning: `[finetune]`. As for `fastsal.finetune`.
+    """Settings of fine-tuning after pruning, `[finetune]`, as for `fastsal.finetune`.
 
     Attributes:
-        epochs: passes over the images.
-        lr: rate to begin with.
-        optimizer: as timm calls it.
-        momentum: where it has one.
-        weight_decay: of weights with two axes or more.
-        schedule: of the rate.
-        images: at most so many; None takes the whole part.
-        held_out: the share of them that the best epoch is chosen by; 0 takes the last epoch.
-        patience: epochs without a lower held-out loss; None never stops early.
+        epochs: Number of passes over the images.
+        lr: Initial learning rate.
+        optimizer: Name of a timm optimizer.
+        momentum: Momentum, for optimizers that have one.
+        weight_decay: Weight decay of parameters with two or more axes.
+        schedule: Learning rate schedule, one of `SCHEDULES`.
+        images: Largest number of training images; None uses the whole tune split.
+        held_out: Fraction of the images held out to select the best epoch, in [0, 1); 0 uses the
+            last epoch.
+        patience: Number of epochs without a lower held-out loss before training stops; None never
+            stops early.
     """
 
     epochs: int
@@ -142,7 +152,7 @@ class FinetuneSettings:
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 0.0
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     images: int | None = None
     held_out: float = 0.0
     patience: int | None = None
@@ -150,14 +160,14 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class SplitSettings:
-    """Shares of every class: `[split]`. Without images of its own to test on, a task gives `test`.
+    """Share of every class in each split of a task, `[split]`; see `fastsal.transfer.Shares`.
 
     Attributes:
-        prune: share of the images for statistics.
-        fit: for heads.
-        tune: for fine-tuning.
-        test: for the test.
-        seed: of the cut.
+        prune: Share for the statistics of pruning, of the images that are not test images.
+        fit: Share for fitting heads.
+        tune: Share for fine-tuning. `prune + fit + tune` is 1.
+        test: Share of all images for testing, for tasks without separate test images.
+        seed: Seed of the draw.
     """
 
     prune: float = 0.3
@@ -168,16 +178,16 @@ class SplitSettings:
 
 
 @dataclass(frozen=True)
-class LandscapeSettings:
-    """Losses along lines, and overlaps of Fishers: `[landscape]`.
+class DiagnosticsSettings:
+    """Settings of loss lines and Fisher overlaps, `[diagnostics]`.
 
     Attributes:
-        points: of a line, its ends among them.
-        sparsities: those of the study whose cells are looked at; None takes all.
-        seeds: the same for seeds; None takes the first.
-        images: test images of a task that are measured at each point.
-        eigenvectors: of a block whose span is compared.
-        samples: images of a task's statistics.
+        points: Number of points on a line, including both ends.
+        sparsities: Sparsities of the cells to examine; None uses all of the study.
+        seeds: Seeds of the cells to examine; None uses the first of the study.
+        images: Largest number of test images per task, measured at each point.
+        eigenvectors: Number of eigenvectors per Fisher block whose span is compared.
+        samples: Largest number of images per task for its statistics.
     """
 
     points: int = 9
@@ -188,35 +198,42 @@ class LandscapeSettings:
     samples: int = 256
 
     def covers(self, sparsity: float, seed: int, seeds: tuple[int, ...]) -> bool:
-        """Whether a cell is looked at."""
+        """Whether a cell is examined.
+
+        Args:
+            sparsity: Sparsity of the cell.
+            seed: Seed of the cell.
+            seeds: All seeds of the study.
+        """
         return (self.sparsities is None or sparsity in self.sparsities) and seed in (
             self.seeds or seeds[:1]
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study:
-    """A study: what the tables of its file say, checked.
+    """Validated settings of a study.
 
     Attributes:
-        name: of the study.
+        name: Name of the study.
         models: `[[models]]`.
         tasks: `[[tasks]]`.
         sources: `[[sources]]`.
         criteria: `[[criteria]]`.
-        sparsities: of the grid.
-        seeds: of the grid; a seed draws the images of the statistics and the order of training.
-        rounds: of the grid.
-        block_size: weights of a Fisher block.
-        batch_size: images of a pass.
-        head: one of `HEADS`.
-        ridge: of ridge heads, as for `fit_heads`.
-        save: what is kept of every cell, one of `SAVES`.
+        sparsities: Sparsities of the grid, 0 to 1.
+        seeds: Seeds of the grid; a seed determines the images of the statistics and the order of
+            training.
+        rounds: Numbers of pruning rounds of the grid.
+        block_size: Number of weights per Fisher block.
+        batch_size: Images per batch.
+        head: Kind of head for tasks that do not set one, one of `HEAD_KINDS`.
+        ridge: Penalty of ridge heads, as for `fastsal.fit_heads`.
+        save: What to save for each cell, one of `SAVED`.
         split: `[split]`.
-        finetune: `[finetune]`; None measures zero-shot only.
-        landscape: `[landscape]`; None leaves it out.
-        root: the folder that data and weights are below.
-        folder: the folder that models' files are below.
+        finetune: `[finetune]`; None measures zero-shot accuracy only.
+        diagnostics: `[diagnostics]`; None skips them.
+        root: Folder that paths of data and weights are relative to.
+        folder: Folder that paths of model files are relative to.
     """
 
     name: str
@@ -229,17 +246,24 @@ class Study:
     rounds: tuple[int, ...] = (1,)
     block_size: int = 64
     batch_size: int = 64
-    head: str = "ridge"
+    head: HeadKind = "ridge"
     ridge: float = 0.1
-    save: str = "none"
+    save: Saved = "none"
     split: SplitSettings = field(default_factory=SplitSettings)
     finetune: FinetuneSettings | None = None
-    landscape: LandscapeSettings | None = None
+    diagnostics: DiagnosticsSettings | None = None
     root: Path = Path()
     folder: Path = Path()
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(
+            f"{name}={len(getattr(self, name))}"
+            for name in ("models", "tasks", "sources", "criteria", "sparsities", "seeds", "rounds")
+        )
+        return f"Study({self.name!r}, {sizes})"
+
     def settings(self) -> dict[str, Any]:
-        """Return plain values, without folders: the same on every machine."""
+        """Return the settings as plain values without folders, so that machines agree on them."""
         found = dataclasses.asdict(self)
         del found["root"], found["folder"]
         plain: dict[str, Any] = _plain(found)

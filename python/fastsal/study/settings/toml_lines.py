@@ -1,4 +1,4 @@
-"""A TOML file together with the line that each of its keys stands in, for messages."""
+"""Read TOML files with the line number of each key, for error messages."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[Place,
     """Read a TOML file.
 
     Args:
-        path: the file.
+        path: Path of the file.
 
     Returns:
-        What it holds, and `{place of a key: its line, from 1}`; a place is
-        `("models", 0, "weights")`, say. Keys within an inline table stand in the line of it.
+        Its content, and `{place of a key: line number, from 1}`; a place is a path of keys such as
+        `("models", 0, "weights")`. Keys of an inline table have the line of the table.
 
     Raises:
-        InvalidArgument: there is no such file.
-        FileFormatError: it is no TOML; says which line.
+        InvalidArgument: The file does not exist.
+        FileFormatError: The file is not valid TOML; the message names the line.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InvalidArgument(f"study: there is no file {path}") from None
+        raise InvalidArgument(f"study: {path} does not exist") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise FileFormatError(f"study: {path} is no text file ({error})") from None
+        raise FileFormatError(f"study: {path} is not a text file ({error})") from None
     try:
         found = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FileFormatError(f"study: {path} is no TOML: {error}") from None
+        raise FileFormatError(f"study: {path} is not valid TOML: {error}") from None
     return found, _lines(text)
 
 
 def line_of(lines: Mapping[Place, int], place: Place) -> int | None:
-    """Return the line of a key, or of the nearest table around it."""
+    """Return the line of a key, or of the innermost table that contains it."""
     for end in range(len(place), 0, -1):
         if place[:end] in lines:
             return lines[place[:end]]
@@ -59,9 +59,9 @@ def line_of(lines: Mapping[Place, int], place: Place) -> int | None:
 
 
 def _lines(text: str) -> dict[Place, int]:
-    """Find the lines of headers and keys; what stands within strings of many lines is passed over.
+    """Find the lines of headers and keys, ignoring the content of multi-line strings.
 
-    A key that is missed, or found where there is none, costs a line number in a message, no more.
+    An error of this heuristic only affects the line number in a message.
     """
     found: dict[Place, int] = {}
     table: Place = ()
@@ -81,7 +81,7 @@ def _lines(text: str) -> dict[Place, int]:
 
 
 def _open(header: str, is_array: bool, counts: dict[Place, int]) -> Place:
-    """Return the place that a header opens; tables of an array are counted."""
+    """Return the place of the table that a header opens; elements of arrays are counted."""
     place: Place = ()
     parts = _parts(header)
     for i, part in enumerate(parts):
@@ -98,7 +98,7 @@ def _parts(dotted: str) -> list[str]:
 
 
 def _state(line: str, quotes: str, depth: int) -> tuple[str, int]:
-    """Follow strings of many lines and brackets that a line leaves open."""
+    """Return the multi-line string delimiter and the bracket depth open after a line."""
     i = 0
     while i < len(line):
         if quotes:

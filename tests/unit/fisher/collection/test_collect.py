@@ -21,6 +21,7 @@ from fastsal.errors import (
     UnknownParameter,
     UnsupportedLayer,
 )
+from fastsal.fisher.block_fisher import sums_of
 
 CLASSES = 4
 
@@ -157,7 +158,7 @@ def test_samples_are_exact(samples):
 def test_samples_of_the_dual_form():
     model, (images, labels) = net(), data(20)
     fisher = collect(model, [(images, labels)], samples=6, block_size=None, precision="float64")
-    assert fisher._parameters["4.weight"].packed is None
+    assert sums_of(fisher).parameters["4.weight"].packed is None
     assert_statistics(fisher, rows(model, images[:6], labels[:6]))
 
 
@@ -251,7 +252,9 @@ def test_images_that_are_not_finite(batch, at, value, micro_batch):
     images, labels = data(8)
     batches = [(images, labels)] * 3
     batches[batch] = (nan_at(images, at, value), labels)
-    with pytest.raises(NonFiniteGradient, match=f"^sample {8 * batch + at}: its loss is"):
+    with pytest.raises(
+        NonFiniteGradient, match=f"^sample {8 * batch + at}: the loss must be finite"
+    ):
         collect(net(), batches, micro_batch=micro_batch)
 
 
@@ -268,7 +271,9 @@ def test_gradients_that_are_not_finite_name_the_parameter(block_size):
         for p in model.parameters():
             p.fill_(1.0)
     images[6] = 0
-    with pytest.raises(NonFiniteGradient, match=r"gradients: '1.weight' is nan for sample 14 at"):
+    with pytest.raises(
+        NonFiniteGradient, match=r"gradients must be finite, got nan for '1.weight', sample 14, at"
+    ):
         collect(
             model,
             [(images[:4].abs() + 1, labels[:4]), (images[:4].abs() + 1, labels[:4]),
@@ -288,31 +293,33 @@ def test_labels_out_of_range(batch, at, wrong, micro_batch):
     bad = labels.clone()
     bad[at] = wrong
     batches[batch] = (images, bad)
-    with pytest.raises(DataError, match=f"^labels: sample {8 * batch + at} has {wrong}, "):
+    with pytest.raises(
+        DataError, match=f"^labels must be .*got {wrong} for sample {8 * batch + at}$"
+    ):
         collect(net(), batches, micro_batch=micro_batch)
 
 
 def bad_batches():
     images, labels = data(8)
     return {
-        "empty": ([], "batches: is empty"),
-        "empty iterator": (iter(()), "batches: is empty"),
-        "empty batch": ([(images[:0], labels[:0])], "batches: batch 0 has no images"),
+        "empty": ([], "batches must contain at least one batch"),
+        "empty iterator": (iter(()), "batches must contain at least one batch"),
+        "empty batch": ([(images[:0], labels[:0])], "batches: batch 0 must have a tensor"),
         "empty batch later": ([(images, labels), (images[:0], labels[:0])], "batches: batch 1"),
-        "images alone": ([images], "batches: batch 0 is Tensor; takes pairs"),
-        "triples": ([(images, labels, labels)], "batches: batch 0 is tuple"),
-        "dicts": ([{"image": images, "label": labels}], "batches: batch 0 is dict"),
-        "text": (["ab"], "batches: batch 0 is str"),
-        "none": ([None], "batches: batch 0 is NoneType"),
-        "arrays": ([(images.numpy(), labels)], "batches: batch 0 has no images"),
-        "integers": ([((images * 10).long(), labels)], "images: takes normalised floating point"),
-        "no labels": ([(images, None)], "labels: None is taken only with curvature='sampled'"),
-        "one label": ([(images, 3)], "labels: batch 0 has"),
-        "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 has"),
-        "more labels": ([(images[:5], labels)], r"labels: batch 0 has \[8\] for 5 images"),
-        "names": ([(images, ["cat"] * 8)], "labels: batch 0 has no tensor of labels"),
-        "floating labels": ([(images, labels.double())], "labels: takes integers"),
-        "one-hot labels": ([(images, F.one_hot(labels))], "labels: takes"),
+        "images alone": ([images], "batches: batch 0 must be a pair .*a tensor"),
+        "triples": ([(images, labels, labels)], "batches: batch 0 must be a pair .*of length 3"),
+        "dicts": ([{"image": images, "label": labels}], "batches: batch 0 must be a pair .*dict"),
+        "text": (["ab"], "batches: batch 0 must be a pair .*str"),
+        "none": ([None], "batches: batch 0 must be a pair .*NoneType"),
+        "arrays": ([(images.numpy(), labels)], "batches: batch 0 must have a tensor"),
+        "integers": ([((images * 10).long(), labels)], "images must be normalized"),
+        "no labels": ([(images, None)], "labels must be given, except with curvature='sampled'"),
+        "one label": ([(images, 3)], "labels: batch 0 must have one label per image"),
+        "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 must have one"),
+        "more labels": ([(images[:5], labels)], r"labels: batch 0 .*\[8\] for 5 images"),
+        "names": ([(images, ["cat"] * 8)], "labels: batch 0 must have a tensor"),
+        "floating labels": ([(images, labels.double())], "labels must be integers"),
+        "one-hot labels": ([(images, F.one_hot(labels))], "labels must be class indices"),
     }  # fmt: skip
 
 
@@ -329,26 +336,26 @@ def test_batches_that_are_not_taken(case, micro_batch):
 
 def test_fewer_samples_than_asked_for():
     images, labels = data(8)
-    with pytest.raises(DataError, match="^samples: asked for 20, but batches gave 16"):
+    with pytest.raises(DataError, match="^samples must be at most 16, .*got 20"):
         collect(net(), [(images, labels)] * 2, samples=20)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"samples": 0}, InvalidArgument, "samples: got 0"),
-        ({"samples": -1}, InvalidArgument, "samples: got -1"),
-        ({"block_size": 0}, InvalidArgument, "block_size: got 0"),
-        ({"precision": "half"}, InvalidArgument, "precision: got 'half'"),
-        ({"micro_batch": 0}, InvalidArgument, "micro_batch: "),
+        ({"samples": 0}, InvalidArgument, "samples must be at least 1, got 0"),
+        ({"samples": -1}, InvalidArgument, "samples must be at least 1, got -1"),
+        ({"block_size": 0}, InvalidArgument, "block_size must be at least 1, got 0"),
+        ({"precision": "half"}, InvalidArgument, "precision must be .*, got 'half'"),
+        ({"micro_batch": 0}, InvalidArgument, "micro_batch must be at least 1, got 0"),
         ({"curvature": "drawn"}, InvalidArgument, "curvature must be .*'drawn'"),
-        ({"loss": "hinge"}, InvalidArgument, "loss: .*'hinge'"),
-        ({"autocast": torch.float64}, InvalidArgument, "autocast: "),
-        ({"memory_budget": 1000}, InvalidArgument, "memory_budget: got 1 KiB; takes at least"),
+        ({"loss": "hinge"}, InvalidArgument, "loss must be .*'hinge'"),
+        ({"autocast": torch.float64}, InvalidArgument, "autocast must be"),
+        ({"memory_budget": 1000}, InvalidArgument, "memory_budget must be at least .*, got 1 KiB"),
         ({"parameters": "none"}, UnknownParameter, "parameters: 'none' matches no parameter"),
         ({"parameters": ["7.weight", "8.*"]}, UnknownParameter, "parameters: '8.*' matches"),
-        ({"parameters": "7.wieght"}, UnknownParameter, "close: 7.weight"),
-        ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss: must return"),
+        ({"parameters": "7.wieght"}, UnknownParameter, "did you mean '7.weight'"),
+        ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss must return"),
     ],
 )
 def test_arguments_that_are_not_taken(arguments, error, message):
@@ -490,7 +497,7 @@ def test_as_batches_stops_exactly(counts, samples):
     batches = zip(images.split(counts), labels.split(counts), strict=True)
     out = as_batches(batches, samples)
     if samples > sum(counts):
-        with pytest.raises(DataError, match="^samples: asked for"):
+        with pytest.raises(DataError, match="^samples must be at most"):
             list(out)
         return
     pairs = list(out)

@@ -11,7 +11,8 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import NonFiniteGradient
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.block_fisher import sums_of
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.fisher.sinks.choosing import choose_sink
 from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
 from fastsal.fisher.sinks.slicing import PartSink
@@ -52,7 +53,7 @@ def collect(model, x, y, make, block_size=16):
     chosen = select_parameters(model, NAMES)
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
     fisher = fastsal.BlockFisher(shapes, block_size=block_size)
-    sink = make(fisher, chosen)
+    sink = make(sums_of(fisher), chosen)
     with GradientEngine(model, chosen, micro_batch=4) as engine:
         for start in range(0, len(x), 4):
             part = slice(start, start + 4)
@@ -63,30 +64,29 @@ def collect(model, x, y, make, block_size=16):
 
 
 def gather(step, expected=None):
-    def make(fisher, parameters):
+    def make(sums, parameters):
         dtypes = {name: p.dtype for name, p in parameters.items()}
-        return RowGatherer(fisher, dtypes, step, expected=expected)
+        return RowGatherer(sums, dtypes, step, expected=expected)
 
     return make
 
 
-def halves(fisher, parameters):
+def halves(sums, parameters):
     """Statistics of two parts of each parameter, added to those of the whole."""
     parts = {}
-    for part in whole(fisher.shapes):
+    for part in uncut(sums.shapes):
         cut = part.size // 2 // 16 * 16
         for a, b in [(0, cut), (cut, part.size)] if cut else [(0, part.size)]:
             piece = Part(part.name, a, b, part.size)
             parts[piece.key] = piece
-    shapes = {key: (len(part),) for key, part in parts.items()}
-    some = fastsal.BlockFisher(shapes, block_size=fisher.block_size)
+    some = sums.like(by_key(list(parts.values())))
     sink = PartSink(gather(8)(some, {key: parameters[p.name] for key, p in parts.items()}), parts)
     flush = sink.flush
 
     def finish():
         flush()
-        fisher._merge_parts(some, parts)
-        fisher._count_of(some)
+        sums.merge_parts(some, parts)
+        sums.count_parts(some)
 
     sink.flush = finish
     return sink
@@ -96,8 +96,8 @@ SINKS = {
     "gather": gather(8),
     "gather, 45 expected": gather(12, expected=45),
     "at once": gather(4),
-    "tiles": lambda fisher, p: DeviceTiles(fisher, CPU),
-    "stream": lambda fisher, p: RowStream(fisher, CPU),
+    "tiles": lambda sums, p: DeviceTiles(sums, CPU),
+    "stream": lambda sums, p: RowStream(sums, CPU),
 }
 
 
@@ -125,15 +125,15 @@ def test_gathering_saves_passes(data):
     model, x, y = data
     held = []
 
-    def make(fisher, parameters):
-        sink = gather(12, expected=45)(fisher, parameters)
-        add = fisher._add
+    def make(sums, parameters):
+        sink = gather(12, expected=45)(sums, parameters)
+        add = sums.add
 
         def count(name, rows, expected):
             held.append((name, len(rows)))
             add(name, rows, expected)
 
-        fisher._add = count
+        sums.add = count
         return sink
 
     collect(model, x, y, make, block_size=64)
@@ -165,10 +165,10 @@ def test_bfloat16_stream_is_close(data):
 def test_infinite_gradients_are_refused(sink):
     fisher = fastsal.BlockFisher({"w": (10,)}, block_size=4)
     w = nn.Parameter(torch.zeros(10))
-    taker = SINKS[sink](fisher, {"w": w})
+    taker = SINKS[sink](sums_of(fisher), {"w": w})
     rows = torch.zeros(4, 10)
     rows[2, 7] = math.inf
-    with pytest.raises(NonFiniteGradient, match="'w' is .*inf"):  # noqa: PT012
+    with pytest.raises(NonFiniteGradient, match="gradients must be finite, got .*inf.* for 'w'"):  # noqa: PT012
         for _ in range(9):
             taker("w", rows)
             taker.end_micro_batch(4)
@@ -178,19 +178,19 @@ def test_tile_bytes_are_those_of_the_tensors(data):
     model, x, y = data
     held = []
 
-    def make(fisher, parameters):
-        sink = DeviceTiles(fisher, CPU)
+    def make(sums, parameters):
+        sink = DeviceTiles(sums, CPU)
         flush = sink.flush
 
         def measured():
-            held.append(sum(s.squares.nbytes + s.total.nbytes for s in sink._sums.values()))
+            held.append(sum(s.squares.nbytes + s.total.nbytes for s in sink.tiles.values()))
             flush()
 
         sink.flush = measured
         return sink
 
     fisher = collect(model, x, y, make)
-    assert held == [tile_bytes(fisher)]
+    assert held == [tile_bytes(sums_of(fisher))]
 
 
 @pytest.mark.parametrize(("free", "kind"), [(2**30, DeviceTiles), (100, RowStream)])
@@ -198,13 +198,17 @@ def test_choice_on_cuda_is_by_free_memory(monkeypatch, free, kind):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10)
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
-    assert type(choose_sink(fisher, somewhere, by_key(whole(fisher.shapes)), 4)) is kind
+    assert type(choose_sink(sums_of(fisher), somewhere, by_key(uncut(fisher.shapes)), 4)) is kind
     on_cpu = {"w": nn.Parameter(torch.zeros(100))}
-    assert type(choose_sink(fisher, on_cpu, by_key(whole(fisher.shapes)), 4)) is RowGatherer
+    assert (
+        type(choose_sink(sums_of(fisher), on_cpu, by_key(uncut(fisher.shapes)), 4)) is RowGatherer
+    )
 
 
 def test_float64_sums_are_never_tiles(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10, precision="float64")
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
-    assert type(choose_sink(fisher, somewhere, by_key(whole(fisher.shapes)), 4)) is RowStream
+    assert (
+        type(choose_sink(sums_of(fisher), somewhere, by_key(uncut(fisher.shapes)), 4)) is RowStream
+    )

@@ -13,6 +13,7 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import FactorizationError, InvalidArgument
+from fastsal.fisher.block_fisher import sums_of
 from fastsal.pruning.masks.patterns import Pattern, expand_groups, group_scores, reduce_groups
 
 
@@ -126,7 +127,7 @@ def test_bad_arguments(collected, pattern, given, match):
 
 def test_blocks_that_cannot_be_factored_are_named(collected):
     model, fisher = collected
-    fisher._parameters["fc.weight"].packed[0] = -1e6
+    sums_of(fisher).parameters["fc.weight"].packed[0] = -1e6
     with pytest.raises(FactorizationError, match=r"'fc.weight' \(0\)"):
         fastsal.rank_pattern(model, fisher, "2:4", damping=1e-3)
 

@@ -17,7 +17,7 @@ RESULTS = [
 ]  # fmt: skip
 LAYERS = ["model", "source", "criterion", "rounds", "sparsity", "seed", "cell", "position", "layer",
           "weights", "pruned"]  # fmt: skip
-LANDSCAPE = [*CELL, "task", "role", "path", "t", "loss", "accuracy"]
+LOSS_LINE = [*CELL, "task", "role", "path", "t", "loss", "accuracy"]
 OVERLAP = ["model", "source", "seed", "task", "layer", "position", "diagonal", "eigenspace"]
 
 # How fast accuracy falls; 1 is the slowest.
@@ -37,7 +37,7 @@ def write_study(
     transfer=("cifar100", "mnist", "digits"),
     layers=22,
     tuned=True,
-    landscape=False,
+    diagnostics=False,
     failed=(),
     name="second-order transfer",
     noise=0.004,
@@ -72,14 +72,14 @@ def write_study(
                                 for j, (task, role) in enumerate(tasks)
                             ]  # fmt: skip
                             zeros += _layers(common, layers, sparsity, i)
-                            if landscape and seed == seeds[0]:
+                            if diagnostics and seed == seeds[0]:
                                 paths += _paths(common, tasks, hurt, tuned)
-            if landscape:
+            if diagnostics:
                 overlaps += _overlaps(model, source, seeds, transfer, layers)
     _write(folder / "results.csv", RESULTS, results)
     _write(folder / "layers.csv", LAYERS, zeros)
-    if landscape:
-        _write(folder / "landscape.csv", LANDSCAPE, paths)
+    if diagnostics:
+        _write(folder / "loss_line.csv", LOSS_LINE, paths)
         _write(folder / "overlap.csv", OVERLAP, overlaps)
     facts = {
         "format": 1,

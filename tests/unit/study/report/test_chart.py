@@ -93,13 +93,13 @@ def test_names_are_escaped_in_pictures():
 
 
 def test_marks_of_ten_methods_differ_and_stay_apart_beyond():
-    looks = [(palette.colour(i), palette.mark(i)) for i in range(40)]
+    looks = [(palette.color(i), palette.mark(i)) for i in range(40)]
     assert len(set(looks)) == 40
     assert len({marker(i, 0, 0) for i in range(10)}) == 10
 
 
-def luminance(colour):
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
@@ -109,14 +109,14 @@ def contrast(a, b):
     return (bright + 0.05) / (dark + 0.05)
 
 
-@pytest.mark.parametrize("colours", [palette.LIGHT, palette.DARK], ids=["light", "dark"])
-def test_contrast_is_that_of_wcag_aa(colours):
+@pytest.mark.parametrize("colors", [palette.LIGHT, palette.DARK], ids=["light", "dark"])
+def test_contrast_is_that_of_wcag_aa(colors):
     for name in ("ink", "muted", "link", "good", "bad", "open"):
-        assert contrast(colours[name], colours["bg"]) >= 4.5, name
+        assert contrast(colors[name], colors["bg"]) >= 4.5, name
     for name in ("ink", "muted"):
-        assert contrast(colours[name], colours["panel"]) >= 4.5, name
-    for i in range(palette.COLOURS):
-        assert contrast(colours[f"c{i}"], colours["bg"]) >= 3, i
+        assert contrast(colors[name], colors["panel"]) >= 4.5, name
+    for i in range(palette.COLORS):
+        assert contrast(colors[f"c{i}"], colors["bg"]) >= 3, i
 
 
 def test_a_line_passes_through_its_points():
@@ -127,7 +127,7 @@ def test_a_line_passes_through_its_points():
     assert "band" not in panel.body()
 
 
-def test_a_picture_that_stands_alone_has_its_own_colours(tmp_path):
+def test_a_picture_that_stands_alone_has_its_own_colors(tmp_path):
     (part,) = sections(read_results(write_study(tmp_path)))
     text = picture(part)
     root = ElementTree.fromstring(text)

@@ -8,12 +8,12 @@ import pytest
 
 from fastsal.study.report.findings import Change, judge_pruning, judge_tuning, pooled, sections
 from fastsal.study.report.intervals import Interval
-from fastsal.study.report.results import Method, read_results
+from fastsal.study.report.results import Variant, read_results
 from fastsal.study.report.summaries import winner, wins
 
 from .study_folder import change_table, read_table, write_study
 
-METHOD = Method("obs-greedy", 1, "obs-greedy", 0)
+METHOD = Variant("obs-greedy", 1, "obs-greedy", 0)
 
 
 def judged(folder, margin=1.0):
@@ -49,7 +49,7 @@ def test_changes_are_paired_by_seed(tmp_path, which, later, earlier):
     for finding in found:
         change = finding.change
         slow = slow_changes(
-            folder / "results.csv", change.method.criterion, change.sparsity, later, earlier
+            folder / "results.csv", change.variant.criterion, change.sparsity, later, earlier
         )
         gap = [t - s for s, t in zip(slow["source"], slow["transfer"], strict=True)]
         for interval, values in (
@@ -60,7 +60,7 @@ def test_changes_are_paired_by_seed(tmp_path, which, later, earlier):
             assert (
                 interval.n
                 == n
-                == (2 if (change.method.criterion, change.sparsity) == ("magnitude", 0.9) else 3)
+                == (2 if (change.variant.criterion, change.sparsity) == ("magnitude", 0.9) else 3)
             )
             assert interval.mean == pytest.approx(statistics.fmean(values), abs=1e-9)
             assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-8)
@@ -76,19 +76,19 @@ def change_of(source, transfer):
 P1_CASES = [
     ((-0.9, 0.1), (-0.5, 0.3), "kept", "kept", "held"),
     ((-1.0, 0.1), (-1.0, -0.2), "kept", "kept", "held"),  # a bound on the margin is kept
-    ((-1.1, 0.1), (-0.5, 0.3), "open", "kept", "open"),
+    ((-1.1, 0.1), (-0.5, 0.3), "inconclusive", "kept", "inconclusive"),
     ((-1.1, -0.1), (-0.5, 0.3), "dropped", "kept", "did not hold"),
     ((-0.5, 0.5), (-9.0, -7.0), "kept", "dropped", "did not hold"),
-    ((-1.1, 0.0), (-5.0, 3.0), "open", "open", "open"),
+    ((-1.1, 0.0), (-5.0, 3.0), "inconclusive", "inconclusive", "inconclusive"),
     (None, (-0.5, 0.3), "not measured", "kept", "not measured"),
 ]
 P2_CASES = [
     ((0.1, 2.0), (-0.9, 0.5), "raised", "not lowered", "held"),
     ((0.1, 2.0), (0.2, 0.5), "raised", "raised", "held"),
-    ((0.0, 2.0), (0.2, 0.5), "open", "raised", "open"),
+    ((0.0, 2.0), (0.2, 0.5), "inconclusive", "raised", "inconclusive"),
     ((-2.0, 0.0), (0.2, 0.5), "not raised", "raised", "did not hold"),
     ((0.1, 2.0), (-3.0, -0.5), "raised", "lowered", "did not hold"),
-    ((0.1, 2.0), (-3.0, 0.5), "raised", "open", "open"),
+    ((0.1, 2.0), (-3.0, 0.5), "raised", "inconclusive", "inconclusive"),
     ((0.1, 2.0), None, "raised", "not measured", "not measured"),
 ]
 
@@ -149,7 +149,7 @@ def test_pooled_is_the_mean_over_the_grid_within_a_seed(tmp_path):
     count, source, transfer = pooled(part.p2)
     whole = {"source": [], "transfer": []}
     for finding in part.p2:
-        slow = slow_changes(folder / "results.csv", finding.change.method.criterion,
+        slow = slow_changes(folder / "results.csv", finding.change.variant.criterion,
                             finding.change.sparsity, "tuned", "pruned")  # fmt: skip
         for role, values in slow.items():
             whole[role].append(values)
@@ -178,7 +178,7 @@ def test_winner_has_the_highest_mean_and_its_margin_is_paired(tmp_path):
     }
     first, second, *_ = sorted(means, key=means.get, reverse=True)
     best = winner(part, "mnist", 0.9, after=True)
-    assert best.method.criterion == first
+    assert best.variant.criterion == first
     assert best.second == second
     assert best.accuracy == pytest.approx(means[first])
     assert best.margin.startswith(f"+{100 * (means[first] - means[second]):.2f} [")

@@ -48,7 +48,7 @@ def test_numbers_are_those_of_the_findings(tmp_path):
     plain = markdown.page(results).replace("\\", "")
     for finding in [*part.p1, *part.p2]:
         c = finding.change
-        row = (f"| {c.method.label} | {sparsity(c.sparsity)} | {bounds(c.source)} "
+        row = (f"| {c.variant.label} | {sparsity(c.sparsity)} | {bounds(c.source)} "
                f"| {bounds(c.transfer)} | {finding.verdict} |")  # fmt: skip
         assert row in plain
 
@@ -65,7 +65,7 @@ def test_command_pictures_and_failures_are_there(tmp_path):
     text = markdown.page(results, pictures={("resnet20", "cifar10"): "figures/a.svg"})
     assert "```sh\nfastsal transfer studies/cifar.toml" in text
     assert "](figures/a.svg)" in text
-    assert "1 failed cell, left out of every number" in text
+    assert "1 failed cell, excluded from all results" in text
     assert "FactorizationError" in text
 
 
@@ -73,7 +73,7 @@ def test_a_study_of_failures_alone_says_so(tmp_path):
     failed = [("obs-greedy", 0.7, s) for s in range(3)]
     folder = write_study(tmp_path, criteria=("obs-greedy",), sparsities=(0.7,), failed=failed)
     text = markdown.page(read_results(folder))
-    assert "No cell of the study came to its end" in text
+    assert "No cell of the study finished" in text
     assert "3 failed cells" in text
 
 

@@ -35,7 +35,7 @@
     const button = document.createElement("button");
     button.type = "button";
     button.setAttribute("aria-pressed", "true");
-    button.title = "Show or hide in the lines of every figure";
+    button.title = "Show or hide this criterion in all figures";
     button.append(...item.childNodes);
     item.append(button);
     button.addEventListener("click", () => {

@@ -1,4 +1,4 @@
-"""Why did it transfer? Losses between dense, pruned and tuned weights, and overlaps of Fishers."""
+"""Loss lines between dense, pruned and fine-tuned weights, and overlaps of Fisher statistics."""
 
 from __future__ import annotations
 
@@ -10,30 +10,28 @@ from torch import Tensor, nn
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.collect import collect
 from fastsal.pruning.shelf import restore
+from fastsal.study.folder_format import DENSE_PRUNED, PRUNED_TUNED
 from fastsal.study.images import few, images_of
-from fastsal.study.settings.schema import LandscapeSettings
-from fastsal.study.sources import Source
+from fastsal.study.settings.schema import DiagnosticsSettings
+from fastsal.study.sources import PruningSource
 from fastsal.transfer.evaluation import measure_tasks
 from fastsal.transfer.fisher_overlap import fisher_overlap
 from fastsal.transfer.headed import PREFIX, Headed
-from fastsal.transfer.loss_line import line
+from fastsal.transfer.loss_line import measure_line
 from fastsal.transfer.tasks import Task
-
-PATHS = (("dense", "pruned"), ("pruned", "tuned"))
-
 
 Rows = list[dict[str, Any]]
 
 
-def landscape_of(source: Source, states: Mapping[str, Mapping[str, Tensor]]) -> Rows:
+def loss_lines_of(source: PruningSource, states: Mapping[str, Mapping[str, Tensor]]) -> Rows:
     """Measure every task along the lines between the states of a cell.
 
     Args:
-        source: its backbone is as it was after.
-        states: `{"dense" | "pruned" | "tuned": name to value}`.
+        source: Source with the backbone to measure; its weights are restored.
+        states: `{"dense" | "pruned" | "tuned": {name: tensor}}`.
 
     Returns:
-        Rows of `task`, `role`, `path`, `t`, `loss`, `accuracy`.
+        Rows of `task`, `role`, `path`, `t`, `loss` (nats), `accuracy` (0 to 1).
     """
     settings, backbone = _settings(source), source.backbone
     found = []
@@ -44,18 +42,18 @@ def landscape_of(source: Source, states: Mapping[str, Mapping[str, Tensor]]) -> 
             measured = measure_tasks(model, [some], backbone.heads)[some.name]
             return measured.accuracy, measured.loss
 
-        role = "source" if name in source.settings.tasks else "transfer"
-        for start, end in PATHS:
+        for path in (DENSE_PRUNED, PRUNED_TUNED):
+            start, end = path.split("-")
             if end not in states:
                 continue
-            points = line(
+            points = measure_line(
                 backbone.model, states[start], states[end], measure, points=settings.points
             )
             found += [
                 {
                     "task": name,
-                    "role": role,
-                    "path": f"{start}-{end}",
+                    "role": source.role(name),
+                    "path": path,
                     "t": point.t,
                     "loss": point.loss,
                     "accuracy": point.accuracy,
@@ -65,8 +63,8 @@ def landscape_of(source: Source, states: Mapping[str, Mapping[str, Tensor]]) -> 
     return found
 
 
-def overlap_of(source: Source) -> Rows:
-    """Compare the source's Fisher with that of every task, at the dense weights.
+def overlaps_of(source: PruningSource) -> Rows:
+    """Compare the Fisher statistics of a source with those of every task, at the dense weights.
 
     Returns:
         Rows of `task`, `layer`, `position`, `diagonal`, `eigenspace`.
@@ -76,8 +74,7 @@ def overlap_of(source: Source) -> Rows:
         before = backbone.state()
         restore(backbone.tensors, backbone.dense)
         try:
-            own = source.find(1, dense=True).joined()
-            assert own is not None
+            own = source.dense_fisher()
             source.overlaps = [
                 {
                     "task": name,
@@ -94,11 +91,11 @@ def overlap_of(source: Source) -> Rows:
     return source.overlaps
 
 
-def _fisher(source: Source, name: str, task: Task) -> BlockFisher:
+def _fisher(source: PruningSource, name: str, task: Task) -> BlockFisher:
     study, backbone = source.study, source.backbone
     images = images_of(task.prune)
     return collect(
-        Headed(backbone.model, [backbone.sources[name]]),
+        Headed(backbone.model, [backbone.differentiable[name]]),
         images.batches(
             backbone.spec,
             study.batch_size,
@@ -111,6 +108,6 @@ def _fisher(source: Source, name: str, task: Task) -> BlockFisher:
     )
 
 
-def _settings(source: Source) -> LandscapeSettings:
-    assert source.study.landscape is not None
-    return source.study.landscape
+def _settings(source: PruningSource) -> DiagnosticsSettings:
+    assert source.study.diagnostics is not None
+    return source.study.diagnostics

@@ -1,4 +1,4 @@
-"""What was measured where."""
+"""Conditions of a benchmark: build of the core, processor, threads and versions."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastsal.utils.machine import processor
 
 
 def refuse_debug_build() -> None:
-    """Raise InvalidArgument unless the core was compiled with optimisation."""
+    """Raise InvalidArgument unless the core was compiled with optimization."""
     _, _, is_release = _core.build_info()
     if not is_release:
         raise InvalidArgument(
-            "bench: the core is a debug build, whose times say nothing; build it with "
+            "the core is a debug build, whose times are meaningless; build it with "
             "`maturin develop --release`"
         )
 
 
 def describe() -> dict[str, Any]:
-    """Processor, threads and versions."""
+    """Return processor, threads, versions and the cost of fresh memory."""
     from fastsal.cli.bench.timing import fresh_memory_cost
 
     version, isa, _ = _core.build_info()

@@ -1,4 +1,4 @@
-"""Commands under `torchrun`: who does the talking, and what ends together."""
+"""Commands under `torchrun`: the process group and the output of rank 0."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 
 def world_size() -> int:
-    """Processes of this job, 1 without `torchrun`."""
+    """Return the number of processes of this job; 1 without `torchrun`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[int]:
-    """Join the other ranks of a job inside the block, if there are some; yields this one's number.
+    """Join the process group of the job inside the block and yield the rank; 0 for one process.
 
-    All but rank 0 are silent on stdout.
+    Only rank 0 prints to stdout.
     """
     if world_size() == 1:
         yield 0
@@ -37,5 +37,5 @@ def joined() -> Iterator[int]:
             stack.enter_context(contextlib.redirect_stdout(silent))
         yield rank
     sys.stdout.flush()
-    # Not in a `finally`: where a rank was lost this would wait for it.
+    # Not in a `finally`: after the loss of a rank this call would wait for it forever.
     dist.destroy_process_group()

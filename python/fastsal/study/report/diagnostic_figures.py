@@ -1,9 +1,10 @@
-"""The figures of the loss landscape: losses along lines, and overlaps of Fishers."""
+"""Figures of loss lines and Fisher overlaps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastsal.study.folder_format import DENSE_PRUNED, SOURCE
 from fastsal.study.report import wording
 from fastsal.study.report.chart import (
     LETTER,
@@ -18,26 +19,26 @@ from fastsal.study.report.chart import (
 from fastsal.study.report.figures import Figure, Table
 from fastsal.study.report.findings import Section
 from fastsal.study.report.intervals import mean
-from fastsal.study.report.results import DENSE_PRUNED, SOURCE, Landscape, Overlap, in_order
+from fastsal.study.report.results import LossLine, Overlap, in_order
 
 
-def paths(part: Section, rows: Sequence[Landscape], ids: Ids) -> list[tuple[float, Figure]]:
-    """Loss along the line from the dense model to the pruned and on to the tuned one.
+def loss_lines(section: Section, rows: Sequence[LossLine], ids: Ids) -> list[tuple[float, Figure]]:
+    """Draw the loss along the line from the dense to the pruned to the fine-tuned model.
 
     Returns:
-        `(sparsity, figure)`, a panel a task, mean over seeds.
+        `(sparsity, figure)` with one panel per task; values are means over seeds.
     """
-    own = [r for r in rows if (r.model, r.source) == (part.model, part.source)
+    own = [r for r in rows if (r.model, r.source) == (section.model, section.source)
            and r.loss is not None]  # fmt: skip
     return [
-        (sparsity, _paths_at(part, [r for r in own if r.sparsity == sparsity], ids))
+        (sparsity, _lines_at(section, [r for r in own if r.sparsity == sparsity], ids))
         for sparsity in sorted({r.sparsity for r in own})
     ]
 
 
-def overlaps(part: Section, rows: Sequence[Overlap], ids: Ids) -> Figure | None:
-    """Overlap of the source's Fisher with that of each task, layer by layer."""
-    own = [r for r in rows if (r.model, r.source) == (part.model, part.source)]
+def overlaps(section: Section, rows: Sequence[Overlap], ids: Ids) -> Figure | None:
+    """Draw the overlap of the Fisher statistics of the source with those of each task."""
+    own = [r for r in rows if (r.model, r.source) == (section.model, section.source)]
     if not own:
         return None
     names = {r.position: r.layer for r in own}
@@ -61,53 +62,54 @@ def overlaps(part: Section, rows: Sequence[Overlap], ids: Ids) -> Figure | None:
             table.append([task, str(p + 1), names[p], *(
                 f"{mean(v[p]):.3f}" if p in v else wording.NONE for v in both
             )])  # fmt: skip
-        text = f"Overlap with the source's Fisher in {wording.number(len(names), 'layer')}, {task}."
+        text = f"Fisher overlap with the source in {wording.number(len(names), 'layer')}, {task}."
         panels.append(svg(panel, text, ids))
     return Figure(
         panels,
-        "Overlap of the Fisher of the source with that of each task, 0 to 1, layer by layer, mean "
-        "over seeds. Solid, round marks: of the diagonals. Dashed, square marks: of the leading "
-        "eigenvectors of the blocks.",
+        "Overlap of the Fisher statistics of the source with those of each task, per layer, 0 to "
+        "1, mean over seeds. Solid lines, round marks: cosine similarity of the diagonals. Dashed "
+        "lines, square marks: overlap of the leading eigenspaces of the blocks.",
         Table(["task", "position", "layer", "diagonal", "eigenspace"], table,
               frozenset({1, 3, 4})),
     )  # fmt: skip
 
 
-def _paths_at(part: Section, rows: Sequence[Landscape], ids: Ids) -> Figure:
+def _lines_at(section: Section, rows: Sequence[LossLine], ids: Ids) -> Figure:
     losses = [r.loss for r in rows if r.loss is not None]
     y = linear_axis(min(losses), max(losses), 5, "mean loss, nats")
     left = 12 + LETTER * 11 * max(len(text) for _, text in y.ticks)
     tuned = any(r.path != DENSE_PRUNED for r in rows)
-    ends = [(0.0, "dense"), (1.0, "pruned"), (2.0, "tuned")][: 3 if tuned else 2]
+    ends = [(0.0, "dense"), (1.0, "pruned"), (2.0, "fine-tuned")][: 3 if tuned else 2]
     x = Axis(-0.08, ends[-1][0] + 0.08, ends)
     panels, table = [], []
     for task, role in in_order((r.task, r.role) for r in sorted(rows, key=_source_first)):
         panel = Panel(task, x, y, SOURCE if role == SOURCE else "", top=42, bottom=26,
-                      left=left)  # fmt: skip
+                      left=left, right=24 if tuned else 10)  # fmt: skip
         ends_of = []
-        for method in part.methods:
+        for variant in section.variants:
             values: dict[float, list[float]] = {}
             for r in rows:
-                if (r.task, r.criterion, r.rounds) == (task, method.criterion, method.rounds):
+                if (r.task, r.criterion, r.rounds) == (task, variant.criterion, variant.rounds):
                     at = r.t if r.path == DENSE_PRUNED else 1 + r.t
                     values.setdefault(at, []).append(r.loss or 0.0)
             points = [(t, mean(values[t]), None, None) for t in sorted(values)]
             if points:
-                panel.line(Series(method.index, method.label, points))
-                ends_of.append(f"{method.label}: {points[0][1]:.3g} to {points[-1][1]:.3g}")
-            table += [[task, method.label, f"{t:.3g}", f"{m:.4g}"] for t, m, _, _ in points]
-        panels.append(svg(panel, f"{task}. Loss at both ends. {'; '.join(ends_of)}.", ids))
+                panel.line(Series(variant.index, variant.label, points))
+                ends_of.append(f"{variant.label}: {points[0][1]:.3g} to {points[-1][1]:.3g}")
+            table += [[task, variant.label, f"{t:.3g}", f"{m:.4g}"] for t, m, _, _ in points]
+        panels.append(svg(panel, f"{task}. Loss at both ends: {'; '.join(ends_of)}.", ids))
     present = {(r.criterion, r.rounds) for r in rows}
     return Figure(
         panels,
-        "Mean loss on test images along the straight line from the dense weights to the pruned "
-        "ones" + (", and from there to the fine-tuned ones" if tuned else "")
+        "Mean loss on test images along the straight line from the dense to the pruned weights"
+        + (", and from the pruned to the fine-tuned weights" if tuned else "")
         + "; mean over seeds.",
-        Table(["task", "criterion", "position (0 dense, 1 pruned, 2 tuned)", "loss, nats"], table,
+        Table(["task", "criterion", "position (0 dense, 1 pruned, 2 fine-tuned)", "loss, nats"],
+              table,
               frozenset({2, 3})),
-        [m for m in part.methods if (m.criterion, m.rounds) in present],
+        [m for m in section.variants if (m.criterion, m.rounds) in present],
     )  # fmt: skip
 
 
-def _source_first(row: Landscape) -> bool:
+def _source_first(row: LossLine) -> bool:
     return row.role != SOURCE

@@ -1,0 +1,114 @@
+"""Types of option values; an invalid value is answered by "must be X, got Y"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Integer(click.ParamType):  # type: ignore[type-arg]  # generic in recent click only
+    """An integer, optionally with a lower bound."""
+
+    name = "integer"
+
+    def __init__(self, least: int | None = None) -> None:
+        self.least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the integer that `value` is or spells."""
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is None or (self.least is not None and number < self.least):
+            bound = "" if self.least is None else f" of at least {self.least}"
+            self.fail(f"must be an integer{bound}, got {shown(value)}", param, ctx)
+        return number
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]
+    """A floating-point number, optionally within closed bounds."""
+
+    name = "number"
+
+    def __init__(self, least: float = -math.inf, most: float = math.inf) -> None:
+        self.least, self.most = least, most
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number that `value` is or spells."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = None
+        is_bounded = (self.least, self.most) != (-math.inf, math.inf)
+        if number is None or (is_bounded and not self.least <= number <= self.most):
+            bounds = f" in [{self.least:g}, {self.most:g}]" if is_bounded else ""
+            self.fail(f"must be a number{bounds}, got {shown(value)}", param, ctx)
+        return number
+
+
+class Choice(click.Choice):  # type: ignore[type-arg]
+    """One of a few names."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value`, which must be one of the names."""
+        try:
+            return str(super().convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"must be one of {', '.join(self.choices)}, got {value!r}", param, ctx)
+
+
+def choice(names: Sequence[str]) -> Choice:
+    """Return the type of an option that takes one of `names`."""
+    return Choice(list(names))
+
+
+def parse_size(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> tuple[int, int] | str | None:
+    """Parse `96`, `64x96` (height x width), or `native`."""
+    if value is None or value == "native":
+        return value
+    parts = value.lower().split("x")
+    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise click.BadParameter(
+            f"must be pixels as 96, height x width as 64x96, or native, got {value!r}", ctx, param
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+def parse_numbers(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> list[float] | None:
+    """Parse numbers separated by commas."""
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"must be numbers separated by commas, for example 0.5,0.5,0.5, got {value!r}",
+            ctx,
+            param,
+        ) from None
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: numbers bare, other text quoted."""
+    try:
+        float(str(value))
+    except ValueError:
+        return repr(value)
+    return str(value)
+
+
+PATH = click.Path(path_type=Path)
+COUNT = Integer(least=1)
+INTEGER = Integer()
+NUMBER = Number()
