@@ -219,7 +219,7 @@ def prune(
             ),
         }
     elif scratch is not None or scratch_budget is not None:
-        raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
+        raise InvalidArgument("scratch and scratch_budget require memory_budget")
     # Only a later round that measures has weights that are not the dense ones.
     dense = copies(chosen) if curvature == "features" and recalibrate and rounds > 1 else None
     job = makers.job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)

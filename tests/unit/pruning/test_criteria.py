@@ -165,7 +165,7 @@ def test_without_statistics(criterion):
 def test_statistics_missing(criterion):
     with pytest.raises(InvalidArgument, match=f"^fisher: is None; '{criterion}' needs statistics"):
         fastsal.score(Holder(), None, criterion)
-    with pytest.raises(InvalidArgument, match="fisher: holds no samples"):
+    with pytest.raises(InvalidArgument, match="fisher has no samples"):
         fastsal.score(Holder(), BlockFisher(SHAPES), criterion)
 
 
@@ -198,7 +198,7 @@ def test_unknown_criterion(given, meant):
 @pytest.mark.parametrize("damping", BAD_DAMPINGS)
 @pytest.mark.parametrize("criterion", ["block-fisher", "obs-greedy"])
 def test_dampings_that_are_not_taken(criterion, damping):
-    with pytest.raises(InvalidArgument, match="^damping: got .*; takes a finite number above zero"):
+    with pytest.raises(InvalidArgument, match="^damping must be (positive|a number), got "):
         fastsal.score(Holder(), statistics(), criterion, damping)
 
 
