@@ -1,41 +1,41 @@
-"""Every exception and warning that fastsal raises on purpose.
+"""The exceptions and warnings of fastsal.
 
-One tree: catch `FastsalError` for all of them, or the built-in type that fits
-(`ValueError`, `KeyError`, ...). A message names the argument, what came and what is taken.
+All exceptions derive from `FastsalError` and, where one fits, from a built-in exception such as
+`ValueError` or `KeyError`. A message names the argument, its valid values and the value it got.
 """
 
 from __future__ import annotations
 
 
 class FastsalError(Exception):
-    """Base of every error that fastsal raises on purpose."""
+    """Base class of the exceptions of fastsal."""
 
 
 class InvalidArgument(FastsalError, ValueError):
-    """An argument is outside what is taken."""
+    """The value of an argument is invalid."""
 
 
 class UnknownParameter(InvalidArgument, KeyError):
-    """A parameter name or pattern matches nothing."""
+    """A parameter name or pattern matches no parameter."""
 
-    def __str__(self) -> str:  # KeyError would print the message in quotes
+    def __str__(self) -> str:  # KeyError quotes the message
         return str(self.args[0]) if self.args else ""
 
 
 class DataError(InvalidArgument):
-    """Images or labels cannot be used: unreadable, out of range, too few."""
+    """Images or labels are unreadable, out of range or too few."""
 
 
 class NonFiniteGradient(FastsalError, ArithmeticError, ValueError):
-    """A per-sample gradient holds NaN or infinity; nothing was accumulated."""
+    """A per-sample loss or gradient is NaN or infinite; statistics are unchanged."""
 
 
 class NonFiniteLoss(FastsalError, ArithmeticError, ValueError):
-    """Training gave a loss or a weight that is NaN or infinite; the model is as it was."""
+    """A loss or a weight became NaN or infinite during training; the model is restored."""
 
 
 class UnsupportedLayer(FastsalError, TypeError):
-    """The per-sample gradient of a weight cannot be formed; the message says which and why."""
+    """The per-sample gradient of a weight cannot be computed."""
 
 
 class FactorizationError(FastsalError, ArithmeticError):
@@ -43,12 +43,12 @@ class FactorizationError(FastsalError, ArithmeticError):
 
 
 class MaskError(InvalidArgument):
-    """A mask does not belong to the model, or a model breaks its mask."""
+    """A mask does not fit the model, or a pruned weight is not zero."""
 
 
 class FileFormatError(InvalidArgument):
-    """A file is truncated, tampered with, or of another kind or version."""
+    """A file is truncated, modified, or of another format or version."""
 
 
 class PrecisionWarning(UserWarning):
-    """The stated error bound of a score may pass one per cent."""
+    """The bound on the rounding error of a score exceeds one percent."""

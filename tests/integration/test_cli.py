@@ -184,7 +184,10 @@ def test_the_command_starts_without_torch(python_env):
         (["--sparsity", "0.5", "--samples", "61"], "got 61"),
         (["--sparsity", "0.5", "--parameters", "convv.weight"], "convv.weight"),
         (["--sparsity", "0.5", "--pattern", "two:four"], "two:four"),
-        (["--sparsity", "0.5", "--size", "native", "--mean", "1,2"], "mean: got 2 values"),
+        (
+            ["--sparsity", "0.5", "--size", "native", "--mean", "1,2"],
+            "mean must have 1 value or one per channel",
+        ),
         (["--sparsity", "0.5", "--weights", "none.pth"], "none.pth"),
         (["--sparsity", "0.5", "--num-classes", "2"], "must be in 0 to 1 for a model of 2 classes"),
     ],

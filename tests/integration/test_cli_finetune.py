@@ -128,7 +128,10 @@ def test_a_killed_command_goes_on(command, tmp_path, monkeypatch):
     assert result.exit_code == 130
     assert path.exists()
     assert not out.exists()
-    failed(run(*again, "--lr", 0.2), "with other lr; give the same arguments, or another file")
+    failed(
+        run(*again, "--lr", 0.2),
+        "with other values of lr; pass the same arguments, or another path",
+    )
     assert run(*again).exit_code == 0
     assert not path.exists()
     name = "model.safetensors"
@@ -163,7 +166,7 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
         (["--frozen", "conv.*"], "frozen: leaves nothing to train"),
         (["--samples", "61"], "got 61"),
-        (["--lr", "1e38", "--schedule", "constant"], "takes a lower lr (it is 1e+38)"),
+        (["--lr", "1e38", "--schedule", "constant"], "use a lower lr than 1e+38"),
     ):
         failed(run(*command, *options), message)
         assert not (tmp_path / "tuned").exists()

@@ -384,7 +384,7 @@ def two_sizes(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (grey_cube, "has 5 channels; the model takes 3"),
+        (grey_cube, "must have 3 channels for this model, got 5"),
         (two_sizes, "size must be given for images of different sizes"),
     ],
 )

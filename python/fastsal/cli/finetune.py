@@ -76,7 +76,9 @@ if TYPE_CHECKING:
 )
 @click.option("--train-head", is_flag=True, help="Also train the classifier; frozen by default.")
 @click.option(
+    "--train-normalization",
     "--train-normalisation",
+    "train_normalization",
     is_flag=True,
     help="Also train the normalization layers; frozen by default.",
 )
@@ -192,7 +194,7 @@ def _trained(
 
     names = (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalisation", "checkpoint", "seed",
+        "train_head", "train_normalization", "checkpoint", "seed",
     )  # fmt: skip
     return fastsal.finetune(
         model,

@@ -71,12 +71,12 @@ def corrupt(images: ImageSet, kind: CorruptionKind, severity: int = 3, seed: int
     """
     check_choice("kind", kind, CORRUPTION_KINDS)
     return images.transformed(
-        CorruptionTransform(kind, whole("severity", severity, 1, 5), whole("seed", seed))
+        Corruption(kind, whole("severity", severity, 1, 5), whole("seed", seed))
     )
 
 
 @dataclass(frozen=True)
-class CorruptionTransform:
+class Corruption:
     """A corruption as a transform of an `ImageSet`, see `corrupt`."""
 
     kind: CorruptionKind

@@ -1,4 +1,4 @@
-"""Fine-tune pruned models with the mask held."""
+"""Fine-tuning of pruned models, with their mask held."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Fine-tune a pruned model on its own task: what is pruned stays pruned.
+"""Fine-tune a pruned model, keeping its mask.
 
-Head and normalisation are frozen by default, as in the protocol of arXiv 2509.24066: what is
-trained is the backbone, so that its features can be judged by the heads of other tasks after.
+Head and normalization are frozen by default, as in the protocol of arXiv 2509.24066: only the
+backbone is trained, so that its features can be evaluated with the frozen heads of other tasks.
 """
 
 from __future__ import annotations
@@ -24,18 +24,20 @@ from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
+from fastsal.utils.choices import Schedule
+from fastsal.utils.numbers import real, whole
 from fastsal.utils.progress import Report, reporter
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune` did.
+    """Result of `finetune`.
 
     Attributes:
-        history: One entry an epoch: `epoch` from 1, mean `loss` of the samples as they came,
-            `held_out_loss` after it or None, `lr` of its first update, `samples`, `seconds`.
-        kept_epoch: The epoch whose weights the model has; 0 for those that it came with, masked.
-        before: Held-out loss of those; None without held-out images.
+        history: One entry per epoch: `epoch` (from 1), mean training `loss`, `held_out_loss` after
+            the epoch or None, `lr` of the first step, `samples` and `seconds`.
+        kept_epoch: Epoch whose weights the model has; 0 for the masked initial weights.
+        before: Held-out loss of the masked initial weights; None without held-out images.
     """
 
     history: list[dict[str, Any]]
@@ -45,7 +47,7 @@ class FinetuneResult:
 
 @dataclass
 class _Course:
-    """How far a run is. With held-out images `best` holds the weights of `kept_epoch`."""
+    """Progress of a run. With held-out images, `best` contains the weights of `kept_epoch`."""
 
     before: float | None
     best: dict[str, Tensor] | None
@@ -53,12 +55,12 @@ class _Course:
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def is_over(self, epochs: int, patience: int | None) -> bool:
-        """Whether all epochs are done, or no more are worth it."""
+        """Whether all epochs are done, or the patience is exhausted."""
         done = len(self.history)
         return done >= epochs or (patience is not None and done - self.kept_epoch >= patience)
 
     def improves(self, value: float) -> bool:
-        """Whether a held-out loss is lower than all before; NaN never is."""
+        """Whether a held-out loss is lower than all previous ones; False for NaN."""
         seen = [self.before, *(line["held_out_loss"] for line in self.history)]
         return value < min(
             (v for v in seen if v is not None and not math.isnan(v)), default=math.inf
@@ -75,64 +77,75 @@ def finetune(
     optimizer: str = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
-    schedule: str = "cosine",
+    schedule: Schedule = "cosine",
     held_out: Batches | None = None,
     patience: int | None = None,
     frozen: str | Sequence[str] = (),
     train_head: bool = False,
-    train_normalisation: bool = False,
+    train_normalization: bool = False,
     loss: str | LossFunction = "cross-entropy",
     autocast: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Report = False,
     seed: int = 0,
 ) -> FinetuneResult:
-    """Train the kept weights of a model in place; the pruned ones are zero throughout.
+    """Fine-tune the kept weights of a model in place; pruned weights remain zero.
+
+    On any error the weights, buffers, modes and flags of the model are restored.
 
     Args:
-        model: Any module; it ends with the modes and the `requires_grad` that it came with.
-        batches: As for `collect`, with labels, on one pass an epoch; each may have an order of its
-            own (a `DataLoader` with `shuffle=True`).
-        masks: True = kept; the model is masked first (see `Masks.hold`).
-        epochs: Passes over `batches`, 1 or more.
-        lr: Rate that the schedule begins with.
-        optimizer: Name in timm: `"sgd"` (Nesterov), `"momentum"` (without), `"adamw"` and others.
-        momentum: Where the optimiser has one; 0 with `"momentum"`, as Nesterov's needs one.
-        weight_decay: Of weights with two axes or more.
-        schedule: `"cosine"` or `"linear"` to zero, or `"constant"`.
-        held_out: Labelled images, iterated again and again. With them the model ends with the
-            weights of the epoch of least mean loss on them, which may be those that it came with.
-        patience: Stop after so many epochs in a row without a lower held-out loss; None never.
-        frozen: Names or `fnmatch` patterns of further parameters that stay as they are.
-        train_head: Whether the classifier is trained: what `get_classifier()` of a timm model
-            gives, else the last `Linear`.
-        train_normalisation: Whether normalisation layers are; if not their running moments stay
-            as they are too.
-        loss: As for `collect`; its mean over a batch is descended.
-        autocast: Run the passes in `torch.bfloat16` or `torch.float16` (the loss is scaled then).
-        checkpoint: A file that keeps the state after every epoch: the same call, with the same
-            batches, goes on from there, on the CPU to the same bits. Removed at the end.
-        progress: A bar, or a function of samples done and in all.
-        seed: Of dropout, of shuffles that draw from torch, and of all else with chance in it.
+        model: Any module. Its modes and `requires_grad` flags are restored at the end.
+        batches: Iterable of `(images [n, ...], labels [n])`, iterated once per epoch. The order may
+            change between epochs, as with a `DataLoader` with `shuffle=True`.
+        masks: Masks, True = kept; applied to the model first, see `Masks.hold`.
+        epochs: Number of passes over `batches`, at least 1.
+        lr: Initial learning rate.
+        optimizer: Name in timm: "sgd" (Nesterov), "momentum" (without Nesterov), "adamw" or another
+            name of `timm.optim.list_optimizers()`.
+        momentum: Momentum, for optimizers that have one. It may be 0 with "momentum" only, as
+            Nesterov momentum must be positive.
+        weight_decay: Weight decay of parameters with two or more axes.
+        schedule: Learning-rate schedule: "cosine" or "linear" decay to zero, or "constant".
+        held_out: Iterable of held-out `(images, labels)`, iterated after every epoch. With it, the
+            model ends with the weights of the lowest mean held-out loss, possibly the initial ones.
+        patience: Number of consecutive epochs without a lower held-out loss after which training
+            stops; None for all epochs.
+        frozen: Names or `fnmatch` patterns of further parameters to freeze.
+        train_head: Whether to train the classifier: the layers of `get_classifier()`, as timm's
+            models have it, else the last `Linear`.
+        train_normalization: Whether to train normalization layers. Otherwise their running
+            statistics are frozen too.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`; the mean
+            over a batch is minimized.
+        autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16` (with a scaled
+            loss), or None.
+        checkpoint: File for the state after every epoch. The same call with the same batches
+            resumes from it, with bit-identical results on the CPU. Deleted at the end.
+        progress: True shows a progress bar; a function is called with the numbers of samples done
+            and in total.
+        seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
 
     Returns:
-        The epochs and which one was kept.
+        The history of the epochs, and which epoch was kept.
 
     Raises:
-        InvalidArgument: An argument is not taken. In this and in every other case the model is as
-            it was.
-        UnknownParameter: `frozen` matches nothing.
-        MaskError: The masks are of another model.
-        DataError: Images or labels cannot be used.
+        InvalidArgument: An argument is invalid.
+        UnknownParameter: `frozen` matches no parameter.
+        MaskError: The masks do not fit the model.
+        DataError: Images or labels are invalid.
         NonFiniteLoss: The loss or a weight became NaN or infinite.
-        FileFormatError: `checkpoint` is damaged, or of another run.
+        FileFormatError: `checkpoint` is damaged, or belongs to another run.
     """
     if not isinstance(masks, Masks):
-        raise InvalidArgument(f"masks: got {type(masks).__name__}; takes fastsal.Masks")
-    _check_numbers(epochs, lr, patience, autocast)
+        raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")
+    epochs, lr = whole("epochs", epochs, 1), real("lr", lr, above=0)
+    patience = None if patience is None else whole("patience", patience, 1)
+    momentum, weight_decay = real("momentum", momentum), real("weight_decay", weight_decay)
+    seed = whole("seed", seed, None)
+    check_autocast(autocast)
     _check_batches(batches, held_out, epochs, patience)
     trained = trained_parameters(
-        model, frozen, train_head=train_head, train_normalisation=train_normalisation
+        model, frozen, train_head=train_head, train_normalization=train_normalization
     )
     how: dict[str, Any] = {
         "epochs": epochs,
@@ -147,7 +160,7 @@ def finetune(
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with (
         all_or_nothing(tensors) as original,
-        training_only(model, trained, train_normalisation=train_normalisation),
+        training_only(model, trained, train_normalization=train_normalization),
         reporter(progress, "fine-tuning") as report,
     ):
         trainer = Trainer(model, batches, loss=loss, **how)
@@ -159,12 +172,12 @@ def finetune(
                 "held_out": held_out is not None,
                 "frozen": frozen,
                 "train_head": train_head,
-                "train_normalisation": train_normalisation,
+                "train_normalization": train_normalization,
                 "loss": loss if isinstance(loss, str) else "a function",
             }
             start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
             keeper = TrainingCheckpoint(checkpoint, asked, start)
-        # Zeros of parameters that are all frozen need no optimiser to be held.
+        # If all masked parameters are frozen, no optimizer can change their zeros.
         moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
         with masks.hold(model, trainer.optimizer if moved else None):
             course = _train(trainer, tensors, held_out, epochs, patience, keeper, report)
@@ -182,7 +195,7 @@ def _train(
     keeper: TrainingCheckpoint | None,
     report: Report,
 ) -> _Course:
-    """Train epoch by epoch, from the checkpoint on if there is one, and keep the best."""
+    """Train all epochs, or those after the checkpoint if there is one, and keep the best."""
     saved = keeper.load() if keeper is not None else None
     if saved is not None:
         restore(tensors, saved["tensors"])
@@ -216,26 +229,13 @@ def _train(
     return course
 
 
-def _check_numbers(
-    epochs: int, lr: float, patience: int | None, autocast: torch.dtype | None
-) -> None:
-    for name, value in (("epochs", epochs), ("patience", patience)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InvalidArgument(f"{name}: got {value!r}; takes 1 or more")
-    if not 0 < lr < math.inf:
-        raise InvalidArgument(f"lr: got {lr!r}; takes a number above 0")
-    check_autocast(autocast)
-
-
 def _check_batches(
     batches: Batches, held_out: Batches | None, epochs: int, patience: int | None
 ) -> None:
-    again = "takes a list, a DataLoader or anything else that can be iterated again"
+    again = "must be iterable more than once, such as a list or a DataLoader, got an iterator"
     if epochs > 1 and isinstance(batches, Iterator):
-        raise InvalidArgument(
-            f"batches: is an iterator, which gives its images once, for {epochs} epochs; {again}"
-        )
+        raise InvalidArgument(f"batches {again} for {epochs} epochs")
     if isinstance(held_out, Iterator):
-        raise InvalidArgument(f"held_out: is an iterator, which gives its images once; {again}")
+        raise InvalidArgument(f"held_out {again}")
     if patience is not None and held_out is None:
-        raise InvalidArgument("patience: is for held-out loss; give held_out as well")
+        raise InvalidArgument(f"patience must be None without held_out, got {patience}")

@@ -1,9 +1,8 @@
-"""What a fine-tuning trains and what it leaves alone: head, normalisation, and what is named."""
+"""Selection of the trained parameters: head, normalization and named parameters are frozen."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -11,9 +10,11 @@ from torch import nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.classifier import find_head
+from fastsal.models.evaluating import modes_restored
+from fastsal.utils.suggestions import did_you_mean
 
-_NORMALISATION = (
-    nn.modules.batchnorm._NormBase,  # batch and instance normalisation
+_NORMALIZATION = (
+    nn.modules.batchnorm._NormBase,  # batch and instance normalization
     nn.GroupNorm,
     nn.LayerNorm,
     nn.RMSNorm,
@@ -25,84 +26,83 @@ def trained_parameters(
     frozen: str | Sequence[str] = (),
     *,
     train_head: bool = False,
-    train_normalisation: bool = False,
+    train_normalization: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """Choose what is trained: all that needs gradients but for what is frozen.
+    """Return the parameters to train: those that require gradients and are not frozen.
 
     Args:
         model: Any module.
-        frozen: Names, or `fnmatch` patterns of names, of parameters that stay as they are.
-        train_head: Whether the head (see `find_head`) is trained.
-        train_normalisation: Whether scales and shifts of normalisation layers are.
+        frozen: Names or `fnmatch` patterns of parameters to freeze.
+        train_head: Whether to train the head, see `find_head`.
+        train_normalization: Whether to train the scales and shifts of normalization layers.
 
     Returns:
         Name to parameter, in the order of `model.named_parameters()`.
 
     Raises:
-        UnknownParameter: A name or a pattern matches nothing.
-        InvalidArgument: Nothing is left to train, or no head is found to freeze.
+        UnknownParameter: A name or a pattern matches no parameter.
+        InvalidArgument: No parameter is left to train, or no head is found to freeze.
     """
     owned = dict(model.named_parameters())
     still: set[nn.Parameter] = set()
     if not train_head:
         still.update(p for module in find_head(model) for p in module.parameters())
-    if not train_normalisation:
-        still.update(p for module in normalisation_layers(model) for p in module.parameters())
+    if not train_normalization:
+        still.update(p for module in normalization_layers(model) for p in module.parameters())
     for pattern in [frozen] if isinstance(frozen, str) else frozen:
         hits = [p for name, p in owned.items() if fnmatchcase(name, pattern)]
         if not hits:
-            close = difflib.get_close_matches(pattern, owned, n=3, cutoff=0.4)
-            hint = f"; close: {', '.join(close)}" if close else ""
-            raise UnknownParameter(f"frozen: {pattern!r} matches no parameter of the model{hint}")
+            raise UnknownParameter(
+                f"frozen: {pattern!r} matches no parameter of the model"
+                f"{did_you_mean(pattern, owned, cutoff=0.4)}"
+            )
         still.update(hits)
     trained = {name: p for name, p in owned.items() if p.requires_grad and p not in still}
     if not trained:
         raise InvalidArgument(
-            "frozen: leaves nothing to train; head and normalisation are trained with train_head "
-            "and train_normalisation, and parameters that need no gradient never"
+            "frozen: no parameter is left to train; train_head and train_normalization train head "
+            "and normalization, and parameters with requires_grad=False are never trained"
         )
     return trained
 
 
-def normalisation_layers(model: nn.Module) -> list[nn.Module]:
-    """Return torch's normalisation layers, and others that are called so.
+def normalization_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the normalization layers of PyTorch, and others by name.
 
-    Those, timm's `RmsNorm` say, have `Norm` in the name of their class and vectors only as
-    parameters; a block that has it in its name holds weights of more axes.
+    A module is a normalization layer by name, such as `RmsNorm` of timm, if its class name contains
+    `Norm` and its parameters are vectors. Larger blocks have parameters with more axes.
     """
     return [
         module
         for module in model.modules()
-        if isinstance(module, _NORMALISATION)
+        if isinstance(module, _NORMALIZATION)
         or ("Norm" in type(module).__name__ and all(p.ndim <= 1 for p in module.parameters()))
     ]
 
 
 @contextlib.contextmanager
 def training_only(
-    model: nn.Module, trained: Mapping[str, nn.Parameter], *, train_normalisation: bool
+    model: nn.Module, trained: Mapping[str, nn.Parameter], *, train_normalization: bool
 ) -> Iterator[None]:
-    """Put a model in training mode with gradients for `trained` alone.
+    """Use training mode, with gradients for `trained` only, then restore modes and gradients.
 
-    Normalisation that is not trained is in evaluation mode: running moments stay as they are. After
-    the block modes, flags and gradients are those of before.
+    Frozen normalization layers are in evaluation mode, so that their running statistics do not
+    change.
     """
-    modes = [(module, module.training) for module in model.modules()]
     found = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     chosen = set(trained.values())
-    try:
-        model.train()
-        for layer in normalisation_layers(model):
-            own = list(layer.parameters())
-            if not train_normalisation or (own and chosen.isdisjoint(own)):
-                layer.training = False
-        for p, _, _ in found:
-            p.requires_grad_(p in chosen)
-            p.grad = None
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for p, needed, gradient in found:
-            p.requires_grad_(needed)
-            p.grad = gradient
+    with modes_restored(model):
+        try:
+            model.train()
+            for layer in normalization_layers(model):
+                own = list(layer.parameters())
+                if not train_normalization or (own and chosen.isdisjoint(own)):
+                    layer.training = False
+            for p, _, _ in found:
+                p.requires_grad_(p in chosen)
+                p.grad = None
+            yield
+        finally:
+            for p, needed, gradient in found:
+                p.requires_grad_(needed)
+                p.grad = gradient

@@ -1,9 +1,8 @@
-"""One epoch of training: optimiser and schedule from timm, mixed precision, a seed of its own."""
+"""Epochs of training: optimizer and schedule of timm, mixed precision, one seed per epoch."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -16,9 +15,11 @@ from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
 from fastsal.models.evaluating import outputs, to_model
+from fastsal.utils.choices import SCHEDULES, Schedule
+from fastsal.utils.suggestions import check_choice, did_you_mean
 
-# How timm's factory is asked for them, the same in all its versions.
-SCHEDULES: dict[str, dict[str, Any]] = {
+# Arguments of timm's factory, the same in all of its versions.
+_SCHEDULES: dict[Schedule, dict[str, Any]] = {
     "cosine": {"sched": "cosine"},
     "linear": {"sched": "poly", "decay_rate": 1.0},  # the power of the polynomial
     "constant": {"sched": "step", "decay_rate": 1.0},  # steps by a factor of one
@@ -26,21 +27,21 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 class Trainer:
-    """What moves a model's weights, epoch by epoch.
+    """Trains the weights of a model, epoch by epoch.
 
     Args:
-        model: In the modes and with the flags that it is to be trained in.
-        batches: Pairs of images and labels, iterated once an epoch.
-        lr: Rate that the schedule begins with.
+        model: Model with the modes and flags to train in.
+        batches: Iterable of `(images, labels)`, iterated once per epoch.
+        lr: Initial learning rate.
         optimizer: A name of `timm.optim.list_optimizers()`.
-        momentum: Where the optimiser has one.
-        weight_decay: Of weights with two axes or more; others have none.
-        schedule: One of `SCHEDULES`. It moves with every update where `batches` has a length, and
-            with every epoch where not; it would be zero after the last one.
-        epochs: That the schedule runs over.
-        loss: As for `collect`.
-        autocast: Type of the passes; with `torch.float16` the loss is scaled.
-        seed: Epoch e runs on random numbers of seed + e, whatever came before.
+        momentum: Momentum, for optimizers that have one.
+        weight_decay: Weight decay of parameters with two or more axes; others have none.
+        schedule: "cosine", "linear" or "constant". The rate is updated at every step if `batches`
+            has a length, otherwise at every epoch. Cosine and linear reach zero after the last.
+        epochs: Number of epochs of the schedule.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`.
+        autocast: dtype for `torch.autocast`, or None; with `torch.float16` the loss is scaled.
+        seed: Epoch e uses the random numbers of seed + e.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Trainer:
         optimizer: str,
         momentum: float,
         weight_decay: float,
-        schedule: str,
+        schedule: Schedule,
         epochs: int,
         loss: str | checks.LossFunction,
         autocast: torch.dtype | None,
@@ -61,7 +62,7 @@ class Trainer:
         first = next(model.parameters())
         self._model, self._first, self._device = model, first, first.device
         self._batches = batches
-        self._updates = operator.length_hint(batches)  # 0 where it is not known
+        self._updates = operator.length_hint(batches)  # 0 if unknown
         self.optimizer = _make_optimizer(model, optimizer, lr, momentum, weight_decay)
         self._schedule = _make_schedule(self.optimizer, schedule, epochs, self._updates)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=autocast is torch.float16)
@@ -71,26 +72,26 @@ class Trainer:
 
     @property
     def samples(self) -> int | None:
-        """Images of an epoch, where that is known before."""
+        """Number of images of an epoch, or None if unknown."""
         return getattr(self._batches, "samples", None)
 
     def epoch(self, number: int, report: Callable[[int], None]) -> dict[str, Any]:
         """Train on every batch once.
 
         Args:
-            number: Of the epoch, from 1.
-            report: Called with the number of samples that are done.
+            number: Number of the epoch, from 1.
+            report: Called with the number of samples processed so far.
 
         Returns:
-            The mean `loss` of the samples as they came, the `lr` of the first update, and the
-            number of `samples`.
+            The mean `loss` during training, the `lr` of the first step, and the number of
+            `samples`.
 
         Raises:
-            DataError: Images or labels cannot be used.
+            DataError: Images or labels are invalid.
             NonFiniteLoss: A loss or a trained weight is NaN or infinite.
         """
         done = (number - 1) * self._updates
-        self._schedule.step(number - 1)  # only one of the two has an effect
+        self._schedule.step(number - 1)  # one of the two has no effect
         self._schedule.step_update(done)
         lr = float(self.optimizer.param_groups[0]["lr"])
         total, samples = 0.0, 0
@@ -105,8 +106,8 @@ class Trainer:
                 if not math.isfinite(value):
                     raise NonFiniteLoss(
                         f"epoch {number}: the mean loss of samples {samples} to "
-                        f"{samples + len(images) - 1} is {value}; takes a lower lr (it is {lr:g}), "
-                        "or look at these images"
+                        f"{samples + len(images) - 1} must be finite, got {value}; use a lower lr "
+                        f"than {lr:g}, or check these images"
                     )
                 self.optimizer.zero_grad()
                 torch.autograd.backward(self._scaler.scale(mean))
@@ -121,7 +122,7 @@ class Trainer:
         return {"loss": total / samples, "lr": lr, "samples": samples}
 
     def mean_loss(self, held_out: Batches) -> float:
-        """Return the mean loss of images in evaluation mode and in the model's own precision."""
+        """Return the mean loss of images in evaluation mode, in the precision of the model."""
         total, samples = 0.0, 0
         for images, labels in self._pairs(held_out):
             losses = self._losses(outputs(self._model, images), labels, samples)
@@ -130,11 +131,11 @@ class Trainer:
         return total / samples
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next epoch needs beside the weights."""
+        """Return the state of optimizer and gradient scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
 
@@ -142,7 +143,7 @@ class Trainer:
         for images, labels in as_batches(batches, None):
             checks.check_images(images)
             checks.check_labels(labels, len(images))
-            assert labels is not None  # checked
+            assert labels is not None  # see check_labels
             yield images, labels
 
     def _losses(self, out: Any, labels: Tensor, before: int) -> Tensor:
@@ -157,8 +158,7 @@ class Trainer:
         for name, p in self._model.named_parameters():
             if p.requires_grad and not bool(torch.isfinite(p.detach()).all()):
                 raise NonFiniteLoss(
-                    f"epoch {number}: {name!r} holds NaN or infinity; takes a lower lr (it is "
-                    f"{lr:g})"
+                    f"epoch {number}: {name!r} contains NaN or infinity; use a lower lr than {lr:g}"
                 )
 
 
@@ -167,30 +167,29 @@ def _make_optimizer(
 ) -> torch.optim.Optimizer:
     import timm.optim
 
-    factory: Any = timm.optim  # exports its names by a way that types do not see
+    factory: Any = timm.optim  # its names are not typed
     known: list[str] = factory.list_optimizers()
-    if name.lower().rpartition("_")[2] not in known:  # "lookahead_sgd" is taken as well
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f" (close: {', '.join(close)})" if close else ""
+    if name.lower().rpartition("_")[2] not in known:  # "lookahead_sgd" is valid too
         raise InvalidArgument(
-            f"optimizer: timm has no {name!r}{hint}; takes sgd, adamw or another name of "
-            "timm.optim.list_optimizers()"
+            "optimizer must be 'sgd', 'adamw' or another name of timm.optim.list_optimizers(), got "
+            f"{name!r}{did_you_mean(name, known)}"
         )
     try:
         made: torch.optim.Optimizer = factory.create_optimizer_v2(
             model, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
         )
     except ValueError as error:
-        raise InvalidArgument(f"optimizer: {name!r} does not take its arguments: {error}") from None
+        raise InvalidArgument(f"optimizer: {name!r} rejects its arguments: {error}") from None
     return made
 
 
-def _make_schedule(optimizer: torch.optim.Optimizer, name: str, epochs: int, updates: int) -> Any:
+def _make_schedule(
+    optimizer: torch.optim.Optimizer, name: Schedule, epochs: int, updates: int
+) -> Any:
     import timm.scheduler
 
     factory: Any = timm.scheduler
-    if name not in SCHEDULES:
-        raise InvalidArgument(f"schedule: got {name!r}; takes {', '.join(map(repr, SCHEDULES))}")
+    check_choice("schedule", name, SCHEDULES)
     made, _ = factory.create_scheduler_v2(
         optimizer,
         num_epochs=epochs,
@@ -198,14 +197,14 @@ def _make_schedule(optimizer: torch.optim.Optimizer, name: str, epochs: int, upd
         warmup_epochs=0,
         step_on_epochs=updates == 0,
         updates_per_epoch=updates,
-        **SCHEDULES[name],
+        **_SCHEDULES[name],
     )
     return made
 
 
 @contextlib.contextmanager
 def _private_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's random numbers inside the block; the caller's stay as they are."""
+    """Seed PyTorch's random numbers for the block, then restore their state."""
     on_gpu = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if on_gpu else []):
         torch.default_generator.manual_seed(seed)

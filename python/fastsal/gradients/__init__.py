@@ -1,11 +1,11 @@
-"""Per-sample gradients of the weights of a model, formed during one ordinary backward pass.
+"""Per-sample gradients of the weights of a model, computed during one ordinary backward pass.
 
-Every call of `F.linear`, `F.convNd` and `F.embedding` on a tracked weight is seen as it happens, so
-layers that override `forward`, shared weights and layers called twice need no care. A use that has
-no rule goes through `torch.func`; what cannot be done raises, and is never skipped.
+Every call of `F.linear`, `F.convNd` and `F.embedding` on a tracked weight is intercepted, so that
+layers that override `forward`, shared weights and layers called twice are supported. Other uses of
+a weight are differentiated by `torch.func`. An unsupported use raises; it is never skipped.
 
 Axes: n samples, L positions, O output and C input features or channels, G groups, k kernel,
-P output positions of a convolution, V rows and D columns of a table.
+P output positions of a convolution, V rows and D columns of an embedding.
 """
 
 from fastsal.gradients.engine import GradientEngine, choose_micro_batch

@@ -1,4 +1,4 @@
-"""The hooks of one forward and backward pass."""
+"""Hooks of one forward and backward pass that compute per-sample gradients."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor, nn
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.capture import hookable, make_root
 from fastsal.gradients.precision import row_dtype
-from fastsal.gradients.rules.registry import Call, Operation
+from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.scaling import LossScale, all_finite
 from fastsal.gradients.workspace import Workspace
 
-Sink = Callable[[str, Tensor], None]
+RowSink = Callable[[str, Tensor], None]  # sink(name, rows [n, *shape])
 
 
 @runtime_checkable
 class Lender(Protocol):
-    """A sink that lends the memory that rows are written to, so that it need not copy them."""
+    """A sink that provides the memory that rows are written to, so that they are not copied."""
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return contiguous memory `[n, *shape]` in the parameter's `row_dtype`, or None."""
 
 
 class Record:
-    """One call of an operation on a tracked weight, kept until its gradient arrives."""
+    """One call of an operation on a tracked weight, stored until its output gradient is known."""
 
     def __init__(self, name: str, operation: Operation, call: Call, output: Tensor) -> None:
         self.name = name
         self.operation = operation
-        # The same memory and version counter as the input, without its graph.
+        # Shares memory and version counter with the input, without its graph.
         self.call = replace(call, input=call.input.detach())
         self.version = call.input._version
         self.output_shape = output.shape
@@ -44,24 +44,24 @@ class Record:
         if self.call.input._version != self.version:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call was modified in place "
-                "after the call, so the gradient of the weight is lost; "
-                "make that operation out of place (inplace=False)"
+                "after the call, so that the gradient of the weight cannot be computed; use an "
+                "out-of-place operation (inplace=False)"
             )
 
     def fill(
         self, grad_output: Tensor, out: Tensor, workspace: Workspace, scale: LossScale
     ) -> None:
-        """Write the rows [n, *shape] of this call into `out`.
+        """Write the rows `[n, *shape]` of this call to `out`.
 
         Args:
-            grad_output: Gradient of the output, of the scaled losses.
-            out: Float32 or wider, so that the scale is undone exactly.
+            grad_output: Gradient of the scaled losses with respect to the output.
+            out: Float32 or wider, so that unscaling is exact.
             workspace: Scratch memory.
-            scale: Of the losses.
+            scale: Loss scale.
 
         Raises:
-            UnsupportedLayer: The input was changed in place, or its first axis does not hold
-                the samples.
+            UnsupportedLayer: The input was modified in place, or its first axis is not the sample
+                axis.
         """
         self.check_input()
         x = self.call.input
@@ -70,7 +70,7 @@ class Record:
         if leading % out.shape[0]:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call, {list(x.shape)}, "
-                f"does not hold {out.shape[0]} samples as it did in the first batch"
+                f"does not contain {out.shape[0]} samples as in the first batch"
             )
         call = replace(self.call, input=x.to(out.dtype) if x.is_floating_point() else x)
         dy = scale.undone(grad_output.reshape(self.output_shape).to(out.dtype))
@@ -78,18 +78,18 @@ class Record:
 
 
 class Pass:
-    """Forms rows as gradients arrive, and hands each parameter over once.
+    """Computes rows during a backward pass and passes each parameter to the sink once.
 
-    With a loss scale gradients wait until all have arrived and are known to be finite, because rows
-    that were handed over cannot be taken back. They and the inputs of their calls, 16-bit both,
-    take the memory that the inputs of a float32 pass do.
+    With a loss scale, output gradients are stored until the end of the backward pass and checked
+    for overflow first, because rows cannot be withdrawn from the sink. Gradients and inputs, both
+    16-bit, use as much memory as the inputs of a float32 pass.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         n: int,
-        sink: Sink,
+        sink: RowSink,
         workspace: Workspace,
         scale: LossScale,
         samples_last: Collection[str] = (),
@@ -107,7 +107,7 @@ class Pass:
         self._lender = sink if isinstance(sink, Lender) else None
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
-        """Attach the hook to the output of a call."""
+        """Attach the gradient hook to the output of a call."""
         call = replace(call, samples_first=name not in self._samples_last)
         record: Record | None = Record(name, operation, call, output)
         if not output.requires_grad:
@@ -121,7 +121,7 @@ class Pass:
             if self._scale.is_active:
                 self._waiting.append((record, grad_output.detach()))
                 return
-            arrived, record = record, None  # frees the input as the backward pass goes
+            arrived, record = record, None  # frees the input during the backward pass
             with torch.no_grad():
                 self._arrive(arrived, grad_output)
 
@@ -131,7 +131,8 @@ class Pass:
     def backward(self, total: Tensor) -> None:
         """Run the backward pass of the summed losses, with a loss scale that does not overflow.
 
-        Where even the least overflows, what there is goes on: the sink names parameter and sample.
+        If the smallest scale overflows, the gradients are passed on as they are; the sink reports
+        the parameter and the sample.
         """
         if not self._scale.is_active:
             torch.autograd.backward(total)
@@ -165,9 +166,9 @@ class Pass:
             self._sink(name, self._sums[name])
 
     def flush(self) -> None:
-        """Hand over what the backward pass left.
+        """Pass the remaining rows to the sink after the backward pass.
 
-        That is what waits, and sums with a call that did not reach the loss.
+        These are the stored ones, and sums with a call that does not affect the loss.
         """
         self._waiting.reverse()
         with torch.no_grad():
@@ -183,7 +184,7 @@ class Pass:
         self._scale.passed()
 
     def _room(self, name: str, purpose: str) -> Tensor:
-        """Memory for the rows that the sink will get."""
+        """Return memory for the rows of a parameter, lent by the sink if it can."""
         parameter = self._parameters[name]
         shape = (self._n, *parameter.shape)
         lent = None if self._lender is None else self._lender.room(name, shape)

@@ -1,4 +1,4 @@
-"""Sees every use of a tracked weight while a forward pass runs."""
+"""Interception of every use of a tracked weight during a forward pass."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsal.errors import UnsupportedLayer
-from fastsal.gradients.rules.registry import (
-    REGISTRY,
+from fastsal.gradients.rules.operations import (
+    OPERATIONS,
     Call,
     Operation,
     RefusedCallError,
     UnreadCallError,
 )
 
-# on_call(name, operation, call, output) -> the output that the model goes on with
+# on_call(name, operation, call, output) -> the output that the model continues with
 OnCall = Callable[[str, Operation, Call, Tensor], Tensor]
 
 
 class Capture(TorchFunctionMode):
-    """Hands supported calls on tracked weights to `on_call` and notes every other use.
+    """Passes supported calls on tracked weights to `on_call` and records every other use.
 
     Attributes:
-        unsupported: Parameter name to the reason why its uses have no rule.
+        unsupported: Parameter name to the reason why no rule supports its uses.
     """
 
     def __init__(self, tracked: Mapping[str, Tensor], on_call: OnCall) -> None:
@@ -43,18 +43,18 @@ class Capture(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run one torch function and look at its arguments."""
+        """Run one torch function and inspect its arguments."""
         del types_
         kwargs = dict(kwargs or {})
         names = self._tracked_among(args, kwargs)
         if not names:
             return func(*args, **kwargs)
-        operation = REGISTRY.get(func)
+        operation = OPERATIONS.get(func)
         if operation is not None:
             return self._run(operation, names, func, args, kwargs)
         body = _open(func)
         if body is not None:
-            # A composite such as multi_head_attention_forward: look at the calls inside.
+            # A composite such as multi_head_attention_forward: intercept the calls inside.
             with self:
                 return body(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -86,13 +86,13 @@ class Capture(TorchFunctionMode):
         for other in names:
             if other != name:
                 self.unsupported.setdefault(
-                    other, f"used by {operation.name} as another argument than the weight"
+                    other, f"used by {operation.name} as an argument other than the weight"
                 )
-        # Without grad mode the output cannot reach the loss; a rule has nothing to do.
+        # Without grad mode the output does not affect the loss.
         if name is None or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         try:
-            # Before the call, as what is refused may change the weight.
+            # Before the call, because a refused call may change the weight.
             call = operation.parse(*args, **kwargs)
         except RefusedCallError as reason:
             raise UnsupportedLayer(f"{name}: {reason}") from None
@@ -111,10 +111,10 @@ _OPENED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _open(func: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Copy a function of `torch.nn.functional` so that its body runs while a mode is active.
+    """Copy a function of `torch.nn.functional` so that the mode intercepts the calls in its body.
 
-    Such a function first asks `has_torch_function` and would be sent back to the mode for ever;
-    in the copy the answer is no, and the calls in its body are seen one by one.
+    The original tests `has_torch_function` first and would dispatch to the mode forever; in the
+    copy the test is always false.
     """
     if func not in _OPENED:
         if not isinstance(func, types.FunctionType) or func.__module__ != "torch.nn.functional":
@@ -140,16 +140,16 @@ def _never(*relevant: Any) -> bool:
 
 
 def make_root(output: Tensor) -> Tensor:
-    """Start the graph at a tensor that nothing before it needs gradients of."""
-    # The clone is no leaf, so that the model may change it in place.
+    """Start the graph at a tensor that has no graph yet."""
+    # The clone is not a leaf, so that the model may modify it in place.
     return output.detach().requires_grad_().clone()
 
 
 def hookable(output: Tensor) -> Tensor:
     """Return the tensor whose gradient hook survives a later in-place operation on `output`.
 
-    An in-place operation on a view rewires the graph around the view's own node; a hook on its
-    base stays where it is.
+    An in-place operation on a view replaces the node of the view in the graph, but not that of its
+    base.
     """
     base = output._base
     if (
@@ -164,6 +164,6 @@ def hookable(output: Tensor) -> Tensor:
 
 
 def saves_tensors_elsewhere() -> bool:
-    """Say whether saved tensors are packed now, as by `torch.utils.checkpoint`."""
+    """Whether hooks on saved tensors are active, as inside `torch.utils.checkpoint`."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None

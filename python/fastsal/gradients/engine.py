@@ -1,4 +1,4 @@
-"""The engine: one forward and one backward pass a micro-batch, rows handed to a sink."""
+"""The engine: one forward and one backward pass per micro-batch, rows passed to a sink."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument, UnknownParameter
 from fastsal.gradients import losses as checks
-from fastsal.gradients.backward import Pass, Sink
+from fastsal.gradients.backward import Pass, RowSink
 from fastsal.gradients.capture import Capture
-from fastsal.gradients.fallback import Call, Fallback
+from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.scaling import LossScale
-from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
+from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
 from fastsal.gradients.tokens import TokenLookups
-from fastsal.gradients.two_samples import probe
+from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
-from fastsal.models.evaluating import to_model
+from fastsal.models.evaluating import plain_call, to_model
+from fastsal.models.features import feature_outputs
 from fastsal.utils.choices import CURVATURES, Curvature
+from fastsal.utils.numbers import whole
+from fastsal.utils.suggestions import check_choice
 
-# The rows of the largest parameter of one micro-batch stay below this.
+# Limit for the rows of the largest parameter of one micro-batch.
 _ROW_BYTES = 128 * 2**20
 _LARGEST_MICRO_BATCH = 64
 
@@ -34,30 +37,28 @@ _LARGEST_MICRO_BATCH = 64
 class GradientEngine:
     """Per-sample gradients of a model, inside a `with` block.
 
-    The model is in evaluation mode and its parameters need no gradients inside the block; both
-    are restored at its end, and `.grad` is never touched.
+    Inside the block, the model is in evaluation mode and its parameters do not require gradients.
+    Both are restored at the end, and `.grad` is not changed.
 
     Args:
-        model: Module that takes images `[n, ...]`, or tokens `[n, L]`.
+        model: Module whose inputs are images `[n, ...]` or token ids `[n, L]`.
         parameters: Canonical name to parameter, from `select_parameters`.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. It is
-            given outputs in float32 at least, and runs outside of autocast.
-        labels: `"true"` takes the labels that come with the images, `"sampled"` draws them from
-            the softmax of the logits. `"features"` needs none: `f_θ(x)`, what the classifier is
-            given, is the mean of a Gaussian from which a target `y = f(x) + √F ε` is drawn, and the
-            loss is `½ ‖f_θ(x) − y‖² / F` with the gradient `−J_f(x)ᵀ ε / √F`, `F` features.
-        seed: Seed of what is drawn.
-        autocast: Run the model under `torch.autocast` in this dtype.
-        micro_batch: Samples a pass; None chooses by memory.
-        loss_scale: Losses are multiplied by it for the backward pass and rows divided again, in
-            float32; a power of two. It halves where gradients overflow, before rows are handed
-            over. None begins with 2¹⁶ where the model or autocast is float16, more where gradients
-            are small, and scales nothing elsewhere.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`. Its
+            outputs are float32 or wider, and it runs outside of autocast.
+        curvature: "empirical" uses the labels of the images. "sampled" draws labels from the
+            softmax of the logits. "features" needs no labels: a target `y = f(x) + √F ε` is drawn
+            from a Gaussian around the F features `f(x)`, the input of the classifier, and the loss
+            `½ ‖f_θ(x) − y‖² / F` has the gradient `−J_f(x)ᵀ ε / √F`.
+        seed: Seed of the drawn labels or noise.
+        autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16`, or None.
+        micro_batch: Samples per forward and backward pass; None chooses by memory.
+        loss_scale: Power of two that multiplies the losses of a backward pass; rows are unscaled
+            in float32. It is halved when gradients overflow, before rows are passed on. None starts
+            at 2¹⁶ if the model or autocast is float16, raises it if gradients are small, and
+            disables scaling otherwise.
 
     Attributes:
-        plan: After the first run, name to the operation whose rule serves it, or to
-            `"torch.func: <reason>"`.
-        samples_seen: Samples handed over so far.
+        samples_seen: Number of samples passed on so far.
     """
 
     def __init__(
@@ -72,23 +73,23 @@ class GradientEngine:
         micro_batch: int | None = None,
         loss_scale: float | None = None,
     ) -> None:
-        if curvature not in CURVATURES:
-            raise InvalidArgument(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+        check_choice("curvature", curvature, CURVATURES)
         if curvature == "features" and loss != "cross-entropy":
             raise InvalidArgument(
-                "loss: curvature='features' has its own, that of matching features; leave loss out"
+                "loss must not be given with curvature='features', which defines its own loss"
             )
-        if micro_batch is not None and micro_batch < 1:
-            raise InvalidArgument(f"micro_batch: takes 1 or more, got {micro_batch}")
+        if micro_batch is not None:
+            micro_batch = whole("micro_batch", micro_batch, 1)
+        seed = whole("seed", seed, None)
         checks.check_autocast(autocast)
         if not parameters:
-            raise InvalidArgument("parameters: there is nothing to differentiate by")
+            raise InvalidArgument("parameters must contain at least one parameter, got none")
         owned = dict(model.named_parameters())
         for name, value in parameters.items():
             if owned.get(name) is not value:
                 raise UnknownParameter(
-                    f"parameters: {name!r} is not this model's parameter of that name; "
-                    "take them from select_parameters(model)"
+                    f"parameters: {name!r} is not the parameter of this model with that name; "
+                    "use select_parameters(model)"
                 )
         self._model = model
         self._parameters = dict(parameters)
@@ -101,14 +102,14 @@ class GradientEngine:
             checks.feature_matching if self._by_features else checks.resolve_loss(loss),
             first.device,
         )
-        self._call = _feature_call() if self._by_features else _plain_call
+        self._run_model = feature_outputs if self._by_features else plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
         self._scale = LossScale.of(loss_scale, autocast, model.parameters())
         self._micro_batch = micro_batch or choose_micro_batch(self._parameters)
         self._randomness = PrivateRandomness(self._device)
         self._workspace = Workspace()
-        self._frozen: FrozenModel | None = None
+        self._frozen: contextlib.ExitStack | None = None
         self._fast: dict[str, nn.Parameter] = {}
         self._fallback: Fallback | None = None
         self._classes: int | None = None
@@ -120,8 +121,10 @@ class GradientEngine:
 
     def __enter__(self) -> GradientEngine:
         if self._frozen is not None:
-            raise InvalidArgument("GradientEngine: already inside its `with` block")
-        self._frozen = FrozenModel(self._model)
+            raise InvalidArgument("GradientEngine: the `with` block is already active")
+        stack = contextlib.ExitStack()
+        stack.enter_context(frozen(self._model))
+        self._frozen = stack
         return self
 
     def __exit__(
@@ -131,65 +134,68 @@ class GradientEngine:
         trace: TracebackType | None,
     ) -> None:
         if self._frozen is not None:
-            self._frozen.restore()
+            self._frozen.close()
             self._frozen = None
         self._workspace.clear()
 
     @property
     def micro_batch(self) -> int:
-        """Samples of one forward and backward pass."""
+        """Samples per forward and backward pass."""
         return self._micro_batch
 
     @property
     def scratch_nbytes(self) -> int:
-        """Memory that the rules hold between layers."""
+        """Size in bytes of the scratch memory of the rules."""
         return self._workspace.nbytes
 
     @property
-    def plan(self) -> dict[str, str]:
-        """Name to operation or `"torch.func: <reason>"`; empty before the first run."""
-        plan: dict[str, str] = {}
+    def operations(self) -> dict[str, str]:
+        """Name to the operation whose rule is used, or to `"torch.func: <reason>"`.
+
+        Empty before the first run.
+        """
+        found: dict[str, str] = {}
         for name in self._parameters:
             if name in self._operations:
-                plan[name] = self._operations[name]
+                found[name] = self._operations[name]
             elif self._fallback is not None:
-                plan[name] = f"torch.func: {self._fallback.reasons[name]}"
+                found[name] = f"torch.func: {self._fallback.reasons[name]}"
                 if self._fallback.looped is not None:
-                    plan[name] += f" (one sample at a time, after {self._fallback.looped})"
-        return plan
+                    found[name] += f" (one sample at a time, after {self._fallback.looped})"
+        return found
 
-    def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
-        """Hand the per-sample gradients of a batch to a sink.
+    def run(self, images: Tensor, labels: Tensor | None, sink: RowSink) -> Tensor:
+        """Pass the per-sample gradients of a batch to a sink.
 
         Args:
-            images: `[n, C, H, W]`, normalised floating point; or tokens `[n, L]`, int64 or int32.
-            labels: `[n]`, or what `loss` takes, `[n, ...]`; may be None with `curvature="sampled"`,
-                and are ignored with `"features"`.
-            sink: Called as `sink(name, rows)` once a parameter and micro-batch, during the
-                backward pass (after it, with a loss scale). `rows` `[n, *shape]` is contiguous,
-                float32 (float64 for float64 parameters), and valid during the call only: the
-                memory is used again.
+            images: `[n, C, H, W]`, normalized floating point; or token ids `[n, L]`, int64 or
+                int32.
+            labels: `[n]`, or `[n, ...]` as `loss` expects. Optional for "sampled", ignored for
+                "features".
+            sink: Called as `sink(name, rows)` once per parameter and micro-batch, during the
+                backward pass (after it, with a loss scale). `rows` `[n, *shape]` is contiguous and
+                float32 (float64 for float64 parameters). Its memory is reused after the call.
 
         Returns:
             The losses `[n]`, float32.
 
         Raises:
-            DataError: Images or labels cannot be used.
-            NonFiniteGradient: A loss is NaN or infinite; counts samples from the first run on.
-            UnsupportedLayer: A per-sample gradient cannot be formed.
+            DataError: Images or labels are invalid.
+            NonFiniteGradient: A loss is NaN or infinite; samples are counted from the first run.
+            UnsupportedLayer: A per-sample gradient cannot be computed.
         """
         if self._frozen is None:
-            raise InvalidArgument("GradientEngine: run it inside `with engine:`")
+            raise InvalidArgument("GradientEngine: run must be called inside `with engine:`")
         labels = self._checked(images, labels)
         n = images.shape[0]
         uniforms: Tensor | None = None
         if self._sampled:
-            # For the whole batch at once: labels do not depend on the micro-batch.
+            # Drawn for the whole batch, so that labels do not depend on the micro-batch.
             uniforms = torch.rand(n, dtype=torch.float64, generator=self._generator)
         with differentiable():
             images = _usable(images)
             labels = None if labels is None else _usable(labels)
-            self._probe_once(images, labels)
+            self._find_rules_once(images, labels)
             parts = []
             for start in range(0, n, self._micro_batch):
                 part = slice(start, min(n, start + self._micro_batch))
@@ -204,18 +210,18 @@ class GradientEngine:
         return torch.cat(parts)
 
     def prepare(self, images: Tensor, labels: Tensor | None) -> None:
-        """Find out how gradients are formed, from two samples; `run` does it with its first ones.
+        """Choose the rules from two samples; otherwise `run` uses the first ones of its batch.
 
-        Worth a call where `run` is given single samples.
+        Useful if `run` is called with single samples.
         """
         if self._frozen is None:
-            raise InvalidArgument("GradientEngine: prepare it inside `with engine:`")
+            raise InvalidArgument("GradientEngine: prepare must be called inside `with engine:`")
         labels = self._checked(images, labels)
         with differentiable():
-            self._probe_once(_usable(images), None if labels is None else _usable(labels))
+            self._find_rules_once(_usable(images), None if labels is None else _usable(labels))
 
     def _checked(self, images: Tensor, labels: Tensor | None) -> Tensor | None:
-        """Check images and labels; labels that are not used are None."""
+        """Check images and labels; return None for unused labels."""
         checks.check_images(images)
         if self._by_features or self._sampled:
             return None
@@ -225,7 +231,7 @@ class GradientEngine:
         return labels
 
     def skip(self, samples: int) -> None:
-        """Leave what would be drawn for so many samples to others; after `prepare`."""
+        """Advance the random numbers as for a run of `samples`; call it after `prepare`."""
         if self._sampled:
             torch.rand(samples, dtype=torch.float64, generator=self._generator)
         elif self._by_features and self._outputs is not None:
@@ -233,14 +239,14 @@ class GradientEngine:
 
     @contextlib.contextmanager
     def rewinding(self) -> Iterator[None]:
-        """What is drawn inside the block is drawn again after it."""
+        """Restore the state of the random numbers at the end of the block."""
         state = self._generator.get_state()
         yield
         self._generator.set_state(state)
 
-    def _probe_once(self, images: Tensor, labels: Tensor | None) -> None:
+    def _find_rules_once(self, images: Tensor, labels: Tensor | None) -> None:
         if not self._operations and self._fallback is None:
-            self._probe(images, labels)
+            self._find_rules(images, labels)
 
     def _to_model(self, images: Tensor) -> Tensor:
         return to_model(images, next(iter(self._parameters.values())))
@@ -254,7 +260,7 @@ class GradientEngine:
     def _private(self) -> contextlib.AbstractContextManager[None]:
         return self._randomness.active(keep=False)
 
-    def _probe(self, images: Tensor, labels: Tensor | None) -> None:
+    def _find_rules(self, images: Tensor, labels: Tensor | None) -> None:
         pair = self._to_model(images[:2])
         targets = None if labels is None else labels[:2].to(self._device)
         if pair.shape[0] == 1:
@@ -266,7 +272,7 @@ class GradientEngine:
             self._check_outputs(outputs, 2)
             if self._classify and labels is not None:
                 checks.check_classes(labels, self._classes, self.samples_seen)
-            # Any labels do here; those of the generator are for the run itself.
+            # Any labels are valid here; the generator is reserved for the run itself.
             if self._by_features:
                 target = checks.draw_noise(outputs, torch.Generator().manual_seed(0))
             else:
@@ -276,13 +282,13 @@ class GradientEngine:
             checks.check_finite(values, self.samples_seen)
             return values
 
-        found = probe(
+        found = find_rules(
             self._model,
             self._parameters,
             pair,
             losses,
             self._private,
-            self._call,
+            self._run_model,
             self._scale,
             coarse=self._autocast is not None,
         )
@@ -297,7 +303,7 @@ class GradientEngine:
                 reasons,
                 self._loss,
                 self._fallback_context,
-                self._call,
+                self._run_model,
                 self._scale,
             )
 
@@ -318,21 +324,21 @@ class GradientEngine:
             self._classes = checks.check_logits(outputs, n, why)
 
     def _micro(
-        self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
+        self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: RowSink
     ) -> Tensor:
         n = images.shape[0]
         hooks = Pass(self._fast, n, sink, self._workspace, self._scale, self._samples_last)
         lookups: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._checkpointed:
-            # What is recomputed must need gradients as in the forward pass, where the graph
-            # would otherwise begin at the first tracked layer.
+            # Recomputed tensors must require gradients as in the forward pass, where the graph
+            # would otherwise start at the first tracked layer.
             if images.is_floating_point():
                 images = images.detach().requires_grad_()
             else:
                 lookups = TokenLookups(images)
         with self._randomness.active(keep=True):
             with Capture(self._fast, hooks.on_call), lookups:
-                outputs = self._forward(lambda: self._call(self._model, images))
+                outputs = self._forward(lambda: self._run_model(self._model, images))
                 self._check_outputs(outputs, n)
                 if self._by_features:
                     labels = checks.draw_noise(outputs, self._generator)
@@ -343,36 +349,25 @@ class GradientEngine:
             checks.check_finite(values, self.samples_seen)
             if values.requires_grad:
                 hooks.backward(values.sum())
-            # With the last references to it goes the graph, before rows are formed of what waits.
+            # Frees the graph before rows of the stored gradients are computed.
             del outputs, lookups
             values = values.detach()
         hooks.flush()
         if self._fallback is not None:
             if labels is None:
-                raise DataError("labels: None is taken only with curvature='sampled' or 'features'")
+                raise DataError(checks.NO_LABELS)
             self._fallback.rows(images.detach(), labels, sink)
         self.samples_seen += n
         return values.float()
 
 
 def choose_micro_batch(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Samples of a pass, a power of two: as many as the rows of the largest parameter allow."""
+    """Return the largest power of two for which the rows of every parameter fit in memory."""
     largest = max(p.numel() * row_dtype(p).itemsize for p in parameters.values())
     most = max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
     return int(2 ** math.floor(math.log2(most)))
 
 
-def _plain_call(model: nn.Module, images: Tensor) -> Any:
-    return model(images)
-
-
-def _feature_call() -> Call:
-    # Here, as the package `transfer` needs this one.
-    from fastsal.models.features import feature_outputs
-
-    return feature_outputs
-
-
 def _usable(tensor: Tensor) -> Tensor:
-    # What was made under inference_mode cannot be saved for a backward pass.
+    # Tensors created under inference_mode cannot be saved for a backward pass.
     return tensor.clone() if tensor.is_inference() else tensor.detach()

@@ -1,6 +1,6 @@
-"""Per-sample gradients without a rule: `torch.func`, and one sample at a time where that fails.
+"""Per-sample gradients without a rule: `torch.func`, or one sample at a time if that fails.
 
-Slower than a rule, and right for any use of a parameter that autograd can differentiate.
+Slower than a rule, and correct for any use of a parameter that autograd can differentiate.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.precision import at_least_float32, row_dtype
 from fastsal.gradients.scaling import LossScale, all_finite
 
-# The rows of all fallback parameters of one chunk of samples stay below this.
+# Limit for the rows of all fallback parameters of one chunk of samples.
 _ROW_BYTES = 128 * 2**20
 
 
 class _Inert(TorchFunctionMode):
-    """Changes nothing; an active mode keeps nn.MultiheadAttention off its inference-only path."""
+    """No-op mode; an active mode disables the inference-only path of nn.MultiheadAttention."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -31,28 +31,28 @@ class _Inert(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-# call(model, images) -> outputs
-Call = Callable[[nn.Module, Tensor], Any]
+# run_model(model, images) -> outputs
+RunModel = Callable[[nn.Module, Tensor], Any]
 
 
 class _Called(nn.Module):
-    """A model that is run by a function of it and of images."""
+    """A module whose forward is a function of a model and of images."""
 
-    def __init__(self, model: nn.Module, call: Call) -> None:
+    def __init__(self, model: nn.Module, run_model: RunModel) -> None:
         super().__init__()
         self.model = model
-        self._call = call
+        self._run_model = run_model
 
     def forward(self, images: Tensor) -> Any:
-        return self._call(self.model, images)
+        return self._run_model(self.model, images)
 
 
 class Fallback:
-    """Forms rows for some parameters of a model.
+    """Computes rows of the parameters that no rule supports.
 
     Attributes:
-        reasons: Parameter name to the reason why it has no rule here.
-        looped: The `torch.func` error after which samples are taken one at a time, or None.
+        reasons: Parameter name to the reason why no rule supports it.
+        looped: The error of `torch.func` since which samples are processed one at a time, or None.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class Fallback:
         reasons: Mapping[str, str],
         losses: Callable[[Any, Any], Tensor],
         context: Callable[[], contextlib.AbstractContextManager[Any]],
-        call: Call,
+        run_model: RunModel,
         scale: LossScale,
     ) -> None:
         self._model = model
-        self._called = _Called(model, call)
+        self._called = _Called(model, run_model)
         self._parameters = dict(parameters)
         self.reasons = dict(reasons)
         self._losses = losses
@@ -75,7 +75,7 @@ class Fallback:
         self.looped: str | None = None
 
     def rows(self, images: Tensor, labels: Tensor, sink: Callable[[str, Tensor], None]) -> None:
-        """Call `sink(name, rows [n, *shape])`, each parameter once for all samples."""
+        """Call `sink(name, rows [n, *shape])` once per parameter, for all samples."""
         n = images.shape[0]
         chunk = self._chunk(n)
         parts: dict[str, list[Tensor]] = {name: [] for name in self._parameters}
@@ -92,7 +92,7 @@ class Fallback:
         return max(1, min(n, _ROW_BYTES // max(1, size)))
 
     def _chunk_rows(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Rows of a chunk, with a loss scale that does not overflow."""
+        """Compute the rows of a chunk, with a loss scale that does not overflow."""
         while True:
             rows = self._scaled_rows(images, labels)
             is_fine = not self._scale.is_active or all_finite(rows.values())
@@ -113,8 +113,8 @@ class Fallback:
         except Exception as error:
             listed = "; ".join(f"{name}: {why}" for name, why in self.reasons.items())
             raise UnsupportedLayer(
-                f"no per-sample gradient for {listed}. torch.func failed too: {self.looped}. "
-                f"One sample at a time failed too: {_first_line(error)}"
+                f"no per-sample gradient for {listed}. torch.func failed: {self.looped}. "
+                f"One sample at a time failed: {_first_line(error)}"
             ) from error
 
     def _loss(self, parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
@@ -150,14 +150,14 @@ class Fallback:
         return rows
 
 
-# gradients(copies of the parameters) -> gradients, found by running the model that has them
-Gradients = Callable[[Mapping[str, Tensor]], dict[str, Tensor | None]]
+# function(copies of the parameters) -> gradients, computed by running the model with these copies
+GradientFunction = Callable[[Mapping[str, Tensor]], dict[str, Tensor | None]]
 
 
 class _Whole(nn.Module):
-    """Runs forward and backward in one call, so that both see the parameters swapped in."""
+    """Runs forward and backward in one call, so that both use the swapped parameters."""
 
-    def __init__(self, model: nn.Module, gradients: Gradients) -> None:
+    def __init__(self, model: nn.Module, gradients: GradientFunction) -> None:
         super().__init__()
         self.model = model
         self._gradients = gradients
@@ -167,11 +167,11 @@ class _Whole(nn.Module):
 
 
 def differentiate(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], gradients: Gradients
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], gradients: GradientFunction
 ) -> dict[str, Tensor | None]:
-    """Call `gradients` while copies of the parameters, which need gradients, stand in for them.
+    """Call `gradients` with copies of the parameters, which require gradients, swapped in.
 
-    So flags and hooks of the caller's stay out of it.
+    The flags and hooks of the original parameters have no effect.
     """
     copies = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     swapped: dict[str, Tensor] = {f"model.{name}": copy for name, copy in copies.items()}
@@ -180,7 +180,7 @@ def differentiate(
 
 
 def as_dense(gradient: Tensor) -> Tensor:
-    """Return the gradient of a table with `sparse=True` as an ordinary tensor."""
+    """Return the gradient of an embedding with `sparse=True` as a dense tensor."""
     return gradient.to_dense() if gradient.is_sparse else gradient
 
 

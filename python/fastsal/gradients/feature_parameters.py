@@ -1,4 +1,4 @@
-"""Parameters that the features of a model depend on."""
+"""Selection of the parameters that the features of a model depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.losses import check_images
-from fastsal.gradients.state import FrozenModel, PrivateRandomness, differentiable
+from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
 from fastsal.models.classifier import find_head
 from fastsal.models.evaluating import to_model
 from fastsal.models.features import feature_outputs
@@ -22,18 +22,18 @@ def without_classifier(
     asked: str | Sequence[str] | None,
     images: Tensor | None,
 ) -> dict[str, nn.Parameter]:
-    """Leave the classifier's weights out, which features do not depend on.
+    """Exclude the weights of the classifier, which features do not depend on.
 
     Args:
         model: Any module.
         chosen: Name to parameter, from `select_parameters`.
-        asked: What it was given; what stands there by its exact name stays.
-        images: `[n, C, H, W]`; one of them tells whether the last `Linear` is the classifier, or
-            part of a backbone that has none. None takes it for the classifier.
+        asked: Argument of `select_parameters`; weights named there exactly are not excluded.
+        images: `[n, C, H, W]`; the first image is used to decide whether the last `Linear` is the
+            classifier or a part of the backbone. None assumes the classifier.
 
     Raises:
-        DataError: Images that cannot be used.
-        InvalidArgument: Nothing is left.
+        DataError: The images are invalid.
+        InvalidArgument: No parameter is left.
     """
     exact = {asked} if isinstance(asked, str) else set(asked or ())
     try:
@@ -47,18 +47,17 @@ def without_classifier(
     left = {name: p for name, p in chosen.items() if not (name in suspects and name not in reached)}
     if not left:
         raise InvalidArgument(
-            f"parameters: the features of {type(model).__name__} depend on none of "
-            f"{', '.join(chosen)}; with curvature='features' takes weights before the classifier"
+            f"parameters must include weights before the classifier of {type(model).__name__} "
+            f"with curvature='features', got {', '.join(chosen)}"
         )
     return left
 
 
 def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: Tensor) -> list[str]:
-    """Name the parameters that gradients of the features reach."""
+    """Return the names of the parameters that the features depend on."""
     check_images(images)
     first = next(iter(candidates.values()))
     image = to_model(images[:1].detach().clone(), first)
-    frozen = FrozenModel(model)
 
     def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         outputs = feature_outputs(model, image)
@@ -67,9 +66,6 @@ def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: T
         found = torch.autograd.grad(outputs.sum(), list(copies.values()), allow_unused=True)
         return dict(zip(copies, found, strict=True))
 
-    try:
-        with differentiable(), PrivateRandomness(first.device).active(keep=False):
-            found = differentiate(model, candidates, gradients)
-    finally:
-        frozen.restore()
+    with frozen(model), differentiable(), PrivateRandomness(first.device).active(keep=False):
+        found = differentiate(model, candidates, gradients)
     return [name for name, gradient in found.items() if gradient is not None]

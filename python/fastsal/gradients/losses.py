@@ -1,4 +1,4 @@
-"""Per-sample losses, and the checks of images, labels and outputs."""
+"""Per-sample losses, and validation of images, labels and model outputs."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from fastsal.gradients.precision import at_least_float32, row_dtype
 from fastsal.utils.choices import Curvature
 
 LossFunction = Callable[[Any, Any], Tensor]
-# What becomes of the labels that batches bring.
+# Whether each curvature needs the labels of the batches.
 LABEL_USE: dict[Curvature, Literal["required", "optional", "ignored"]] = {
     "empirical": "required",
     "sampled": "optional",
     "features": "ignored",
 }
 
-# Integers of more axes are taken for pixels that were not normalised.
+NO_LABELS = "labels must be given, except with curvature='sampled' or 'features'"
+
+# Integers with more axes are treated as pixels that were not normalized.
 _TOKEN_AXES = 3
 
 
 def resolve_loss(loss: str | LossFunction) -> LossFunction:
-    """Return the function `(outputs, labels) -> [n]` that a `loss` argument stands for."""
+    """Return the function `(outputs, labels) -> [n]` of a `loss` argument."""
     if callable(loss):
         return loss
     if loss != "cross-entropy":
         raise InvalidArgument(
-            f"loss: takes 'cross-entropy' or a function (outputs, labels) -> [n], got {loss!r}"
+            f"loss must be 'cross-entropy' or a function (outputs, labels) -> [n], got {loss!r:.80}"
         )
     return cross_entropy
 
 
 def in_float32(loss: LossFunction, device: torch.device) -> LossFunction:
-    """Return a loss that is computed in float32 at least, whatever the model runs in.
+    """Wrap a loss so that it is computed in float32 or wider, outside of autocast.
 
-    Outputs that are a tensor are converted; those of another kind are the loss function's affair.
+    Outputs are converted if they are a tensor, and passed unchanged otherwise.
     """
 
     def computed(outputs: Any, labels: Any) -> Tensor:
@@ -53,135 +55,137 @@ def in_float32(loss: LossFunction, device: torch.device) -> LossFunction:
 
 
 def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each sample, in float32 at least."""
+    """Return the cross-entropy of each sample, `[n]`, in float32 or wider."""
     return F.cross_entropy(at_least_float32(outputs), labels, reduction="none")
 
 
 def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
-    """Loss of each sample under the Gaussian model of its features, see `GradientEngine`.
+    """Return the loss of each sample under the Gaussian model of its features, `[n]`.
 
-    `½ ‖f_θ − y‖² / F` with the target `y = f + √F ε`; both are divided by `√F` here, so that `f_θ`
-    and `f` cancel exactly.
+    The loss is `½ ‖f_θ − y‖² / F` with the target `y = f + √F ε`, see `GradientEngine`. Terms are
+    divided by `√F` before the difference, so that `f_θ` and `f` cancel exactly.
 
     Args:
-        outputs: `f_θ` `[n, F]`, at the weights that targets are drawn from.
-        noise: `ε` `[n, F]`.
+        outputs: Features `f_θ`, `[n, F]`, at the weights that define the targets.
+        noise: Standard normal `ε`, `[n, F]`.
     """
     f = at_least_float32(outputs)
     return ((f - f.detach()) / math.sqrt(f.shape[1]) - noise).square().sum(dim=1) / 2
 
 
 def check_autocast(autocast: torch.dtype | None) -> None:
-    """Refuse types that passes are not run in."""
+    """Raise InvalidArgument unless `autocast` is None or a 16-bit floating-point dtype."""
     if autocast not in (None, torch.bfloat16, torch.float16):
         raise InvalidArgument(
-            f"autocast: takes torch.bfloat16, torch.float16 or None, got {autocast}"
+            f"autocast must be torch.bfloat16, torch.float16 or None, got {autocast}"
         )
 
 
 def check_images(images: Any) -> None:
-    """Refuse what would be misread rather than fail: pixels in integers, say.
+    """Raise DataError unless `images` are normalized floating-point images or token ids.
 
-    Integers of up to three axes are tokens.
+    Integers with up to three axes are token ids.
     """
     if not isinstance(images, Tensor):
         raise DataError(
-            f"images: takes a tensor, images [n, C, H, W] or tokens [n, L], got "
+            f"images must be a tensor, images [n, C, H, W] or token ids [n, L], got "
             f"{type(images).__name__}"
         )
     is_tokens = images.dtype in (torch.int64, torch.int32) and images.dim() <= _TOKEN_AXES
     if not images.is_floating_point() and not is_tokens:
         raise DataError(
-            f"images: takes normalised floating point [n, C, H, W], or tokens [n, L] in int64 or "
-            f"int32, got {images.dtype} of shape {list(images.shape)}; scale and normalise images "
-            "as the model expects"
+            f"images must be normalized floating point [n, C, H, W], or token ids [n, L] in int64 "
+            f"or int32, got {images.dtype} of shape {list(images.shape)}; scale and normalize "
+            "images as the model expects"
         )
     if images.dim() < (1 if is_tokens else 2):
         raise DataError(
-            f"images: takes [n, C, H, W], or tokens [n, L], got shape {list(images.shape)}"
+            f"images must be [n, C, H, W], or token ids [n, L], got shape {list(images.shape)}"
         )
     if images.shape[0] == 0:
-        raise DataError("images: the batch is empty")
+        raise DataError("images must contain at least one sample, got none")
 
 
 def check_labels(labels: Any, n: int) -> None:
-    """Check what can be known before the model has run."""
+    """Raise DataError unless `labels` is a tensor with one label per sample."""
     if labels is None:
-        raise DataError("labels: None is taken only with curvature='sampled' or 'features'")
+        raise DataError(NO_LABELS)
     if not isinstance(labels, Tensor):
-        raise DataError(f"labels: takes a tensor, got {type(labels).__name__}")
+        raise DataError(f"labels must be a tensor, got {type(labels).__name__}")
     if labels.dim() == 0 or labels.shape[0] != n:
-        raise DataError(f"labels: takes {n} labels, one an image, got {list(labels.shape)}")
+        raise DataError(f"labels must be [{n}], one label per sample, got {list(labels.shape)}")
 
 
 def check_classes(labels: Tensor, classes: int | None, offset: int) -> None:
-    """Check class indices: integers `[n]` in `[0, classes)`; None leaves the upper end open."""
+    """Raise DataError unless `labels` are integers `[n]` in [0, classes); None for no bound."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(f"labels: takes integers, got {labels.dtype}")
+        raise DataError(f"labels must be integers, got {labels.dtype}")
     if labels.dim() != 1:
         raise DataError(
-            f"labels: takes [n] class indices, got shape {list(labels.shape)}; for labels of "
-            "another shape give loss=, a function (outputs, labels) -> [n]"
+            f"labels must be class indices [n], got shape {list(labels.shape)}; for other labels "
+            "pass loss=, a function (outputs, labels) -> [n]"
         )
     wrong = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
     if wrong.any():
         first = int(wrong.nonzero()[0])
-        has = "labels start at 0" if classes is None else f"the model has {classes} classes"
-        raise DataError(f"labels: sample {offset + first} has {int(labels[first])}, {has}")
+        valid = "at least 0" if classes is None else f"in [0, {classes - 1}] for this model"
+        raise DataError(
+            f"labels must be {valid}, got {int(labels[first])} for sample {offset + first}"
+        )
 
 
 def check_logits(outputs: Any, n: int, why: str) -> int:
-    """Check that the outputs are logits `[n, C]`; return C."""
+    """Return C of the logits `[n, C]`; raise InvalidArgument for other outputs."""
     if not isinstance(outputs, Tensor):
         raise InvalidArgument(
-            f"model: {why} takes logits [n, C], the model returns {type(outputs).__name__}; "
-            "pass a wrapper that returns the logits, or a loss function that takes this output"
+            f"model must return logits [n, C] for {why}, got {type(outputs).__name__}; pass a "
+            "wrapper that returns the logits, or a loss function of this output"
         )
     if outputs.dim() != 2 or outputs.shape[0] != n:
         raise InvalidArgument(
-            f"model: {why} takes logits [{n}, C], the model returns {list(outputs.shape)}; "
-            "for another shape, [n, L, V] say, give loss=, a function (outputs, labels) -> [n]"
+            f"model must return logits [{n}, C] for {why}, got {list(outputs.shape)}; for another "
+            "shape, such as [n, L, V], pass loss=, a function (outputs, labels) -> [n]"
         )
     return int(outputs.shape[1])
 
 
 def check_losses(losses: Any, n: int) -> None:
-    """Check what a loss function returned."""
+    """Raise InvalidArgument unless a loss function returned floating-point losses `[n]`."""
     if not isinstance(losses, Tensor) or tuple(losses.shape) != (n,):
         came = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise InvalidArgument(
-            f"loss: must return one loss a sample, shape [{n}] (reduction='none'), got {came}"
+            f"loss must return one loss per sample, [{n}] (reduction='none'), got {came}"
         )
     if not losses.is_floating_point():
-        raise InvalidArgument(f"loss: must return floating point, got {losses.dtype}")
+        raise InvalidArgument(f"loss must return floating point, got {losses.dtype}")
 
 
 def check_finite(losses: Tensor, offset: int) -> None:
-    """Raise for the first sample whose loss is NaN or infinite."""
+    """Raise NonFiniteGradient for the first sample whose loss is NaN or infinite."""
     wrong = ~torch.isfinite(losses.detach())
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise NonFiniteGradient(
-            f"sample {offset + first}: its loss is {float(losses.detach()[first])}; "
-            "look at this image and at the model's precision"
+            f"sample {offset + first}: the loss must be finite, got "
+            f"{float(losses.detach()[first])}; check this image and the model's precision"
         )
 
 
 def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw one label a sample from the softmax of the logits, by inversion of `uniforms` [n]."""
-    # On the CPU in float64, so that a seed means the same labels on every device.
+    """Draw a label per sample from the softmax of the logits, by inversion of `uniforms` `[n]`."""
+    # On the CPU in float64, so that labels do not depend on the device.
     cumulative = outputs.detach().to("cpu", torch.float64).softmax(dim=1).cumsum(dim=1)
     drawn = (cumulative <= uniforms.unsqueeze(1)).sum(dim=1)
     return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)
 
 
 def draw_noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw standard normal numbers like `outputs` `[n, F]`, by inversion of uniform ones.
+    """Draw standard normal numbers with the shape of `outputs`, by inversion of uniform ones.
 
-    Those are drawn one after the other, sample by sample, so that what a sample gets does not
-    depend on how samples are cut into batches (it would by `torch.randn`), nor on the device.
+    The uniform numbers are drawn sample by sample on the CPU, so that the noise of a sample depends
+    neither on the batch size (as with `torch.randn`) nor on the device.
     """
     uniforms = torch.rand(outputs.shape, dtype=torch.float64, generator=generator)
-    # The generator may give 0, whose inverse is infinite.
+    # The generator may return 0, whose inverse is infinite.
     noise: Tensor = torch.special.ndtri(uniforms.clamp_(min=2.0**-54))
     return noise.to(outputs.device, row_dtype(outputs))

@@ -1,4 +1,4 @@
-"""Per-sample gradients as a plain function."""
+"""Per-sample gradients as a function."""
 
 from __future__ import annotations
 
@@ -28,11 +28,33 @@ def per_sample_gradients(
     micro_batch: int | None = None,
     loss_scale: float | None = None,
 ) -> dict[str, Tensor]:
-    """Return the gradient of each sample's loss, name to `[n, *shape]`, float32 or float64.
+    """Return the gradient of the loss of every sample.
 
-    Convenient where everything fits into memory; `GradientEngine` hands rows over one parameter
-    at a time. The arguments are those of `GradientEngine` and of
-    `select_parameters`.
+    All gradients must fit in memory; `GradientEngine` passes them on one parameter at a time.
+
+    Args:
+        model: Module whose inputs are images `[n, ...]` or token ids `[n, L]`. Its modes, flags
+            and `.grad` are restored.
+        images: `[n, C, H, W]`, normalized floating point; or token ids `[n, L]`, int64 or int32.
+        labels: `[n]`, or the labels that `loss` expects. Optional for "sampled", ignored for
+            "features".
+        parameters: Names or patterns, see `select_parameters`.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`.
+        curvature: "empirical" uses the given labels, "sampled" labels drawn from the model,
+            "features" the loss of matching noisy features; see `GradientEngine`.
+        seed: Seed of the drawn labels or noise.
+        autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16`, or None.
+        micro_batch: Samples per forward and backward pass; None chooses by memory.
+        loss_scale: A power of two, or None to choose it; see `GradientEngine`.
+
+    Returns:
+        Name to gradients `[n, *shape]`, float32, or float64 for float64 parameters.
+
+    Raises:
+        DataError: Images or labels are invalid.
+        InvalidArgument: Another argument is invalid.
+        NonFiniteGradient: A loss is NaN or infinite.
+        UnsupportedLayer: A per-sample gradient cannot be computed.
     """
     selected = select_parameters(model, parameters)
     checks.check_images(images)

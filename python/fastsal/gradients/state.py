@@ -1,4 +1,4 @@
-"""Puts a model, and the random numbers, back exactly as they were."""
+"""Modes, flags and random numbers that are restored exactly after a computation."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastsal.models.evaluating import evaluating
 
-class FrozenModel:
-    """Evaluation mode and no parameter gradients, until `restore`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._training = [(module, module.training) for module in model.modules()]
-        self._requires_grad = [(value, value.requires_grad) for value in model.parameters()]
-        # The flags directly: a model's own train() may do more than set them.
-        for module, _ in self._training:
-            module.training = False
-        for value, _ in self._requires_grad:
-            value.requires_grad_(False)
-
-    def restore(self) -> None:
-        """Give every module and parameter its own flag back."""
-        for module, training in self._training:
-            module.training = training
-        for value, requires_grad in self._requires_grad:
-            value.requires_grad_(requires_grad)
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Use evaluation mode without parameter gradients, then restore every flag."""
+    flags = [(value, value.requires_grad) for value in model.parameters()]
+    with evaluating(model):
+        try:
+            for value, _ in flags:
+                value.requires_grad_(False)
+            yield
+        finally:
+            for value, requires_grad in flags:
+                value.requires_grad_(requires_grad)
 
 
 class PrivateRandomness:
-    """A stream of global random numbers that the caller does not see move."""
+    """A private stream of the global random numbers; the state of the caller is restored."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -39,7 +35,7 @@ class PrivateRandomness:
 
     @contextlib.contextmanager
     def active(self, *, keep: bool) -> Iterator[None]:
-        """Run on the private stream; with `keep` the next run goes on where this one ends."""
+        """Use the private stream in the block; `keep` stores its state for the next block."""
         outer = self._get()
         if self._state is not None:
             self._set(self._state)
@@ -62,11 +58,11 @@ class PrivateRandomness:
 
 @contextlib.contextmanager
 def differentiable() -> Iterator[None]:
-    """Record a graph whatever the caller has switched off, and run compiled models eagerly."""
+    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled
-            # A compiled graph would hide the calls inside.
+            # The calls inside a compiled graph cannot be intercepted.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield

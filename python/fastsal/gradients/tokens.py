@@ -1,4 +1,4 @@
-"""What models are given: images, or tokens that are looked up in a table."""
+"""Token ids as model inputs: the graph starts at their embeddings."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from fastsal.gradients.capture import make_root
 
 
 class TokenLookups(TorchFunctionMode):
-    """Starts the graph where tokens are looked up, as `requires_grad_` does at images.
+    """Starts the graph at the embeddings of tokens, as `requires_grad_` does at images.
 
     Args:
-        tokens: What the model is given, integers. Lookups are seen of a view of it, and of what has
-            as many entries and is computed from it: another integer type, tokens plus an offset.
+        tokens: Input of the model, integers. Lookups of views of it are intercepted, and those of
+            integer tensors of the same size that are computed from it, such as tokens of another
+            type or with an offset.
 
     Attributes:
-        outputs: What the lookups gave, which needs gradients from there on.
+        outputs: Results of the lookups, which require gradients.
     """
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
         self._size = tokens.numel()
-        # Held, so that no other tensor gets their memory.
+        # Referenced, so that their memory is not reused by other tensors.
         self._followed: dict[int | None, Tensor] = {_memory(tokens): tokens}
         self.outputs: list[Tensor] = []
 
@@ -38,7 +39,7 @@ class TokenLookups(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Run one torch function; follow it if it looks tokens up."""
+        """Run one torch function, and start the graph at its output if it looks tokens up."""
         del types
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
@@ -57,5 +58,5 @@ class TokenLookups(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int | None:
-    """Return where a tensor's numbers are; None for a sparse one."""
+    """Return the address of a tensor's storage, or None if it is not strided."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None

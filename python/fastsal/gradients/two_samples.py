@@ -1,14 +1,14 @@
-"""Two samples through the model, once, to find out which parameters a rule may serve.
+"""Choice of the rule for each parameter, from one run of the model on two samples.
 
-A rule reads the first axis of a call as the sample axis. That is so if the loss of one sample
-leaves the other sample's part of the gradient as it is: the first loss alone must leave the second
-part at zero, and both losses together must leave the first part where the first loss put it. The
-rules of F.linear and F.embedding also take samples as the last of the leading axes, as
-nn.MultiheadAttention has them. By the same test samples are known not to depend on each other: at
-the images, or where tokens, which have no gradient, are looked up. What the rules give for both
-losses is held against autograd, so that a use that no rule saw cannot go unnoticed.
+A rule assumes that the first axis of a call is the sample axis. This holds if the loss of one
+sample does not affect the other sample's part of the output gradient: under the first loss alone
+the second part is zero, and under both losses the first part is that of the first loss alone. The
+rules of F.linear and F.embedding also support samples as the last of the leading axes, as in
+nn.MultiheadAttention. The same test at the images, or at the embeddings of tokens, verifies that
+samples do not depend on each other. Finally the rules are compared with autograd for both losses,
+so that a use of a weight that was not intercepted is detected.
 
-It takes one forward pass and two backward passes, of which only the second forms the gradients of
+The cost is one forward pass and two backward passes, of which only the second computes gradients of
 weights.
 """
 
@@ -26,41 +26,40 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.backward import Record
 from fastsal.gradients.capture import Capture, hookable, make_root, saves_tensors_elsewhere
-from fastsal.gradients.fallback import Call as RunModel
-from fastsal.gradients.fallback import as_dense, differentiate
+from fastsal.gradients.fallback import RunModel, as_dense, differentiate
 from fastsal.gradients.precision import at_least_float32, row_dtype
-from fastsal.gradients.rules.registry import Call, Operation
+from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.scaling import LossScale, all_finite, largest
 from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.workspace import Workspace
 
-# Relative difference between rules and autograd, above which a use must have been missed.
+# Relative difference between rules and autograd above which a use was not intercepted.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _COARSE_TOLERANCE = 0.2
 # Relative difference between a sample's gradient with and without the other sample's loss.
 _SAME = 1e-3
 
 _MIXED = (
-    "its first axis is not the sample axis (a sequence-first layout, or a table that all samples "
+    "its first axis is not the sample axis (a sequence-first layout, or an input that all samples "
     "share)"
 )
-_LAYOUTS = "its calls differ in the place of the sample axis"
-_UNSEEN = "used where no rule sees it (an autograd.Function, a scripted function or a checkpoint)"
+_LAYOUTS = "its calls differ in the position of the sample axis"
+_UNSEEN = "a use is not intercepted (an autograd.Function, a scripted function or a checkpoint)"
 
 # forward(model call) -> losses [2]
 Losses = Callable[[Callable[[], object]], Tensor]
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Which parameters a rule serves.
+class RuleChoice:
+    """The parameters with a rule and those without.
 
     Attributes:
-        operations: Name to operation, for those with a rule.
-        reasons: Name to reason, for those without.
-        samples_last: Names whose calls hold samples as the last leading axis.
+        operations: Name to operation, for parameters with a rule.
+        reasons: Name to reason, for parameters without a rule.
+        samples_last: Names of parameters whose calls have samples as the last leading axis.
         checkpointed: Whether calls are recomputed in the backward pass.
-        loss_scale: A factor of the losses that suits the gradients of both samples.
+        loss_scale: Loss scale that suits the gradients of both samples.
     """
 
     operations: dict[str, str]
@@ -72,7 +71,7 @@ class Findings:
 
 @dataclass
 class _Seen:
-    """One call, and its output gradient under the first loss and under the sum of both."""
+    """One call, and its output gradient under the first loss and under the sum of both losses."""
 
     record: Record
     edge: GradientEdge
@@ -81,7 +80,7 @@ class _Seen:
 
 
 class _Recorder:
-    """Keeps the output gradients of every call."""
+    """Records the output gradients of every call."""
 
     def __init__(self) -> None:
         self.seen: list[_Seen] = []
@@ -109,31 +108,28 @@ class _Recorder:
         return output
 
 
-def probe(
+def find_rules(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
     images: Tensor,
     losses: Losses,
     context: Callable[[], contextlib.AbstractContextManager[None]],
-    call: RunModel,
+    run_model: RunModel,
     scale: LossScale,
     *,
     coarse: bool,
-) -> Findings:
-    """Sort parameters into those with a rule and those without.
+) -> RuleChoice:
+    """Find the parameters whose per-sample gradients a rule computes.
 
     Args:
-        model: Model in evaluation mode; its parameters need no gradients.
+        model: Model in evaluation mode, whose parameters do not require gradients.
         parameters: Tracked parameters.
-        images: Two samples `[2, ...]`, or their tokens.
-        losses: Takes a function that runs the model, returns the checked losses `[2]`.
-        context: Entered around each pass; the same random numbers every time.
-        call: Runs the model on images.
-        scale: What to begin with; it is left as it is.
+        images: Two samples `[2, ...]`, images or token ids.
+        losses: Function of a function that runs the model; returns the checked losses `[2]`.
+        context: Context manager of a pass, with the same random numbers every time.
+        run_model: Runs the model on images.
+        scale: Initial loss scale; not modified.
         coarse: Whether the model runs in less than float32.
-
-    Returns:
-        What was found.
 
     Raises:
         UnsupportedLayer: Samples depend on each other, or a parameter receives no gradient.
@@ -149,7 +145,7 @@ def probe(
         captures.append(capture)
         with context():
             with capture:
-                values = losses(lambda: start.run(lambda: call(model, images)))
+                values = losses(lambda: start.run(lambda: run_model(model, images)))
             return _two_backward_passes(values, start, copies, recorder, scale)
 
     found = differentiate(model, parameters, gradients)
@@ -189,20 +185,20 @@ def probe(
     missing = [name for name in parameters if truth[name] is None and name not in operations]
     if missing:
         raise UnsupportedLayer(
-            f"no gradient reaches {', '.join(missing)}: unused by the model, or cut off from the "
-            "loss (torch.no_grad, detach, a reentrant checkpoint); leave it out with "
+            f"no gradient reaches {', '.join(missing)}: unused by the model, or detached from the "
+            "loss (torch.no_grad, detach, a reentrant checkpoint); exclude it with "
             "parameters=[..., '!name']"
         )
     served = {name: operations[name] for name in parameters if name not in reasons}
     samples_last = {name for name in served if not layouts[name]}
-    return Findings(served, reasons, samples_last, recorder.checkpointed, scale.value)
+    return RuleChoice(served, reasons, samples_last, recorder.checkpointed, scale.value)
 
 
 class _Start:
-    """Where samples enter the graph: at the images, or where tokens are looked up.
+    """The start of the graph: the images, or the embeddings of tokens.
 
     Args:
-        images: `[2, ...]`; floating point needs gradients from now on.
+        images: `[2, ...]`; floating-point images require gradients from now on.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -210,17 +206,17 @@ class _Start:
         self._lookups = TokenLookups(images)
 
     def run(self, model: Callable[[], object]) -> object:
-        """Run the model, following its lookups if it takes tokens."""
+        """Run the model, and intercept its embeddings if the samples are tokens."""
         with contextlib.nullcontext() if self._images is not None else self._lookups:
             return model()
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the samples must be apart in."""
+        """The tensors in which samples must not mix."""
         return self._lookups.outputs if self._images is None else [self._images]
 
     def is_apart(self, first: Tensor | None, both: Tensor | None) -> bool:
-        """Whether the gradients of a tensor are those of samples that do not mix."""
+        """Whether the gradients of a tensor show that samples do not mix."""
         if both is None:
             return True
         any_layout = self._images is None
@@ -234,13 +230,13 @@ def _two_backward_passes(
     recorder: _Recorder,
     scale: LossScale,
 ) -> dict[str, Tensor | None]:
-    """Gradients of both losses together, after those of the first alone went to the recorder.
+    """Return the gradients of the sum of both losses; the recorder stores those of the first too.
 
-    They are those of scaled losses, with a scale that does not overflow.
+    Losses are scaled, with a scale that does not overflow.
     """
     if not values.requires_grad:
         return dict.fromkeys(copies)
-    # The edges make a pass reach every call, also where no path leads on to the images.
+    # With the edges, a pass reaches every call, also those without a path to the images.
     edges: list[GradientEdge | Tensor] = [entry.edge for entry in recorder.seen]
     starts = len(start.tensors)
     try:
@@ -268,8 +264,8 @@ def _two_backward_passes(
     if not all(map(start.is_apart, first[:starts], both[:starts])):
         raise UnsupportedLayer(
             "the loss of one sample depends on the other samples of its batch, so there is no "
-            "per-sample gradient: a module computes batch statistics (BatchNorm without running "
-            "statistics, or forced into train mode), or the model mixes samples"
+            "per-sample gradient: a module uses batch statistics (BatchNorm without running "
+            "statistics, or forced into training mode), or the model mixes samples"
         )
     return dict(zip(copies, both[starts:], strict=False))
 
@@ -293,13 +289,13 @@ def _grad(
 def _samples_first(
     first: Tensor | None, both: Tensor, shape: torch.Size, *, any_layout: bool
 ) -> bool | None:
-    """Say where the sample axis is: outermost, last of the leading axes, or nowhere.
+    """Return whether samples are outermost (True) or the last leading axis (False), else None.
 
     Args:
         first: Gradient under the first loss.
-        both: Gradient under both.
-        shape: Of the tensor that they are gradients of.
-        any_layout: Whether samples may be the last of the leading axes.
+        both: Gradient under both losses.
+        shape: Shape of the tensor.
+        any_layout: Whether samples may be the last leading axis.
     """
     if shape[0] % 2 == 0 and _separate(first, both, (2, -1), 0):
         return True
@@ -310,8 +306,8 @@ def _samples_first(
 
 
 def _separate(first: Tensor | None, both: Tensor, shape: tuple[int, ...], axis: int) -> bool:
-    """Say whether each loss leaves the other sample's part of a gradient as it is."""
-    # Norms of float16 overflow.
+    """Whether the loss of a sample does not affect the other sample's part of a gradient."""
+    # Norms overflow in float16.
     both = at_least_float32(both.detach()).reshape(shape).select(axis, 0)
     both = torch.nan_to_num(both, nan=0.0)
     if first is None:
@@ -320,7 +316,7 @@ def _separate(first: Tensor | None, both: Tensor, shape: tuple[int, ...], axis: 
     mine, other = torch.nan_to_num(first, nan=0.0).unbind(axis)
     if other.any():
         return False
-    # The same products in the same order, as a rule; the kernels of a GPU may add otherwise.
+    # Usually identical; kernels of a GPU may sum in another order.
     return float((mine - both).norm()) <= _SAME * float(mine.norm())
 
 
@@ -331,8 +327,8 @@ def _rows(
     workspace: Workspace,
     scale: LossScale,
 ) -> Tensor:
-    """Sum over both samples what the rule gives for a call."""
-    out = workspace.take("probe", (2, *parameter.shape), parameter, row_dtype(parameter))
+    """Return the rule's gradient of a call, summed over both samples."""
+    out = workspace.take("two samples", (2, *parameter.shape), parameter, row_dtype(parameter))
     record.fill(gradient, out, workspace, scale)
     return out.sum(0)
 
@@ -356,7 +352,7 @@ def _compare(
             continue
         tolerance = _COARSE_TOLERANCE if coarse else _TOLERANCE.get(parameter.dtype, 0.2)
         difference = float((rows[name] - gradient).norm())
-        # Gradients that vanish in exact arithmetic are rounding noise; the second term lets
-        # them pass.
+        # Gradients that are zero in exact arithmetic are rounding noise; the second term accepts
+        # them.
         if difference > tolerance * norms[name] + 1e-4 * tolerance * largest:
             reasons[name] = _UNSEEN

@@ -1,4 +1,4 @@
-"""Scratch memory that is kept between layers and batches: fresh pages cost more than the sums."""
+"""Scratch memory reused between layers and batches, as new pages cost more than the sums."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _ALIGNMENT = 64
 
 
 def empty_pages(size: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised CPU memory of `size` elements, in huge pages where the system has them.
+    """Return uninitialized CPU memory of `size` elements, in huge pages if available.
 
-    NumPy asks for huge pages, PyTorch does not: fresh memory is then touched three times faster.
+    NumPy requests huge pages, PyTorch does not; the first access is three times faster with them.
     """
     nbytes = size * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -24,7 +24,7 @@ def empty_pages(size: int, dtype: torch.dtype) -> Tensor:
 
 
 class Workspace:
-    """One growing buffer per purpose, device and dtype; a new request overwrites the last one."""
+    """One growing buffer per purpose, device and dtype; a request overwrites the previous one."""
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -36,16 +36,20 @@ class Workspace:
         like: Tensor,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Return an uninitialised contiguous tensor of this shape, on the device of `like`.
+        """Return an uninitialized contiguous tensor.
 
-        Its type is `dtype`, or that of `like`.
+        Args:
+            purpose: Name of the buffer; a later request for it overwrites this one.
+            shape: Shape of the tensor.
+            like: Tensor whose device is used.
+            dtype: Type of the tensor; None for that of `like`.
         """
         size = math.prod(shape)
         dtype = dtype or like.dtype
         key = (purpose, like.device, dtype)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            # Free the old buffer before the larger one is made.
+            # Free the old buffer before a larger one is allocated.
             self._buffers.pop(key, None)
             buffer = None
             if like.device.type == "cpu":
@@ -57,9 +61,9 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Memory of all buffers."""
+        """Size of all buffers in bytes."""
         return sum(b.numel() * b.element_size() for b in self._buffers.values())
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Free all buffers."""
         self._buffers.clear()

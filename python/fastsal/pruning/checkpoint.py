@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastsal.errors import FileFormatError
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
-from fastsal.utils.resuming import as_asked, check_origin, digest
+from fastsal.utils.digests import tensors_digest
+from fastsal.utils.resuming import as_asked, check_origin
 from fastsal.utils.safetensors_files import Entry
 
 _FORMAT = "fastsal.round"
@@ -62,7 +63,7 @@ class Checkpoint:
         """
         from safetensors import SafetensorError, safe_open
 
-        self._start = digest(parameters)
+        self._start = tensors_digest(parameters)
         if not self._path.exists():
             return None, []
         try:

@@ -1,1 +1,1 @@
-"""Small helpers that know nothing of models or pruning: files, memory, threads, progress."""
+"""General helpers, independent of models and pruning: files, memory, threads, progress."""

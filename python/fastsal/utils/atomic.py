@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then moved into it."""
+"""Atomic writes: a file is written under a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`; move it to `path` if the block succeeds.
+    """Yield a temporary path in the folder of `path`, and rename it if the block succeeds.
 
     Args:
-        path: the file to write; missing parent folders are made.
+        path: The file to write; missing parent folders are created.
 
     Yields:
-        The path to write to. It has the suffix of `path`.
+        The path to write to, with the suffix of `path`.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; names `path`, which keeps what
-            it held.
+        OSError: The folder is not writable, or the disk is full. The error names `path`, and an
+            existing file is not changed.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.filename not in (None, str(temporary)) or not error.errno:
             raise
-        # The name of the temporary file, or none, would say nothing to a reader.
+        # Name the file of the caller instead of the temporary one.
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -39,6 +39,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

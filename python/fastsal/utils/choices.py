@@ -1,4 +1,4 @@
-"""Choices that several rooms offer, each list written once; the command line reads them."""
+"""Valid values of arguments, defined once for functions and for the command line."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Autocast = Literal["bfloat16", "float16"]
 AUTOCAST_TYPES: tuple[Autocast, ...] = get_args(Autocast)
 
-# The gradients whose second moment the statistics are: of the loss at the true label (the empirical
-# Fisher), at a label drawn from the model (the true Fisher), of matching noisy features.
+# Loss whose per-sample gradients define the statistics: at the given label (empirical Fisher), at a
+# label drawn from the model (true Fisher), or of matching noisy features.
 Curvature = Literal["empirical", "sampled", "features"]
 CURVATURES: tuple[Curvature, ...] = get_args(Curvature)
 

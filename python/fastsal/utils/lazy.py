@@ -1,4 +1,4 @@
-"""Import the names of a package when they are first used, so that `import fastsal` is fast."""
+"""Lazy imports: names of a package are imported on first use, so that `import fastsal` is fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def lazy_names(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
 
     Args:
         package: The package's `__name__`.
-        home: Public name to the module of the package that defines it.
+        home: Public name to the submodule that defines it.
     """
 
     def find(name: str) -> Any:

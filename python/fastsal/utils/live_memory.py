@@ -1,4 +1,4 @@
-"""How much memory tensors hold at once while something runs."""
+"""Measurement of the memory of tensors that are alive at the same time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the storages that operations make, inside a `with` block, and the most alive at once.
+    """Measures the memory of the storages that operations create inside a `with` block.
 
-    It sees every operation of PyTorch, those of a backward pass too, on any device (also "meta",
-    where nothing is computed); not what a kernel needs inside of itself, and not what was there
-    before.
+    All operations of PyTorch are included, also those of a backward pass, on any device ("meta"
+    too, which computes nothing). Temporary memory inside kernels and storages that existed before
+    are not included.
 
     Attributes:
-        alive: Bytes that are held now.
-        peak: The most that were.
+        alive: Bytes of the storages that are alive.
+        peak: Maximum of `alive`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LiveMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def reset(self) -> None:
-        """Begin a new peak at what is alive now."""
+        """Reset the peak to the current value."""
         self.peak = self.alive
 
     def __torch_dispatch__(
@@ -81,7 +81,7 @@ def _has_storage(tensor: Tensor) -> bool:
 
 
 def trim_heap() -> None:
-    """Give free memory of the C library's heap back to the system, where that can be asked for."""
+    """Return free heap memory of the C library to the system, if supported."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError, TypeError):

@@ -1,4 +1,4 @@
-"""One way to tell how far a long loop is: a bar, plain lines, a callback, or nothing."""
+"""Progress of a long loop: a bar, plain lines, a callback, or nothing."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterator
 from fastsal.errors import InvalidArgument
 from fastsal.utils.machine import peak_memory
 
-Report = Callable[[int, int | None], None]
+Report = Callable[[int, int | None], None]  # report(done, total or None)
 _LINE_EVERY = 10.0  # seconds between two plain lines
 
 
 @contextlib.contextmanager
 def reporter(progress: bool | Report, description: str, unit: str = "samples") -> Iterator[Report]:
-    """Give a function `report(done, total)` to call as a loop goes on.
+    """Yield a function `report(done, total)` to call during a loop.
 
     Args:
-        progress: True shows a bar on stderr, or a line now and then where stderr is no terminal;
-            False shows nothing; a function is called itself.
-        description: what is being done, a word or two.
-        unit: what is counted.
+        progress: True shows a bar on stderr, or a line every few seconds if stderr is not a
+            terminal; False shows nothing; a function is called as `progress(done, total)`.
+        description: Name of the task, one or two words.
+        unit: Unit of `done` and `total`.
 
     Yields:
-        `report(done, total)`: units done so far, and units in all or None.
+        `report(done, total)` with the number of units done and in total, or None if unknown.
 
     Raises:
-        InvalidArgument: `progress` is something else.
+        InvalidArgument: `progress` is neither a Boolean nor a function.
     """
     if callable(progress):
         yield progress
@@ -41,7 +41,7 @@ def reporter(progress: bool | Report, description: str, unit: str = "samples") -
             yield report
     else:
         raise InvalidArgument(
-            f"progress: got {progress!r}; takes True, False or a function of (done, total)"
+            f"progress must be True, False or a function of (done, total), got {progress!r:.80}"
         )
 
 
@@ -51,7 +51,7 @@ def _nothing(done: int, total: int | None) -> None:
 
 @contextlib.contextmanager
 def _lines(description: str, unit: str) -> Iterator[Report]:
-    """Write a line to stderr every few seconds, and one at the end if the loop took as long."""
+    """Write a line to stderr every few seconds, and at the end if any line was written."""
     start = last = time.monotonic()
     state: tuple[int, int | None] = (0, None)
     written = False
@@ -117,7 +117,7 @@ def _bar(description: str, unit: str) -> Iterator[Report]:
 
 
 def _rate(rate: float, unit: str) -> str:
-    """Say how fast it goes: by the second, or by the minute where that is slow."""
+    """Format a rate per second, or per minute if it is below one per second."""
     if 0 < rate < 1:
         return f"{60 * rate:.1f} {unit}/min"
     return f"{rate:.{0 if rate >= 10 or rate == 0 else 1}f} {unit}/s"

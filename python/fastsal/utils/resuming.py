@@ -1,15 +1,11 @@
-"""Check that a saved state belongs to the run that resumes it."""
+"""Validation that a checkpoint belongs to the run that resumes from it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fastsal.errors import FileFormatError
 
@@ -22,38 +18,30 @@ def check_origin(
     start: str,
     asked: Mapping[str, Any],
 ) -> None:
-    """Raise FileFormatError unless what a checkpoint says of itself is what this run is.
+    """Raise FileFormatError unless a checkpoint belongs to a run.
 
     Args:
         path: The checkpoint.
-        call: The function that goes on from it.
-        found: Its `format`, `start` and `asked`.
-        kind: The format that it is to have.
-        start: Digest of what the run began from.
-        asked: What the run is asked for.
+        call: Name of the function that resumes.
+        found: `format`, `start` and `asked` of the checkpoint.
+        kind: Expected format.
+        start: Digest of the initial tensors of the run.
+        asked: Arguments of the run, from `as_asked`.
     """
     if found.get("format") != kind:
-        raise FileFormatError(f"checkpoint: {path} is no checkpoint of {call}")
+        raise FileFormatError(f"checkpoint: {path} is not a checkpoint of {call}")
     if found["start"] != start:
-        raise FileFormatError(f"checkpoint: {path} began from other weights; give another file")
+        raise FileFormatError(
+            f"checkpoint: {path} belongs to a run from other weights; pass another path"
+        )
     if found["asked"] != asked:
         other = sorted(k for k, v in asked.items() if found["asked"].get(k) != v)
         raise FileFormatError(
-            f"checkpoint: {path} is of a run with other {', '.join(other)}; "
-            "give the same arguments, or another file"
+            f"checkpoint: {path} belongs to a run with other values of {', '.join(other)}; "
+            "pass the same arguments, or another path"
         )
 
 
 def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments as JSON gives them back, which can be compared with a file's."""
+    """Return arguments after a round trip through JSON, to compare them with those of a file."""
     return dict(json.loads(json.dumps(dict(arguments), default=str)))
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes, types and values."""
-    sha = hashlib.sha256()
-    for name, w in tensors.items():
-        sha.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
-        flat = w.detach().cpu().contiguous().reshape(-1)  # a single number has no bytes to view
-        sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()

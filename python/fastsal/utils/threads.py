@@ -1,24 +1,25 @@
-"""Threads of the compiled core. PyTorch's own are set by `torch.set_num_threads`."""
+"""Threads of the compiled core; those of PyTorch are set by `torch.set_num_threads`."""
 
 from __future__ import annotations
 
 import fastsal._core as _core
-from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import whole
 
 
 def set_num_threads(n: int) -> None:
-    """Use `n` threads from the next call on; 0 means every processor available.
+    """Set the number of threads of the compiled core.
 
-    Results do not depend on it.
+    Results do not depend on the number of threads.
+
+    Args:
+        n: Number of threads from the next call on; 0 for all available processors.
 
     Raises:
-        InvalidArgument: `n` is negative.
+        InvalidArgument: `n` is not an integer of at least 0.
     """
-    if n < 0:
-        raise InvalidArgument(f"n: got {n}; takes 0 or more threads")
-    _core.set_num_threads(n)
+    _core.set_num_threads(whole("n", n))
 
 
 def get_num_threads() -> int:
-    """Return the number of threads that the next call uses."""
+    """Return the number of threads of the compiled core."""
     return _core.num_threads()

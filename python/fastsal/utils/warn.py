@@ -1,4 +1,4 @@
-"""Warnings that point at the user's own line."""
+"""Warnings with the location of the calling code outside of fastsal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of what the line outside of this package led to that called into it."""
+    """Issue a warning whose location is the innermost frame outside of fastsal."""
     level = 1
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == "fastsal":

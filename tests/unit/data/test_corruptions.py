@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsal.data.corruptions import CorruptionTransform, corrupt
+from fastsal.data.corruptions import Corruption, corrupt
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
@@ -159,13 +159,13 @@ def test_corrupted_images_are_still_known_for_the_same():
 def test_black_and_white_under_brightness():
     x = np.zeros((1, 2, 2, 3), np.uint8)
     x[0, 0] = 255
-    y = CorruptionTransform("brightness", 5)(x[0], 0)
+    y = Corruption("brightness", 5)(x[0], 0)
     assert (y[0] == 255).all()
     assert (y[1] == round(0.3 * 255)).all()
 
 
 def test_a_corruption_can_be_sent_to_a_worker():
-    corruption = CorruptionTransform("gaussian-noise", 2, 7)
+    corruption = Corruption("gaussian-noise", 2, 7)
     x = smooth(1).x[0]
     assert np.array_equal(pickle.loads(pickle.dumps(corruption))(x, 5), corruption(x, 5))
 
@@ -187,7 +187,7 @@ def test_what_is_not_taken():
             corrupt(smooth(c=4), kind)
     assert corrupt(smooth(c=4), "contrast").x.shape == (5, 16, 20, 4)
     with pytest.raises(InvalidArgument, match="^transform must be None for images in memory"):
-        ImageSet(images.x, images.y, transform=CorruptionTransform("blur", 1))
+        ImageSet(images.x, images.y, transform=Corruption("blur", 1))
 
 
 @pytest.mark.parametrize("number", [np.int64, torch.tensor])

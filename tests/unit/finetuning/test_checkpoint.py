@@ -79,7 +79,7 @@ def killed(model, data, path, monkeypatch, number=3, **given):
     "given",
     [
         {},
-        {"optimizer": "adamw", "weight_decay": 0.1, "train_normalisation": True},
+        {"optimizer": "adamw", "weight_decay": 0.1, "train_normalization": True},
         {"autocast": torch.float16, "loss": overflowing, "lr": 1e-4},
         {"optimizer": "lookahead_sgd"},
         {"held_out": [examples(2)], "patience": 2},
@@ -114,7 +114,9 @@ def left_over(data, tmp_path, monkeypatch):
     [({"lr": 0.1}, "lr"), ({"epochs": 9}, "epochs"), ({"frozen": "0.bias"}, "frozen")],
 )
 def test_checkpoints_of_other_arguments(given, name, data, left_over):
-    with pytest.raises(FileFormatError, match=f"^checkpoint: .* with other {name}; give the same"):
+    with pytest.raises(
+        FileFormatError, match=f"^checkpoint: .* with other values of {name}; pass the same"
+    ):
         finetune(net(), data, checkpoint=left_over, **given)
 
 
@@ -123,11 +125,13 @@ def test_checkpoints_of_other_weights_and_masks(data, left_over):
     with torch.no_grad():
         model[0].bias[0] += 1
     before = state(model)
-    with pytest.raises(FileFormatError, match="^checkpoint: .* began from other weights"):
+    with pytest.raises(
+        FileFormatError, match="^checkpoint: .* belongs to a run from other weights"
+    ):
         finetune(model, data, checkpoint=left_over)
     assert_same(model, before)
     masks = Masks({"6.weight": torch.ones(4, 16)})
-    with pytest.raises(FileFormatError, match="began from other weights"):
+    with pytest.raises(FileFormatError, match="belongs to a run from other weights"):
         fastsal.finetune(net(), data, masks, epochs=3, lr=0.05, checkpoint=left_over)
 
 
@@ -139,5 +143,7 @@ def test_damaged_checkpoints(data, left_over):
             finetune(net(), data, checkpoint=left_over)
     for value in ([1], {"format": "other"}):
         torch.save(value, left_over)
-        with pytest.raises(FileFormatError, match="^checkpoint: .* no checkpoint of finetune"):
+        with pytest.raises(
+            FileFormatError, match="^checkpoint: .* is not a checkpoint of finetune"
+        ):
             finetune(net(), data, checkpoint=left_over)

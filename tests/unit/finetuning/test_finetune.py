@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -122,8 +123,8 @@ def test_history(data):
     [
         ({}, {"bn.weight", "bn.bias", "bn.running_mean", "fc.bias"}),
         ({"train_head": True}, {"bn.weight", "bn.bias", "bn.running_mean"}),
-        ({"train_normalisation": True}, {"fc.bias"}),
-        ({"train_normalisation": True, "frozen": "bn.*"}, {"bn.weight", "bn.running_var"}),
+        ({"train_normalization": True}, {"fc.bias"}),
+        ({"train_normalization": True, "frozen": "bn.*"}, {"bn.weight", "bn.running_var"}),
         ({"frozen": ["conv.*", "mix.bias"]}, {"conv.bias", "mix.bias", "bn.weight", "fc.bias"}),
     ],
 )
@@ -294,20 +295,28 @@ def test_one_pass_over_an_iterator(held_out):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"epochs": 0}, InvalidArgument, "^epochs: got 0; takes 1 or more"),
-        ({"lr": 0.0}, InvalidArgument, "^lr: got 0.0; takes a number above 0"),
-        ({"lr": math.nan}, InvalidArgument, "^lr: got nan"),
-        ({"patience": 2}, InvalidArgument, "^patience: is for held-out loss"),
-        ({"held_out": iter([])}, InvalidArgument, "^held_out: is an iterator"),
-        ({"held_out": []}, DataError, "^batches: is empty"),
-        ({"optimizer": "sgdd"}, InvalidArgument, "^optimizer: timm has no 'sgdd' .close: sgd"),
-        ({"momentum": 0.0}, InvalidArgument, "^optimizer: 'sgd' does not take .*Nesterov"),
-        ({"schedule": "cos"}, InvalidArgument, "^schedule: got 'cos'; takes 'cosine'"),
-        ({"autocast": torch.int8}, InvalidArgument, "^autocast: takes torch.bfloat16"),
-        ({"loss": "mse"}, InvalidArgument, "^loss: takes 'cross-entropy'"),
-        ({"progress": 1}, InvalidArgument, "^progress: got 1"),
+        ({"epochs": 0}, InvalidArgument, "^epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, InvalidArgument, "^lr must be positive, got 0.0"),
+        ({"lr": math.nan}, InvalidArgument, "^lr must be positive, got nan"),
+        ({"patience": 2}, InvalidArgument, "^patience must be None without held_out"),
+        ({"held_out": iter([])}, InvalidArgument, "^held_out must be iterable more than once"),
+        ({"held_out": []}, DataError, "^batches must contain at least one batch"),
+        (
+            {"optimizer": "sgdd"},
+            InvalidArgument,
+            "^optimizer must be .*got 'sgdd'; did you mean 'sgd'",
+        ),
+        ({"momentum": 0.0}, InvalidArgument, "^optimizer: 'sgd' rejects .*Nesterov"),
+        ({"schedule": "cos"}, InvalidArgument, "^schedule must be 'cosine', .*got 'cos'"),
+        ({"autocast": torch.int8}, InvalidArgument, "^autocast must be torch.bfloat16"),
+        ({"loss": "mse"}, InvalidArgument, "^loss must be 'cross-entropy'"),
+        ({"progress": 1}, InvalidArgument, "^progress must be .*got 1"),
         ({"frozen": "convv.*"}, UnknownParameter, "^frozen: 'convv.*' matches no .*conv.bias"),
-        ({"frozen": ["conv.*", "mix.*"]}, InvalidArgument, "^frozen: leaves nothing to train"),
+        (
+            {"frozen": ["conv.*", "mix.*"]},
+            InvalidArgument,
+            "^frozen: no parameter is left to train",
+        ),
     ],
 )
 def test_arguments_that_are_not_taken(given, error, message, data):
@@ -322,11 +331,19 @@ def test_arguments_that_are_not_taken(given, error, message, data):
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
-        ([], DataError, "^batches: is empty"),
-        (iter([examples(1)]), InvalidArgument, "^batches: is an iterator, .* for 3 epochs"),
-        ([(examples(1)[0], None)], DataError, "^labels: None"),
-        ([(examples(1)[0], examples(1)[1] + 1)], DataError, "^labels: sample 3 has 4, the model"),
-        ([(examples(1)[0].to(torch.uint8), examples(1)[1])], DataError, "^images: takes normalise"),
+        ([], DataError, "^batches must contain at least one batch"),
+        (iter([examples(1)]), InvalidArgument, "^batches must be iterable .*for 3 epochs"),
+        ([(examples(1)[0], None)], DataError, "^labels must be given"),
+        (
+            [(examples(1)[0], examples(1)[1] + 1)],
+            DataError,
+            r"^labels must be in \[0, 3\] .*got 4 for sample 3",
+        ),
+        (
+            [(examples(1)[0].to(torch.uint8), examples(1)[1])],
+            DataError,
+            "^images must be normalized",
+        ),
     ],
 )
 def test_batches_that_are_not_taken(batches, error, message):
@@ -338,7 +355,7 @@ def test_batches_that_are_not_taken(batches, error, message):
 
 
 def test_masks_that_are_not_taken(data):
-    with pytest.raises(InvalidArgument, match="^masks: got dict; takes fastsal.Masks"):
+    with pytest.raises(InvalidArgument, match="^masks must be fastsal.Masks, got dict"):
         fastsal.finetune(net(), data, dict(some_masks()), epochs=1, lr=0.1)
     with pytest.raises(MaskError, match="no parameter 'none'"):
         fastsal.finetune(net(), data, Masks({"none": torch.ones(1)}), epochs=1, lr=0.1)
@@ -349,9 +366,11 @@ def test_a_loss_that_is_not_finite(data):
     before, flags_before = state(model), flags(model)
     x, y = examples(3)
     x[5] = math.nan
-    with pytest.raises(NonFiniteLoss, match="^epoch 1: the mean loss of samples 48 to 95 is nan"):
+    with pytest.raises(
+        NonFiniteLoss, match="^epoch 1: the mean loss of samples 48 to 95 must be .*got nan"
+    ):
         finetune(model, [examples(1), (x, y)])
-    with pytest.raises(NonFiniteLoss, match="^epoch [123]: .*takes a lower lr .it is 1e\\+"):
+    with pytest.raises(NonFiniteLoss, match="^epoch [123]: .*use a lower lr than 1e\\+"):
         finetune(model, data, lr=1e30, schedule="constant")
     assert not changed(model, before)
     assert flags(model) == flags_before
@@ -364,6 +383,34 @@ def test_weights_that_are_not_finite_after_the_last_batch():
     def loss(outputs, labels):
         return (outputs - outputs.detach()).sum(1).mul(math.inf).nan_to_num(0.0)
 
-    with pytest.raises(NonFiniteLoss, match="^epoch 1: 'conv.weight' holds NaN or infinity"):
+    with pytest.raises(NonFiniteLoss, match="^epoch 1: 'conv.weight' contains NaN or infinity"):
         finetune(model, [examples(1)], epochs=1, loss=loss)
     assert not changed(model, before)
+
+
+@pytest.mark.parametrize("number", [np.float64, torch.tensor])
+def test_numpy_and_torch_scalars_are_numbers(number, data):
+    model, other = net(), net()
+    whole = torch.tensor if number is torch.tensor else np.int64
+    given = {"lr": number(0.125), "momentum": number(0.5), "weight_decay": number(0.25)}
+    result = finetune(model, data, epochs=whole(2), seed=whole(3), **given)
+    finetune(other, data, epochs=2, seed=3, lr=0.125, momentum=0.5, weight_decay=0.25)
+    assert len(result.history) == 2
+    assert not changed(model, state(other))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": True}, "epochs must be an integer, got True"),
+        ({"epochs": 1.5}, "epochs must be an integer, got 1.5"),
+        ({"patience": True, "held_out": []}, "patience must be an integer, got True"),
+        ({"lr": True}, "lr must be a number, got True"),
+        ({"lr": "0.1"}, "lr must be a number, got '0.1'"),
+        ({"momentum": None}, "momentum must be a number, got None"),
+        ({"seed": 0.5}, "seed must be an integer, got 0.5"),
+    ],
+)
+def test_what_is_no_number_is_refused(given, message, data):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        finetune(net(), data, **given)

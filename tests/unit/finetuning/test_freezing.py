@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.finetuning.freezing import normalisation_layers, trained_parameters
+from fastsal.finetuning.freezing import normalization_layers, trained_parameters
 from fastsal.models.classifier import find_head
 
 
@@ -29,7 +29,7 @@ def test_heads():
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
 def test_normalisation_of_timm(name):
     model = timm.create_model(name)
-    layers = normalisation_layers(model)
+    layers = normalization_layers(model)
     vectors = {p for layer in layers for p in layer.parameters()}
     for parameter, p in model.named_parameters():
         if "norm" in parameter or "bn" in parameter:
@@ -50,4 +50,4 @@ def test_other_normalisation():
         pass
 
     model = nn.ModuleList([RootMeanNorm(), NormFreeBlock(3, 3), nn.LayerNorm([3, 3])])
-    assert normalisation_layers(model) == [model[0], model[2]]
+    assert normalization_layers(model) == [model[0], model[2]]

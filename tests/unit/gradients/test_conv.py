@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastsal.gradients.rules.conv import IMPLEMENTATIONS, choose, conv_rule, implementations_for
-from fastsal.gradients.rules.registry import REGISTRY, Call
+from fastsal.gradients.rules.operations import OPERATIONS, Call
 from fastsal.gradients.workspace import Workspace
 
 FUNCTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -59,7 +59,7 @@ def test_every_implementation_equals_the_loop(case):
         x = x.contiguous(memory_format=torch.channels_last)
         dy = dy.contiguous(memory_format=torch.channels_last)
     expected = obvious(function, x, weight, dy, **case["options"])
-    call = REGISTRY[function].parse(x, weight, None, **case["options"])
+    call = OPERATIONS[function].parse(x, weight, None, **case["options"])
     for name in implementations_for(call):
         out = torch.full(expected.shape, float("nan"), dtype=torch.float64)
         IMPLEMENTATIONS[name](call, dy, out, Workspace())
@@ -70,7 +70,7 @@ def test_expanded_gradient():
     # Mean pooling hands back a gradient with strides of 0.
     x, weight = torch.randn(2, 3, 5, 5).double(), torch.randn(4, 3, 3, 3).double()
     dy = torch.randn(2, 4, 1, 1).double().expand(2, 4, 3, 3)
-    call = REGISTRY[F.conv2d].parse(x, weight)
+    call = OPERATIONS[F.conv2d].parse(x, weight)
     expected = obvious(F.conv2d, x, weight, dy)
     for name in implementations_for(call):
         out = torch.empty_like(expected)
@@ -82,7 +82,7 @@ def test_frames_of_one_sample_are_summed():
     x, weight = torch.randn(6, 3, 5, 5).double(), torch.randn(4, 3, 3, 3).double()
     dy = torch.randn(6, 4, 3, 3).double()
     out = torch.empty(2, 4, 3, 3, 3).double()
-    conv_rule(REGISTRY[F.conv2d].parse(x, weight), dy, out, Workspace())
+    conv_rule(OPERATIONS[F.conv2d].parse(x, weight), dy, out, Workspace())
     expected = obvious(F.conv2d, x, weight, dy).view(2, 3, 4, 3, 3, 3).sum(1)
     torch.testing.assert_close(out, expected)
 
@@ -92,7 +92,7 @@ def test_columns_in_chunks(monkeypatch):
     x, weight = torch.randn(3, 4, 5, 5).double(), torch.randn(4, 2, 3, 3).double()
     dy = torch.randn(3, 4, 3, 3).double()
     out = torch.empty(3, 4, 2, 3, 3).double()
-    call = REGISTRY[F.conv2d].parse(x, weight, groups=2)
+    call = OPERATIONS[F.conv2d].parse(x, weight, groups=2)
     IMPLEMENTATIONS["columns"](call, dy, out, Workspace())
     torch.testing.assert_close(out, obvious(F.conv2d, x, weight, dy, groups=2))
 

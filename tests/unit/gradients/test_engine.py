@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -139,11 +140,14 @@ def test_nonfinite_in_the_first_batch():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (torch.tensor([0, 1, 2, 12]), "sample 3 has 12, the model has 5 classes"),
-        (torch.tensor([0, -1, 2, 3]), "sample 1 has -1"),
-        (torch.tensor([0, 1, 2]), "takes 4 labels"),
+        (
+            torch.tensor([0, 1, 2, 12]),
+            r"labels must be in \[0, 4\] for this model, got 12 for sample 3",
+        ),
+        (torch.tensor([0, -1, 2, 3]), "must be .*, got -1 for sample 1"),
+        (torch.tensor([0, 1, 2]), r"labels must be \[4\], one label per sample"),
         (torch.zeros(4), "integers"),
-        (torch.zeros(4, 5, dtype=torch.long), r"\[n\] class indices"),
+        (torch.zeros(4, 5, dtype=torch.long), r"class indices \[n\]"),
         (torch.zeros(4, dtype=torch.bool), "integers"),
         (None, "sampled"),
         ([0, 1, 2, 3], "list"),
@@ -166,7 +170,7 @@ def test_wrong_labels(labels, message):
     ("images", "message"),
     [
         (torch.zeros(2, 2, 4, 4, dtype=torch.uint8), "floating point"),
-        (torch.zeros(0, 2, 4, 4), "empty"),
+        (torch.zeros(0, 2, 4, 4), "must contain at least one sample"),
         (torch.zeros(4), "shape"),
         ("x", "str"),
     ],
@@ -232,7 +236,7 @@ def test_callable_loss():
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (F.cross_entropy, r"shape \[2\].*got \[\]"),
+        (F.cross_entropy, r"one loss per sample, \[2\].*got \[\]"),
         (lambda o, t: 1.0, "float"),
         ("hinge", "hinge"),
     ],
@@ -390,9 +394,9 @@ def test_sink_is_called_once_a_parameter_and_micro_batch():
     images, labels = data()
     calls = []
     with engine_for(model, micro_batch=3) as engine:
-        assert engine.plan == {}
+        assert engine.operations == {}
         engine.run(images, labels, lambda name, rows: calls.append((name, len(rows))))
-        assert engine.plan == {"0.weight": "conv2d", "5.weight": "linear"}
+        assert engine.operations == {"0.weight": "conv2d", "5.weight": "linear"}
     assert calls == [("5.weight", 3), ("0.weight", 3), ("5.weight", 1), ("0.weight", 1)]
 
 
@@ -406,5 +410,32 @@ def test_wrong_use():
     for options in ({"curvature": "drawn"}, {"micro_batch": 0}, {"autocast": torch.float32}):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
             GradientEngine(model, selected, **options)
-    with pytest.raises(InvalidArgument, match="nothing"):
+    with pytest.raises(InvalidArgument, match="must contain at least one parameter"):
         GradientEngine(model, {})
+
+
+@pytest.mark.parametrize("number", [np.int64, torch.tensor])
+def test_numpy_and_torch_scalars_are_numbers(number):
+    model, images = nn.Linear(3, 4), torch.randn(6, 3)
+    given = {"curvature": "sampled", "seed": 5, "micro_batch": 2, "loss_scale": 2}
+    expected = per_sample_gradients(model, images, None, **given)
+    scalars = {"seed": number(5), "micro_batch": number(2), "loss_scale": number(2)}
+    found = per_sample_gradients(model, images, None, **{**given, **scalars})
+    assert torch.equal(found["weight"], expected["weight"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"micro_batch": True}, "micro_batch must be an integer, got True"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5"),
+        (
+            {"curvature": "true"},
+            "curvature must be 'empirical', 'sampled' or 'features', got 'true'",
+        ),
+    ],
+)
+def test_arguments_that_are_not_valid(given, message):
+    with pytest.raises(InvalidArgument, match=f"^{message}"):
+        per_sample_gradients(nn.Linear(3, 4), torch.randn(2, 3), torch.zeros(2).long(), **given)

@@ -108,7 +108,7 @@ FALLBACK = {
     "both layouts": (lambda: Fn(both_layouts, a=linear()), (3, 4), None, "differ"),
     "StdConv2d": (lambda: StdConv2d(3, 4, 3), (3, 5, 5), None, "used by"),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (3, 4, 4), "body.weight", "used by conv_transpose2d"),
-    "bias": (linear, (6, 4), "body.bias", "another argument"),
+    "bias": (linear, (6, 4), "body.bias", "an argument other than the weight"),
     "LayerNorm": (lambda: nn.LayerNorm(4), (6, 4), "body.weight", "used by"),
     "vector weight": (lambda: Fn(lambda m, x: F.linear(x, m.a.weight), a=nn.LayerNorm(4)), (6, 4), "body.a.weight", "one axis"),
     "sample by sample in the model": (lambda: Fn(lambda m, x: torch.stack([m.a(v) for v in x]), a=nn.Conv2d(3, 2, 2)), (3, 4, 4), None, "without a sample axis"),
@@ -137,11 +137,11 @@ def check(make, shape, parameters, n=4, **options):
     rows, engine = engine_rows(model, images, labels, parameters, **options)
     names = list(select_parameters(model, parameters))
     expected = loop(model, images, labels, names)
-    assert set(rows) == set(names) == set(engine.plan)
+    assert set(rows) == set(names) == set(engine.operations)
     for name in names:
         torch.testing.assert_close(rows[name], expected[name], rtol=1e-9, atol=1e-12)
         assert expected[name].any()
-    return engine.plan
+    return engine.operations
 
 
 @pytest.mark.parametrize("case", FAST)
@@ -234,8 +234,8 @@ def test_timm_models(name, size, options):
     labels = torch.tensor([0, 1, 2])
     rows, engine = engine_rows(model, images, labels)
     expected = loop(model, images, labels, list(rows))
-    assert list(select_parameters(model)) == list(engine.plan)
-    assert not any(how.startswith("torch.func") for how in engine.plan.values())
+    assert list(select_parameters(model)) == list(engine.operations)
+    assert not any(how.startswith("torch.func") for how in engine.operations.values())
     for name, value in rows.items():
         scale = float(expected[name].norm()) + 1e-30
         assert float((value - expected[name]).norm()) < 1e-9 * scale, name

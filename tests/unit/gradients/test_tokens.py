@@ -113,7 +113,7 @@ def check(make, shape, parameters, n=4, dtype=torch.int64, **options):
         want = expected[name]
         torch.testing.assert_close(torch.cat(rows), want.to_dense(), rtol=1e-9, atol=1e-12)
         assert want.to_dense().any()
-    return engine.plan
+    return engine.operations
 
 
 @pytest.mark.parametrize("micro_batch", [None, 3])
@@ -152,7 +152,7 @@ def test_padding_has_no_gradient():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_norm": 0.1}, r"e\.weight: max_norm changes the table"),
+        ({"max_norm": 0.1}, r"e\.weight: max_norm changes the weight"),
         ({"scale_grad_by_freq": True}, r"e\.weight: scale_grad_by_freq divides"),
     ],
 )
@@ -206,7 +206,7 @@ def test_integers_that_are_not_tokens():
         torch.zeros(2, 3, dtype=torch.bool),
         torch.tensor(3),
     ):
-        with pytest.raises(DataError, match="tokens"):
+        with pytest.raises(DataError, match="token ids"):
             per_sample_gradients(model, images, labels, parameters="e.weight")
 
 
@@ -271,7 +271,7 @@ def test_decoder(is_tied, extra):
     torch.testing.assert_close(
         rows, loop(model, tokens, labels, names, loss), rtol=1e-9, atol=1e-12
     )
-    slow = [name for name, how in engine.plan.items() if how.startswith("torch.func")]
+    slow = [name for name, how in engine.operations.items() if how.startswith("torch.func")]
     assert slow == [name for name in extra if name == "wpe.weight"]
     assert ("wte.weight" in names) == (is_tied or "wte.weight" in extra)
 
@@ -304,7 +304,7 @@ def test_decoder_without_labels():
 def test_logits_of_sequences_need_a_loss():
     model, _ = decoder(tied=False)
     tokens, labels = sequences()
-    with pytest.raises(InvalidArgument, match=r"logits \[2, C\].*give loss="):
+    with pytest.raises(InvalidArgument, match=r"logits \[2, C\].*pass loss="):
         fastsal.collect(model, [(tokens, labels[:, 0])])
-    with pytest.raises(DataError, match="give loss="):
+    with pytest.raises(DataError, match="pass loss="):
         fastsal.collect(model, [(tokens, labels)])

@@ -1,1 +1,1 @@
-"""Rules that form per-sample gradients, one file per family of operations."""
+"""Rules that compute per-sample gradients, one file per family of operations."""

@@ -2,7 +2,7 @@
 
 `G_n[o, c, k] = sum_P dy_n[o, P] · x_n[c, P·stride + k·dilation - padding]`
 
-Every implementation gives the same numbers; `choose` takes the one that is fastest for a shape.
+All implementations compute the same values; `choose` returns the fastest for given shapes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.rules.registry import Call, Operation, UnreadCallError, register
+from fastsal.gradients.rules.operations import Call, Operation, UnreadCallError, register
 from fastsal.gradients.workspace import Workspace
 
 Implementation = Callable[[Call, Tensor, Tensor, Workspace], None]
 
-# Unfolded inputs of a chunk of samples stay below this; larger ones only miss the caches.
+# Limit for the unfolded inputs of a chunk of samples; larger chunks do not fit the caches.
 _COLUMN_BYTES = 32 * 2**20
 
 
@@ -67,20 +67,20 @@ def _per_axis(value: int | tuple[int, ...], spatial: int) -> tuple[int, ...]:
 
 
 def conv_rule(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """Fill out [n, O, C/G, *k] from input [n·r, C, ...] and grad_output [n·r, O, ...]."""
+    """Compute out `[n, O, C/G, *k]` from input `[n·r, C, ...]`, grad_output `[n·r, O, ...]`."""
     n, leading = out.shape[0], call.input.shape[0]
     implementation = IMPLEMENTATIONS[choose(call, grad_output)]
     if leading == n:
         implementation(call, grad_output, out, workspace)
         return
-    # r frames or windows a sample, samples outermost.
+    # A sample has r frames or windows; samples are outermost.
     frames = workspace.take("frames", (leading, *call.weight_shape), out)
     implementation(call, grad_output, frames, workspace)
     torch.sum(frames.view(n, leading // n, *call.weight_shape), 1, out=out)
 
 
 def choose(call: Call, grad_output: Tensor) -> str:
-    """Name the implementation that is fastest for the shapes of a call.
+    """Return the name of the fastest implementation for the shapes of a call.
 
     Measured on two x86-64 cores with AVX-512 in float32 at n = 8, over every convolution of
     resnet18, resnet50, convnext_tiny, vit_small and efficientnet_lite0 at 224 px.
@@ -92,8 +92,8 @@ def choose(call: Call, grad_output: Tensor) -> str:
         if kernel == 1 and not _is_padded(call):
             return "pointwise"
         overlaps = any(k > s for k, s in zip(call.weight_shape[2:], call.stride, strict=True))
-        # Unfolding costs k² reads a pixel; the library's direct kernels win while the maps are
-        # large (28² and up), and lose once the weight outweighs the map.
+        # Unfolding reads each pixel k² times; direct kernels of the library are faster for large
+        # maps (28² and up), and slower once the weight is larger than the map.
         if overlaps and positions >= 28 * 28 and call.input.device.type == "cpu":
             return "each"
         return "columns"
@@ -119,7 +119,7 @@ def _padded(call: Call, x: Tensor) -> Tensor:
 
 
 def _windows(call: Call, x: Tensor, outputs: tuple[int, ...]) -> Tensor:
-    """View a padded input as [n, C, *k, *P], without a copy."""
+    """View a padded input as `[n, C, *k, *P]`, without a copy."""
     spatial = x.stride()[2:]
     return x.as_strided(
         (*x.shape[:2], *call.weight_shape[2:], *outputs),
@@ -133,7 +133,7 @@ def _windows(call: Call, x: Tensor, outputs: tuple[int, ...]) -> Tensor:
 
 
 def pointwise(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """1x1 kernel, one group, no padding: a batched matrix product over the strided pixels."""
+    """Batched matrix product over strided pixels, for 1x1 kernels without groups or padding."""
     del workspace
     n, channels_out, channels_in = out.shape[:3]
     x = call.input
@@ -148,7 +148,7 @@ def pointwise(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace
 
 
 def columns(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """Unfold into scratch memory, then one batched matrix product; any shape, any groups."""
+    """Unfold into scratch memory, then one batched matrix product, for any shape and groups."""
     n, channels_out = out.shape[:2]
     groups, outputs = call.groups, tuple(grad_output.shape[2:])
     positions = math.prod(outputs)
@@ -168,7 +168,7 @@ def columns(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
 
 
 def each(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """One library call a sample."""
+    """One library call per sample."""
     x, padding = _symmetric(call)
     weight = workspace.take("weight", call.weight_shape, out)  # only its shape is read
     for i in range(out.shape[0]):
@@ -180,7 +180,7 @@ def each(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> 
 
 
 def grouped(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """One library call for all samples, which stand side by side as n·G groups."""
+    """One library call for all samples, as n·G groups."""
     n = out.shape[0]
     x, padding = _symmetric(call)
     x = x.reshape(1, n * x.shape[1], *x.shape[2:])
@@ -191,7 +191,7 @@ def grouped(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
 
 
 def offsets(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """Depthwise with one output a channel: shift, multiply, sum, one kernel offset at a time."""
+    """Shift, multiply and sum per kernel offset, for depthwise kernels with G = C = O."""
     spatial = len(call.stride)
     outputs = tuple(grad_output.shape[2:])
     windows = _windows(call, _padded(call, call.input), outputs)
@@ -206,7 +206,7 @@ def offsets(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
 
 
 def _symmetric(call: Call) -> tuple[Tensor, list[int]]:
-    """Return an input and a padding that the library takes."""
+    """Return an input and a symmetric padding, as the library needs it."""
     if all(before == after for before, after in call.padding):
         return call.input, [before for before, _ in call.padding]
     return _padded(call, call.input), [0] * len(call.padding)
@@ -233,7 +233,7 @@ def _weight_gradient(
 
 
 def implementations_for(call: Call) -> list[str]:
-    """Name every implementation that can take a call."""
+    """Return the names of all implementations that support a call."""
     names = ["columns", "each", "grouped"]
     if call.groups == 1 and math.prod(call.weight_shape[2:]) == 1 and not _is_padded(call):
         names.append("pointwise")

@@ -1,4 +1,4 @@
-"""Per-sample gradient of a table lookup `y = W[t]`: `G_n[v] = sum_{L: t_nL = v} dy_nL`."""
+"""Per-sample gradient of an embedding `y = W[t]`: `G_n[v] = sum_{L: t_nL = v} dy_nL`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.rules.registry import (
+from fastsal.gradients.rules.operations import (
     Call,
     Operation,
     RefusedCallError,
@@ -30,16 +30,16 @@ def _parse(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Call:
-    del norm_type, sparse  # rows are dense, as their statistics are
+    del norm_type, sparse  # gradients are dense here
     if max_norm is not None:
         raise RefusedCallError(
-            "max_norm changes the table in every forward pass, so that samples have gradients at "
+            "max_norm changes the weight in every forward pass, so that samples have gradients at "
             "different weights; set max_norm of the layer to None"
         )
     if scale_grad_by_freq:
         raise RefusedCallError(
-            "scale_grad_by_freq divides gradients by counts of a batch, so that they are not those "
-            "of a sample's loss; set scale_grad_by_freq of the layer to False"
+            "scale_grad_by_freq divides gradients by counts of the batch, so that they are not "
+            "those of a sample's loss; set scale_grad_by_freq of the layer to False"
         )
     if input.dim() < 1:
         raise UnreadCallError("F.embedding of a single token, without a sample axis")
@@ -49,9 +49,9 @@ def _parse(
 
 
 def embedding_rule(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """Fill out [n, V, D] from tokens [n·r, ...] and grad_output [n·r, ..., D].
+    """Compute out `[n, V, D]` from tokens `[n·r, ...]` and grad_output `[n·r, ..., D]`.
 
-    The other layout is [..., n] and [..., n, D].
+    With `samples_first=False` they are `[..., n]` and `[..., n, D]`.
     """
     del workspace
     n, (vocabulary, width) = out.shape[0], call.weight_shape
@@ -60,11 +60,11 @@ def embedding_rule(call: Call, grad_output: Tensor, out: Tensor, workspace: Work
         tokens, dy = tokens.reshape(n, -1), dy.reshape(n, -1, width)
     else:
         tokens, dy = tokens.reshape(-1, n).t(), dy.reshape(-1, n, width).transpose(0, 1)
-    # All samples' tables are one table, each sample's tokens in its own part.
+    # The gradients of all samples form one matrix, in which each sample has its own rows.
     first = torch.arange(n, device=tokens.device).unsqueeze(1) * vocabulary
     out.zero_()
-    table = out.view(n * vocabulary, width)
-    table.index_add_(0, (tokens + first).reshape(-1), dy.reshape(-1, width))
+    rows = out.view(n * vocabulary, width)
+    rows.index_add_(0, (tokens + first).reshape(-1), dy.reshape(-1, width))
     if call.ignored_index is not None:
         out[:, call.ignored_index] = 0
 

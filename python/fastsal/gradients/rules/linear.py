@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsal.gradients.rules.registry import Call, Operation, UnreadCallError, register
+from fastsal.gradients.rules.operations import Call, Operation, UnreadCallError, register
 from fastsal.gradients.workspace import Workspace
 
 
@@ -27,9 +27,9 @@ def _parse(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:
 
 
 def linear_rule(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
-    """Fill out [n, O, C] from input [n·r, ..., C] and grad_output [n·r, ..., O].
+    """Compute out `[n, O, C]` from input `[n·r, ..., C]` and grad_output `[n·r, ..., O]`.
 
-    The other layout is [..., n, C] and [..., n, O]; its matrices are strided views.
+    With `samples_first=False` they are `[..., n, C]` and `[..., n, O]`, read as strided views.
     """
     del workspace
     n = out.shape[0]

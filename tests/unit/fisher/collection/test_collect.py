@@ -252,7 +252,9 @@ def test_images_that_are_not_finite(batch, at, value, micro_batch):
     images, labels = data(8)
     batches = [(images, labels)] * 3
     batches[batch] = (nan_at(images, at, value), labels)
-    with pytest.raises(NonFiniteGradient, match=f"^sample {8 * batch + at}: its loss is"):
+    with pytest.raises(
+        NonFiniteGradient, match=f"^sample {8 * batch + at}: the loss must be finite"
+    ):
         collect(net(), batches, micro_batch=micro_batch)
 
 
@@ -291,7 +293,9 @@ def test_labels_out_of_range(batch, at, wrong, micro_batch):
     bad = labels.clone()
     bad[at] = wrong
     batches[batch] = (images, bad)
-    with pytest.raises(DataError, match=f"^labels: sample {8 * batch + at} has {wrong}, "):
+    with pytest.raises(
+        DataError, match=f"^labels must be .*got {wrong} for sample {8 * batch + at}$"
+    ):
         collect(net(), batches, micro_batch=micro_batch)
 
 
@@ -308,14 +312,14 @@ def bad_batches():
         "text": (["ab"], "batches: batch 0 must be a pair .*str"),
         "none": ([None], "batches: batch 0 must be a pair .*NoneType"),
         "arrays": ([(images.numpy(), labels)], "batches: batch 0 must have a tensor"),
-        "integers": ([((images * 10).long(), labels)], "images: takes normalised floating point"),
-        "no labels": ([(images, None)], "labels: None is taken only with curvature='sampled'"),
+        "integers": ([((images * 10).long(), labels)], "images must be normalized"),
+        "no labels": ([(images, None)], "labels must be given, except with curvature='sampled'"),
         "one label": ([(images, 3)], "labels: batch 0 must have one label per image"),
         "fewer labels": ([(images, labels), (images, labels[:7])], "labels: batch 1 must have one"),
         "more labels": ([(images[:5], labels)], r"labels: batch 0 .*\[8\] for 5 images"),
         "names": ([(images, ["cat"] * 8)], "labels: batch 0 must have a tensor"),
-        "floating labels": ([(images, labels.double())], "labels: takes integers"),
-        "one-hot labels": ([(images, F.one_hot(labels))], "labels: takes"),
+        "floating labels": ([(images, labels.double())], "labels must be integers"),
+        "one-hot labels": ([(images, F.one_hot(labels))], "labels must be class indices"),
     }  # fmt: skip
 
 
@@ -345,13 +349,13 @@ def test_fewer_samples_than_asked_for():
         ({"precision": "half"}, InvalidArgument, "precision must be .*, got 'half'"),
         ({"micro_batch": 0}, InvalidArgument, "micro_batch must be at least 1, got 0"),
         ({"curvature": "drawn"}, InvalidArgument, "curvature must be .*'drawn'"),
-        ({"loss": "hinge"}, InvalidArgument, "loss: .*'hinge'"),
-        ({"autocast": torch.float64}, InvalidArgument, "autocast: "),
+        ({"loss": "hinge"}, InvalidArgument, "loss must be .*'hinge'"),
+        ({"autocast": torch.float64}, InvalidArgument, "autocast must be"),
         ({"memory_budget": 1000}, InvalidArgument, "memory_budget must be at least .*, got 1 KiB"),
         ({"parameters": "none"}, UnknownParameter, "parameters: 'none' matches no parameter"),
         ({"parameters": ["7.weight", "8.*"]}, UnknownParameter, "parameters: '8.*' matches"),
         ({"parameters": "7.wieght"}, UnknownParameter, "did you mean '7.weight'"),
-        ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss: must return"),
+        ({"loss": lambda outputs, labels: outputs.mean()}, InvalidArgument, "loss must return"),
     ],
 )
 def test_arguments_that_are_not_taken(arguments, error, message):

@@ -375,7 +375,7 @@ def test_threads_do_not_matter():
 
 
 def test_number_of_threads():
-    with pytest.raises(InvalidArgument, match="^n: got -1"):
+    with pytest.raises(InvalidArgument, match="^n must be at least 0, got -1"):
         fastsal.set_num_threads(-1)
     fastsal.set_num_threads(3)
     assert fastsal.get_num_threads() == 3
