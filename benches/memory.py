@@ -60,9 +60,9 @@ def child(args: argparse.Namespace) -> None:
         "seconds": seconds,
         "masks": digest.hexdigest()[:16],
         "weights": weights.hexdigest()[:16],
-        "damping": result.history[0]["damping"],
-        "steps": result.history[0]["seconds"],
-        "plan": result.history[0].get("memory_plan"),
+        "damping": result.history[0].damping,
+        "steps": result.history[0].seconds,
+        "plan": result.history[0].memory_plan,
     }
     say("told", json.dumps(told))
     if args.ranks > 1:

@@ -52,7 +52,7 @@ def main() -> None:
     start = time.perf_counter()
     result = fastsal.prune(model, Noise(given.samples, given.size), 0.5, damping=damping)
     whole = time.perf_counter() - start
-    seconds = result.history[0]["seconds"]
+    seconds = result.history[0].seconds
     rest = whole - seconds["statistics"]
     found = {
         "model": given.model,

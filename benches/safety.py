@@ -57,7 +57,7 @@ def main() -> None:
                 "drop": drop,
                 "broken": drop > given.limit,
                 "trusted_until": result.safety.trusted_until,
-                "damping": result.history[0]["damping"],
+                "damping": result.history[0].damping,
             }
         )
         print(json.dumps(rows[-1]), flush=True)

@@ -1,11 +1,14 @@
-//! The core alone: `cargo bench -p fastsal-core`. Peers stand in `fastsal bench`.
+//! Time the core alone: `cargo bench -p fastsal-core`. `fastsal bench` compares it with its peers.
 
 #![allow(clippy::expect_used)]
 
 use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
-use fastsal_core::factor::{inverse_diagonal, Statistics};
-use fastsal_core::gram::accumulate_with;
-use fastsal_core::{eliminate::eliminate, select::smallest, Isa, Layout, Rows};
+use fastsal_core::accumulate::{accumulate, Sums};
+use fastsal_core::greedy::eliminate;
+use fastsal_core::inverse::inverse_diagonal;
+use fastsal_core::select::smallest;
+use fastsal_core::statistics::{Packed, Statistics};
+use fastsal_core::{Isa, Layout, Rows};
 
 /// Numbers in -0.5..0.5 from a linear congruence.
 fn numbers(n: usize) -> Vec<f32> {
@@ -18,10 +21,12 @@ fn numbers(n: usize) -> Vec<f32> {
 }
 
 fn statistics(layout: Layout, n: usize) -> Vec<f32> {
-    let data = numbers(n * layout.len);
-    let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; layout.len]);
-    let rows = Rows::new(&data, n, layout.len, layout.len).expect("rows");
-    accumulate_with(Isa::best(), layout, rows, &mut packed, &mut sums, true).expect("statistics");
+    let d = layout.len();
+    let data = numbers(n * d);
+    let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; d]);
+    let rows = Rows::new(&data, n, d, d).expect("rows").into();
+    let to = Sums::F32 { packed: &mut packed, sums: &mut sums };
+    accumulate(Isa::best(), layout, rows, to, true).expect("statistics");
     packed
 }
 
@@ -32,15 +37,18 @@ fn gram(c: &mut Criterion) {
         .into_iter()
         .flat_map(|isa| [(64, 8), (64, 64), (128, 64)].map(|(block, n)| (isa, block, n)))
     {
-        let layout = Layout::new(d, block);
+        let layout = Layout::new(d, block).expect("layout");
         let data = numbers(n * d);
-        let rows = Rows::new(&data, n, d, d).expect("rows");
+        let rows = Rows::new(&data, n, d, d).expect("rows").into();
         let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; d]);
         // A product and a sum for each entry of the triangles.
         group.throughput(Throughput::Elements((n * d * (block + 1)) as u64));
         let id = BenchmarkId::new(isa.name(), format!("B={block} n={n}"));
         group.bench_function(id, |b| {
-            b.iter(|| accumulate_with(isa, layout, rows, &mut packed, &mut sums, false));
+            b.iter(|| {
+                let to = Sums::F32 { packed: &mut packed, sums: &mut sums };
+                accumulate(isa, layout, rows, to, false)
+            });
         });
     }
 }
@@ -49,18 +57,19 @@ fn blocks(c: &mut Criterion) {
     let mut group = c.benchmark_group("blocks");
     let d = 1 << 18;
     for block in [32, 64, 128, 256] {
-        let layout = Layout::new(d, block);
+        let layout = Layout::new(d, block).expect("layout");
         let packed = statistics(layout, 64);
         let weights = numbers(d);
-        let statistics = Statistics { layout, packed: &packed, samples: 64.0, kept: None };
+        let statistics = Statistics::new(layout, Packed::F32(&packed), 64.0, None);
+        let damped = statistics.and_then(|s| s.damped(1e-3)).expect("statistics");
         group.throughput(Throughput::Elements(d as u64));
         let mut diagonal = vec![0.0; d];
         group.bench_function(BenchmarkId::new("inverse diagonal", block), |b| {
-            b.iter(|| inverse_diagonal(statistics, 1e-3, &mut diagonal));
+            b.iter(|| inverse_diagonal(damped, &mut diagonal));
         });
         let (mut scores, mut turns) = (vec![0.0; d], vec![0; d]);
         group.bench_function(BenchmarkId::new("greedy elimination", block), |b| {
-            b.iter(|| eliminate(statistics, &weights, 1e-3, &mut scores, &mut turns));
+            b.iter(|| eliminate(damped, &weights, &mut scores, &mut turns));
         });
     }
 }

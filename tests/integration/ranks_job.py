@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 
 import fastsal.distributed
 from fastsal.distributed.collecting import collected
-from fastsal.distributed.thresholds import rank_shards
+from fastsal.distributed.thresholds import masks_of_shards
 from fastsal.errors import FactorizationError
 from fastsal.fisher.parts import slices
 
@@ -49,7 +50,7 @@ def images(count=52):
 HOW = {
     "fixed": {"damping": 1e-4},
     "auto": {"damping": "auto", "rounds": 2},
-    "auto features": {"damping": "auto", "labels": "features"},
+    "auto features": {"damping": "auto", "curvature": "features"},
     "layer": {"damping": 1e-3, "criterion": "block-fisher", "scope": "layer"},
     "erk": {"damping": 1e-3, "criterion": "magnitude", "scope": "erk", "floor": 0.1},
     "floor": {"damping": 1e-3, "floor": 0.25},
@@ -119,7 +120,7 @@ def wrapped(name):
 @contextlib.contextmanager
 def failing_on_one_rank(damping):
     """Let blocks of the last rank seem singular at one damping, from the second group on."""
-    import fastsal.distributed.pruning as module
+    import fastsal.distributed.process as module
 
     real = module.score_tensors
 
@@ -175,17 +176,17 @@ def main(folder):
             result_of_auto = result.history[0]
         if rank == 0 or name not in ("auto", "floor"):
             torch.save((dict(result.masks), state), folder / f"{name}{rank}.pt")
-        told[name] = result.history[-1]["ranks"] | {
-            "plan": result.history[-1].get("memory_plan"),
+        told[name] = asdict(result.history[-1].ranks) | {
+            "plan": result.history[-1].memory_plan,
             "safe": None if result.safety is None else result.safety.as_dict(),
-            "evidence": result.history[0]["damping_evidence"],
+            "evidence": result.history[0].damping_evidence,
             "seen": sorted(seen),
         }
-    smallest = result_of_auto["damping_evidence"][0][0]
+    smallest = result_of_auto.damping_evidence[0][0]
     for name, more in {"memory": {}, "again": {"memory_budget": BUDGET}}.items():
         with failing_on_one_rank(smallest):
             result = prune(fastsal.distributed.prune, net(), {"damping": "auto"}, **more)
-        evidence = result.history[0]["damping_evidence"]
+        evidence = result.history[0].damping_evidence
         told[f"failing {name}"] = {"evidence": evidence}
         torch.save(dict(result.masks), folder / f"failing {name}{rank}.pt")
     # Scores with many ties, over parts: the order of positions decides.
@@ -195,7 +196,7 @@ def main(folder):
     full = {name: torch.randint(0, 5, shape).float() for name, shape in shapes.items()}
     parts = {part.key: part for part in shares[rank]}
     for floor in (0.0, 0.35):
-        masks = rank_shards(slices(full, parts), shares, shapes, ranks, 0.6, floor=floor)
+        masks = masks_of_shards(slices(full, parts), shares, shapes, ranks, 0.6, floor=floor)
         torch.save(dict(masks), folder / f"ties{floor}{rank}.pt")
     (folder / f"told{rank}.json").write_text(json.dumps(told))
     dist.barrier()

@@ -132,7 +132,7 @@ def test_held_out_losses_are_those_of_one_process(job, how):
     expected = ranks_job.prune(fastsal.prune, ranks_job.net(), ways[how])
     for rank in range(ranks):
         found = [tuple(pair) for pair in told(folder, rank)[how]["evidence"]]
-        assert found == expected.history[0]["damping_evidence"]
+        assert found == expected.history[0].damping_evidence
 
 
 @pytest.mark.parametrize("how", ranks_job.LIMITED)

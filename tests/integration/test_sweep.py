@@ -455,3 +455,10 @@ def test_the_models_own_classifier_is_a_head_too(study_file, tmp_path):
     assert {r["dense"] for r in rows} == {str(right / len(places))}
     # The classifier stays as it is.
     assert {row["layer"] for row in rows_of(out, "layers")} == {"conv.weight"}
+
+
+def test_paths_may_be_strings_and_the_summary_is_short(study_file, tmp_path):
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    done = run_study(load_study(str(study_file), root=str(tmp_path)), str(tmp_path / "out"))
+    assert repr(done).startswith("Summary(cells=3, done=3, failed=0, rows=6, warned=0, seconds=")
+    assert run_study(load_study(study_file, root=tmp_path), tmp_path / "out").done == 0

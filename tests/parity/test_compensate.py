@@ -265,7 +265,7 @@ def broken():
         masks["c"] = masks["c"].reshape(50, 3)
 
     return {
-        "damping": (None, {"damping": -1.0}, InvalidArgument, "damping must be .*got -1.0"),
+        "damping": (None, {"damping": -1.0}, InvalidArgument, "damping must be positive, got -1.0"),
         "damping NaN": (None, {"damping": math.nan}, InvalidArgument, "damping must be .*got nan"),
         "damping auto": (None, {"damping": "auto"}, InvalidArgument, "damping must .*got 'auto'"),
         "shape of the model": (other_model, {}, UnknownParameter, "'c' must have shape"),

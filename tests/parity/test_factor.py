@@ -166,7 +166,7 @@ def test_threads_do_not_matter():
 
 @pytest.mark.parametrize("damping", [0, -1.0, math.nan, math.inf, "auto", None, True])
 def test_dampings_that_are_not_taken(damping):
-    with pytest.raises(InvalidArgument, match="^damping must be a finite number above zero, got "):
+    with pytest.raises(InvalidArgument, match="^damping must be (positive|a number), got "):
         fed(gradients(3, (4,)), 4).inverse_diagonals(damping)
 
 

@@ -286,7 +286,7 @@ def test_merge_into_nothing():
 @pytest.mark.parametrize("weight", [0, -1, math.nan, math.inf, "1", None])
 def test_merge_refuses_weights(weight):
     fisher = fed([gradients(3, (9,))], (9,), 4)
-    with pytest.raises(InvalidArgument, match="^weight must be a finite number above zero, got"):
+    with pytest.raises(InvalidArgument, match="^weight must be .*, got"):
         fisher.merge(fed([gradients(3, (9,))], (9,), 4), weight)
     assert fisher.samples == 3
 
@@ -457,9 +457,9 @@ def test_refused_updates_add_nothing(case, n):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"block_size": 0}, "block_size must be an integer of at least 1, or None, got 0"),
-        ({"block_size": -3}, "block_size must be an integer of at least 1, or None, got -3"),
-        ({"block_size": 2.5}, "block_size must be an integer of at least 1, or None, got 2.5"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"block_size": -3}, "block_size must be at least 1, got -3"),
+        ({"block_size": 2.5}, "block_size must be an integer, got 2.5"),
         ({"precision": "float16"}, "precision must be 'float32' or 'float64', got 'float16'"),
         ({"shapes": {}}, "shapes must hold at least one parameter"),
         ({"shapes": {"w": (3, 0)}}, r"shapes must be .*, got \(3, 0\) for 'w'"),

@@ -15,7 +15,7 @@ from fastsal.cli.help import Command
 @options.masks_option(is_required=True)
 @options.statistics_options
 @options.statistics_file_option
-@options.damping_option("1e-5")
+@options.damping_option("0.1x")
 @options.input_options
 @options.run_options
 @options.out_option("FILE", "File for the compensated weights, .safetensors.")

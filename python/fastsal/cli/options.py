@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,18 +15,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def damping(ctx: click.Context, param: click.Parameter, value: str) -> float | str:
-    """Parse a positive number, or "auto" where the default is that."""
-    auto = param.default == "auto"
-    if auto and value == "auto":
-        return value
+    """Parse a positive number, a multiple such as "0.1x", or "auto" where that is the default."""
+    from fastsal.errors import InvalidArgument
+    from fastsal.pruning.damping import parse_damping
+
+    given: float | str = value
+    with contextlib.suppress(ValueError):
+        given = float(value)
     try:
-        number = float(value)
-    except ValueError:
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        also = ", or auto" if auto else ""
-        raise click.BadParameter(f"must be a number above 0{also}, got {value!r}", ctx, param)
-    return number
+        parsed = parse_damping(given, auto=param.default == "auto")
+    except InvalidArgument as error:
+        message = str(error).removeprefix("damping ")
+        raise click.BadParameter(message, ctx, param) from None
+    return parsed if isinstance(parsed, (str, float)) else str(parsed)
 
 
 def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -241,7 +243,7 @@ def damping_option(default: str) -> Callable[[F], F]:
     """Return `--damping`; it accepts "auto" if that is the default."""
     return click.option(
         "--damping",
-        metavar="NUMBER|auto" if default == "auto" else "NUMBER",
+        metavar="NUMBER|FACTORx|auto" if default == "auto" else "NUMBER|FACTORx",
         callback=damping,
         default=default,
         show_default=True,

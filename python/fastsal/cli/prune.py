@@ -199,7 +199,7 @@ def _pruned(
         **ranked,
         **collect_options(given),
     )
-    return result.masks, list(result.history), result.safety
+    return result.masks, [entry.as_dict() for entry in result.history], result.safety
 
 
 def _draw(safety: SafetyReport, folder: Path) -> bool:

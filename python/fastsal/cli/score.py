@@ -16,7 +16,7 @@ from fastsal.errors import InvalidArgument
 @click.command(cls=Command, short_help="Score every weight and write the scores to a file.")
 @options.model_options
 @options.criterion_option("block-fisher")
-@options.damping_option("1e-5")
+@options.damping_option("0.1x")
 @options.statistics_options
 @options.budget_options
 @options.statistics_file_option
@@ -49,6 +49,7 @@ def score(**given: Any) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit
+    from fastsal.pruning.damping import resolve_damping
     from fastsal.utils.atomic import atomic_path
     from fastsal.utils.clock import Clock
 
@@ -74,13 +75,16 @@ def score(**given: Any) -> None:
             extra["seed"] = given["seed"]
             if given["parameters"]:
                 extra["parameters"] = list(given["parameters"])
+        damping = given["damping"]
+        if fisher is not None:
+            damping = resolve_damping(damping, fisher)
         scores = fastsal.score(
-            model, fisher, criterion=given["criterion"], damping=given["damping"], **extra
+            model, fisher, criterion=given["criterion"], damping=damping, **extra
         )
     recipe = {
         "model": given["model"],
         "criterion": given["criterion"],
-        "damping": given["damping"],
+        "damping": damping,
         "samples": fisher.samples if fisher is not None else 0,
     }
     with atomic_path(given["out"]) as temporary:

@@ -1,15 +1,15 @@
 """Statistics and pruning by several processes: `torchrun --nproc-per-node 2 -m fastsal prune ...`.
 
-Samples are shared out, and so are the sums: the micro-batches of one process are dealt out to the
-ranks, and the rows of each parameter's gradients go to the rank that owns its sums. So each rank
-holds `1 / ranks` of the statistics, and the sums are those of one process, in the same order; on
-CPUs bit for bit, where it runs PyTorch on as many threads as each rank.
-Scores stay where they are made: one threshold is found from counts that are added up. All ranks end
-with the same masks and the same weights.
+Samples and sums are divided among the processes ("ranks"). The micro-batches of one process are
+distributed to the ranks in turn, and the gradients of each parameter are sent to the rank that owns
+its sums. So each rank stores `1 / ranks` of the statistics, and the sums are those of one process,
+in the same order; on CPUs bit for bit, if that process runs PyTorch with as many threads as each
+rank. Scores are not exchanged: a global threshold is found from histograms that are added. All
+ranks get the same masks and the same weights.
 """
 
 from fastsal.distributed.collecting import collect, save
-from fastsal.distributed.pruning import prune
+from fastsal.distributed.prune import prune
 from fastsal.distributed.ranks import Ranks
 
 __all__ = ["Ranks", "collect", "prune", "save"]

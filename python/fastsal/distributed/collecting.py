@@ -1,4 +1,4 @@
-"""Statistics by several ranks, each the sums of its share of the weights."""
+"""Collect statistics by several ranks, each the sums of its own parts."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from fastsal.fisher.model_sums import ModelSums, Origin
 from fastsal.fisher.parts import Part, Parts, by_key, row_unit
 from fastsal.fisher.shares import regrouped, shares
 from fastsal.fisher.statistics import Collected, Statistics
+from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
+from fastsal.utils.suggestions import check_choice
 
 _LOG = logging.getLogger(__name__)
-
-_WAYS = ("rows", "sums", "auto")
 
 
 def collect(
@@ -44,32 +44,40 @@ def collect(
     batches: Batches,
     *,
     group: dist.ProcessGroup | None = None,
-    exchange: str = "rows",
+    exchange: Exchange = "rows",
     progress: bool | Report = False,
     **options: Any,
 ) -> BlockFisher:
-    """Collect the statistics of a model, each rank the sums of its share of the weights.
+    """Collect the statistics of a model by several processes, each those of its own parts.
+
+    Every process must call it with the same arguments, after
+    `torch.distributed.init_process_group`.
 
     Args:
-        model: The same on every rank; one in `DistributedDataParallel`, or sharded by FSDP2
-            (`fully_shard`) or by tensor parallelism, is taken as it is.
-        batches: As for `fastsal.collect`; all ranks give the same, and each works on its part.
-        group: Of `torch.distributed`; None is all processes.
-        exchange: `"rows"`: gradients go to the owners of sums; those are the sums of one process
-            that runs PyTorch on as many threads as each rank.
-            `"sums"`: every rank sums the whole model over its samples first, which takes the
-            memory of all statistics on each. `"auto"`: the fewer bytes, where `samples` is given
-            (sums from more than `(block_size + 1) / 2` samples a rank on); the choice is logged.
-        progress: On rank 0.
-        options: Of `fastsal.collect`. A memory budget is that of each process, and a scratch
-            folder may be a disk of its own machine.
+        model: The model, with the same weights in every process. It may be wrapped in
+            `DistributedDataParallel`, or sharded by FSDP2 (`fully_shard`) or tensor parallelism.
+        batches: Pairs `(images, labels)`, the same in every process; each works on its part of
+            them. See `fastsal.collect`.
+        group: Process group of `torch.distributed`; None is all processes.
+        exchange: What processes send each other:
+
+            - `"rows"`: the gradients of single samples, to the owner of their sums. The sums are
+              those of one process that runs PyTorch with as many threads as each of these.
+            - `"sums"`: every process sums the whole model over its samples first, which takes the
+              memory of all statistics in each.
+            - `"auto"`: the one of fewer bytes, if `samples` is given: sums from more than
+              `(block_size + 1) / 2` samples per process on. The choice is logged.
+        progress: Whether rank 0 shows a progress bar, or a function `(done, total)`.
+        options: Other arguments of `fastsal.collect`. A memory budget is that of each process, and
+            a scratch folder may be on a disk of its own machine.
 
     Returns:
-        Statistics of this rank's parts, by their keys: a name, or `name[start:stop]`.
+        The statistics of this process's parts. A part is a parameter, or its weights from `start`
+        to `stop`, with the key `name[start:stop]`.
 
     Raises:
-        LostRankError: Another rank ended.
-        InvalidArgument: `torch.distributed` is not set up; or as `fastsal.collect`.
+        LostRankError: Another process ended.
+        InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
     with whole_weights(model) as inner:
@@ -81,24 +89,28 @@ def collect(
 def save(
     fisher: BlockFisher, path: str | os.PathLike[str], *, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Write the statistics of all ranks, each its own shard, and an index.
+    """Write the statistics of all processes: a shard from each, and an index.
 
-    `fastsal.BlockFisher.load` reads the index, in one process.
+    `fastsal.BlockFisher.load` reads the index in a single process.
 
     Args:
-        fisher: From `collect`.
-        path: The index; shards lie beside it, in a folder that all ranks see.
-        group: As for `collect`.
+        fisher: The statistics that `collect` returned in this process.
+        path: The index file. Shards are written to the same folder, which all processes must share.
+        group: Process group of `torch.distributed`; None is all processes.
+
+    Raises:
+        LostRankError: Another process ended.
+        InvalidArgument: `torch.distributed` is not initialized.
     """
     ranks = Ranks(group)
     target = Path(path)
     names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
     fisher.save(target.parent / names[ranks.rank])
-    ranks.every(None)
+    ranks.all_gather(None)
     if ranks.rank == 0:
         origin = sums_of(fisher).origin
         write_index(target, names, list(origin.shapes if origin else fisher.shapes))
-    ranks.every(None)
+    ranks.all_gather(None)
 
 
 def collected(
@@ -111,9 +123,18 @@ def collected(
     by_rows: bool = False,
     **options: Any,
 ) -> ShardedStatistics:
-    """What `collect` returns, of a plain model; `by_rows` keeps groups of patterns together."""
-    if exchange not in _WAYS:
-        raise InvalidArgument(f"exchange: got {exchange!r}; takes {', '.join(map(repr, _WAYS))}")
+    """Collect as `collect` does, from a plain model.
+
+    Args:
+        ranks: The processes.
+        model: The model, neither wrapped nor sharded.
+        batches: Images and labels.
+        progress: Whether rank 0 shows a progress bar, or a function `(done, total)`.
+        exchange: What ranks send each other.
+        by_rows: Whether parts are cut between rows of axis 0, so that groups of patterns are whole.
+        options: Other arguments of `fastsal.collect`.
+    """
+    check_choice("exchange", exchange, EXCHANGES)
     if options.get("curvature", "empirical") != "empirical":
         if exchange == "sums":
             raise InvalidArgument(
@@ -132,7 +153,7 @@ def collected(
     all_shares = [[p for group in groups for p in group[rank]] for rank in range(ranks.size)]
     if min(map(len, all_shares)) == 0:
         raise InvalidArgument(
-            f"group: {ranks.size} ranks are more than the model has blocks for; takes fewer"
+            f"group must have at most one process for each block of the model, got {ranks.size}"
         )
     parts = by_key(all_shares[ranks.rank])
     sums = whole.like(parts)
@@ -152,7 +173,7 @@ def add_samples(
     exchange: str = "rows",
     **options: Any,
 ) -> None:
-    """As `fastsal.fisher.collection.groups.add_samples`, by several ranks."""
+    """Add samples to statistics that were collected within a memory budget, in place."""
     assert isinstance(statistics, ShardedStatistics)
     shares = statistics.shares
 
@@ -168,7 +189,7 @@ def add_samples(
 
 
 def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Passes:
-    """Passes of all ranks, each for one group of shares."""
+    """Return the passes of all ranks, each for one group of parts."""
     add_shared = add_summed_pass if way == "sums" else add_sharded_pass
 
     def add(work: Work, sums: ModelSums, number: int, report: Report) -> None:
@@ -178,18 +199,18 @@ def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Pas
 
 
 def _own(parts: Sequence[Part]) -> Parts:
-    # Of this rank's statistics every part is a whole.
+    # In the statistics of this rank, every part is a whole parameter.
     return {p.key: Part(p.key, 0, len(p), len(p)) for p in parts}
 
 
 def _most(ranks: Ranks, memory: PassMemory) -> PassMemory:
-    """All ranks plan with the most that one measures."""
-    found = ranks.every((memory.fixed, memory.sample))
+    """Return the largest measurement of all ranks, so that all make the same plan."""
+    found = ranks.all_gather((memory.fixed, memory.sample))
     return PassMemory(max(fixed for fixed, _ in found), max(sample for _, sample in found))
 
 
 def _fewer_bytes(work: Work, ranks: Ranks) -> str:
-    """What to send: rows, or sums; the choice and its reason go into the log."""
+    """Return which of rows and sums is fewer bytes, and log the reason."""
     how = work.how
     if how.samples is None:
         return "rows"
@@ -204,7 +225,7 @@ def _fewer_bytes(work: Work, ranks: Ranks) -> str:
     )
     way = "sums" if paper.partial_sums < max(paper.rows) else "rows"
     _LOG.info(
-        "exchange: %s, %s of rows or %s of partial sums a rank",
+        "exchange: %s (per rank: %s of rows, %s of partial sums)",
         *(way, gib(max(paper.rows)), gib(paper.partial_sums)),
     )
     return way

@@ -1,10 +1,10 @@
-"""Rows of gradients on their way to the ranks that own their sums.
+"""Send gradients, or partial sums of them, to the ranks that own the sums.
 
-Rows travel, unless partial sums are asked for. Rows are `4 d` bytes a sample, packed sums
-`2 (B + 1) d` once: beyond `(B + 1) / 2` samples a rank sums are fewer bytes. But a rank has to hold
-those of the whole model then, as many times the memory as there are ranks, and they round otherwise
-than those of one process; with rows the masks are the same, bit for bit. For that a micro-batch is
-never cut: kernels of PyTorch round otherwise for another number of samples.
+By default rows (gradients of single samples) are sent. Rows are `4 d` bytes per sample, packed sums
+`2 (B + 1) d` bytes once: from more than `(B + 1) / 2` samples per rank on, sums are fewer bytes.
+But then a rank holds sums of the whole model, which is `ranks` times the memory, and sums round
+differently from those of one process; with rows the masks are equal bit for bit. To that end a
+micro-batch is never split, as kernels of PyTorch round differently for another number of samples.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fastsal.utils.progress import Report
 
 
 class StepSums:
-    """Adds rows to sums in steps of so many samples, whatever the numbers that they come in.
+    """Adds rows to sums in steps of a fixed number of samples, whatever the sizes they arrive in.
 
     Args:
         sums: Sums of this rank's parts.
-        step: Rows that are added at a time.
-        expected: Samples to come in all, if known.
+        step: Rows of one addition.
+        expected: Total number of samples, if known.
     """
 
     def __init__(self, sums: ModelSums, step: int, expected: int | None) -> None:
@@ -42,7 +42,7 @@ class StepSums:
         self._waiting = 0
 
     def add(self, key: str, rows: Tensor) -> None:
-        """Take the rows `[n, d]` of a part, once a micro-batch."""
+        """Add the rows `[n, d]` of a part, once per micro-batch."""
         rest = self._rest.pop(key, None)
         if rest is not None:
             rows = torch.cat([rest, rows])
@@ -56,14 +56,14 @@ class StepSums:
             self._rest[key] = rows[steps:].clone()
 
     def end_micro_batch(self, n: int) -> None:
-        """All parts have had their rows of `n` samples."""
+        """Count `n` samples, after the rows of all parts were added."""
         self._waiting += n
         while self._waiting >= self._step:
             self._sums.count(self._step)
             self._waiting -= self._step
 
     def flush(self) -> None:
-        """Add what waits."""
+        """Add the rows of an incomplete step."""
         for key, rows in self._rest.items():
             self._sums.add(key, rows, self._expected)
         self._rest.clear()
@@ -73,7 +73,7 @@ class StepSums:
 
 
 class OwnerSink:
-    """Sends the rows of each part to its owner, which puts them in the order of the samples.
+    """Sends the rows of each part to its owner, which joins them in the order of the samples.
 
     Args:
         sink: Takes rows of this rank's parts.
@@ -92,12 +92,12 @@ class OwnerSink:
         self._most = 0
 
     def begin(self, counts: Sequence[int]) -> None:
-        """Samples of each rank in the micro-batches that come."""
+        """Set the number of samples of each rank in the next micro-batches."""
         self._counts = list(counts)
         self._most = max(counts)
 
     def __call__(self, name: str, rows: Tensor) -> None:
-        """Take this rank's rows `[n, *shape]` of a parameter."""
+        """Send this rank's rows `[n, *shape]` of a parameter."""
         flat = flat_rows(rows)
         missing = self._most - flat.shape[0]
         for owner, part in self._owned[name]:
@@ -110,11 +110,11 @@ class OwnerSink:
                 self._sink.add(part.key, joined.cpu())
 
     def end_micro_batches(self) -> None:
-        """All parameters have had their rows."""
+        """Count the samples of the micro-batches, after the rows of all parameters were sent."""
         self._sink.end_micro_batch(sum(self._counts))
 
     def flush(self) -> None:
-        """Bring everything into the statistics."""
+        """Add the rows of an incomplete step."""
         self._sink.flush()
 
 
@@ -126,18 +126,18 @@ def add_sharded_pass(
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """Go over images once; the micro-batches are those of one process, dealt out in turn.
+    """Make one pass over the images; ranks run the micro-batches of one process in turn.
 
     Args:
-        settings: How; all ranks the same.
+        settings: Settings of the pass, the same on all ranks.
         sums: Sums of this rank's parts, by their keys.
         shares: Parts of every rank.
         ranks: The processes.
-        pairs: Images and labels; all ranks give the same.
-        report: Is told of samples as they are done.
+        pairs: Images and labels, the same on all ranks.
+        report: Called with the number of samples done.
 
     Raises:
-        DataError: Ranks were given different numbers of samples.
+        DataError: Ranks have different numbers of samples.
     """
     steps = StepSums(sums, settings.step, settings.samples)
     sink = OwnerSink(steps, shares, ranks)
@@ -152,7 +152,7 @@ def add_sharded_pass(
             sink.begin(counts)
             with engine.rewinding():
                 engine.skip(sum(counts[: ranks.rank]))
-                # A rank without one goes along with the last, and what it finds is dropped.
+                # All ranks must take part: one without a micro-batch runs the last, and drops it.
                 engine.run(*dealt[min(ranks.rank, len(dealt) - 1)], sink)
             engine.skip(sum(counts))
             sink.end_micro_batches()
@@ -162,10 +162,10 @@ def add_sharded_pass(
 
 
 def _check_same(ranks: Ranks, samples: int) -> None:
-    """Raise DataError unless all ranks were given so many."""
-    seen = ranks.every(samples)
+    """Raise DataError unless all ranks have the same number of samples."""
+    seen = ranks.all_gather(samples)
     if len(set(seen)) > 1:
-        raise DataError(f"batches: ranks were given {seen} samples; takes the same on every rank")
+        raise DataError(f"batches must be the same on every rank, got {seen} samples")
 
 
 def add_summed_pass(
@@ -176,9 +176,18 @@ def add_summed_pass(
     pairs: Iterable[Pair],
     report: Report,
 ) -> None:
-    """The same by partial sums: each rank sums the whole model over its samples, then all add up.
+    """Make one pass in which each rank sums the whole model over its samples, then add the sums.
 
-    The arguments are those of `add_sharded_pass`; labels are those of the images.
+    Args:
+        settings: Settings of the pass, the same on all ranks.
+        sums: Sums of this rank's parts, by their keys.
+        shares: Parts of every rank.
+        ranks: The processes.
+        pairs: Images and labels, the same on all ranks.
+        report: Called with the number of samples done.
+
+    Raises:
+        DataError: Ranks have different numbers of samples.
     """
     every = by_key([part for share in shares for part in share])
     shapes = {name: tuple(p.shape) for name, p in settings.chosen.items()}

@@ -1,4 +1,4 @@
-"""Which rank owns which weights."""
+"""The weights that each rank owns."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class ShardedStatistics:
 
 @dataclass(frozen=True)
 class Mine:
-    """A model of which this rank has statistics of some parts.
+    """The parts of a model that this rank has statistics of.
 
     Attributes:
-        parameters: Name to parameter, of all that there are statistics of, in the model's order.
+        parameters: Name to parameter, all with statistics on some rank, in the model's order.
         shares: Parts of every rank.
         parts: This rank's, by their keys.
         weights: Key to this rank's weights.
@@ -88,5 +88,5 @@ class Mine:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape."""
+        """Parameter name to shape."""
         return {name: tuple(p.shape) for name, p in self.parameters.items()}

@@ -1,8 +1,9 @@
-"""What ranks do together besides statistics: they measure models, and keep one checkpoint."""
+"""Measurements and checkpoints that ranks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from fastsal.data.batches import Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.history import Round
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
@@ -22,7 +24,7 @@ _Item = TypeVar("_Item")
 
 
 def in_order(dealt: Sequence[Sequence[_Item]]) -> list[_Item]:
-    """All items, in the order from which they were dealt out to the ranks."""
+    """Return the items of all ranks in their original order, before they were `dealt`."""
     nothing = object()
     turns = chain.from_iterable(zip_longest(*dealt, fillvalue=nothing))
     return [item for item in turns if item is not nothing]  # type: ignore[misc]
@@ -30,27 +32,32 @@ def in_order(dealt: Sequence[Sequence[_Item]]) -> list[_Item]:
 
 @dataclass(frozen=True)
 class SharedMeasure:
-    """Held-out images of which every rank measures some micro-batches; all learn the same mean."""
+    """Held-out images of which every rank measures some micro-batches; all get the same mean.
+
+    Attributes:
+        mine: The micro-batches of this rank.
+        ranks: The processes.
+    """
 
     mine: InMicroBatches
     ranks: Ranks
 
     @property
     def samples(self) -> int:
-        """Number of images, of this rank."""
+        """Number of images of this rank."""
         return self.mine.samples
 
     def losses(self, model: nn.Module) -> list[float]:
-        """Loss of a model on each micro-batch of all ranks, in order."""
-        return in_order(self.ranks.every(self.mine.losses(model)))
+        """Return the loss of a model on each micro-batch of all ranks, in order."""
+        return in_order(self.ranks.all_gather(self.mine.losses(model)))
 
     def mean_loss(self, model: nn.Module) -> float:
-        """Mean loss over the images of all ranks."""
-        return mean_of(self.losses(model), sum(self.ranks.every(self.samples)))
+        """Return the mean loss over the images of all ranks."""
+        return mean_of(self.losses(model), sum(self.ranks.all_gather(self.samples)))
 
 
 class SharedExamination(Examination):
-    """The test of a limit, each rank on some of the batches; all come to the same verdict."""
+    """The test of a limit, in which every rank measures some batches; all get the same result."""
 
     def __init__(
         self,
@@ -64,49 +71,57 @@ class SharedExamination(Examination):
         self._ranks = ranks
         super().__init__(model, images, limit, loss)
         self._count = sum(len(x) for x, _ in images)
-        self.cap = ranks.every(self.cap)[0]  # rank 0 has the first batch
+        self.cap = ranks.all_gather(self.cap)[0]  # rank 0 has the first batch
 
     def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         return self._ranks.dealt(batches)
 
     @property
     def images(self) -> int:
-        """Images of the test, on all ranks."""
+        """Number of test images, of all ranks."""
         return self._count
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Of all ranks, in the order of the images."""
-        return in_order(self._ranks.every(super().measured(model)))
+        """Return the increases of all images, in their order."""
+        return in_order(self._ranks.all_gather(super().measured(model)))
 
 
 class SharedCheckpoint(Checkpoint):
-    """A checkpoint that rank 0 writes and all ranks read."""
+    """A checkpoint that rank 0 writes and all ranks read.
 
-    def __init__(self, *given: Any, ranks: Ranks) -> None:
-        super().__init__(*given)
+    Args:
+        path: The file, which all ranks must share.
+        asked: Arguments of the run, as JSON values.
+        ranks: The processes.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], *, ranks: Ranks
+    ) -> None:
+        super().__init__(path, asked)
         self._ranks = ranks
 
-    def save(self, *state: Any) -> None:
+    def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
         """Write the state after a round."""
         if self._ranks.rank == 0:
-            super().save(*state)
-        self._ranks.every(None)
+            super().save(weights, masks, history)
+        self._ranks.all_gather(None)
 
-    def resume(self, *given: Any) -> tuple[Masks | None, list[dict[str, Any]]]:
-        """Bring parameters to the state of the file, if there is one.
+    def resume(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Masks | None, list[Round]]:
+        """Restore the state of the file, if it exists.
 
         Raises:
-            InvalidArgument: Not all ranks see it.
+            InvalidArgument: Not all ranks can read it.
         """
-        masks, history = super().resume(*given)
-        seen = self._ranks.every(len(history))
+        masks, history = super().resume(parameters)
+        seen = self._ranks.all_gather(len(history))
         if len(set(seen)) > 1:
             raise InvalidArgument(
-                f"checkpoint: ranks see {seen} rounds done; takes a file that all of them see"
+                f"checkpoint must be a file that all ranks can read, got {seen} complete rounds"
             )
         return masks, history
 
     def remove(self) -> None:
-        """All rounds are done."""
+        """Remove the file, after all rounds are complete."""
         if self._ranks.rank == 0:
             super().remove()

@@ -1,7 +1,7 @@
-"""One threshold over scores of which no rank holds all: counts of their keys are added up.
+"""Find a threshold over scores that are distributed over ranks, from histograms of their keys.
 
-The order of scores as integers, and ties by position, are those of `fastsal._core`: the masks are
-those that `rank` gives for all scores in one place.
+A key is a score as an integer, in the same order. Keys and the order of equal scores are those of
+`fastsal._core`, so that the masks equal those of `fastsal.rank` for all scores in one process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _ALL = 2**64 - 1
 
 @dataclass(frozen=True)
 class Cut:
-    """Keys below `key` go, and the first `ties` of those equal to it."""
+    """A threshold: keys below `key` are pruned, and the first `ties` of those equal to it."""
 
     key: int
     ties: int
 
 
-def rank_shards(
+def masks_of_shards(
     scores: Mapping[str, Tensor],
     shares: Sequence[Sequence[Part]],
     shapes: Mapping[str, Sequence[int]],
@@ -42,19 +42,22 @@ def rank_shards(
     scope: str = "global",
     floor: float = 0.0,
 ) -> Masks:
-    """Turn the scores of all ranks into masks, the same on each.
+    """Turn the scores of all ranks into the masks of the whole model.
 
     Args:
         scores: Key to the scores of this rank's parts.
         shares: Parts of every rank.
         shapes: Name to shape, of the whole model.
         ranks: The processes.
-        sparsity: Fraction of the weights that goes.
-        scope: As for `rank`; so is `floor`.
-        floor: Least kept fraction of any parameter.
+        sparsity: Fraction of the weights to prune.
+        scope: Weights that compete with each other, see `fastsal.rank`.
+        floor: Least fraction of any parameter to keep.
+
+    Returns:
+        The masks, the same on every rank.
 
     Raises:
-        InvalidArgument: As for `rank`.
+        InvalidArgument: An argument is invalid, see `fastsal.rank`.
     """
     check_ranking(shapes, sparsity, scope, None, floor)
     assert sparsity is not None
@@ -73,12 +76,12 @@ def rank_shards(
             if least > 0
         }
         cut = _find(mine, order, global_count(shapes, sparsity), ranks, caps)
-        cuts = _shared_out(mine, order, cut, ranks, caps)
+        cuts = _divided(mine, order, cut, ranks, caps)
         recipe["threshold"] = _core.score_of_key(cut.key) if cut.ties else None
     else:
         for name, count in layer_counts(shapes, sparsity, scope, floor).items():
             cut = _find(mine, by_name[name], count, ranks, {})
-            cuts |= _shared_out(mine, by_name[name], cut, ranks, {})
+            cuts |= _divided(mine, by_name[name], cut, ranks, {})
     kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
     return Masks(assembled(kept, shares, shapes, ranks), recipe)
 
@@ -86,7 +89,7 @@ def rank_shards(
 def _find(
     mine: Scores, parts: Sequence[Part], k: int, ranks: Ranks, caps: Mapping[str, Cut]
 ) -> Cut:
-    """Where the `k` smallest scores of some parts end, each parameter capped."""
+    """Return the cut after the `k` smallest scores of parts, with a cap on some parameters."""
     if k == 0:
         return Cut(0, 0)
     upper, left = _bin(mine, parts, None, k, ranks, caps)
@@ -102,13 +105,13 @@ def _bin(
     ranks: Ranks,
     caps: Mapping[str, Cut],
 ) -> tuple[int, int]:
-    """The half of a key that the `k`-th has, and how many of the `k` have it too."""
+    """Return one half of the `k`-th smallest key, and how many of the `k` smallest share it."""
     counts = np.zeros(2**16, np.uint64)
     for part in parts:
         if part.key in mine:
             below = caps[part.name].key if part.name in caps else _ALL
             counts += _core.count_keys(mine[part.key], upper, below)
-    counts = ranks.add(counts)
+    counts = ranks.all_reduce(counts)
     for cap in caps.values():
         if upper is None:
             counts[cap.key >> 16] += np.uint64(cap.ties)
@@ -120,17 +123,17 @@ def _bin(
     return at, k - before
 
 
-def _shared_out(
+def _divided(
     mine: Scores, parts: Sequence[Part], cut: Cut, ranks: Ranks, caps: Mapping[str, Cut]
 ) -> dict[str, Cut]:
-    """The cut of each part: equal scores go in the order of parts, as far as caps allow."""
+    """Return the cut of each part; equal scores are pruned in the order of parts, within caps."""
     lower = {name: cap for name, cap in caps.items() if cap.key < cut.key}
     equal: dict[str, int] = {}
     for part in parts:
         if part.key in mine:
             key = lower[part.name].key if part.name in lower else cut.key
             equal[part.key] = int(_core.count_keys(mine[part.key], key >> 16, _ALL)[key & 0xFFFF])
-    for found in ranks.every(equal):
+    for found in ranks.all_gather(equal):
         equal |= found
     left = cut.ties
     room = {name: cap.ties for name, cap in caps.items() if cap.key <= cut.key}
@@ -154,7 +157,7 @@ def assembled(
     shapes: Mapping[str, Sequence[int]],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    """Masks of all parameters, from the bits of every rank's parts."""
+    """Return the masks of all parameters, from the bits of every rank's parts."""
     masks = {name: torch.empty(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
     for owner, share in enumerate(shares):
         count = sum(map(len, share))
@@ -162,7 +165,7 @@ def assembled(
             bits = torch.from_numpy(np.packbits(np.concatenate([kept[p.key] for p in share])))
         else:
             bits = torch.empty(-(-count // 8), dtype=torch.uint8)
-        bits = ranks.give(bits, owner, "masks")
+        bits = ranks.broadcast(bits, owner, "masks")
         flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool))
         start = 0
         for part in share:

@@ -1,8 +1,8 @@
-"""Models that are wrapped or sharded, with whole weights while statistics are made of them.
+"""Models that are wrapped or sharded, with whole weights while statistics are collected.
 
-Weights are four bytes each, their sums 130 and more: what has to be shared out is the sums. So a
-model of FSDP2 or of tensor parallelism is gathered for the time of the passes, and sharded again
-with what came out.
+A weight takes four bytes, its sums 130 or more, so only the sums must be divided among processes. A
+model sharded by FSDP2 or tensor parallelism is gathered during the passes, and then sharded again
+with its new weights.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastsal.errors import UnsupportedLayer
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Give the plain model inside a wrapper, all of its weights on every rank.
+    """Yield the model inside a wrapper, with all weights on every rank.
 
-    Inside the block weights may be changed in place; sharded ones have the changes after it.
+    Weights may be changed in place inside the block. Sharded weights get the changes after it.
 
     Raises:
-        UnsupportedLayer: Its weights are sharded in a way that cannot be undone here.
+        UnsupportedLayer: Weights are sharded in an unsupported way.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
@@ -38,8 +38,8 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
         left = [name for name, p in model.named_parameters() if _is_sharded(p)]
         if left:
             raise UnsupportedLayer(
-                f"model: {left[0]!r} is sharded in two ways at once; takes plain models, "
-                "DistributedDataParallel, fully_shard, or tensor parallelism"
+                "model must use at most one of DistributedDataParallel, fully_shard and tensor "
+                f"parallelism; {left[0]!r} is sharded in two ways"
             )
         yield model
         changed.update((name, p.detach()) for name, p in model.named_parameters())
@@ -47,9 +47,9 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def gathered_bytes(model: nn.Module) -> int:
-    """Memory that `whole_weights` takes of each process."""
+    """Return the bytes of memory that `whole_weights` uses in each process."""
     sharded = {n: p for n, p in model.named_parameters() if _is_sharded(p)}
-    # FSDP keeps what it gathered beside the copies that are worked with.
+    # FSDP keeps the gathered weights in addition to the copies.
     copies = 2 if _fully_sharded(model) else 1
     return copies * sum(p.numel() * p.element_size() for p in sharded.values())
 
@@ -62,7 +62,7 @@ def _fully_sharded_as_whole(model: nn.Module) -> Iterator[None]:
         module.set_reshard_after_forward(False, recurse=False)
         module.set_reshard_after_backward(False, recurse=False)
         module.unshard()
-    # FSDP frees the memory that it gathered weights in, which nothing else may hold then.
+    # FSDP frees the memory of gathered weights, so the model must use copies.
     gathered = {name: p.data for name, p in model.named_parameters()}
     for p in model.parameters():
         p.data = p.data.clone()
@@ -80,7 +80,7 @@ def _fully_sharded_as_whole(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tensor_parallel_as_whole(model: nn.Module) -> Iterator[None]:
-    """Put whole weights in the place of those of `parallelize_module`, and its hooks aside."""
+    """Replace the weights of `parallelize_module` by whole ones, and remove its hooks."""
     weights: list[tuple[nn.Module, str, nn.Parameter]] = []
     hooks: list[tuple[dict[int, Any], int, Any]] = []
     for module in model.modules():
@@ -107,7 +107,7 @@ def _tensor_parallel_as_whole(model: nn.Module) -> Iterator[None]:
 
 
 def _write(sharded: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Give every rank its shard of whole weights, which all ranks have."""
+    """Copy whole weights, which all ranks have, into their shards."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     with torch.no_grad():
@@ -117,7 +117,7 @@ def _write(sharded: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """All of a sharded parameter, on every rank."""
+    """Return a whole copy of a sharded parameter."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter.data, DTensor)
@@ -131,7 +131,7 @@ def _is_sharded(parameter: Tensor) -> bool:
 
 
 def _fully_sharded(model: nn.Module) -> list[Any]:
-    """The modules that `fully_shard` was called on."""
+    """Return the modules that `fully_shard` was called on."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -22,14 +22,13 @@ from fastsal.fisher import files, inverses
 from fastsal.fisher.checks import (
     check_block_size,
     check_damping,
-    check_factor,
     check_precision,
     check_shapes,
-    check_weight,
     checked_rows,
 )
 from fastsal.fisher.inverses import InverseDiagonal
 from fastsal.fisher.model_sums import ModelSums
+from fastsal.utils.numbers import real
 
 
 class BlockFisher:
@@ -198,7 +197,7 @@ class BlockFisher:
             InvalidArgument: The parameters or block sizes differ, or the weight is not a finite
                 number above zero.
         """
-        weight = check_weight(weight)
+        weight = real("weight", weight, above=0)
         check_same_model(self, other)
         self._sums.merge(other._sums, weight)
 
@@ -217,7 +216,7 @@ class BlockFisher:
             InvalidArgument: `factor` is out of range, or so small that the number of samples
                 underflows; the statistics are unchanged.
         """
-        number = check_factor(factor)
+        number = real("factor", factor, above=0, most=1)
         left = self._sums.samples * number
         if self._sums.samples > 0 and left < np.finfo(self.precision).tiny:
             raise InvalidArgument(

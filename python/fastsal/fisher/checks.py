@@ -11,43 +11,22 @@ from torch import Tensor
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.fisher.rows import Array, as_rows, is_supported
-from fastsal.utils.numbers import as_integer, as_real
+from fastsal.utils.numbers import real, whole
+from fastsal.utils.suggestions import listed
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return quoted names for a message; those beyond `most` are counted."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(n) for n in names[:most]) + more
-
-
-def check_count(argument: str, value: Any) -> int | None:
-    """Return an optional count as an `int` or None.
-
-    Args:
-        argument: Name of the argument.
-        value: Its value.
-
-    Raises:
-        InvalidArgument: It is neither an integer of at least 1 nor None.
-    """
-    if value is None:
-        return None
-    count = as_integer(value)
-    if count is None or count < 1:
-        raise InvalidArgument(
-            f"{argument} must be an integer of at least 1, or None, got {value!r}"
-        )
-    return count
+def quoted(names: Iterable[str]) -> str:
+    """Return quoted names for a message; those beyond the first few are counted."""
+    return listed([repr(name) for name in names])
 
 
 def check_block_size(block_size: Any) -> int | None:
-    """Return a block size as an `int` or None.
+    """Return a block size as an `int`, or None.
 
     Raises:
         InvalidArgument: It is neither an integer of at least 1 nor None.
     """
-    return check_count("block_size", block_size)
+    return None if block_size is None else whole("block_size", block_size, 1)
 
 
 def check_precision(precision: str) -> str:
@@ -72,40 +51,13 @@ def check_shapes(shapes: Mapping[str, Sequence[int]]) -> None:
             )
 
 
-def check_weight(weight: Any) -> float:
-    """Return the weight of a sample.
-
-    Raises:
-        InvalidArgument: It is not a finite number above zero.
-    """
-    number = as_real(weight)
-    if number is None or number <= 0:
-        raise InvalidArgument(f"weight must be a finite number above zero, got {weight!r}")
-    return number
-
-
-def check_factor(factor: Any) -> float:
-    """Return the factor of a decay.
-
-    Raises:
-        InvalidArgument: It is not a number in (0, 1].
-    """
-    number = as_real(factor)
-    if number is None or not 0 < number <= 1:
-        raise InvalidArgument(f"factor must be a number in (0, 1], got {factor!r}")
-    return number
-
-
 def check_damping(damping: Any) -> float:
-    """Return `λ`.
+    """Return `λ` as a `float`.
 
     Raises:
         InvalidArgument: It is not a finite number above zero.
     """
-    number = as_real(damping)
-    if number is None or number <= 0:
-        raise InvalidArgument(f"damping must be a finite number above zero, got {damping!r}")
-    return number
+    return real("damping", damping, above=0)
 
 
 def checked_rows(
@@ -127,8 +79,8 @@ def checked_rows(
     missing = [name for name in shapes if name not in gradients]
     unknown = sorted(set(gradients) - set(shapes))
     if missing or unknown:
-        wrong = f"missing {listed(missing)}" if missing else f"unknown {listed(unknown)}"
-        raise UnknownParameter(f"gradients must be given for exactly {listed(shapes)}; {wrong}")
+        wrong = f"missing {quoted(missing)}" if missing else f"unknown {quoted(unknown)}"
+        raise UnknownParameter(f"gradients must be given for exactly {quoted(shapes)}; {wrong}")
     prepared = {}
     counts = set()
     for name, value in gradients.items():

@@ -20,7 +20,7 @@ import fastsal._core as _core
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.fisher.checks import check_block_size, check_precision, check_shapes
 from fastsal.fisher.model_sums import ModelSums, Origin, Shapes
-from fastsal.fisher.parts import Part, cut, packed_bytes, whole
+from fastsal.fisher.parts import Part, cut, packed_bytes, uncut
 from fastsal.fisher.rows import Array, widened
 from fastsal.fisher.storage import Storage
 from fastsal.fisher.sums import ParameterSums
@@ -82,7 +82,7 @@ def write(
     def cost(part: Part) -> int:
         return packed_bytes(part, sums.block_size, sums.itemsize)
 
-    groups = cut(sums.shapes, None, cost, most) or [[p] for p in whole(sums.shapes)]
+    groups = cut(sums.shapes, None, cost, most) or [[p] for p in uncut(sums.shapes)]
     target = Path(path)
     names = []
     for number, group in enumerate(groups, start=1):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import check_same_model, fisher_of
-from fastsal.fisher.checks import check_weight
 from fastsal.fisher.files import read, write
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.sums import ParameterSums
+from fastsal.utils.numbers import real
 
 
 def merge_files(
@@ -45,7 +45,7 @@ def merge_files(
     total = ModelSums.empty(first.shapes, first.block_size, first.precision)
     terms = []
     for sums, given in zip(found, weights or [1.0] * len(found), strict=True):
-        weight = check_weight(given)
+        weight = real("weight", given, above=0)
         check_same_model(fisher_of(total), fisher_of(sums))
         total.count_merged(sums, weight)
         terms.append((sums, weight))

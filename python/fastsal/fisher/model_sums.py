@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument, NonFiniteGradient, UnknownParameter
-from fastsal.fisher.checks import listed
+from fastsal.fisher.checks import quoted
 from fastsal.fisher.parts import (
     Part,
     Parts,
@@ -22,7 +22,7 @@ from fastsal.fisher.parts import (
     flat_mask,
     packed_bytes,
     shapes_of,
-    whole,
+    uncut,
 )
 from fastsal.fisher.rows import Array, as_rows, widened
 from fastsal.fisher.storage import Storage
@@ -227,7 +227,7 @@ class ModelSums:
         cost = partial(packed_bytes, block_size=self.block_size, itemsize=self.itemsize)
         size = self.block_size if cuts else None
         groups = cut(self.shapes, size, cost, self.storage.view_bytes)
-        for parts in groups or [[part] for part in whole(self.shapes)]:
+        for parts in groups or [[part] for part in uncut(self.shapes)]:
             yield self._view(parts), by_key(parts)
             self.storage.release()
 
@@ -256,7 +256,7 @@ class ModelSums:
             InvalidArgument: There are no samples.
         """
         if name not in self.parameters:
-            raise UnknownParameter(f"name must be one of {listed(self.parameters)}, got {name!r}")
+            raise UnknownParameter(f"name must be one of {quoted(self.parameters)}, got {name!r}")
         self.check_samples()
         p = self.parameters[name]
         if p.packed is not None:

@@ -117,7 +117,7 @@ def row_unit(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Uni
     return unit
 
 
-def whole(shapes: Mapping[str, Sequence[int]]) -> list[Part]:
+def uncut(shapes: Mapping[str, Sequence[int]]) -> list[Part]:
     """Return one part for each parameter."""
     return [Part(name, 0, math.prod(s), math.prod(s)) for name, s in shapes.items()]
 
@@ -171,7 +171,7 @@ def _fill(
 ) -> list[list[Part]] | None:
     groups: list[list[Part]] = [[]]
     left = room
-    for whole_part in whole(shapes):
+    for whole_part in uncut(shapes):
         pieces = _pieces(whole_part, unit(whole_part), cost, room)
         if pieces is None:
             return None

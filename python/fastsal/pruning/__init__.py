@@ -1,4 +1,4 @@
-"""Pruning: score, rank, mask and compensate, in one step, in rounds, or up to a limit."""
+"""Pruning: score, rank, mask and compensate, in one step, in rounds, or within a limit."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 from fastsal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from fastsal.pruning.compensation import CompensationReport
+    from fastsal.pruning.history import Round
     from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
     from fastsal.pruning.prune import PruneResult
 
-__all__ = ["Masks", "PruneResult", "SafetyReport"]
+__all__ = ["CompensationReport", "Masks", "PruneResult", "Round", "SafetyReport"]
 
 __getattr__ = lazy_names(
-    __name__, {"Masks": "masks.masks", "PruneResult": "prune", "SafetyReport": "limits.limit"}
+    __name__,
+    {
+        "CompensationReport": "compensation",
+        "Masks": "masks.masks",
+        "PruneResult": "prune",
+        "Round": "history",
+        "SafetyReport": "limits.limit",
+    },
 )

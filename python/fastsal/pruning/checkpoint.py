@@ -1,4 +1,4 @@
-"""The state between two rounds of pruning, so that a killed run goes on where it was."""
+"""A checkpoint of the state between two rounds of pruning, from which a rerun resumes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError
+from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
 from fastsal.utils.digests import tensors_digest
@@ -22,41 +23,39 @@ _FORMAT = "fastsal.round"
 
 
 class Checkpoint:
-    """A file that holds weights, masks and history after the last whole round.
+    """A file with the weights, masks and history after the last complete round.
 
     Args:
-        path: The file; written whole or not at all, removed when all rounds are done.
-        asked: What the run was asked for, JSON values; another run's file is refused.
+        path: The file. It is written atomically, and removed when all rounds are complete.
+        asked: Arguments of the run, as JSON values; the file of a run with others is rejected.
     """
 
     def __init__(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> None:
         self._path = Path(path)
         self._asked = as_asked(asked)
 
-    def save(
-        self, weights: Mapping[str, Tensor], masks: Masks, history: list[dict[str, Any]]
-    ) -> None:
-        """Write the state after a round, one tensor at a time."""
+    def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
+        """Write the state after a round."""
         entries = [Entry.of(f"weight:{n}", p) for n, p in weights.items()]
         entries += [Entry.of(f"mask:{n}", mask) for n, mask in masks.items()]
         header = {
             "format": _FORMAT,
             "asked": self._asked,
             "start": self._start,
-            "history": history,
+            "history": [entry.as_dict() for entry in history],
             "recipe": masks.recipe,
         }
         streamed_files.write(self._path, header, entries)
 
-    def resume(
-        self, parameters: Mapping[str, nn.Parameter]
-    ) -> tuple[Masks | None, list[dict[str, Any]]]:
-        """Bring parameters, as the run began with them, to the state of the file if there is one.
+    def resume(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Masks | None, list[Round]]:
+        """Restore the state of the file, if it exists.
 
-        Where this fails some may be changed.
+        Args:
+            parameters: Name to parameter, with the weights that the run started from. They are
+                changed in place, some of them possibly also where this raises.
 
         Returns:
-            Masks and history; None and nothing if there is no file.
+            Masks and history; None and an empty list if there is no file.
 
         Raises:
             FileFormatError: The file is damaged, or of another run or model.
@@ -74,12 +73,15 @@ class Checkpoint:
                     for name, p in parameters.items():
                         p.copy_(file.get_tensor(f"weight:{name}"))
                 masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
+                history = [Round.from_dict(entry) for entry in header["history"]]
         except FileFormatError:
             raise
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise FileFormatError(f"checkpoint: {self._path} cannot be read: {error}") from error
-        return Masks(masks, header["recipe"]), header["history"]
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise FileFormatError(
+                f"checkpoint: {self._path} is truncated or damaged: {error}"
+            ) from error
+        return Masks(masks, header["recipe"]), history
 
     def remove(self) -> None:
-        """All rounds are done."""
+        """Remove the file, after all rounds are complete."""
         self._path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Joint compensation: move the kept weights so as to make up for the pruned ones.
+"""Joint compensation: update the kept weights to compensate for the pruned ones.
 
-The exact minimiser of `δᵀAδ / 2` under `θ_P = 0` for any mask, block by block:
+The exact minimizer of `δᵀAδ / 2` with `θ_P = 0` for any mask, block by block:
 `θ_K ← θ_K + A_KK⁻¹ A_KP θ_P`.
 (The update of WoodFisher, oBERT and M-FAC treats each pruned weight as if it were the only one.)
 """
@@ -17,67 +17,86 @@ from torch import Tensor, nn
 import fastsal._core as _core
 from fastsal.errors import MaskError
 from fastsal.fisher.block_fisher import BlockFisher, sums_of
-from fastsal.fisher.checks import check_damping
 from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
+from fastsal.utils.suggestions import listed
 
 
 @dataclass(frozen=True)
 class CompensationReport:
-    """Predicted loss increase, `δᵀAδ / 2`, in the units of the loss.
+    """The predicted loss increase of pruning, `δᵀAδ / 2`, in the units of the loss.
 
     Attributes:
-        increase: Name to the increase after compensation.
-        uncompensated: Name to the increase of the mask alone.
+        increase: Parameter name to the increase with compensation.
+        uncompensated: Parameter name to the increase without compensation.
+        damping: Absolute `λ` that was used.
     """
 
     increase: dict[str, float]
     uncompensated: dict[str, float]
+    damping: float
 
     @property
     def total(self) -> float:
-        """The increase over all parameters, after compensation."""
+        """The increase over all parameters, with compensation."""
         return sum(self.increase.values())
 
     @property
     def total_uncompensated(self) -> float:
-        """The increase over all parameters of the mask alone."""
+        """The increase over all parameters, without compensation."""
         return sum(self.uncompensated.values())
+
+    def __repr__(self) -> str:
+        return (
+            f"CompensationReport(total={self.total:.4g}, total_uncompensated="
+            f"{self.total_uncompensated:.4g}, damping={self.damping:.3g}, "
+            f"{len(self.increase)} parameters)"
+        )
 
 
 def compensate(
     model: nn.Module,
     fisher: BlockFisher | Statistics,
     masks: Mapping[str, Tensor],
-    damping: float = 1e-5,
+    damping: float | str = "0.1x",
     *,
     before: Mapping[str, Tensor] | None = None,
 ) -> CompensationReport:
-    """Prune a model to masks and move its kept weights to make up for it, in place.
+    """Prune a model to masks and update its kept weights to compensate, in place.
+
+    Computes the exact minimizer of `δᵀAδ / 2` with `θ_P = 0`, `A = F + λI`, in each block:
+    `θ_K ← θ_K + A_KK⁻¹ A_KP θ_P`, where `K` are the kept and `P` the pruned weights.
 
     Args:
-        model: With the weights that the statistics were collected at (the pruned ones too).
-        fisher: Statistics from `collect`.
-        masks: True = kept; from `rank` or by hand. Parameters without a mask stay as they are.
-        damping: `λ`, above zero.
-        before: Masks under which the statistics were collected; those weights take no part.
+        model: The model with the weights that the statistics were collected at, pruned ones
+            included.
+        fisher: Statistics from `fastsal.collect`.
+        masks: Name to mask, True = kept: from `fastsal.rank`, or any others. Parameters without a
+            mask are unchanged.
+        damping: `λ`: a positive number, or a multiple of the mean diagonal of F such as `"0.1x"`.
+        before: Name to mask of weights that were already pruned when the statistics were collected;
+            they are excluded.
 
     Returns:
-        The predicted loss increase, per parameter.
+        The predicted loss increase of each parameter.
 
     Raises:
-        InvalidArgument: Bad damping, no samples.
-        MaskError: A mask has no statistics or another shape.
-        FactorizationError: A damped block is not positive definite. The model is as it was.
+        InvalidArgument: `damping` is invalid, or the statistics hold no samples.
+        UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
+        MaskError: A mask has no statistics, or another shape than its parameter.
+        FactorizationError: A damped block is not positive definite. The model is unchanged.
     """
-    damping = check_damping(damping)
+    damping = resolve_damping(damping, fisher)
     owned = model_parameters(model, fisher.shapes)
     for name in masks:
         if name not in owned:
-            raise MaskError(f"masks: {name!r} has no statistics; takes {', '.join(owned)}")
+            raise MaskError(
+                f"masks must be of parameters with statistics ({listed(list(owned))}), got {name!r}"
+            )
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
     moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
@@ -96,9 +115,18 @@ def moves(
     before: Mapping[str, Tensor] | None = None,
     shelf: Shelf | None = None,
 ) -> tuple[dict[str, Tensor], CompensationReport]:
-    """What `compensate` does to weights by the names of the statistics, without doing it.
+    """Compute the result of `compensate` without changing the weights.
 
-    Returns name to the weights afterwards, float32, on the shelf or in memory.
+    Args:
+        tensors: Name to weights, named as in the statistics.
+        statistics: Statistics of these.
+        masks: Name to mask, True = kept.
+        damping: Absolute `λ`.
+        before: Name to mask of weights that were already pruned.
+        shelf: Where the result is stored; None for memory.
+
+    Returns:
+        Name to the new weights, float32, and the predicted loss increase.
     """
     shelf = shelf or Shelf()
     moved = shelf.room("moved", {name: p.shape for name, p in tensors.items() if name in masks})
@@ -121,4 +149,4 @@ def moves(
             uncompensated[part.name] += float(bare.sum())
         shelf.release()
         del fisher, parameters, weights, results  # before sums of the next parts are made
-    return moved, CompensationReport(increase, uncompensated)
+    return moved, CompensationReport(increase, uncompensated, damping)

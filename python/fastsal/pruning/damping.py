@@ -1,12 +1,13 @@
-"""The choice of `λ`: by the loss that candidates leave on images that the statistics never saw.
+"""Damping `λ`: how it is given, and how it is chosen on held-out images.
 
-One set of statistics serves all candidates; each costs a score, a mask, a compensation and a
-forward pass over the held-out images, together less than one more round of statistics.
+One set of statistics serves every `λ`. A candidate costs one scoring, one mask, one compensation
+and one forward pass over the held-out images; all candidates together cost less than another
+collection of statistics.
 
-Where much is pruned at once the outcome is rough in `λ` and in the samples: the same `λ` with a few
-more samples may come out far worse. So it is the pruned model that was measured which is kept, not
-the `λ` alone. And an image that is worse than guessed counts as guessed: there a few images that
-are wrong with great confidence would decide by themselves.
+At high sparsity the result is a rough function of `λ` and of the samples: the same `λ` with a few
+more samples can give a much worse model. Therefore the pruned model that was measured is kept, not
+only its `λ`. The loss of an image counts at most what guessing costs, as a few images that are
+misclassified with high confidence would otherwise decide the choice.
 """
 
 from __future__ import annotations
@@ -14,53 +15,134 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from fastsal.errors import DataError, FactorizationError
-from fastsal.fisher.statistics import Statistics, squared_gradients
+from fastsal.errors import DataError, FactorizationError, InvalidArgument
+from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.statistics import Statistics, squared_gradients, statistics_of
+from fastsal.utils.numbers import as_real
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
 _MULTIPLES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+# The least λ, so that a model whose gradients are all zero has a valid one.
+_LEAST = 1e-30
+
+
+@dataclass(frozen=True)
+class Multiple:
+    """A damping relative to the curvature: `λ = factor · mean_j F_jj`.
+
+    It has the same effect on every model, also when the loss or the inputs are scaled.
+
+    Attributes:
+        factor: Multiple of the mean diagonal of F, above zero.
+    """
+
+    factor: float
+
+    def __str__(self) -> str:
+        return f"{self.factor!r}x"
+
+    def of(self, mean: float) -> float:
+        """Return `λ` for a mean diagonal of F."""
+        return max(self.factor * mean, _LEAST)
+
+
+Auto = Literal["auto"]
+Damping = float | Multiple | Auto
+
+
+def parse_damping(damping: object, *, auto: bool = False) -> Damping:
+    """Return a damping in its parsed form.
+
+    Args:
+        damping: A positive number (of Python, NumPy or PyTorch), a multiple of the mean diagonal of
+            F such as `"0.1x"`, or `"auto"`.
+        auto: Whether `"auto"` is valid.
+
+    Raises:
+        InvalidArgument: It is none of these.
+    """
+    if isinstance(damping, Multiple):
+        return damping
+    if isinstance(damping, str):
+        text = damping.strip()
+        if auto and text == "auto":
+            return "auto"
+        if text[-1:] in ("x", "X", "×"):
+            try:
+                factor = float(text[:-1])
+            except ValueError:
+                factor = math.nan
+            if 0 < factor < math.inf:
+                return Multiple(factor)
+    else:
+        number = as_real(damping)
+        if number is not None and number > 0:
+            return number
+    choice = ", 'auto'" if auto else ""
+    raise InvalidArgument(
+        f"damping must be a positive number{choice} or a multiple such as '0.1x', got "
+        f"{damping!r:.80}"
+    )
+
+
+def resolve_damping(damping: object, fisher: BlockFisher | Statistics) -> float:
+    """Return the absolute `λ` of a damping.
+
+    Args:
+        damping: A positive number, or a multiple such as `"0.1x"`.
+        fisher: The statistics whose mean diagonal is multiplied.
+
+    Raises:
+        InvalidArgument: `damping` is neither.
+    """
+    parsed = parse_damping(damping)
+    if isinstance(parsed, Multiple):
+        return parsed.of(mean_diagonal(fisher))
+    assert not isinstance(parsed, str)
+    return parsed
+
+
+def mean_diagonal(fisher: BlockFisher | Statistics) -> float:
+    """Return the mean diagonal of F: the mean squared gradient over all weights."""
+    total, count = squared_gradients(statistics_of(fisher))
+    return total / count
 
 
 @dataclass(frozen=True)
 class DampingChoice:
-    """A chosen `λ` and why.
+    """A `λ` and the measurements it was chosen by.
 
     Attributes:
         damping: The `λ` with the least held-out loss.
-        evidence: Pairs `(λ, held-out loss)`, rising in `λ`; NaN where blocks could not be factored.
+        evidence: Pairs `(λ, held-out loss)` in rising order of `λ`; NaN where a block could not be
+            factored.
     """
 
     damping: float
     evidence: list[tuple[float, float]]
 
 
-def candidates(statistics: Statistics) -> list[float]:
-    """Return dampings to try, rising: multiples of the mean squared gradient."""
-    total, count = squared_gradients(statistics)
-    return candidates_of(total / count)
-
-
-def candidates_of(mean: float) -> list[float]:
-    """Return dampings to try, rising, for a mean squared gradient."""
-    smallest = 1e-30  # a model whose gradients are all zero still gets a damping
-    return [float(f"{max(m * mean, smallest):.2g}") for m in _MULTIPLES]
+def candidates(mean: float) -> list[float]:
+    """Return the values of `λ` to try, in rising order, for a mean diagonal of F."""
+    return [float(f"{max(m * mean, _LEAST):.2g}") for m in _MULTIPLES]
 
 
 def choose_damping(
     grid: Sequence[float], prune_with: Callable[[float], None], loss: Callable[[], float]
 ) -> DampingChoice:
-    """Return the damping with the least held-out loss.
+    """Choose the damping with the least held-out loss.
 
     Args:
-        grid: Dampings, rising.
-        prune_with: Prunes the model with a damping, from the same start each time.
-        loss: The pruned model's held-out loss.
+        grid: Values of `λ`, in rising order.
+        prune_with: Prunes the model with a damping, from the same weights each time.
+        loss: Measures the held-out loss of the pruned model.
 
     Raises:
         FactorizationError: No damping of the grid can be factored.
-        DataError: The held-out loss is NaN with all of them.
+        DataError: The held-out loss is NaN with every damping.
     """
     evidence: list[tuple[float, float]] = []
     failure: FactorizationError | None = None
@@ -74,7 +156,7 @@ def choose_damping(
     usable = [(value, damping) for damping, value in evidence if not math.isnan(value)]
     if not usable:
         raise failure or DataError(
-            "batches: the loss of the held-out images is NaN with every damping; look at the "
-            "images and at the model's precision, or give a damping"
+            "the loss of the held-out images is NaN with every damping; check the images and the "
+            "precision of the model, or set damping to a number"
         )
     return DampingChoice(min(usable)[1], evidence)

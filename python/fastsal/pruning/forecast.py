@@ -1,8 +1,8 @@
-"""What collecting or pruning would take: memory by the plan that is then followed, time by trial.
+"""Estimate the memory, disk, passes and time of collecting statistics and of pruning.
 
-A trial runs a few passes, sums and eliminations on this machine, in seconds, and multiplies. On the
-meta device nothing can be run: there the operations of a pass are counted, and divided by the rate
-of a matrix product here.
+Memory is that of the plan that a run follows. Time is measured in a trial of a few passes, sums and
+eliminations, and extrapolated. On the meta device, where nothing can run, the operations of a pass
+are counted and divided by the rate of a matrix product on this machine.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from torch import nn
 
 import fastsal._core as _core
 from fastsal.data.batches import Batches
-from fastsal.errors import InvalidArgument
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.work import Work
 from fastsal.fisher.memory_plan import MemoryPlan, Share
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
+from fastsal.pruning.damping import Damping, Multiple, parse_damping
 from fastsal.pruning.memory_use import use_by_pruning
+from fastsal.utils.choices import CriterionName
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.mapped_files import FileArrays
+from fastsal.utils.numbers import whole
 
-# Weights on which sums and eliminations are tried.
+# Weights in the trial of sums and eliminations.
 _TRIED = 2**20
-# Bytes that are written to the scratch folder to see how fast it is.
+# Bytes that are written to the scratch folder to measure its speed.
 _WRITTEN = 2**27
-# Seconds of a trial, from which on more samples take as many times longer.
+# Seconds of a trial from which on time is taken to be proportional to the samples.
 _LONG = 0.5
-# Tries of a damping, and the step with the one that is taken.
+# Steps with `damping="auto"`: one for each candidate, and one with the best.
 _DAMPINGS = 8
 
 
@@ -51,7 +53,7 @@ def plan_memory(
     *,
     samples: int | None = None,
     prunes: bool = True,
-    criterion: str = "obs-greedy",
+    criterion: CriterionName = "obs-greedy",
     compensate: bool = True,
     damping: float | str = "auto",
     rounds: int = 1,
@@ -62,37 +64,48 @@ def plan_memory(
     calibrate: bool = True,
     **options: Any,
 ) -> MemoryPlan:
-    """Say beforehand how `collect` or `prune` with the same arguments would use memory and time.
+    """Estimate memory, disk, passes and time of `collect` or `prune` with the same arguments.
+
+    Memory and passes are those of the plan that the run then follows; time is extrapolated from a
+    trial of a few passes and sums on this machine. On the meta device the operations of a pass are
+    counted instead, and divided by the rate of a matrix product.
 
     Args:
-        model: As for `prune`; it may be on the meta device.
-        batches: As for `prune`; a few samples are enough where `samples` is given.
-        samples: Of a run; None counts those of `batches`.
-        prunes: Whether all of `prune` is planned, or `collect` alone.
-        criterion: As for `prune`; so are the next four.
-        compensate: Whether kept weights move.
-        damping: `λ`, or `"auto"`.
-        rounds: Rounds.
-        parameters: Names or patterns.
-        memory_budget: As for `collect`; None plans everything in memory.
-        scratch: As for `collect`; it need not be there, and then its speed is that of the folder
-            for temporary files.
-        ranks: Processes of a job (`fastsal.distributed`); memory is that of one, which takes this
-            machine's time for its part of the work; that of sending is not counted.
-        calibrate: Whether time is estimated, by a trial of a few passes and sums.
-        options: Others of `collect`.
+        model: The model; it may be on the meta device.
+        batches: Pairs `(images, labels)`; a few samples are enough if `samples` is given.
+        samples: Number of samples of the run; None counts those of `batches`.
+        prunes: Whether `prune` is planned; False plans `collect` alone.
+        criterion: Criterion of `prune`.
+        compensate: Whether kept weights are updated.
+        damping: `λ`: a positive number, a multiple such as `"0.1x"`, or `"auto"`.
+        rounds: Number of rounds.
+        parameters: Names or patterns of parameters; None for the default.
+        memory_budget: Bytes that may be added to the process, or text such as `"8GiB"`; None plans
+            everything in memory.
+        scratch: Folder for statistics that exceed the budget. It need not exist; the speed is then
+            that of the folder for temporary files.
+        ranks: Number of processes of a job (`fastsal.distributed`). Memory and time are those of
+            one process, with the speed of this machine and without communication.
+        calibrate: Whether time is estimated.
+        options: Other arguments of `fastsal.collect`.
 
     Returns:
-        The plan. `seconds` names `"statistics"`, `"prune"` and their `"total"`.
+        The plan. Its `seconds` has the entries `"statistics"`, `"prune"` and `"total"`.
 
     Raises:
-        InvalidArgument: As for `collect`, the budget that is too small among them.
+        InvalidArgument: An argument is invalid, or the budget is too small.
+        UnknownParameter: A name or pattern of `parameters` matches nothing.
+        DataError: Images or labels are invalid.
+        UnsupportedLayer: The gradients of a weight for single samples cannot be computed.
     """
-    if not isinstance(ranks, int) or ranks < 1:
-        raise InvalidArgument(f"ranks: got {ranks!r}; takes 1 or more")
+    ranks, rounds = whole("ranks", ranks, 1), whole("rounds", rounds, 1)
+    samples = None if samples is None else whole("samples", samples, 1)
     chosen = select_parameters(model, parameters)
-    is_auto = prunes and damping == "auto"
     entry = CRITERIA[find_criterion(criterion)]
+    parsed: Damping | None = None
+    if prunes and (entry.needs_damping or compensate):
+        parsed = parse_damping(damping, auto=True)
+    is_auto = parsed == "auto"
     if memory_budget is not None and prunes:
         options["use"] = use_by_pruning(
             chosen,
@@ -119,8 +132,9 @@ def plan_memory(
     count = samples or sum(len(images) for images, _ in work.source())
     steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
     times = rounds
-    if work.plan.place == "nowhere":  # to score, to compensate, and to find dampings to try
-        times = steps * (entry.needs_fisher + compensate) + is_auto
+    if work.plan.place == "nowhere":  # for scores, compensation, and the mean diagonal
+        means = rounds if isinstance(parsed, Multiple) else int(is_auto)
+        times = steps * (entry.needs_fisher + compensate) + means
     if ranks > 1:
         work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
     if not calibrate:
@@ -128,7 +142,7 @@ def plan_memory(
     disk = _Disk.of(work.plan)
     seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
     if memory_budget is not None:
-        seconds["statistics"] += rounds * planning  # each collection plans anew
+        seconds["statistics"] += rounds * planning  # each collection makes its own plan
     if prunes:
         each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
         seconds["prune"] = steps * each / ranks
@@ -137,9 +151,13 @@ def plan_memory(
 
 
 def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:
-    """What a rank sends to the others, to bytes; the most that one of them sends.
+    """Return the bytes that one process sends at most, by kind of data.
 
-    Samples are gone over so many times, and weights pruned in so many steps.
+    Args:
+        work: The planned collection.
+        samples: Number of samples.
+        times: Number of collections.
+        steps: Number of pruning steps.
     """
     from fastsal.fisher.collection.traffic import costs
 
@@ -160,7 +178,7 @@ def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:
 
 
 def _statistics_seconds(work: Work, samples: int, disk: _Disk) -> float:
-    """Time of all passes over the images."""
+    """Return the time of all passes over the images."""
     how, plan = work.how, work.plan
     groups = plan.groups
     is_meta = next(iter(how.chosen.values())).device.type == "meta"
@@ -168,19 +186,19 @@ def _statistics_seconds(work: Work, samples: int, disk: _Disk) -> float:
     times = {i: _counted(work) if is_meta else _timed(work, groups[i]) for i in tried}
     total = 0.0
     for i in range(len(groups)):
-        # Deep layers need less of the backward pass; between the tried groups it is about linear.
+        # Deeper layers need less of the backward pass; interpolate between the measured groups.
         share = i / max(1, len(groups) - 1)
         first, last = times[tried[0]], times[tried[-1]]
         probe, micro = ((1 - share) * a + share * b for a, b in zip(first, last, strict=True))
         total += probe + samples / (how.micro_batch * plan.ranks) * micro
     weights = sum(p.numel() for p in how.chosen.values())
     total += _sums_seconds(work, samples) * weights / plan.ranks
-    # The system writes while we compute.
+    # The system writes in the background.
     return max(total, disk.write * plan.disk)
 
 
 def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
-    """Seconds of the probe and of a micro-batch with the gradients of some parts."""
+    """Return the seconds of the probe and of a micro-batch, for the gradients of some parts."""
     how = work.how
     given = work.source.first()
     with how.engine({part.name for part in group}) as engine:
@@ -191,14 +209,14 @@ def _timed(work: Work, group: Sequence[Part]) -> tuple[float, float]:
             micro = first / 2 * how.micro_batch
         else:
             every = first_samples(*given, how.micro_batch)
-            engine.run(*every, drop)  # the first takes longer
+            engine.run(*every, drop)  # the first run is slower
             micro = _seconds(lambda: engine.run(*every, drop))
     trim_heap()
     return probe, micro
 
 
 def _counted(work: Work) -> tuple[float, float]:
-    """The same from the operations of a forward pass; a backward pass has twice as many."""
+    """Return the same from the operations of a forward pass; a backward pass has twice as many."""
     from torch.utils.flop_counter import FlopCounterMode
 
     images, _ = work.source.first()
@@ -211,18 +229,18 @@ def _counted(work: Work) -> tuple[float, float]:
 
 
 def _sums_seconds(work: Work, samples: int) -> float:
-    """Seconds a weight of adding the rows of all samples, and of bringing sums to their place."""
+    """Return the seconds per weight of adding the rows of all samples and of storing the sums."""
     how, sums, plan = work.how, work.sums, work.plan
     size = min(sums.block_size or 64, _TRIED)
     count = _TRIED // size * size
-    parts = by_key(whole({"tried": (count,)}))
+    parts = by_key(uncut({"tried": (count,)}))
     trial = ModelSums.empty({"tried": (count,)}, size, sums.precision)
     if plan.place == "file":
         nbytes = sums_nbytes(trial, parts["tried"], how.samples) + 256
         trial.move_to_file(FileArrays(_folder(plan), nbytes), how.samples)
     rows = torch.ones(min(how.step, samples), count)
     steps = -(-samples // len(rows))
-    # Gradients are kept at first, and become blocks when more of them come.
+    # The first gradients are stored as rows, which become blocks when there are more of them.
     tried = min(steps, (size + 1) // 2 // len(rows) + 3)
     some = trial.like(parts)
     seconds = [_seconds(lambda: some.add("tried", rows, how.samples)) for _ in range(tried)]
@@ -234,14 +252,14 @@ def _sums_seconds(work: Work, samples: int) -> float:
 
 @dataclass(frozen=True)
 class _Disk:
-    """Seconds a byte of the scratch folder."""
+    """Seconds per byte of writing to and reading from the scratch folder."""
 
     write: float = 0.0
     read: float = 0.0
 
     @classmethod
     def of(cls, plan: MemoryPlan) -> _Disk:
-        """Try it, if it is used."""
+        """Measure the scratch folder, if the plan uses it."""
         if plan.place != "file":
             return cls()
         piece = np.random.default_rng(0).bytes(2**22)
@@ -259,20 +277,20 @@ class _Disk:
                     pass
 
             written = _seconds(write)
-            if hasattr(os, "posix_fadvise"):  # else it is read from memory
+            if hasattr(os, "posix_fadvise"):  # else the data is read from the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             return cls(written / _WRITTEN, _seconds(read) / _WRITTEN)
 
 
 def _folder(plan: MemoryPlan) -> str:
-    """The scratch folder, or that for temporary files where it is not there yet."""
+    """Return the scratch folder, or the one for temporary files where it does not exist."""
     if plan.scratch and os.path.isdir(plan.scratch):
         return plan.scratch
     return tempfile.gettempdir()
 
 
 def _step_seconds(work: Work, is_second_order: bool, disk: _Disk, *, compensate: bool) -> float:
-    """Seconds of scoring, ranking and compensating the whole model once."""
+    """Return the seconds of scoring, ranking and compensating the whole model once."""
     size = min(work.sums.block_size or 64, 512)
     count = _TRIED // size * size
     generator = np.random.default_rng(0)

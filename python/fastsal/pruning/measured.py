@@ -1,8 +1,8 @@
-"""Losses on held-out images, by labels or by matching the features of the dense model.
+"""Measure losses on held-out images, by labels or by the features of the dense model.
 
-The loss is that of hints (FitNets, Romero et al., 2015): how far the features of a pruned model are
-from those of the dense one. It needs neither labels nor a classifier. Its Hessian at the dense
-weights, where it is zero, is exactly the Gauss–Newton matrix that the statistics estimate.
+The feature loss is that of hints (FitNets, Romero et al., 2015): the distance between the features
+of the pruned and the dense model. It needs neither labels nor a classifier. Its Hessian at the
+dense weights, where it is zero, is the Gauss–Newton matrix that the statistics estimate.
 
 Axes: n images, F features.
 """
@@ -26,12 +26,12 @@ from fastsal.models.features import feature_outputs
 
 @dataclass(frozen=True)
 class HeldOutFeatures:
-    """Images that the statistics did not see, and the dense model's features of them.
+    """Held-out images and the dense model's features of them.
 
     Attributes:
         batches: Images `[n, ...]`.
         targets: Features `[n, F]` of each batch.
-        cap: What guessing costs: the mean loss of the mean feature for every image.
+        cap: Loss of guessing: the mean loss of predicting the mean feature for every image.
     """
 
     batches: list[Tensor]
@@ -45,17 +45,17 @@ class HeldOutFeatures:
         batches: Sequence[Pair],
         of_all: Callable[[list[Tensor]], list[Tensor]] = lambda features: features,
     ) -> HeldOutFeatures:
-        """Hold images out; labels are ignored.
+        """Compute the features of held-out images; labels are ignored.
 
         Args:
             model: The dense model.
             batches: Images that this process measures; may be empty.
-            of_all: From the features of these batches to those of the batches of all processes.
+            of_all: Returns the features of the batches of all processes, from those of `batches`.
         """
         images = [pair[0] for pair in batches]
         targets = [_features(model, x) for x in images]
         variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
-        # Features that are all the same, those of one image say, tell nothing about a guess.
+        # With constant features (of a single image, say) the loss of guessing is undefined.
         return cls(images, targets, float(variance) / 2 or math.inf)
 
     @property
@@ -64,7 +64,7 @@ class HeldOutFeatures:
         return sum(len(x) for x in self.batches)
 
     def losses(self, model: nn.Module) -> list[float]:
-        """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, each term at most `cap`."""
+        """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, at most `cap` per image."""
         found = []
         for images, target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
@@ -83,7 +83,7 @@ def _features(model: nn.Module, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Images that the statistics did not see, and what to expect of them.
+    """Held-out images and their targets.
 
     Attributes:
         batches: Pairs `(images, labels or None)`.
@@ -102,7 +102,7 @@ class HeldOut:
         batches: list[tuple[Tensor, Tensor | None]],
         loss: Callable[[Tensor, Tensor], Tensor],
     ) -> HeldOut:
-        """Hold images out; where they have no labels the dense model's own outputs stand in."""
+        """Set the targets of held-out images: labels, or else the dense model's own outputs."""
         targets = [
             None if labels is not None else outputs(model, images).softmax(1)
             for images, labels in batches
@@ -117,7 +117,7 @@ class HeldOut:
     def losses(self, model: nn.Module) -> list[float]:
         """Return the loss of a model on each batch, summed over its images.
 
-        A cross-entropy counts at most what guessing costs, `log C`.
+        The cross-entropy of an image counts at most `log C`, the loss of guessing.
         """
         found = []
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
@@ -142,25 +142,25 @@ def loss_of_guessing(outputs: Tensor) -> float:
 
 
 class Measured(Protocol):
-    """Images to measure a model on; `fastsal.pruning.measured.HeldOut` is one."""
+    """Held-out images that the loss of a model is measured on."""
 
     @property
     def samples(self) -> int:
         """Number of images."""
 
     def mean_loss(self, model: nn.Module) -> float:
-        """Mean loss of a model on them."""
+        """Return the mean loss of a model on them."""
 
 
 class InMicroBatches(Measured, Protocol):
-    """Images that are measured one micro-batch at a time."""
+    """Held-out images that are measured one micro-batch at a time."""
 
     def losses(self, model: nn.Module) -> list[float]:
-        """Loss of a model on each micro-batch, summed over its images."""
+        """Return the loss of a model on each micro-batch, summed over its images."""
 
 
 def mean_of(losses: Iterable[float], samples: int) -> float:
-    """Return the mean from the losses of micro-batches, added in order on any number of ranks."""
+    """Return the mean loss from sums of micro-batches, added in order on any number of ranks."""
     total = 0.0
     for loss in losses:  # `sum` rounds differently from Python 3.12 on
         total += loss

@@ -1,4 +1,4 @@
-"""Memory that pruning holds beside the statistics."""
+"""Memory that pruning uses in addition to the statistics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ def use_by_pruning(
     ranks: int = 1,
     gathered: int = 0,
 ) -> Use:
-    """What pruning keeps beside statistics.
+    """Return the memory that pruning uses in addition to the statistics.
 
-    Scores and two masks; weights to go back to and those that compensation finds, and the best try
-    where a damping is chosen. With a scratch folder copies of weights and of scores lie there.
-    While sums are made there are the masks of the round before, or of the best try. Several `ranks`
-    share out what is scored by statistics and moved; `gathered` is the memory of weights that lie
-    on other processes else.
+    It holds scores and two masks, copies of the original and of the compensated weights and, where
+    a damping is chosen, the best attempt. With a scratch folder, copies of weights and scores are
+    stored there. During collection it holds the masks of the previous round or of the best attempt.
+
+    Args:
+        chosen: Name to parameter to be pruned.
+        is_auto: Whether a damping is chosen on held-out images.
+        rounds: Number of rounds.
+        has_scratch: Whether copies are stored in a scratch folder.
+        needs_fisher: Whether the scores are computed from statistics.
+        joins: Whether held-out samples are added to the statistics.
+        ranks: Number of processes, which divide scores and updated weights among themselves.
+        gathered: Bytes of weights that are gathered from other processes.
     """
     weights = sum(p.numel() for p in chosen.values())
     copies = sum(p.numel() * p.element_size() for p in chosen.values())

@@ -5,70 +5,54 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches, check_samples
+from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.memory_plan import Use
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, resolve_loss
-from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.criteria.scoring import find_criterion
+from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.limit import Limit, SafetyReport
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import check_ranking
-from fastsal.pruning.memory_use import use_by_pruning
+from fastsal.pruning.process import Process
 from fastsal.pruning.prune_to_limit import prune_safely
+from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
-from fastsal.pruning.step import Plan
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
+from fastsal.utils.numbers import real, whole
+from fastsal.utils.suggestions import check_choice
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` did.
+    """The result of `prune`.
 
     Attributes:
-        masks: True = kept; the model is zero elsewhere.
-        scores: The scores of the last round, name to float32.
-        history: One entry a round: `round`, `sparsity` reached, `samples`, `damping`,
-            `damping_evidence` (pairs of λ and held-out loss), `held_out_joined` (see `damping`),
-            `predicted_increase` of the loss (with compensation), `seconds` of each step and, with
-            `memory_budget`, the `memory_plan` (`fastsal.MemoryPlan`) that was followed; the
-            last one has `recalibration`, if that was asked for: held-out loss `before` and `after`,
-            and whether it was `kept`.
-        safety: With `max_loss_increase` or `max_accuracy_drop`: what was tested.
+        masks: True = kept; all other weights of the model are zero.
+        scores: Name to scores of the last round, float32.
+        history: One entry for each round.
+        safety: With `max_loss_increase` or `max_accuracy_drop`: the report of the test.
     """
 
     masks: Masks
     scores: dict[str, Tensor]
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Round] = field(default_factory=list)
     safety: SafetyReport | None = None
 
-
-@dataclass(frozen=True)
-class Makers:
-    """What a pruning is made of; jobs of several ranks have their own.
-
-    Attributes:
-        plan: Makes a `Plan`.
-        job: Makes a `Job`.
-        checkpoint: Makes a `Checkpoint`.
-        use: Says what is kept beside statistics, as `use_by_pruning`.
-    """
-
-    plan: Callable[..., Plan] = Plan
-    job: Callable[..., Job] = Job
-    checkpoint: Callable[..., Checkpoint] = Checkpoint
-    use: Callable[..., Use] = use_by_pruning
+    def __repr__(self) -> str:
+        rounds = f"{len(self.history)} round{'s' if len(self.history) != 1 else ''}"
+        last = f", last {self.history[-1]!r}" if self.history else ""
+        safety = f", safety={self.safety!r}" if self.safety is not None else ""
+        return f"PruneResult({self.masks!r}, {rounds}{last}{safety})"
 
 
 def prune(
@@ -76,19 +60,19 @@ def prune(
     batches: Batches | None,
     sparsity: float | None = None,
     *,
-    criterion: str = "obs-greedy",
+    criterion: CriterionName = "obs-greedy",
     rounds: int = 1,
     compensate: bool = True,
     damping: float | str = "auto",
     samples: int | None = None,
     block_size: int | None = 64,
-    scope: str = "global",
+    scope: Scope = "global",
     pattern: str | None = None,
     floor: float = 0.0,
     loss: str | LossFunction = "cross-entropy",
     curvature: Curvature = "empirical",
     parameters: str | Sequence[str] | None = None,
-    precision: str = "float32",
+    precision: Precision = "float32",
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
@@ -103,158 +87,278 @@ def prune(
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
-    _makers: Makers | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
-    Each of `rounds` rounds collects statistics at the weights as they are, scores, ranks to the
-    sparsity `1 - (1 - sparsity)^(r / rounds)`, masks, and (with `compensate`) moves the kept
-    weights. Pruned weights stay pruned and take no part in later rounds.
+    Each round r of `rounds` collects statistics (the Fisher `F`) at the current weights, scores the
+    weights, prunes those with the lowest scores to a sparsity of `1 - (1 - sparsity)^(r / rounds)`
+    and, with `compensate`, updates the kept weights. Pruned weights remain pruned. They are
+    excluded from later rounds.
 
     Args:
-        model: Put into evaluation mode for the passes and left in its own modes.
-        batches: As for `collect`; with several rounds something that can be iterated again. None
-            is enough for `"magnitude"` and `"random"` without compensation.
-        sparsity: Fraction of the weights that goes, in `[0, 1]`.
-        criterion: One of `CRITERIA`.
-        rounds: Rounds, 1 or more.
-        compensate: Whether kept weights move to make up for the pruned ones.
-        damping: `λ`, or `"auto"`: one sample in eight is held out, and the λ that leaves the least
-            loss on them is taken, a cross-entropy counting at most what guessing costs. They join
-            the statistics then; where that makes the loss worse, the pruned model that was measured
-            without them stays. With several rounds it is chosen once, by steps to the last goal.
-        samples: Samples of each round; None takes all.
-        block_size: As for `collect`.
-        scope: As for `rank`; so are `pattern` and `floor`.
-        pattern: `"N:M"` or `"1xM"`, one round only; with a second-order criterion weights are
-            chosen by joint costs (`rank_pattern`), M up to 8.
-        floor: Least kept fraction of any parameter.
-        loss: As for `collect`; so are all that follow.
-        curvature: `"empirical"`, `"sampled"` or `"features"`. With the last, batches need no labels
-            and the model no classifier (its weights are not pruned unless they are named exactly),
-            and the held-out loss is that of matching the dense model's features,
-            `½ ‖f_θ(x) − f(x)‖² / F`, an image counting at most what the mean feature costs as a
-            guess.
-        parameters: Names or patterns.
-        precision: Of the sums.
-        micro_batch: Samples of one pass.
-        autocast: Type of the passes.
-        loss_scale: As for `collect`.
-        memory_budget: Bytes that all this may add to the process, or text as `"8GiB"`: statistics
-            and passes as for `collect`, scores, masks, and copies of weights.
-        scratch: A folder for the statistics and copies that the budget has no room for. Without
-            one statistics that do not fit are collected again for each use, and take no disk but
-            several times as long: `plan_memory` says how long.
-        scratch_budget: Bytes that the statistics may take there.
-        progress: A bar, or a function.
-        seed: Of everything with chance in it.
-        max_loss_increase: Instead of `sparsity`: prune to the highest that keeps the rise of the
-            mean loss below this on images that were held out (the loss of an image counts
-            at most what guessing costs). One round, no pattern.
-        max_accuracy_drop: The same for top-1 accuracy, a fraction.
-        confidence: Of that promise.
-        held_out: Labelled images to test the limit on; None holds one sample in four out. The
-            promise is about images like these: give some that the model was not trained on.
-        recalibrate: Whether running moments of batch normalisation are averaged over the images
-            again at the end; taken back unless the held-out loss is lower for it. Holds one sample
-            in eight out, as `damping="auto"` does.
-        checkpoint: A file that keeps the state between rounds: the same call goes on from there.
+        model: Any module; weights of `nn.Linear`, `nn.ConvNd` and `nn.Embedding` layers can be
+            pruned. It runs in evaluation mode; its modes are restored.
+        batches: Pairs `(images [n, ...], labels [n])`. An iterator is enough for one round; several
+            rounds and `recalibrate` need something that can be iterated again, such as a list or a
+            DataLoader. None is valid for `"magnitude"` and `"random"` without compensation.
+        sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
+            fixes it, and with a limit, which it is searched for.
+        criterion: Score of a weight, low = prune first: `"magnitude"`, `"random"`, `"taylor"`,
+            `"diag-fisher"`, `"block-fisher"` or `"obs-greedy"`; see `fastsal.score`.
+        rounds: Number of rounds, at least 1.
+        compensate: Whether kept weights are updated to compensate for pruned ones, see
+            `fastsal.compensate`.
+        damping: `λ` of `A = F + λI`. A positive number; a multiple of the mean diagonal of F in
+            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, and the `λ`
+            with the least loss on them is used. A cross-entropy counts at most what guessing costs.
+            The held-out samples are then added to the statistics; if that increases the held-out
+            loss, the model pruned without them is kept. With several rounds, `λ` is chosen once, at
+            the final sparsity.
+        samples: Number of samples of each round; None for all.
+        block_size: Number of consecutive weights of a parameter that form one block of F. None
+            makes each parameter one block.
+        scope: Weights that compete with each other: `"global"` (all), `"layer"` (those of one
+            parameter, pruned to the same sparsity) or `"erk"` (those of one parameter, with
+            Erdős-Rényi kernel densities); see `fastsal.rank`.
+        pattern: None for single weights. `"N:M"` (such as `"2:4"`) keeps N of every M weights along
+            the input axis, `"1xM"` (such as `"1x4"`) keeps or prunes M weights together; one round
+            only. With `"block-fisher"` and `"obs-greedy"` and M up to 8, groups are compared by
+            joint cost, see `fastsal.rank_pattern`; else by scores.
+        floor: Least fraction of any parameter to keep, in `[0, 1]`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` to losses `[n]`.
+        curvature: Gradients that F is made of: `"empirical"` (of the loss at the given labels),
+            `"sampled"` (at labels drawn from the model; batches need no labels) or `"features"` (of
+            matching the features of the dense model; batches need no labels and the model no
+            classifier). With `"features"`, weights of a classifier are pruned only if they are
+            named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
+            `[F]`; an image counts at most what the mean feature costs.
+        parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
+            None prunes the weights of `nn.Linear` and `nn.ConvNd`.
+        precision: Type in which F is accumulated.
+        micro_batch: Samples of one forward and backward pass; None chooses it.
+        autocast: Type of the passes under `torch.autocast`, such as `torch.bfloat16`; None disables
+            it.
+        loss_scale: Factor on the loss that keeps float16 gradients from underflowing; undone before
+            gradients are squared. None chooses it.
+        memory_budget: Bytes that pruning may add to the memory of the process, or text such as
+            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks and copies.
+        scratch: Folder for statistics and copies that exceed the budget. Without it, statistics
+            that do not fit are recomputed on each use, which needs no disk but several times as
+            long; `fastsal.plan_memory` estimates both.
+        scratch_budget: Bytes that may be used in the scratch folder; None for no limit.
+        progress: Whether a progress bar is shown, or a function `(done, total)` that is called.
+        seed: Seed of all random numbers.
+        max_loss_increase: Instead of `sparsity`: prune to the highest sparsity at which the mean
+            loss on held-out images rises by at most this much, with a finite-sample guarantee. The
+            loss of an image counts at most what guessing costs. One round, no pattern.
+        max_accuracy_drop: Instead of `sparsity`: the same for top-1 accuracy, a fraction in (0, 1).
+        confidence: Confidence of that guarantee, in (0, 1).
+        held_out: Labeled images to test the limit on; None holds out one sample in four. The
+            guarantee is for images like these, so they should not be training images of the model.
+        recalibrate: Whether the running statistics of batch normalization are averaged over the
+            images again at the end. It is undone unless it lowers the held-out loss. One sample in
+            eight is held out for it, as for `damping="auto"`.
+        checkpoint: File with the state after each round; rerun the same call to resume from it. It
+            is removed at the end.
 
     Returns:
-        Masks, scores and history.
+        Masks, scores, the history with one `Round` for each round, and the report of a limit.
 
     Raises:
-        InvalidArgument: An argument is not taken. In this and in every other case the model is
-            as it was.
-        DataError, NonFiniteGradient, UnknownParameter, UnsupportedLayer: As `collect`.
-        FactorizationError: A block cannot be factored with this damping.
-        FileFormatError: `checkpoint` is damaged, or of another run.
+        InvalidArgument: An argument is invalid.
+        UnknownParameter: A name or pattern of `parameters` matches nothing.
+        DataError: Images or labels are invalid, or too few.
+        UnsupportedLayer: The gradients of a weight for single samples cannot be computed.
+        NonFiniteGradient: A gradient is NaN or infinite.
+        FactorizationError: A block of F is not positive definite with this damping.
+        FileFormatError: `checkpoint` is damaged, or belongs to another run.
+
+        If an error is raised, the model has its original weights.
     """
-    makers = _makers or Makers()
-    entry = CRITERIA[find_criterion(criterion)]
-    plan = makers.plan(
-        criterion=criterion,
-        needs_fisher=entry.needs_fisher or compensate,
-        needs_damping=entry.needs_damping or compensate,
-        compensate=compensate,
-        damping=damping,
-        ranking={"scope": scope, "pattern": pattern, "floor": floor},
-        parameters=parameters,
-        block_size=block_size,
-        seed=seed,
-        shelf=Shelf(scratch),
-    )
-    plan.check(rounds, batches, recalibrate=recalibrate)
-    check_samples(samples)
-    chosen = select_parameters(model, parameters)
-    if curvature == "features":
-        images, batches = _first_images(batches, samples)
-        chosen = without_classifier(model, chosen, parameters, images)
-        parameters = list(chosen)
-        plan = replace(plan, parameters=parameters)
-    statistics: dict[str, Any] = {
-        "block_size": block_size,
-        "loss": loss,
-        "curvature": curvature,
-        "parameters": parameters,
-        "precision": precision,
-        "micro_batch": micro_batch,
-        "autocast": autocast,
-        "loss_scale": loss_scale,
-        "progress": progress,
-        "by_rows": pattern is not None,
-    }
-    if memory_budget is not None:
-        statistics |= {
-            "memory_budget": memory_budget,
-            "scratch": scratch,
-            "scratch_budget": scratch_budget,
-            "use": makers.use(
-                chosen,
-                is_auto=plan.is_auto,
-                rounds=rounds,
-                has_scratch=scratch is not None,
-                needs_fisher=entry.needs_fisher,
-                joins=plan.is_auto or recalibrate,
-            ),
-        }
-    elif scratch is not None or scratch_budget is not None:
-        raise InvalidArgument("scratch: is for statistics within memory_budget; give that too")
-    # Only a later round that measures has weights that are not the dense ones.
-    dense = copies(chosen) if curvature == "features" and recalibrate and rounds > 1 else None
-    job = makers.job(model, batches, samples, plan, chosen, statistics, resolve_loss(loss), dense)
-    limit = Limit.of(max_loss_increase, max_accuracy_drop, confidence)
-    # Bad fractions are refused before anything is computed.
-    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
-    if limit is None:
-        if held_out is not None:
-            raise InvalidArgument("held_out: is for max_loss_increase or max_accuracy_drop")
-        check_ranking(shapes, sparsity, **plan.ranking)
-        keeper = None
-        if checkpoint is not None:
-            how = {f.name: getattr(plan, f.name) for f in fields(Plan) if f.name != "shelf"}
-            asked = {"sparsity": sparsity, "rounds": rounds, "samples": samples, **how}
-            keeper = makers.checkpoint(
-                checkpoint, {**asked, "precision": precision, "curvature": curvature}
-            )
-        goals = rising_goals(sparsity, rounds)
-        done = prune_in_rounds(job, goals, recalibrate=recalibrate, checkpoint=keeper)
-        return PruneResult(*done)
-    if sparsity is not None or rounds != 1 or pattern is not None or recalibrate or checkpoint:
-        raise InvalidArgument(
-            "max_loss_increase, max_accuracy_drop: find the sparsity, in one round and without a "
-            "pattern; leave sparsity, rounds, pattern, recalibrate and checkpoint out"
+    return prune_with(Process(), Arguments(**locals()))
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call of `prune`, whose docstring describes them."""
+
+    model: nn.Module
+    batches: Batches | None
+    sparsity: float | None
+    criterion: CriterionName
+    rounds: int
+    compensate: bool
+    damping: float | str
+    samples: int | None
+    block_size: int | None
+    scope: Scope
+    pattern: str | None
+    floor: float
+    loss: str | LossFunction
+    curvature: Curvature
+    parameters: str | Sequence[str] | None
+    precision: Precision
+    micro_batch: int | None
+    autocast: torch.dtype | None
+    loss_scale: float | None
+    memory_budget: int | str | None
+    scratch: str | os.PathLike[str] | None
+    scratch_budget: int | str | None
+    progress: bool | Callable[[int, int | None], None]
+    seed: int
+    max_loss_increase: float | None
+    max_accuracy_drop: float | None
+    confidence: float
+    held_out: Batches | None
+    recalibrate: bool
+    checkpoint: str | os.PathLike[str] | None
+
+    def normalized(self) -> Arguments:
+        """Return them with numbers of NumPy and PyTorch as plain ones.
+
+        Raises:
+            InvalidArgument: A number is invalid.
+        """
+        sparsity, samples = self.sparsity, self.samples
+        if sparsity is not None:
+            sparsity = real("sparsity", sparsity, least=0, most=1)
+        return replace(
+            self,
+            sparsity=sparsity,
+            rounds=whole("rounds", self.rounds, 1),
+            samples=None if samples is None else whole("samples", samples, 1),
+            floor=real("floor", self.floor, least=0, most=1),
         )
-    check_ranking(shapes, 0.0, **plan.ranking)
-    if batches is None and held_out is None:
-        raise InvalidArgument("batches: is None; a limit needs labelled images to be tested on")
-    return PruneResult(*prune_safely(job, limit, held_out))
+
+
+def prune_with(process: Process, arguments: Arguments) -> PruneResult:
+    """Prune as `prune` does, by a process that works alone or with others."""
+    given = arguments.normalized()
+    check_choice("curvature", given.curvature, CURVATURES)
+    recipe = Recipe.of(
+        given.criterion,
+        compensate=given.compensate,
+        damping=given.damping,
+        ranking={"scope": given.scope, "pattern": given.pattern, "floor": given.floor},
+        parameters=given.parameters,
+        block_size=given.block_size,
+        seed=given.seed,
+    )
+    recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
+    model, batches = given.model, given.batches
+    chosen = select_parameters(model, given.parameters)
+    if given.curvature == "features":
+        images, batches = _first_images(batches, given.samples)
+        chosen = without_classifier(model, chosen, given.parameters, images)
+        recipe = replace(recipe, parameters=list(chosen))
+    statistics = _collection(given, recipe, chosen, process)
+    # The model has its dense weights until the second round.
+    needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
+    job = Job(
+        model,
+        batches,
+        given.samples,
+        recipe,
+        chosen,
+        statistics,
+        resolve_loss(given.loss),
+        copies(chosen) if needs_copy else None,
+        process,
+        Shelf(given.scratch),
+    )
+    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
+    return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+
+
+def _collection(
+    given: Arguments, recipe: Recipe, chosen: dict[str, nn.Parameter], process: Process
+) -> dict[str, Any]:
+    """Return the arguments of `collect` except model, batches, samples and seed."""
+    statistics: dict[str, Any] = {
+        "block_size": recipe.block_size,
+        "loss": given.loss,
+        "curvature": given.curvature,
+        "parameters": recipe.parameters,
+        "precision": given.precision,
+        "micro_batch": given.micro_batch,
+        "autocast": given.autocast,
+        "loss_scale": given.loss_scale,
+        "progress": given.progress,
+        "by_rows": given.pattern is not None,
+    }
+    if given.memory_budget is None:
+        if given.scratch is not None or given.scratch_budget is not None:
+            raise InvalidArgument("scratch and scratch_budget must be None without memory_budget")
+        return statistics
+    use = process.memory_use(
+        chosen,
+        is_auto=recipe.is_auto,
+        rounds=given.rounds,
+        has_scratch=given.scratch is not None,
+        needs_fisher=CRITERIA[recipe.criterion].needs_fisher,
+        joins=recipe.is_auto or given.recalibrate,
+    )
+    return statistics | {
+        "memory_budget": given.memory_budget,
+        "scratch": given.scratch,
+        "scratch_budget": given.scratch_budget,
+        "use": use,
+    }
+
+
+def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
+    """Prune to a sparsity, in rounds."""
+    if given.held_out is not None:
+        raise InvalidArgument(
+            "held_out must be None without max_loss_increase or max_accuracy_drop"
+        )
+    # Invalid fractions are rejected before anything is computed.
+    check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
+    checkpoint = None
+    if given.checkpoint is not None:
+        asked = {
+            "sparsity": given.sparsity,
+            "rounds": given.rounds,
+            "samples": given.samples,
+            **job.recipe.asked(),
+            "precision": given.precision,
+            "curvature": given.curvature,
+        }
+        checkpoint = job.process.checkpoint(given.checkpoint, asked)
+    goals = rising_goals(given.sparsity, given.rounds)
+    done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
+    return PruneResult(*done)
+
+
+def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
+    """Prune to the highest sparsity within a limit."""
+    others = {
+        "sparsity": given.sparsity is not None,
+        "rounds": given.rounds != 1,
+        "pattern": given.pattern is not None,
+        "recalibrate": given.recalibrate,
+        "checkpoint": given.checkpoint is not None,
+    }
+    if any(others.values()):
+        named = ", ".join(name for name, is_given in others.items() if is_given)
+        raise InvalidArgument(
+            f"max_loss_increase and max_accuracy_drop exclude {named}: they find the sparsity, in "
+            "one round and without a pattern"
+        )
+    check_ranking(_shapes(job), 0.0, **job.recipe.ranking)
+    if job.batches is None and given.held_out is None:
+        raise InvalidArgument("batches must be labeled images to test a limit on, got None")
+    return PruneResult(*prune_safely(job, limit, given.held_out))
+
+
+def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in job.chosen.items()}
 
 
 def _first_images(
     batches: Batches | None, samples: int | None
 ) -> tuple[Tensor | None, Batches | None]:
-    """The first images, and batches that still give them."""
+    """Return the first images, and batches that still include them."""
     if batches is None:
         return None, None
     if isinstance(batches, Iterator):

@@ -1,4 +1,4 @@
-"""Prune to the highest sparsity that keeps a limit on held-out images (see `limits.bound`)."""
+"""Prune to the highest sparsity within a limit on held-out images (see `limits.bound`)."""
 
 from __future__ import annotations
 
@@ -11,37 +11,49 @@ from torch import Tensor
 from fastsal.data.batches import Batches, Pair, as_batches
 from fastsal.data.held_out import Holding, Repeated, limited
 from fastsal.errors import InvalidArgument
+from fastsal.pruning.damping import DampingChoice
+from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit, SafetyReport, trusted_until
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import restore
-from fastsal.pruning.step import Outcome
+from fastsal.pruning.step import StepResult
 from fastsal.utils.clock import Clock
 
 if TYPE_CHECKING:
     from fastsal.fisher.statistics import Statistics
 
-# One sample in so many is kept for the test of a limit.
+# One sample of so many is held out for the test of a limit.
 _TESTED_EVERY = 4
-# Where the damping is chosen when the sparsity is not known yet.
+# Sparsity at which the damping is chosen, as the final one is not known yet.
 _TYPICAL_SPARSITY = 0.7
+# Sparsities that are tested: coarse at first, finer where the loss usually rises. They are fixed,
+# so that the order of the tests does not depend on the images.
+GRID = tuple(
+    round(s, 3) for s in (*np.arange(0.1, 0.5, 0.1), *np.arange(0.5, 0.96, 0.025), 0.97, 0.98, 0.99)
+)
+# Sparsities that are measured after the first one beyond the limit, for the curve only.
+LOOK_AHEAD = 4
 
 
 def prune_safely(
     job: Job, limit: Limit, held_out: Batches | None
-) -> tuple[Masks, dict[str, Tensor], list[dict[str, Any]], SafetyReport]:
-    """Prune with a limit: statistics, damping and test on images of their own.
+) -> tuple[Masks, dict[str, Tensor], list[Round], SafetyReport]:
+    """Prune to the highest sparsity within a limit.
+
+    Statistics, the choice of the damping and the test use disjoint images; those for the damping
+    are added to the statistics afterwards.
 
     Args:
-        job: Model, images and how.
-        limit: What must not be passed.
-        held_out: Images of the test; None keeps one sample in four for it.
+        job: Model, images and recipe.
+        limit: The limit.
+        held_out: Images of the test; None holds out one sample in four.
 
     Returns:
-        Masks, scores, history, and what was tested.
+        Masks, scores, history, and the report of the test.
     """
-    plan, model, clock = job.plan, job.model, Clock()
+    recipe, step, clock = job.recipe, job.step, Clock()
     with job.all_or_nothing():
         fisher = None
         tested: list[Pair] = []
@@ -51,40 +63,42 @@ def prune_safely(
             tested = list(as_batches(held_out, None))
         else:
             source = Holding(source.__iter__, tested, _TESTED_EVERY)
-        if plan.needs_fisher:
-            if plan.is_auto:
+        if recipe.needs_fisher:
+            if recipe.is_auto:
                 source = Holding(source.__iter__, held)
-            fisher = job.collect(source, plan.seed)
+            fisher = job.collect(source, recipe.seed)
         else:
             for _ in source:  # fills `tested`
                 pass
         examination = job.examination(tested, limit, fisher)
         clock.lap("statistics")
-        tuned = job.held_out(limited(held), fisher) if plan.is_auto else None
-        choice, _ = plan.choose(model, fisher, None, _TYPICAL_SPARSITY, job.chosen, tuned)
+        choice = DampingChoice(step.given_damping(fisher), [])
+        if fisher is not None and recipe.is_auto:
+            tuned = job.held_out(limited(held), fisher)
+            choice, _ = step.choose_damping(fisher, None, _TYPICAL_SPARSITY, tuned)
         if fisher is not None and held:
-            job.joining(fisher, held, plan.seed + 1)()
+            job.joining(fisher, held, recipe.seed + 1)()
         clock.lap("damping")
-        outcome, report = _search(job, fisher, examination, choice.damping)
+        result, report = _search(job, fisher, examination, choice.damping)
         clock.lap("search")
-    history = [plan.entry(1, fisher, choice, outcome, clock.seconds)]
-    plan.sign(outcome.masks, history)
-    outcome.masks.recipe["limit"] = vars(limit)
-    return outcome.masks, outcome.scores, history, report
+    history = [step.record(1, fisher, choice, result, clock.seconds)]
+    recipe.sign(result.masks, history)
+    result.masks.recipe["limit"] = vars(limit)
+    return result.masks, result.scores, history, report
 
 
 def _search(
     job: Job, fisher: Statistics | None, examination: Examination, damping: float
-) -> tuple[Outcome, SafetyReport]:
-    """Test sparsities in rising order; the model ends pruned to the last that kept the limit."""
-    plan, model = job.plan, job.model
-    start = plan.shelf.put("start", job.chosen)
-    scores = plan.score(model, fisher, None, damping)
+) -> tuple[StepResult, SafetyReport]:
+    """Test sparsities in rising order, and prune to the last one within the limit."""
+    recipe, process, model = job.recipe, job.process, job.model
+    start = job.shelf.put("start", job.chosen)
+    scores = process.score(model, fisher, recipe, None, damping)
 
     def prune_to(sparsity: float) -> tuple[Masks, float | None]:
-        restore(job.chosen, start, plan.shelf)
-        masks = plan.rank(model, fisher, scores, sparsity, damping)
-        predicted = plan.move(model, fisher, masks, damping)
+        restore(job.chosen, start, job.shelf)
+        masks = process.choose_masks(model, fisher, recipe, scores, sparsity, damping)
+        predicted = job.step.compensate(fisher, masks, damping)
         masks.apply(model)
         return masks, predicted
 
@@ -94,7 +108,7 @@ def _search(
         try:
             _, predicted = prune_to(sparsity)
         except InvalidArgument:
-            break  # the floor leaves no more to prune
+            break  # the floor allows no higher sparsity
         point = {"sparsity": sparsity, "predicted": predicted, **examination(model)}
         curve.append(point)
         is_open = is_open and point["keeps"]
@@ -108,15 +122,4 @@ def _search(
     report = SafetyReport(
         examination.limit, safe, examination.images, examination.cap, curve, trusted_until(curve)
     )
-    return Outcome(scores, masks, predicted), report
-
-
-# Coarse where nothing is at stake, fine where it is. Fixed beforehand: the order may not depend on
-# the images.
-GRID = tuple(
-    round(s, 3) for s in (*np.arange(0.1, 0.5, 0.1), *np.arange(0.5, 0.96, 0.025), 0.97, 0.98, 0.99)
-)
-
-
-# Measured past the first failure, for the curve only.
-LOOK_AHEAD = 4
+    return StepResult(scores, masks, predicted), report

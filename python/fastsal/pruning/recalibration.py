@@ -1,14 +1,15 @@
-"""Batch normalisation after pruning: running means and variances as they are now.
+"""Recalibration of batch normalization after pruning: running statistics are averaged anew.
 
-It may help or hurt. On a compensated CIFAR ResNet-20 it lowered accuracy at moderate sparsities and
-raised it at extreme ones: compensation aims at the outputs under the old moments. Measure, as
-`prune(recalibrate=True)` does.
+It can help or hurt. On a compensated CIFAR ResNet-20 it lowered accuracy at moderate sparsities and
+raised it at extreme ones, because compensation preserves the outputs under the old statistics. So
+measure the effect, as `prune(recalibrate=True)` does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,17 +17,32 @@ from torch import Tensor, nn
 
 from fastsal.models.evaluating import evaluating, to_model
 
-# What keeps running moments, and is evaluated with them.
-_Normalisation = nn.modules.batchnorm._BatchNorm
+# Layers that are evaluated with running statistics.
+_Normalization = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """The effect of a recalibration on the held-out loss.
+
+    Attributes:
+        before: Mean loss before it.
+        after: Mean loss after it.
+        kept: Whether it was kept, that is whether it lowered the loss.
+    """
+
+    before: float
+    after: float
+    kept: bool
 
 
 def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
-    """Average the moments of every batch normalisation over images, in place.
+    """Set the running statistics of all batch normalizations to their average over images.
 
     Args:
-        model: In any mode; it is in evaluation mode but for these layers, and its modes are
+        model: Changed in place. It runs in evaluation mode, except for these layers; all modes are
             restored.
-        batches: Pairs of images `[n, ...]` and anything; large batches estimate variances better.
+        batches: Pairs `(images [n, ...], anything)`; larger batches give better variances.
 
     Returns:
         The number of layers that were recalibrated.
@@ -45,11 +61,11 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
 
 def recalibrate_if_better(
     model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Callable[[], float]
-) -> dict[str, Any] | None:
-    """Recalibrate, and take it back unless `loss` is lower for it.
+) -> Recalibration | None:
+    """Recalibrate a model in place, and undo it unless `loss` is lower.
 
     Returns:
-        `before`, `after` and whether it was `kept`; None for a model without such layers.
+        The two losses and whether the change was kept; None for a model without such layers.
     """
     layers = tracked(model)
     if not layers:
@@ -64,18 +80,18 @@ def recalibrate_if_better(
             for layer, saved in zip(layers, moments, strict=True):
                 for name, buffer in layer.named_buffers():
                     buffer.copy_(saved[name])
-    return {"before": before, "after": after, "kept": kept}
+    return Recalibration(before, after, kept)
 
 
-def tracked(model: nn.Module) -> list[_Normalisation]:
-    """Return the layers that keep running moments."""
+def tracked(model: nn.Module) -> list[_Normalization]:
+    """Return the layers that have running statistics."""
     return [
-        m for m in model.modules() if isinstance(m, _Normalisation) and m.running_mean is not None
+        m for m in model.modules() if isinstance(m, _Normalization) and m.running_mean is not None
     ]
 
 
 @contextlib.contextmanager
-def _training_only(model: nn.Module, layers: list[_Normalisation]) -> Iterator[None]:
+def _training_only(model: nn.Module, layers: list[_Normalization]) -> Iterator[None]:
     momenta = [layer.momentum for layer in layers]
     with evaluating(model):
         try:

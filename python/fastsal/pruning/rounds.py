@@ -1,11 +1,11 @@
-"""Pruning in rounds: statistics at the weights as they are, a step, and again."""
+"""Pruning in rounds: statistics at the current weights, then one step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.damping import DampingChoice
+from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import Measured
@@ -25,13 +26,13 @@ from fastsal.utils.clock import Clock
 
 
 @dataclass(frozen=True)
-class Found:
-    """Statistics of a round.
+class RoundStatistics:
+    """The statistics of a round.
 
     Attributes:
-        fisher: Of the images that are not held out; None where none are needed.
-        joined: Of all images; gives the same as `fisher` where none are held out.
-        tuned: Those that are, to measure on.
+        fisher: Statistics of the images that are not held out; None where none are needed.
+        joined: Returns the statistics of all images; those of `fisher` where none are held out.
+        tuned: The held-out images, on which the loss is measured; None where none are held out.
     """
 
     fisher: Statistics | None = None
@@ -39,38 +40,37 @@ class Found:
     tuned: Measured | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
-        """Whether the model is no worse than the best that was tried."""
+        """Return whether the model is no worse than the best attempt."""
         return best is None or self.tuned is None or self.tuned.mean_loss(model) <= best.loss
 
 
-class Finder(Protocol):
-    """Gives the statistics of a round, by its number from 1."""
+class StatisticsSource(Protocol):
+    """Returns the statistics of a round, by its number from 1."""
 
-    def __call__(self, number: int, *, holds_out: bool) -> Found:
-        """With some images held out, or none."""
+    def __call__(self, number: int, *, holds_out: bool) -> RoundStatistics:
+        """Return the statistics, with some images held out or none."""
 
 
-def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> Found:
+def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> RoundStatistics:
     """Collect a job's statistics for one round, with some images held out or none."""
-    plan = job.plan
-    if not plan.needs_fisher or job.batches is None:
-        return Found()
-    seed = plan.seed + number - 1
+    recipe = job.recipe
+    if not recipe.needs_fisher or job.batches is None:
+        return RoundStatistics()
+    seed = recipe.seed + number - 1
     if not holds_out:
         fisher = job.collect(Repeated(job.source), seed)
-        return Found(fisher, lambda: fisher)
+        return RoundStatistics(fisher, lambda: fisher)
     held: list[Pair] = []
     fisher = job.collect(Holding(job.source, held), seed)
     some = limited(held)
-    # Before they are used, as this checks them.
-    join = job.joining(fisher, held, plan.seed + rounds + number)
+    # Collection validates the held-out images, so it comes before they are used.
+    join = job.joining(fisher, held, recipe.seed + rounds + number)
 
     def joined() -> Statistics:
-        # In place: what was held out is of use for nothing else.
-        join()
+        join()  # in place: the statistics without them are not needed any more
         return fisher
 
-    return Found(fisher, joined, job.held_out(some, fisher))
+    return RoundStatistics(fisher, joined, job.held_out(some, fisher))
 
 
 def prune_in_rounds(
@@ -79,79 +79,81 @@ def prune_in_rounds(
     *,
     recalibrate: bool,
     checkpoint: Checkpoint | None = None,
-    find: Finder | None = None,
-) -> tuple[Masks, dict[str, Tensor], list[dict[str, Any]]]:
-    """Prune to each goal in turn; what is pruned stays pruned.
+    find: StatisticsSource | None = None,
+) -> tuple[Masks, dict[str, Tensor], list[Round]]:
+    """Prune to each goal in turn; pruned weights remain pruned.
 
-    A `λ` that is to be chosen is chosen once, before the first round, by steps to the last goal: in
-    the small steps of rounds the candidates differ by less than the noise of the held-out loss, and
-    gradients grow with the damage, so that the scale of the candidates would too.
+    With `damping="auto"`, `λ` is chosen once, before the first round, by attempts at the last goal:
+    in the small steps of single rounds, candidates differ by less than the noise of the held-out
+    loss, and the scale of gradients (and so of candidates) grows with the damage.
 
     Args:
-        job: Model, images and how.
+        job: Model, images and recipe.
         goals: Sparsity after each round; None where a pattern fixes it.
-        recalibrate: Whether batch normalisation is recalibrated at the end, where that helps.
-        checkpoint: Where the state after each round is kept, and taken up again.
-        find: Gives the statistics of a round at the weights as they are, by its number; None
-            collects them from the job's images.
+        recalibrate: Whether batch normalization is recalibrated at the end, where that lowers the
+            held-out loss.
+        checkpoint: File with the state after each round, from which a rerun resumes.
+        find: Returns the statistics of a round at the current weights; None collects them from the
+            images of the job.
 
     Returns:
         Masks, scores of the last round, history.
     """
-    plan, model = job.plan, job.model
+    recipe, model, step = job.recipe, job.model, job.step
     find = find or partial(find_statistics, job, len(goals))
     masks: Masks | None = None
-    history: list[dict[str, Any]] = []
+    history: list[Round] = []
     scores: dict[str, Tensor] = {}
-    found = Found()
+    found = RoundStatistics()
     with job.all_or_nothing():
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.chosen)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
-            chooses = plan.is_auto and not history
-            # Statistics and scores of two rounds need not be there at once.
-            found, fisher, scores = Found(), None, {}
+            chooses = recipe.is_auto and not history
+            # Frees statistics and scores of the previous round.
+            found, fisher, scores = RoundStatistics(), None, {}
             found = find(number, holds_out=chooses or (recalibrate and number == len(goals)))
             clock.lap("statistics")
+            choice: DampingChoice | None = None
             best: Attempt | None = None
-            if plan.is_auto and history:
-                choice = DampingChoice(history[0]["damping"], [])
-            else:
-                choice, best = plan.choose(
-                    model, found.fisher, masks, goals[-1], job.chosen, found.tuned
-                )
+            if chooses and found.fisher is not None and found.tuned is not None:
+                choice, best = step.choose_damping(found.fisher, masks, goals[-1], found.tuned)
+            elif recipe.is_auto and history and (first := history[0].damping) is not None:
+                choice = DampingChoice(first, [])
             clock.lap("damping")
             fisher = found.joined()
-            outcome = plan.step(model, fisher, masks, goal, choice.damping)
+            choice = choice or DampingChoice(step.given_damping(fisher), [])
+            result = step.run(fisher, masks, goal, choice.damping)
             joined = len(goals) > 1 or found.keeps(model, best)
             if best is not None and not joined:
-                restore(job.chosen, best.weights, plan.shelf)
-                outcome = best.outcome
-            scores, masks = outcome.scores, outcome.masks
+                restore(job.chosen, best.weights, job.shelf)
+                result = best.result
+            scores, masks = result.scores, result.masks
             clock.lap("prune")
-            entry = plan.entry(number, fisher, choice, outcome, clock.seconds)
-            history.append(entry | {"held_out_joined": joined} if chooses else entry)
-            del outcome, best  # they hold scores
+            entry = step.record(number, fisher, choice, result, clock.seconds)
+            history.append(replace(entry, held_out_joined=joined) if chooses else entry)
+            del result, best  # they refer to scores
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)
         if recalibrate and found.tuned is not None:
             clock = Clock()
             measured = partial(found.tuned.mean_loss, model)
             source = holding_out(job.source(), [])
-            history[-1]["recalibration"] = recalibrate_if_better(model, source, measured)
+            effect = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")
-            history[-1]["seconds"].update(clock.seconds)
+            seconds = history[-1].seconds | clock.seconds
+            history[-1] = replace(history[-1], recalibration=effect, seconds=seconds)
     if masks is None:
-        raise InvalidArgument("rounds: takes 1 or more")
-    plan.sign(masks, history)
+        raise InvalidArgument("rounds must be at least 1, got 0")
+    recipe.sign(masks, history)
     if checkpoint is not None:
         checkpoint.remove()
     return masks, scores, history
 
 
 def rising_goals(sparsity: float | None, rounds: int) -> list[float | None]:
-    """The sparsity after each round; the last one is exactly what was asked for."""
+    """Return the sparsity after each round; the last one is `sparsity`, exactly."""
     if sparsity is None:
         return [None] * rounds
     rising = [1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)]

@@ -1,4 +1,4 @@
-"""Copies of weights and scores, in memory or in a scratch file."""
+"""A store for copies of weights and scores, in memory or in a scratch file."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from fastsal.utils.mapped_files import FileArrays, aligned
 
 
 class Shelf:
-    """Where copies of tensors are put: in memory, or in files of a scratch folder.
+    """A store for copies of tensors: in memory, or in files of a scratch folder.
 
-    A file has a purpose, and what is put there next for the same purpose replaces it.
+    Each purpose has its own file; new tensors for a purpose replace the previous ones.
+
+    Args:
+        folder: The scratch folder; None for memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
@@ -27,7 +30,7 @@ class Shelf:
     def room(
         self, purpose: str, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
-        """Tensors to be filled, on the CPU."""
+        """Return uninitialized tensors on the CPU, to be filled by the caller."""
         if self._folder is None:
             return {name: torch.empty(tuple(shape), dtype=dtype) for name, shape in shapes.items()}
         key = f"{purpose} {dtype} {[tuple(s) for s in shapes.values()]}"
@@ -41,7 +44,7 @@ class Shelf:
         return dict(self._files[key][1])
 
     def put(self, purpose: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies: on their own devices in memory, or in a file."""
+        """Return copies of tensors: in memory on their own devices, or in a file."""
         if self._folder is None:
             return {name: p.detach().clone() for name, p in tensors.items()}
         kept = {}
@@ -54,7 +57,7 @@ class Shelf:
         return {name: kept[name] for name in tensors}
 
     def release(self) -> None:
-        """Give back the memory of what lies in files."""
+        """Release the memory of tensors that are stored in files."""
         for file, _ in self._files.values():
             file.release()
 
@@ -63,7 +66,7 @@ class Shelf:
 def all_or_nothing(
     tensors: Mapping[str, Tensor], shelf: Shelf | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Give parameters and buffers their values back if anything goes wrong; yields a copy."""
+    """Restore parameters and buffers if the block raises; yields copies of their values."""
     original = (shelf or Shelf()).put("original", tensors)
     try:
         yield original
@@ -73,14 +76,14 @@ def all_or_nothing(
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of values, to go back to."""
+    """Return copies of tensors, in memory."""
     return Shelf().put("copies", tensors)
 
 
 def restore(
     tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], shelf: Shelf | None = None
 ) -> None:
-    """Copy those values back that there are, from a shelf one at a time."""
+    """Copy values back into tensors of the same names, one at a time from a shelf."""
     with torch.no_grad():
         for name, value in values.items():
             tensors[name].copy_(value)

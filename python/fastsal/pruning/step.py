@@ -1,39 +1,32 @@
-"""What one step of pruning does: score, rank, compensate, mask; with a damping that is chosen."""
+"""One step of pruning: score, rank, compensate, mask; with the choice of a damping."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches
-from fastsal.errors import InvalidArgument, PrecisionWarning
-from fastsal.fisher.checks import check_damping
-from fastsal.fisher.memory_plan import MemoryPlan
+from fastsal.errors import PrecisionWarning
 from fastsal.fisher.statistics import Statistics
-from fastsal.models.selection import model_parameters
-from fastsal.pruning.compensation import moves
-from fastsal.pruning.criteria import CRITERIA, score
-from fastsal.pruning.damping import DampingChoice, candidates, choose_damping
-from fastsal.pruning.masks.joint import LARGEST_GROUP, rank_pattern
+from fastsal.pruning.damping import DampingChoice, Multiple, candidates, choose_damping
+from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.masks.patterns import Pattern
-from fastsal.pruning.masks.ranking import rank
 from fastsal.pruning.measured import Measured
+from fastsal.pruning.process import Process
+from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, restore
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step of pruning came to.
+class StepResult:
+    """The result of one step.
 
     Attributes:
-        scores: Name to float32.
+        scores: Name to scores, float32.
         masks: True = kept.
-        increase: Predicted loss increase after compensation; None without.
+        increase: Predicted loss increase; None without compensation.
     """
 
     scores: dict[str, Tensor]
@@ -43,220 +36,136 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A step that was measured on held-out images, and can be taken up again.
+    """A step that was measured on held-out images, and can be restored.
 
     Attributes:
-        outcome: What it came to.
+        result: The result of the step.
         weights: Name to the weights after it.
-        loss: Held-out loss.
+        loss: Held-out loss after it.
     """
 
-    outcome: Outcome
+    result: StepResult
     weights: dict[str, Tensor]
     loss: float
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How to prune: what is the same in every round and for every sparsity.
+class Step:
+    """Prunes a model in one step.
 
     Attributes:
-        criterion: One of `CRITERIA`.
-        needs_fisher: Whether statistics are needed, for scores or compensation.
-        needs_damping: Whether `λ` is.
-        compensate: Whether kept weights move.
-        damping: `λ`, or `"auto"`.
-        ranking: Arguments of `rank` but scores and sparsity.
-        parameters: Names or patterns.
-        block_size: Of the statistics.
-        seed: Of everything with chance in it.
-        shelf: Where copies of weights and scores are kept.
+        model: The model, pruned in place.
+        chosen: Name to parameter that may be pruned.
+        recipe: How to prune.
+        process: Computes scores, masks and weights.
+        shelf: Where copies of weights and scores are stored.
     """
 
-    criterion: str
-    needs_fisher: bool
-    needs_damping: bool
-    compensate: bool
-    damping: float | str
-    ranking: Mapping[str, Any]
-    parameters: str | Sequence[str] | None
-    block_size: int | None
-    seed: int
-    shelf: Shelf = field(default_factory=Shelf)
+    model: nn.Module
+    chosen: Mapping[str, nn.Parameter]
+    recipe: Recipe
+    process: Process
+    shelf: Shelf
 
-    @property
-    def is_auto(self) -> bool:
-        """Whether `λ` is chosen here."""
-        return self.needs_damping and self.damping == "auto"
+    def run(
+        self, fisher: Statistics | None, masks: Masks | None, goal: float | None, damping: float
+    ) -> StepResult:
+        """Score, rank and prune in place.
 
-    @property
-    def joins_groups(self) -> bool:
-        """Whether groups of a pattern are judged by their joint cost."""
-        pattern = self.ranking["pattern"]
-        if pattern is None or not CRITERIA[self.criterion].needs_damping:
-            return False
-        return Pattern.parse(pattern).m <= LARGEST_GROUP
-
-    def check(self, rounds: int, batches: Batches | None, *, recalibrate: bool) -> None:
-        """Raise InvalidArgument for what does not fit together."""
-        if not isinstance(rounds, int) or rounds < 1:
-            raise InvalidArgument(f"rounds: got {rounds!r}; takes 1 or more")
-        if rounds > 1 and (pattern := self.ranking["pattern"]) is not None:
-            raise InvalidArgument(
-                f"rounds: got {rounds} with pattern {pattern!r}, which is reached in one; takes 1"
-            )
-        if isinstance(self.damping, str) and self.damping != "auto":
-            raise InvalidArgument(f"damping: got {self.damping!r}; takes a number or 'auto'")
-        if self.needs_damping and not isinstance(self.damping, str):
-            check_damping(self.damping)
-        if self.needs_fisher and batches is None:
-            raise InvalidArgument(
-                f"batches: is None; {self.criterion!r} or compensation needs labelled images"
-            )
-        if recalibrate and not self.needs_fisher:
-            raise InvalidArgument(
-                "recalibrate: is tested on images held out of the statistics, and there are none; "
-                "takes a criterion with statistics, or compensate=True"
-            )
-        if (rounds > 1 or recalibrate) and isinstance(batches, Iterator):
-            raise InvalidArgument(
-                "batches: is an iterator, which gives its images once; with several rounds or "
-                "recalibrate=True takes a list, a DataLoader or anything else that can be iterated "
-                "again"
-            )
-
-    def step(
-        self,
-        model: nn.Module,
-        fisher: Statistics | None,
-        masks: Masks | None,
-        goal: float | None,
-        damping: float,
-    ) -> Outcome:
-        """Score, rank and prune in place."""
-        scores = self.score(model, fisher, masks, damping)
-        new = self.rank(model, fisher, scores, goal, damping)
-        increase = self.move(model, fisher, new, damping, before=masks)
+        Args:
+            fisher: Statistics; None where the recipe needs none.
+            masks: Masks of the previous round.
+            goal: Sparsity; None where a pattern fixes it.
+            damping: Absolute `λ`.
+        """
+        recipe, process, model = self.recipe, self.process, self.model
+        scores = process.score(model, fisher, recipe, masks, damping)
+        new = process.choose_masks(model, fisher, recipe, scores, goal, damping)
+        increase = self.compensate(fisher, new, damping, before=masks)
         new.apply(model)
-        return Outcome(scores, new, increase)
+        return StepResult(scores, new, increase)
 
-    def score(
-        self, model: nn.Module, fisher: Statistics | None, masks: Masks | None, damping: float
-    ) -> dict[str, Tensor]:
-        """Name to scores, by the criterion."""
-        named = {} if fisher is not None else {"parameters": self.parameters}
-        return score(model, fisher, self.criterion, damping, masks=masks, seed=self.seed, **named)
-
-    def rank(
+    def compensate(
         self,
-        model: nn.Module,
-        fisher: Statistics | None,
-        scores: Mapping[str, Tensor],
-        goal: float | None,
-        damping: float,
-    ) -> Masks:
-        """Masks from scores or, for a pattern, from joint costs."""
-        if fisher is not None and self.joins_groups:
-            return rank_pattern(model, fisher, sparsity=goal, damping=damping, **self.ranking)
-        return rank(scores, goal, **self.ranking)
-
-    def move(
-        self,
-        model: nn.Module,
         fisher: Statistics | None,
         masks: Masks,
         damping: float,
         *,
         before: Masks | None = None,
     ) -> float | None:
-        """Compensate in place, where that is wanted; the predicted increase of the loss."""
-        if fisher is None or not self.compensate:
+        """Update the kept weights in place, if the recipe says so; returns the loss increase."""
+        if fisher is None or not self.recipe.compensate:
             return None
-        owned = model_parameters(model, fisher.shapes)
-        moved, report = moves(owned, fisher, masks, damping, before=before, shelf=self.shelf)
-        restore(owned, moved, self.shelf)
-        return report.total
+        return self.process.compensate(
+            self.model, fisher, masks, damping, before=before, shelf=self.shelf
+        )
 
-    def grid(self, fisher: Statistics) -> list[float]:
-        """Dampings to try."""
-        return candidates(fisher)
+    def given_damping(self, fisher: Statistics | None) -> float:
+        """Return the absolute `λ` of a recipe that does not choose it."""
+        damping = self.recipe.damping
+        if fisher is None or not self.recipe.needs_damping or isinstance(damping, str):
+            return 1.0  # not used
+        if isinstance(damping, Multiple):
+            return damping.of(self.process.mean_diagonal(fisher))
+        return damping
 
-    def choose(
+    def choose_damping(
         self,
-        model: nn.Module,
-        fisher: Statistics | None,
+        fisher: Statistics,
         masks: Masks | None,
         goal: float | None,
-        chosen: Mapping[str, nn.Parameter],
-        held_out: Measured | None,
+        held_out: Measured,
     ) -> tuple[DampingChoice, Attempt | None]:
-        """The damping of a round and, where some were tried, the best try.
+        """Choose the damping with the least held-out loss, by attempts at pruning to a goal.
 
-        The model is as before.
+        Returns:
+            The choice and the best attempt. The model has its original weights.
         """
-        if not isinstance(self.damping, str):
-            return DampingChoice(self.damping, []), None
-        if held_out is None or fisher is None:
-            return DampingChoice(1.0, []), None  # nothing that is used depends on it
-        start = self.shelf.put("start", chosen)
-        outcome: Outcome | None = None
+        start = self.shelf.put("start", self.chosen)
+        result: StepResult | None = None
         best: Attempt | None = None
 
         def prune_with(damping: float) -> None:
-            nonlocal outcome
-            restore(chosen, start, self.shelf)
+            nonlocal result
+            restore(self.chosen, start, self.shelf)
             with warnings.catch_warnings():
-                # Said for the damping that is taken, not for those that are tried.
+                # Issued for the chosen damping only.
                 warnings.simplefilter("ignore", PrecisionWarning)
-                outcome = self.step(model, fisher, masks, goal, damping)
+                result = self.run(fisher, masks, goal, damping)
 
         def measure() -> float:
-            nonlocal best, outcome
-            loss = held_out.mean_loss(model)
-            if outcome is not None and (best is None or loss < best.loss):
-                scores = self.shelf.put("scores", outcome.scores)
-                weights = self.shelf.put("best", chosen)
-                best = Attempt(replace(outcome, scores=scores), weights, loss)
-            outcome = None  # its scores are gone before the next are made
+            nonlocal best, result
+            loss = held_out.mean_loss(self.model)
+            if result is not None and (best is None or loss < best.loss):
+                scores = self.shelf.put("scores", result.scores)
+                weights = self.shelf.put("best", self.chosen)
+                best = Attempt(replace(result, scores=scores), weights, loss)
+            result = None  # its scores are freed before the next ones are computed
             return loss
 
         try:
-            return choose_damping(self.grid(fisher), prune_with, measure), best
+            grid = candidates(self.process.mean_diagonal(fisher))
+            return choose_damping(grid, prune_with, measure), best
         finally:
-            restore(chosen, start, self.shelf)
+            restore(self.chosen, start, self.shelf)
 
-    def entry(
+    def record(
         self,
         number: int,
         fisher: Statistics | None,
         choice: DampingChoice,
-        outcome: Outcome,
+        result: StepResult,
         seconds: dict[str, float],
-    ) -> dict[str, Any]:
-        """Return the history's line of a round."""
-        return {
-            "round": number,
-            "sparsity": outcome.masks.sparsity,
-            "samples": 0 if fisher is None else fisher.samples,
-            "damping": choice.damping if self.needs_damping else None,
-            "damping_evidence": choice.evidence,
-            "predicted_increase": outcome.increase,
-            "seconds": seconds,
-            **({} if fisher is None or fisher.plan is None else _told(fisher.plan)),
-        }
-
-    def sign(self, masks: Masks, history: list[dict[str, Any]]) -> None:
-        """Write into the masks how they came about."""
-        masks.recipe.update(
-            criterion=self.criterion,
-            rounds=len(history),
-            compensate=self.compensate,
-            damping=[entry["damping"] for entry in history],
-            samples=history[-1]["samples"],
-            block_size=self.block_size,
-            seed=self.seed,
+    ) -> Round:
+        """Return the entry of a round in the history."""
+        plan = None if fisher is None else fisher.plan
+        return Round(
+            round=number,
+            sparsity=result.masks.sparsity,
+            samples=0 if fisher is None else fisher.samples,
+            damping=choice.damping if self.recipe.needs_damping else None,
+            damping_evidence=choice.evidence,
+            predicted_increase=result.increase,
+            seconds=seconds,
+            memory_plan=None if plan is None else plan.as_dict(),
         )
-
-
-def _told(plan: MemoryPlan) -> dict[str, Any]:
-    return {"memory_plan": plan.as_dict()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.rounds import Found, prune_in_rounds, rising_goals
+from fastsal.pruning.rounds import RoundStatistics, prune_in_rounds, rising_goals
 from fastsal.study.cells import Cell
 from fastsal.study.sources import PruningSource
 from fastsal.transfer.headed import PREFIX
@@ -31,35 +31,35 @@ class Pruned:
 def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
     """Prune the dense backbone of a source in place, with the settings of a cell."""
     job = source.job(cell.criterion, cell.seed)
-    plan = job.plan
+    recipe = job.recipe
     waited = 0.0
     own: list[float] = []
 
-    def find(number: int, *, holds_out: bool) -> Found:
+    def find(number: int, *, holds_out: bool) -> RoundStatistics:
         nonlocal waited
-        if not plan.needs_fisher:
-            return Found()
+        if not recipe.needs_fisher:
+            return RoundStatistics()
         start = time.perf_counter()
         found = source.find(number, dense=number == 1)
         taken = time.perf_counter() - start
         waited += taken
         if number > 1:
             own.append(taken)
-        return found if holds_out else Found(found.joined(), found.joined)
+        return found if holds_out else RoundStatistics(found.joined(), found.joined)
 
     start = time.perf_counter()
     goals = rising_goals(cell.sparsity, cell.rounds)
     masks, _, history = prune_in_rounds(job, goals, recalibrate=False, find=find)
     taken = time.perf_counter() - start - waited
     # The time of the shared statistics at the dense weights counts in full for every cell.
-    statistics = source.seconds + sum(own) if plan.needs_fisher else 0.0
+    statistics = source.seconds + sum(own) if recipe.needs_fisher else 0.0
     last = history[-1]
-    is_shared = plan.needs_fisher and source.shared is not None
+    is_shared = recipe.needs_fisher and source.shared is not None
     facts = {
-        "samples": last["samples"],
-        "damping": last["damping"],
+        "samples": last.samples,
+        "damping": last.damping,
         "sparsity_reached": masks.sparsity,
-        "predicted_increase": _sum(entry["predicted_increase"] for entry in history),
+        "predicted_increase": _sum(entry.predicted_increase for entry in history),
         "statistics_bytes": source.dense_fisher().nbytes if is_shared else 0,
         "seconds_statistics": statistics,
         "seconds_prune": taken,

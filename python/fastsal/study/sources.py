@@ -21,11 +21,10 @@ from fastsal.gradients import select_parameters
 from fastsal.gradients.losses import cross_entropy
 from fastsal.models.evaluating import evaluating
 from fastsal.models.inputs import InputSpec
-from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.job import Job
 from fastsal.pruning.measured import Measured
-from fastsal.pruning.rounds import Found, find_statistics
-from fastsal.pruning.step import Plan
+from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.rounds import RoundStatistics, find_statistics
 from fastsal.study.backbones import Backbone
 from fastsal.study.folder_format import SOURCE, TRANSFER
 from fastsal.study.images import SourceImages
@@ -66,7 +65,7 @@ class PruningSource:
     models: list[Headed] = field(init=False)
     targets: list[npt.NDArray[np.int64]] = field(init=False)
     seconds: float = 0.0
-    shared: Found | None = None
+    shared: RoundStatistics | None = None
     overlaps: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +89,7 @@ class PruningSource:
         """Return whether pruning sees a task: `SOURCE` or `TRANSFER`."""
         return SOURCE if task in self.settings.tasks else TRANSFER
 
-    def find(self, number: int, *, dense: bool) -> Found:
+    def find(self, number: int, *, dense: bool) -> RoundStatistics:
         """Return the statistics for one round; those at the dense weights are shared by cells.
 
         Args:
@@ -124,11 +123,8 @@ class PruningSource:
             model: One of `models`; None uses the first.
             batches: Images of the statistics; None for a job that is given its statistics.
         """
-        entry = CRITERIA[how.criterion]
-        plan = Plan(
-            criterion=how.criterion,
-            needs_fisher=entry.needs_fisher or how.compensate,
-            needs_damping=entry.needs_damping or how.compensate,
+        recipe = Recipe.of(
+            how.criterion,
             compensate=how.compensate,
             damping=how.damping,
             ranking={"scope": how.scope, "pattern": how.pattern, "floor": how.floor},
@@ -144,9 +140,9 @@ class PruningSource:
             "micro_batch": None,
         }
         chosen = select_parameters(model, self.parameters)
-        return Job(model, batches, None, plan, chosen, statistics, cross_entropy)
+        return Job(model, batches, None, recipe, chosen, statistics, cross_entropy)
 
-    def _find(self, number: int) -> Found:
+    def _find(self, number: int) -> RoundStatistics:
         """Collect the statistics of all tasks for one round and sum them."""
         fisher: BlockFisher | None = None
         joined: BlockFisher | None = None
@@ -161,7 +157,9 @@ class PruningSource:
             whole = _stored(found.joined())
             fisher = self._add(fisher, without, images.weight)
             joined = self._add(joined, whole, images.weight)
-        return Found(_statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned))
+        return RoundStatistics(
+            _statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned)
+        )
 
     def _batches(self, images: SourceImages) -> Batches:
         """Return the images of the statistics; without labels if the source is unlabeled."""

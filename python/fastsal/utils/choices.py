@@ -22,6 +22,11 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 Precision = Literal["float32", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
+# Data that processes of a distributed job send each other: gradients of single samples, partial
+# sums, or whichever is fewer bytes.
+Exchange = Literal["rows", "sums", "auto"]
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
+
 # Types of mixed-precision passes.
 Autocast = Literal["bfloat16", "float16"]
 AUTOCAST_TYPES: tuple[Autocast, ...] = get_args(Autocast)

@@ -1,19 +1,20 @@
-//! Joint compensation: the exact minimiser of `δᵀ A δ / 2` under `θ_P = 0`, for any mask.
+//! Joint compensation: the exact minimizer of `δᵀ A δ / 2` under `θ_P = 0`, for any mask.
 //!
 //! `θ_K ← θ_K + A_KK⁻¹ A_KP θ_P`, and the predicted loss increase is
-//! `(θ_Pᵀ A_PP θ_P - rᵀ A_KK⁻¹ r) / 2` with `r = A_KP θ_P`. Weights that were pruned before are part of
+//! `(θ_Pᵀ A_PP θ_P - rᵀ A_KK⁻¹ r) / 2` with `r = A_KP θ_P`. Weights that were pruned before belong to
 //! neither set.
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, room, solve, Scratch};
+use crate::cholesky::{cholesky, solve};
 use crate::error::{check_length, Result};
-use crate::factor::{check_damping, Statistics};
+use crate::isa::Isa;
 use crate::parallel;
-use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
-use crate::tiles::padded;
+use crate::scratch::{room, Scratch};
+use crate::simd::{dispatch, padded, Kernel, Simd};
+use crate::statistics::{positions, Damped};
 
-/// What compensation says of one parameter.
+/// Outcome of the compensation of one parameter.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Compensation {
     /// Predicted loss increase of each block, `δᵀ A δ / 2`, after compensation.
@@ -24,69 +25,60 @@ pub struct Compensation {
     pub failed: Vec<usize>,
 }
 
-/// Prune `weights` to `mask` (true = kept) in place and move the kept ones to make up for it.
+/// Prune `weights` to `mask` (true = kept) in place and move the kept ones to compensate.
 ///
-/// `statistics.kept` says which weights were in the model when the statistics were collected.
+/// Weights that were pruned before the statistics were collected stay pruned.
 ///
 /// # Errors
-/// [`crate::Error::Length`] and [`crate::Error::Value`] for arguments that do not fit.
-pub fn compensate<T: Real>(
-    statistics: Statistics<'_, T>,
-    weights: &mut [f32],
-    mask: &[bool],
-    damping: f64,
-) -> Result<Compensation> {
-    statistics.check()?;
-    check_damping(damping)?;
-    let layout = statistics.layout;
-    check_length("weights", weights.len(), layout.len)?;
-    check_length("mask", mask.len(), layout.len)?;
-    let isa = Isa::best();
+/// [`crate::Error::Length`] for arrays that do not fit.
+pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Result<Compensation> {
+    let (isa, layout) = (Isa::best(), damped.layout());
+    check_length("weights", weights.len(), layout.len())?;
+    check_length("mask", mask.len(), layout.len())?;
     let blocks: Vec<(f64, f64, bool)> = parallel::run(|| {
         weights
-            .par_chunks_mut(layout.block)
-            .zip(mask.par_chunks(layout.block))
+            .par_chunks_mut(layout.block())
+            .zip(mask.par_chunks(layout.block()))
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, (weights, mask))| {
-                dispatch(isa, Block { statistics, b, weights, mask, damping, scratch })
+                dispatch(isa, Block { damped, b, weights, mask, scratch })
             })
             .collect()
     });
     Ok(Compensation {
         increase: blocks.iter().map(|b| b.0).collect(),
         uncompensated: blocks.iter().map(|b| b.1).collect(),
-        failed: blocks.iter().enumerate().filter(|(_, b)| !b.2).map(|(b, _)| b).collect(),
+        failed: positions(&blocks, |b| !b.2),
     })
 }
 
 /// One block: predicted increase with and without compensation, and whether it could be factored.
-struct Block<'a, T> {
-    statistics: Statistics<'a, T>,
+struct Block<'a> {
+    damped: Damped<'a>,
     b: usize,
     weights: &'a mut [f32],
     mask: &'a [bool],
-    damping: f64,
     scratch: &'a mut Scratch,
 }
 
-impl<T: Real> Kernel<f64> for Block<'_, T> {
+impl Kernel<f64> for Block<'_> {
     type Output = (f64, f64, bool);
 
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self) -> Self::Output {
-        let Self { statistics, b, weights, mask, damping, scratch } = self;
+        let Self { damped, b, weights, mask, scratch } = self;
         let size = weights.len();
         let stride = padded(size);
-        let before = statistics.kept_in(b);
+        let before = damped.kept_in(b);
         let was_kept = |j: usize| before.is_none_or(|k| k[j]);
         let kept: Vec<usize> = (0..size).filter(|j| mask[*j] && was_kept(*j)).collect();
         let pruned: Vec<usize> = (0..size).filter(|j| !mask[*j] && was_kept(*j)).collect();
         let a = room(&mut scratch.upper, size * stride);
-        statistics.damped(b, damping, a);
+        damped.write(b, a);
         let at = |i: usize, j: usize| a[i.min(j) * stride + i.max(j)];
         let theta = |j: usize| f64::from(weights[j]);
 
-        // A_:P θ_P, of which the rows of P give the loss without compensation, those of K the step.
+        // A_:P θ_P: the rows of P determine the loss without compensation, those of K the step.
         let product =
             |i: usize| -> f64 { pruned.iter().map(|p| at(i, *p) * theta(*p)).sum::<f64>() };
         let bare: f64 = pruned.iter().map(|p| theta(*p) * product(*p)).sum::<f64>() / 2.0;

@@ -3,73 +3,80 @@
 //! With `G` `[N, B]` the gradients of a block and `s` the number of samples,
 //! `A = GᵀG / s + λI` and, by Woodbury, `diag(A⁻¹) = (1 - diag(Gᵀ (sλI + GGᵀ)⁻¹ G)) / λ`: an `[N, N]` matrix
 //! instead of a `[B, B]` one. With `sλI + GGᵀ = UᵀU` the inner diagonal is the column sums of squares of
-//! `U⁻ᵀG`. All in double precision.
+//! `U⁻ᵀG`. Everything is computed in double precision.
 
 use rayon::prelude::*;
 
-use crate::dense::{cholesky, subtract_row, zeros, Scratch};
-use crate::error::{check_length, Error, Result};
-use crate::factor::{check_damping, Report};
+use crate::cholesky::{cholesky, subtract_row};
+use crate::error::{check_length, check_positive, Error, Result};
+use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
-use crate::rows::Rows;
-use crate::simd::{dispatch, Isa, Kernel, Real, Simd};
-use crate::tiles::{add_gram, padded};
+use crate::rows::{with_rows, AnyRows, Element};
+use crate::scratch::{zeros, Scratch};
+use crate::simd::{dispatch, padded, Kernel, Simd};
+use crate::statistics::Report;
+use crate::syrk::syrk;
 
-/// Weights whose gradients are copied side by side at a time.
+/// Weights whose gradients are copied together.
 const WEIGHTS: usize = 64;
 
 /// Parts in which a block's columns are summed; fixed, so that sums do not depend on the threads.
 const PARTS: usize = 16;
+
 /// Columns that are solved together, a few vectors of each row.
 const STRIP: usize = 64;
 
-/// `diag(A⁻¹)` of every block into `out` (`[d]`); `kept` as in [`crate::factor::Statistics`].
+/// Write `diag(A⁻¹)` of every block to `out` (`[d]`); `kept` (true = kept, `None` = all) says which
+/// weights are still in the model.
 ///
 /// # Errors
 /// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
-pub fn inverse_diagonal<T: Real + crate::Element>(
+pub fn inverse_diagonal(
     layout: Layout,
-    rows: Rows<'_, T>,
+    rows: AnyRows<'_>,
     samples: f64,
     kept: Option<&[bool]>,
     damping: f64,
     out: &mut [f64],
 ) -> Result<Report> {
-    check_length("rows", rows.d(), layout.len)?;
-    check_length("out", out.len(), layout.len)?;
+    check_length("rows", rows.d(), layout.len())?;
+    check_length("out", out.len(), layout.len())?;
     if let Some(kept) = kept {
-        check_length("kept", kept.len(), layout.len)?;
+        check_length("kept", kept.len(), layout.len())?;
     }
-    check_damping(damping)?;
-    if !(samples > 0.0 && samples.is_finite()) {
-        let got = samples.to_string();
-        return Err(Error::Value { what: "samples", got, expected: "a number above zero" });
+    check_positive("samples", samples)?;
+    check_positive("damping", damping)?;
+    let n = rows.n();
+    if Layout::new(n, n.max(1)).is_err() {
+        let expected = "few enough for their Gram matrix to fit into memory";
+        return Err(Error::Value { what: "number of rows", got: n.to_string(), expected });
     }
-    let is_kept = |column: usize| kept.is_none_or(|k| k[column]);
     let isa = Isa::best();
     let blocks: Vec<Option<f64>> = parallel::run(|| {
-        out.par_chunks_mut(layout.block)
+        out.par_chunks_mut(layout.block())
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, out)| {
-                let block = Block { rows, first: b * layout.block, is_kept: &is_kept };
+                let block = Block { rows, first: b * layout.block(), kept };
                 block.inverse_diagonal(isa, samples, damping, out, scratch)
             })
             .collect()
     });
-    let failed = blocks.iter().enumerate().filter(|(_, s)| s.is_none()).map(|(b, _)| b).collect();
-    let sensitivity = blocks.iter().map(|s| s.unwrap_or(f64::INFINITY)).collect();
-    Ok(Report { failed, sensitivity })
+    Ok(blocks.into())
 }
 
 /// The gradients of one block.
-struct Block<'a, T, F> {
-    rows: Rows<'a, T>,
+struct Block<'a> {
+    rows: AnyRows<'a>,
     first: usize,
-    is_kept: &'a F,
+    kept: Option<&'a [bool]>,
 }
 
-impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
+impl Block<'_> {
+    fn is_kept(&self, column: usize) -> bool {
+        self.kept.is_none_or(|kept| kept[column])
+    }
+
     fn inverse_diagonal(
         &self,
         isa: Isa,
@@ -101,7 +108,7 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
                 let explained: f64 = (0..n).map(|i| y[i * STRIP + c].powi(2)).sum();
                 // At most one in exact arithmetic; rounding must not make the inverse negative.
                 let left = (1.0 - explained).max(f64::EPSILON);
-                let kept = (self.is_kept)(self.first + first + c);
+                let kept = self.is_kept(self.first + first + c);
                 *out = if kept { left / damping } else { 1.0 };
             }
         });
@@ -127,7 +134,7 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
                             panel[c * padded(n) + r] = strip[r * WEIGHTS + c];
                         }
                     }
-                    add_gram(isa, panel, width, n, padded(n), &mut packed);
+                    syrk(isa, panel, width, n, padded(n), &mut packed);
                 }
                 packed
             })
@@ -143,13 +150,14 @@ impl<T: Real + crate::Element, F: Fn(usize) -> bool + Sync> Block<'_, T, F> {
     fn gather(&self, to: &mut Vec<f64>, first: usize, width: usize, stride: usize) {
         let to = zeros(to, self.rows.n() * stride);
         let start = self.first + first;
-        for (r, to) in to.chunks_mut(stride).enumerate() {
-            for (c, (to, x)) in
-                to.iter_mut().zip(self.rows.row(r, start, start + width)).enumerate()
-            {
-                *to = if (self.is_kept)(start + c) { x.to_f64() } else { 0.0 };
+        with_rows!(self.rows, rows => {
+            for (r, to) in to.chunks_mut(stride).enumerate() {
+                let row = rows.row(r, start, start + width);
+                for (c, (to, x)) in to.iter_mut().zip(row).enumerate() {
+                    *to = if self.is_kept(start + c) { x.to_f64() } else { 0.0 };
+                }
             }
-        }
+        });
     }
 }
 
@@ -176,36 +184,4 @@ impl Kernel<f64> for Forward<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::factor::{self, Statistics};
-    use crate::gram::accumulate;
-    use crate::tests::random;
-
-    #[test]
-    fn equals_the_primal() {
-        for (n, len, block) in
-            [(1, 5, 5), (3, 200, 64), (20, 300, 150), (40, 3000, 1500), (70, 9, 9)]
-        {
-            let layout = Layout::new(len, block);
-            let data = random(n as u64, n * len);
-            let rows = Rows::new(&data, n, len, len).expect("rows");
-            let (mut packed, mut sums) = (vec![0.0; layout.packed_len()], vec![0.0; len]);
-            accumulate(layout, rows, &mut packed, &mut sums, false).expect("accumulate");
-            let kept: Vec<bool> = (0..len).map(|i| i % 4 != 2).collect();
-            for kept in [None, Some(kept.as_slice())] {
-                for damping in [1e-4, 1.0] {
-                    let (mut dual, mut primal) = (vec![0.0; len], vec![0.0; len]);
-                    inverse_diagonal(layout, rows, n as f64, kept, damping, &mut dual)
-                        .expect("dual");
-                    let statistics =
-                        Statistics { layout, packed: &packed, samples: n as f64, kept };
-                    factor::inverse_diagonal(statistics, damping, &mut primal).expect("primal");
-                    for (d, p) in dual.iter().zip(&primal) {
-                        assert!((d / p - 1.0).abs() < 1e-9, "{n} {len} {block} {d} {p}");
-                    }
-                }
-            }
-        }
-    }
-}
+mod tests;

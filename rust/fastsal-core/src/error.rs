@@ -1,44 +1,44 @@
-//! The one error type of the core.
+//! The error type of the core.
 
-/// What can go wrong below the Python boundary.
+/// An error of a core function.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
-    /// An array has another length than its layout asks for.
-    #[error("{what}: got length {got}, expected {expected}")]
+    /// An array has a length other than its layout requires.
+    #[error("{what} must have length {expected}, got {got}")]
     Length {
-        /// Which array.
+        /// Name of the argument.
         what: &'static str,
-        /// Its length.
+        /// Length of the array.
         got: usize,
-        /// The length that the layout asks for.
+        /// Length that the layout requires.
         expected: usize,
     },
-    /// A number is outside what is taken.
-    #[error("{what}: got {got}, expected {expected}")]
+    /// An argument is outside its range.
+    #[error("{what} must be {expected}, got {got}")]
     Value {
-        /// Which argument.
+        /// Name of the argument.
         what: &'static str,
-        /// What came.
+        /// The value.
         got: String,
-        /// What is taken.
+        /// The values that are accepted.
         expected: &'static str,
     },
-    /// A gradient holds NaN or infinity.
-    #[error("gradient of sample {row} is {value} at position {column}")]
+    /// A gradient is NaN or infinite.
+    #[error("gradients must be finite, got {value} for sample {row} at position {column}")]
     NonFiniteGradient {
-        /// Row, that is the sample within this call.
+        /// Row: the sample within this call.
         row: usize,
-        /// Column, that is the flat position in the parameter.
+        /// Column: the flat position in the parameter.
         column: usize,
         /// NaN or an infinity.
         value: f64,
     },
     /// A score is NaN.
-    #[error("score {index} of array {array} is NaN")]
+    #[error("scores must be numbers, got NaN at position {index} of array {array}")]
     NanScore {
-        /// Which array.
+        /// Number of the array.
         array: usize,
-        /// Flat position in it.
+        /// Flat position in the array.
         index: usize,
     },
 }
@@ -46,11 +46,19 @@ pub enum Error {
 /// Result of a core function.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// `Ok` when an array has the length that its layout asks for.
+/// Require that an array has the length that its layout asks for.
 pub(crate) fn check_length(what: &'static str, got: usize, expected: usize) -> Result<()> {
     if got == expected {
         Ok(())
     } else {
         Err(Error::Length { what, got, expected })
     }
+}
+
+/// Require a finite number above zero.
+pub(crate) fn check_positive(what: &'static str, value: f64) -> Result<()> {
+    if value > 0.0 && value.is_finite() {
+        return Ok(());
+    }
+    Err(Error::Value { what, got: value.to_string(), expected: "a finite number above zero" })
 }

@@ -1,26 +1,57 @@
-//! How a parameter of `d` weights is cut into blocks, and where a block's entries lie.
+//! How a parameter of `d` weights is cut into blocks, and where the entries of a block are stored.
 //!
-//! A parameter is cut into consecutive blocks of `B` weights; the last may be shorter. The
+//! A parameter is cut into consecutive blocks of `B` weights; the last one may be shorter. The
 //! statistics of a block of `b` weights are the upper triangle of its symmetric matrix, row by row:
-//! entry `(i, j)`, `i <= j`, lies at `row_base(b, i) + j`.
+//! entry `(i, j)`, `i <= j`, is stored at `row_base(b, i) + j`.
 
-/// A parameter's cut into blocks.
+use crate::error::{Error, Result};
+
+/// The cut of one parameter into blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
-    /// Number of weights, `d`.
-    pub len: usize,
-    /// Block size, `B >= 1`, never more than `d`.
-    pub block: usize,
+    len: usize,
+    block: usize,
 }
 
 impl Layout {
     /// Cut `len` weights into blocks of `block`; a block larger than the parameter is the parameter.
-    #[must_use]
-    pub fn new(len: usize, block: usize) -> Self {
-        Self { len, block: block.clamp(1, len.max(1)) }
+    ///
+    /// # Errors
+    /// [`Error::Value`] when `block` is zero, or when the blocks have more entries than `usize`
+    /// counts. No size of a layout wraps.
+    pub fn new(len: usize, block: usize) -> Result<Self> {
+        let refuse =
+            |expected| Err(Error::Value { what: "block_size", got: block.to_string(), expected });
+        if block == 0 {
+            return refuse("1 or more");
+        }
+        let block = block.min(len.max(1));
+        let entries = block.checked_mul(block).and_then(|b| b.checked_mul(len.div_ceil(block)));
+        if entries.is_none() {
+            return refuse("small enough for the blocks to fit into memory");
+        }
+        Ok(Self { len, block })
     }
 
-    /// Number of blocks, the short last one included.
+    /// Number of weights, `d`.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no weights.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Block size, `B >= 1`, at most `d` unless there are no weights.
+    #[must_use]
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
+    /// Number of blocks, including the short last one.
     #[must_use]
     pub fn blocks(&self) -> usize {
         self.len.div_ceil(self.block)
@@ -32,6 +63,13 @@ impl Layout {
         self.block.min(self.len - b * self.block)
     }
 
+    /// Places of the weights of block `b` in the parameter.
+    #[must_use]
+    pub fn range(&self, b: usize) -> std::ops::Range<usize> {
+        let start = b * self.block;
+        start..start + self.size(b)
+    }
+
     /// Length of the packed statistics of the whole parameter.
     #[must_use]
     pub fn packed_len(&self) -> usize {
@@ -39,23 +77,30 @@ impl Layout {
         full * triangle(self.block) + triangle(self.len % self.block)
     }
 
-    /// Where block `b` begins in the packed statistics.
+    /// Places of block `b` in the packed statistics.
     #[must_use]
-    pub fn packed_start(&self, b: usize) -> usize {
-        b * triangle(self.block)
+    pub fn packed_range(&self, b: usize) -> std::ops::Range<usize> {
+        let start = b * triangle(self.block);
+        start..start + triangle(self.size(b))
+    }
+
+    /// Length of all blocks as full matrices, `[blocks, B, B]`.
+    #[must_use]
+    pub fn dense_len(&self) -> usize {
+        self.blocks() * self.block * self.block
     }
 }
 
-/// Entries of the upper triangle of a `b × b` matrix.
+/// Number of entries in the upper triangle of a `b × b` matrix.
 #[must_use]
 pub const fn triangle(b: usize) -> usize {
     b * (b + 1) / 2
 }
 
-/// Offset such that entry `(i, j)`, `i <= j`, of a packed `b × b` triangle lies at `row_base + j`.
+/// Offset such that entry `(i, j)`, `i <= j`, of a packed `b × b` triangle is at `row_base + j`.
 #[must_use]
 pub const fn row_base(b: usize, i: usize) -> usize {
-    // i rows of lengths b, b-1, ... stand before; the row itself starts at column i.
+    // i rows of lengths b, b-1, ... come first; the row itself starts at column i.
     (i * (2 * b - i + 1)) / 2 - i
 }
 
@@ -79,12 +124,23 @@ mod tests {
 
     #[test]
     fn blocks_cover_the_parameter() {
-        for (len, block) in [(1, 64), (64, 64), (65, 64), (1000, 64), (7, 1), (100, 1000)] {
-            let layout = Layout::new(len, block);
-            let sizes: Vec<_> = (0..layout.blocks()).map(|b| layout.size(b)).collect();
-            assert_eq!(sizes.iter().sum::<usize>(), len);
-            let packed: usize = sizes.iter().map(|&s| triangle(s)).sum();
-            assert_eq!(packed, layout.packed_len());
+        for (len, block) in [(1, 64), (64, 64), (65, 64), (1000, 64), (7, 1), (100, 1000), (0, 3)] {
+            let layout = Layout::new(len, block).expect("layout");
+            let (mut weights, mut entries) = (0, 0);
+            for b in 0..layout.blocks() {
+                assert_eq!(layout.range(b).start, weights);
+                assert_eq!(layout.packed_range(b).start, entries);
+                (weights, entries) = (layout.range(b).end, layout.packed_range(b).end);
+            }
+            assert_eq!((weights, entries), (len, layout.packed_len()));
         }
+    }
+
+    #[test]
+    fn sizes_do_not_wrap() {
+        assert!(Layout::new(10, 0).is_err());
+        assert!(Layout::new(usize::MAX, usize::MAX).is_err());
+        assert!(Layout::new(1 << 40, 1 << 20).is_ok());
+        assert!(Layout::new(1 << 40, 1 << 40).is_err());
     }
 }

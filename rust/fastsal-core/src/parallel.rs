@@ -1,8 +1,8 @@
 //! The worker pool: one for the process, parallel at the outermost level only, safe after `fork`.
 //!
-//! A rayon pool does not survive `fork`: the child has the pool's memory but not its threads, and
-//! would wait for them for ever. The pool therefore remembers the process that built it, and a
-//! child builds its own.
+//! A rayon pool does not survive `fork`: the child has the memory of the pool but not its threads, and
+//! would wait for them forever. The pool therefore records the process that built it, and a child
+//! builds its own.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,15 +16,15 @@ struct Pool {
 }
 
 static POOL: Mutex<Option<Pool>> = Mutex::new(None);
-/// What `set_threads` asked for; zero means every processor this process may use.
+/// The argument of `set_threads`; zero means every processor that this process may use.
 static WANTED: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
 
 fn lock() -> MutexGuard<'static, Option<Pool>> {
-    // The guarded value is replaced whole, so a poisoned lock still guards a sound one.
+    // The guarded value is replaced as a whole, so it is valid even behind a poisoned lock.
     POOL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Number of workers that the next call uses.
+/// Return the number of workers that the next call uses.
 #[must_use]
 pub fn threads() -> usize {
     match WANTED.load(std::sync::atomic::Ordering::Relaxed) {
@@ -33,7 +33,7 @@ pub fn threads() -> usize {
     }
 }
 
-/// Use `n` workers from the next call on; zero means every processor this process may use.
+/// Use `n` workers from the next call on; zero means every processor that this process may use.
 pub fn set_threads(n: usize) {
     WANTED.store(n, std::sync::atomic::Ordering::Relaxed);
 }
@@ -42,12 +42,12 @@ pub fn set_threads(n: usize) {
 pub fn run<R: Send>(job: impl FnOnce() -> R + Send) -> R {
     match workers() {
         Some(pool) => pool.install(job),
-        // No thread could be started (a process limit, say): rayon then works on this thread alone.
+        // No thread could be started (for example, a process limit): rayon runs on this thread alone.
         None => job(),
     }
 }
 
-/// `f` of every item, in order, in parallel: one call for all parameters of a model.
+/// Apply `f` to every item in parallel, in order: one call for all parameters of a model.
 pub fn map<I: Send, R: Send>(items: Vec<I>, f: impl Fn(I) -> R + Sync + Send) -> Vec<R> {
     run(|| items.into_par_iter().map(f).collect())
 }

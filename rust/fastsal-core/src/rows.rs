@@ -1,10 +1,10 @@
-//! Borrowed gradient rows `[n, d]` in the element types that PyTorch hands over.
+//! Borrowed gradient rows `[n, d]` in the element types that PyTorch produces.
 
 use half::{bf16, f16};
 
-use crate::error::{check_length, Result};
+use crate::error::{Error, Result};
 
-/// `n` rows of `d` elements each; rows lie `stride` elements apart, elements side by side.
+/// `n` rows of `d` contiguous elements; consecutive rows start `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
 pub struct Rows<'a, E> {
     data: &'a [E],
@@ -19,57 +19,108 @@ impl<'a, E: Element> Rows<'a, E> {
     /// # Errors
     /// [`Error::Length`] when `data` ends before the last row does.
     pub fn new(data: &'a [E], n: usize, d: usize, stride: usize) -> Result<Self> {
-        let needed = if n == 0 { 0 } else { (n - 1) * stride + d };
-        if data.len() < needed {
-            check_length("rows", data.len(), needed)?;
+        let needed = match n.checked_sub(1) {
+            None => Some(0),
+            Some(before) => before.checked_mul(stride).and_then(|start| start.checked_add(d)),
+        };
+        match needed {
+            Some(needed) if needed <= data.len() => Ok(Self { data, n, d, stride }),
+            _ => {
+                let expected = needed.unwrap_or(usize::MAX);
+                Err(Error::Length { what: "rows", got: data.len(), expected })
+            }
         }
-        Ok(Self { data, n, d, stride })
-    }
-
-    /// Number of samples, `n`.
-    #[must_use]
-    pub fn n(&self) -> usize {
-        self.n
-    }
-
-    /// Number of weights, `d`.
-    #[must_use]
-    pub fn d(&self) -> usize {
-        self.d
-    }
-
-    /// Elements from one row to the next.
-    #[must_use]
-    pub(crate) fn stride(&self) -> usize {
-        self.stride
-    }
-
-    /// Where row `r`, column `c` lies or would lie; not to be read.
-    #[must_use]
-    pub(crate) fn address(&self, r: usize, c: usize) -> *const E {
-        self.data.as_ptr().wrapping_add(r * self.stride + c)
     }
 
     /// The rows from row `r` on.
-    #[must_use]
-    pub fn from(&self, r: usize) -> Self {
+    #[inline(always)]
+    pub(crate) fn from(&self, r: usize) -> Self {
         let data = self.data.get(r * self.stride..).unwrap_or_default();
         Self { data, n: self.n.saturating_sub(r), ..*self }
     }
 
     /// Columns `from..to` of row `r`.
-    #[must_use]
-    pub fn row(&self, r: usize, from: usize, to: usize) -> &'a [E] {
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize, from: usize, to: usize) -> &'a [E] {
         let start = r * self.stride;
         &self.data[start + from..start + to]
     }
 }
 
-/// An element type of gradient rows. Conversions are plain arithmetic, so loops over them vectorise.
+/// Rows of any element type.
+#[derive(Debug, Clone, Copy)]
+pub enum AnyRows<'a> {
+    /// Single precision.
+    F32(Rows<'a, f32>),
+    /// Double precision.
+    F64(Rows<'a, f64>),
+    /// Half precision.
+    F16(Rows<'a, f16>),
+    /// Brain floating point.
+    Bf16(Rows<'a, bf16>),
+}
+
+/// Evaluate `$body` with `$rows: Rows<E>` for the element type at hand.
+macro_rules! with_rows {
+    ($any:expr, $rows:ident => $body:expr) => {
+        match $any {
+            $crate::rows::AnyRows::F32($rows) => $body,
+            $crate::rows::AnyRows::F64($rows) => $body,
+            $crate::rows::AnyRows::F16($rows) => $body,
+            $crate::rows::AnyRows::Bf16($rows) => $body,
+        }
+    };
+}
+pub(crate) use with_rows;
+
+impl AnyRows<'_> {
+    /// Number of samples, `n`.
+    #[must_use]
+    pub fn n(&self) -> usize {
+        with_rows!(self, rows => rows.n)
+    }
+
+    /// Number of weights, `d`.
+    #[must_use]
+    pub fn d(&self) -> usize {
+        with_rows!(self, rows => rows.d)
+    }
+
+    /// Columns `column..column + len` of rows from `row` on, as addresses; they may lie past the end.
+    pub(crate) fn bytes(&self, row: usize, column: usize, len: usize) -> RowBytes {
+        fn bytes<E>(rows: &Rows<'_, E>, row: usize, column: usize, len: usize) -> RowBytes {
+            let start = rows.data.as_ptr().wrapping_add(row * rows.stride + column);
+            let size = size_of::<E>();
+            RowBytes { start: start.cast(), len: len * size, stride: rows.stride * size }
+        }
+        with_rows!(self, rows => bytes(rows, row, column, len))
+    }
+}
+
+macro_rules! from_rows {
+    ($($e:ty => $variant:ident),*) => {
+        $(impl<'a> From<Rows<'a, $e>> for AnyRows<'a> {
+            fn from(rows: Rows<'a, $e>) -> Self {
+                Self::$variant(rows)
+            }
+        })*
+    };
+}
+from_rows!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16);
+
+/// The memory of some columns of consecutive rows, in bytes.
+pub(crate) struct RowBytes {
+    pub start: *const u8,
+    pub len: usize,
+    /// From the start of one row to the next.
+    pub stride: usize,
+}
+
+/// An element type of gradient rows. Conversions are plain arithmetic, so loops over them vectorize.
 pub trait Element: Copy + Send + Sync + 'static {
-    /// The value in single precision (exact but from `f64`).
+    /// Convert to single precision; exact except from `f64`.
     fn to_f32(self) -> f32;
-    /// The value in double precision (exact).
+    /// Convert to double precision; exact.
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self.to_f32().into()
@@ -106,7 +157,7 @@ impl Element for f16 {
     fn to_f32(self) -> f32 {
         let bits = u32::from(self.to_bits());
         let magnitude = (bits & 0x7fff) << 13;
-        // Moving the exponent by a product makes subnormal halves right, too.
+        // Shifting the exponent by a multiplication also converts subnormal numbers.
         let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
         let special = if magnitude >= 0x7c00 << 13 { 0xff << 23 } else { 0 };
         f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
@@ -136,5 +187,8 @@ mod tests {
     fn rows_must_fit() {
         assert!(Rows::new(&[0.0f32; 10], 2, 4, 6).is_ok());
         assert!(Rows::new(&[0.0f32; 9], 2, 4, 6).is_err());
+        assert!(Rows::new(&[0.0f32; 9], 3, 4, usize::MAX / 2).is_err());
+        assert!(Rows::new(&[0.0f32; 9], 2, usize::MAX, 1).is_err());
+        assert!(Rows::<f32>::new(&[], 0, 4, 4).is_ok());
     }
 }

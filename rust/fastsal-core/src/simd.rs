@@ -1,88 +1,31 @@
-//! Vector instructions behind one small trait, chosen when the program runs.
+//! Vector instructions behind one small trait, selected at run time.
 //!
-//! A kernel is written once, generic over [`Simd`], as an `#[inline(always)]` function; a thin
-//! wrapper with `#[target_feature]` instantiates it for each instruction set. On arm64 NEON is part
-//! of the baseline, so the portable lanes compile to it.
+//! A kernel is written once, generic over [`Simd`], as an `#[inline(always)]` function; [`dispatch`]
+//! instantiates it for each instruction set. One table maps the operations of the trait to
+//! intrinsics. On arm64 NEON is part of the baseline, so the portable lanes compile to it.
 
-use std::sync::OnceLock;
+mod plain;
 
-use crate::error::{Error, Result};
+use crate::isa::Isa;
 use crate::rows::Element;
-
-/// Instruction set of a kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Isa {
-    /// Plain Rust; SSE2 on x86-64, NEON on arm64.
-    Portable,
-    /// 256-bit vectors and fused multiply-add.
-    Avx2,
-    /// 512-bit vectors.
-    Avx512,
-}
-
-impl Isa {
-    /// The best of what this processor has.
-    #[must_use]
-    pub fn best() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| Self::available().last().copied().unwrap_or(Self::Portable))
-    }
-
-    /// All that this processor has, slowest first.
-    #[must_use]
-    pub fn available() -> Vec<Self> {
-        let mut found = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                found.push(Self::Avx2);
-            }
-            if is_x86_feature_detected!("avx512f") {
-                found.push(Self::Avx512);
-            }
-        }
-        found
-    }
-
-    /// # Errors
-    /// [`Error::Value`] when this processor lacks the instruction set.
-    pub fn check(self) -> Result<()> {
-        if self == Self::best() || Self::available().contains(&self) {
-            return Ok(());
-        }
-        let got = self.name().to_owned();
-        Err(Error::Value { what: "isa", got, expected: "one that this processor has" })
-    }
-
-    /// Its common name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Portable if cfg!(target_arch = "aarch64") => "neon",
-            Self::Portable => "portable",
-            Self::Avx2 => "avx2+fma",
-            Self::Avx512 => "avx512f",
-        }
-    }
-}
 
 /// `W` lanes of one real type. Every function reads or writes `W` lanes from its pointer.
 ///
 /// # Safety
 /// Callers run the functions only on a processor that has the instruction set, on pointers that are
 /// valid for `W` elements (for the elements in `lo..hi`, where a range is given).
-pub trait Simd: Copy {
+pub(crate) trait Simd: Copy {
     /// Element type.
-    type T: Copy;
+    type T: Real;
     /// Register.
     type V: Copy;
-    /// What the registers belong to.
+    /// Instruction set of the registers.
     const ISA: Isa;
     /// Lanes of a register.
     const W: usize;
     /// Rows of a register tile.
     const ROWS: usize;
-    /// Registers of half the lanes, where those cost less; else the same.
+    /// Registers of half the lanes, where those cost less; otherwise the same.
     type Half: Simd<T = Self::T>;
     /// Whether `Half` is a half.
     const HALVES: bool = Self::Half::W < Self::W;
@@ -104,372 +47,195 @@ pub trait Simd: Copy {
     unsafe fn store(p: *mut Self::T, v: Self::V);
     /// Lanes `lo..hi`; the others are zero.
     unsafe fn load_lanes(p: *const Self::T, lo: usize, hi: usize) -> Self::V;
-    /// Lanes `lo..hi`; the others are left alone.
+    /// Lanes `lo..hi`; the others are not written.
     unsafe fn store_lanes(p: *mut Self::T, v: Self::V, lo: usize, hi: usize);
 }
 
-macro_rules! portable {
-    ($name:ident, $t:ty, $w:literal) => {
+/// The table: a row for each register, one operation after the other. `equal` and the two functions
+/// of some lanes are expressions in the names in the parentheses before them.
+macro_rules! registers {
+    ($(
+        $name:ident: $t:ty, $v:ty, $w:literal lanes of $isa:ident, tiles of $rows:literal rows, half $half:ty;
+        zero $zero:path, load $load:path, store $store:path, splat $splat:path, mul_add $fma:path,
+        add $add:path, mul $mul:path, div $div:path, min $min:path, max $max:path;
+        equal($a:ident, $b:ident) $equal:expr;
+        load_lanes($from:ident, $lo:ident, $hi:ident) $load_lanes:expr;
+        store_lanes($to:ident, $value:ident) $store_lanes:expr;
+    )*) => {$(
         #[derive(Clone, Copy)]
-        pub struct $name;
-        // SAFETY (of the unsafe blocks below): the trait's contract makes the pointers valid.
+        pub(crate) struct $name;
+
         impl Simd for $name {
             type T = $t;
-            type V = [$t; $w];
-            const ISA: Isa = Isa::Portable;
+            type V = $v;
+            type Half = $half;
+            const ISA: Isa = Isa::$isa;
             const W: usize = $w;
-            const ROWS: usize = 4;
-            type Half = Self;
+            const ROWS: usize = $rows;
             #[inline(always)]
-            unsafe fn zero() -> Self::V {
-                [0.0; $w]
+            unsafe fn zero() -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $zero() }
             }
             #[inline(always)]
-            unsafe fn load(p: *const $t) -> Self::V {
-                // SAFETY: valid for W elements by contract.
-                unsafe { std::ptr::read_unaligned(p.cast()) }
+            unsafe fn load(p: *const $t) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $load(p) }
             }
             #[inline(always)]
-            unsafe fn splat(p: *const $t) -> Self::V {
-                // SAFETY: valid by contract.
-                [unsafe { *p }; $w]
+            unsafe fn store(p: *mut $t, v: $v) {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $store(p, v) }
             }
             #[inline(always)]
-            unsafe fn mul_add(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-                std::array::from_fn(|i| {
-                    // Without an instruction for it, a fused product is a slow library call.
-                    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-                        a[i].mul_add(b[i], c[i])
-                    } else {
-                        a[i] * b[i] + c[i]
-                    }
-                })
+            unsafe fn splat(p: *const $t) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $splat(*p) }
             }
             #[inline(always)]
-            unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] + b[i])
+            unsafe fn mul_add(a: $v, b: $v, c: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $fma(a, b, c) }
             }
             #[inline(always)]
-            unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] * b[i])
+            unsafe fn add(a: $v, b: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $add(a, b) }
             }
             #[inline(always)]
-            unsafe fn div(a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] / b[i])
+            unsafe fn mul(a: $v, b: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $mul(a, b) }
             }
             #[inline(always)]
-            unsafe fn min(a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| if a[i] < b[i] { a[i] } else { b[i] })
+            unsafe fn div(a: $v, b: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $div(a, b) }
             }
             #[inline(always)]
-            unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+            unsafe fn min(a: $v, b: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $min(a, b) }
             }
             #[inline(always)]
-            unsafe fn equal(a: Self::V, b: Self::V) -> u32 {
-                (0..$w).fold(0, |bits, i| bits | u32::from(a[i] == b[i]) << i)
+            unsafe fn max(a: $v, b: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $max(a, b) }
             }
             #[inline(always)]
-            unsafe fn store(p: *mut $t, v: Self::V) {
-                // SAFETY: valid for W elements by contract.
-                unsafe { std::ptr::write_unaligned(p.cast(), v) }
+            unsafe fn equal($a: $v, $b: $v) -> u32 {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $equal }
             }
             #[inline(always)]
-            unsafe fn load_lanes(p: *const $t, lo: usize, hi: usize) -> Self::V {
-                let mut v = [0.0; $w];
-                for (i, lane) in v.iter_mut().enumerate().take(hi).skip(lo) {
-                    // SAFETY: lanes lo..hi are valid by contract.
-                    *lane = unsafe { *p.wrapping_add(i) };
-                }
-                v
+            unsafe fn load_lanes($from: *const $t, $lo: usize, $hi: usize) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $load_lanes }
             }
             #[inline(always)]
-            unsafe fn store_lanes(p: *mut $t, v: Self::V, lo: usize, hi: usize) {
-                for (i, lane) in v.iter().enumerate().take(hi).skip(lo) {
-                    // SAFETY: lanes lo..hi are valid by contract.
-                    unsafe { *p.wrapping_add(i) = *lane };
-                }
+            unsafe fn store_lanes($to: *mut $t, $value: $v, $lo: usize, $hi: usize) {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $store_lanes }
             }
         }
-    };
+    )*};
 }
-portable!(PortableF32, f32, 4);
-portable!(PortableF64, f64, 2);
+
+registers! {
+    PortableF32: f32, [f32; 4], 4 lanes of Portable, tiles of 4 rows, half Self;
+    zero plain::zero, load plain::load, store plain::store, splat plain::splat,
+    mul_add plain::mul_add_f32, add plain::add, mul plain::mul, div plain::div, min plain::min,
+    max plain::max;
+    equal(a, b) plain::equal(a, b);
+    load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
+    store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
+
+    PortableF64: f64, [f64; 2], 2 lanes of Portable, tiles of 4 rows, half Self;
+    zero plain::zero, load plain::load, store plain::store, splat plain::splat,
+    mul_add plain::mul_add_f64, add plain::add, mul plain::mul, div plain::div, min plain::min,
+    max plain::max;
+    equal(a, b) plain::equal(a, b);
+    load_lanes(p, lo, hi) load_each::<Self, 2>(p, lo, hi);
+    store_lanes(p, v) store_each::<Self, 2>(p, v, lo, hi);
+}
 
 #[cfg(target_arch = "x86_64")]
-pub use x86::*;
+use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::{Isa, Simd};
-    use std::arch::x86_64::*;
+registers! {
+    Avx2F32: f32, __m256, 8 lanes of Avx2, tiles of 6 rows, half Self;
+    zero _mm256_setzero_ps, load _mm256_loadu_ps, store _mm256_storeu_ps, splat _mm256_set1_ps,
+    mul_add _mm256_fmadd_ps, add _mm256_add_ps, mul _mm256_mul_ps, div _mm256_div_ps,
+    min _mm256_min_ps, max _mm256_max_ps;
+    equal(a, b) _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b)) as u32;
+    load_lanes(p, lo, hi) load_each::<Self, 8>(p, lo, hi);
+    store_lanes(p, v) store_each::<Self, 8>(p, v, lo, hi);
 
-    macro_rules! avx2 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $div:ident, $min:ident, $max:ident, $store:ident, $equal:ident, $mask:ident) => {
-            #[derive(Clone, Copy)]
-            pub struct $name;
-            impl Simd for $name {
-                type T = $t;
-                type V = $v;
-                const ISA: Isa = Isa::Avx2;
-                const W: usize = $w;
-                const ROWS: usize = 6;
-                type Half = Self;
-                #[inline(always)]
-                unsafe fn zero() -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $zero() }
-                }
-                #[inline(always)]
-                unsafe fn load(p: *const $t) -> $v {
-                    // SAFETY: AVX2 and a valid pointer by contract.
-                    unsafe { $load(p) }
-                }
-                #[inline(always)]
-                unsafe fn splat(p: *const $t) -> $v {
-                    // SAFETY: AVX2 and a valid pointer by contract.
-                    unsafe { $splat(*p) }
-                }
-                #[inline(always)]
-                unsafe fn mul_add(a: $v, b: $v, c: $v) -> $v {
-                    // SAFETY: the processor has FMA by contract.
-                    unsafe { $fma(a, b, c) }
-                }
-                #[inline(always)]
-                unsafe fn add(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $add(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn mul(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $mul(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn div(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $div(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn min(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $min(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn max(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $max(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn equal(a: $v, b: $v) -> u32 {
-                    // SAFETY: the processor has AVX2 by contract.
-                    unsafe { $mask($equal::<_CMP_EQ_OQ>(a, b)) as u32 }
-                }
-                #[inline(always)]
-                unsafe fn store(p: *mut $t, v: $v) {
-                    // SAFETY: AVX2 and a valid pointer by contract.
-                    unsafe { $store(p, v) }
-                }
-                #[inline(always)]
-                unsafe fn load_lanes(p: *const $t, lo: usize, hi: usize) -> $v {
-                    let mut lanes = [0.0; $w];
-                    for (i, lane) in lanes.iter_mut().enumerate().take(hi).skip(lo) {
-                        // SAFETY: lanes lo..hi are valid by contract.
-                        *lane = unsafe { *p.wrapping_add(i) };
-                    }
-                    // SAFETY: `lanes` has W elements.
-                    unsafe { $load(lanes.as_ptr()) }
-                }
-                #[inline(always)]
-                unsafe fn store_lanes(p: *mut $t, v: $v, lo: usize, hi: usize) {
-                    let mut lanes = [0.0; $w];
-                    // SAFETY: `lanes` has W elements.
-                    unsafe { $store(lanes.as_mut_ptr(), v) };
-                    for (i, lane) in lanes.iter().enumerate().take(hi).skip(lo) {
-                        // SAFETY: lanes lo..hi are valid by contract.
-                        unsafe { *p.wrapping_add(i) = *lane };
-                    }
-                }
-            }
-        };
-    }
-    avx2!(
-        Avx2F32,
-        f32,
-        __m256,
-        8,
-        _mm256_setzero_ps,
-        _mm256_loadu_ps,
-        _mm256_set1_ps,
-        _mm256_fmadd_ps,
-        _mm256_add_ps,
-        _mm256_mul_ps,
-        _mm256_div_ps,
-        _mm256_min_ps,
-        _mm256_max_ps,
-        _mm256_storeu_ps,
-        _mm256_cmp_ps,
-        _mm256_movemask_ps
-    );
-    avx2!(
-        Avx2F64,
-        f64,
-        __m256d,
-        4,
-        _mm256_setzero_pd,
-        _mm256_loadu_pd,
-        _mm256_set1_pd,
-        _mm256_fmadd_pd,
-        _mm256_add_pd,
-        _mm256_mul_pd,
-        _mm256_div_pd,
-        _mm256_min_pd,
-        _mm256_max_pd,
-        _mm256_storeu_pd,
-        _mm256_cmp_pd,
-        _mm256_movemask_pd
-    );
+    Avx2F64: f64, __m256d, 4 lanes of Avx2, tiles of 6 rows, half Self;
+    zero _mm256_setzero_pd, load _mm256_loadu_pd, store _mm256_storeu_pd, splat _mm256_set1_pd,
+    mul_add _mm256_fmadd_pd, add _mm256_add_pd, mul _mm256_mul_pd, div _mm256_div_pd,
+    min _mm256_min_pd, max _mm256_max_pd;
+    equal(a, b) _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_EQ_OQ>(a, b)) as u32;
+    load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
+    store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
 
-    macro_rules! avx512 {
-        ($name:ident, $t:ty, $v:ty, $w:literal, $half:ty, $mask:ty, $zero:ident, $load:ident, $splat:ident, $fma:ident, $add:ident, $mul:ident, $div:ident, $min:ident, $max:ident, $store:ident, $mload:ident, $mstore:ident, $equal:ident) => {
-            #[derive(Clone, Copy)]
-            pub struct $name;
-            impl Simd for $name {
-                type T = $t;
-                type V = $v;
-                const ISA: Isa = Isa::Avx512;
-                const W: usize = $w;
-                const ROWS: usize = 8;
-                type Half = $half;
-                #[inline(always)]
-                unsafe fn zero() -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $zero() }
-                }
-                #[inline(always)]
-                unsafe fn load(p: *const $t) -> $v {
-                    // SAFETY: AVX-512F and a valid pointer by contract.
-                    unsafe { $load(p) }
-                }
-                #[inline(always)]
-                unsafe fn splat(p: *const $t) -> $v {
-                    // SAFETY: AVX-512F and a valid pointer by contract.
-                    unsafe { $splat(*p) }
-                }
-                #[inline(always)]
-                unsafe fn mul_add(a: $v, b: $v, c: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $fma(a, b, c) }
-                }
-                #[inline(always)]
-                unsafe fn add(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $add(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn mul(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $mul(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn div(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $div(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn min(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $min(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn max(a: $v, b: $v) -> $v {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { $max(a, b) }
-                }
-                #[inline(always)]
-                unsafe fn equal(a: $v, b: $v) -> u32 {
-                    // SAFETY: the processor has AVX-512F by contract.
-                    unsafe { u32::from($equal::<_CMP_EQ_OQ>(a, b)) }
-                }
-                #[inline(always)]
-                unsafe fn store(p: *mut $t, v: $v) {
-                    // SAFETY: AVX-512F and a valid pointer by contract.
-                    unsafe { $store(p, v) }
-                }
-                #[inline(always)]
-                unsafe fn load_lanes(p: *const $t, lo: usize, hi: usize) -> $v {
-                    let lanes = ((1u32 << hi) - (1u32 << lo)) as $mask;
-                    // SAFETY: masked lanes are not read.
-                    unsafe { $mload(lanes, p) }
-                }
-                #[inline(always)]
-                unsafe fn store_lanes(p: *mut $t, v: $v, lo: usize, hi: usize) {
-                    let lanes = ((1u32 << hi) - (1u32 << lo)) as $mask;
-                    // SAFETY: masked lanes are not written.
-                    unsafe { $mstore(p, lanes, v) }
-                }
-            }
-        };
+    Avx512F32: f32, __m512, 16 lanes of Avx512, tiles of 8 rows, half Avx2F32;
+    zero _mm512_setzero_ps, load _mm512_loadu_ps, store _mm512_storeu_ps, splat _mm512_set1_ps,
+    mul_add _mm512_fmadd_ps, add _mm512_add_ps, mul _mm512_mul_ps, div _mm512_div_ps,
+    min _mm512_min_ps, max _mm512_max_ps;
+    equal(a, b) u32::from(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b));
+    load_lanes(p, lo, hi) _mm512_maskz_loadu_ps(bits(lo, hi) as __mmask16, p);
+    store_lanes(p, v) _mm512_mask_storeu_ps(p, bits(lo, hi) as __mmask16, v);
+
+    Avx512F64: f64, __m512d, 8 lanes of Avx512, tiles of 8 rows, half Avx2F64;
+    zero _mm512_setzero_pd, load _mm512_loadu_pd, store _mm512_storeu_pd, splat _mm512_set1_pd,
+    mul_add _mm512_fmadd_pd, add _mm512_add_pd, mul _mm512_mul_pd, div _mm512_div_pd,
+    min _mm512_min_pd, max _mm512_max_pd;
+    equal(a, b) u32::from(_mm512_cmp_pd_mask::<_CMP_EQ_OQ>(a, b));
+    load_lanes(p, lo, hi) _mm512_maskz_loadu_pd(bits(lo, hi) as __mmask8, p);
+    store_lanes(p, v) _mm512_mask_storeu_pd(p, bits(lo, hi) as __mmask8, v);
+}
+
+/// Bits `lo..hi`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn bits(lo: usize, hi: usize) -> u32 {
+    (1 << hi) - (1 << lo)
+}
+
+/// [`Simd::load_lanes`] without masks.
+#[inline(always)]
+unsafe fn load_each<S: Simd, const W: usize>(p: *const S::T, lo: usize, hi: usize) -> S::V {
+    let mut lanes = [S::T::default(); W];
+    for (i, lane) in lanes.iter_mut().enumerate().take(hi).skip(lo) {
+        // SAFETY: lanes lo..hi are valid by contract.
+        *lane = unsafe { *p.wrapping_add(i) };
     }
-    avx512!(
-        Avx512F32,
-        f32,
-        __m512,
-        16,
-        Avx2F32,
-        __mmask16,
-        _mm512_setzero_ps,
-        _mm512_loadu_ps,
-        _mm512_set1_ps,
-        _mm512_fmadd_ps,
-        _mm512_add_ps,
-        _mm512_mul_ps,
-        _mm512_div_ps,
-        _mm512_min_ps,
-        _mm512_max_ps,
-        _mm512_storeu_ps,
-        _mm512_maskz_loadu_ps,
-        _mm512_mask_storeu_ps,
-        _mm512_cmp_ps_mask
-    );
-    avx512!(
-        Avx512F64,
-        f64,
-        __m512d,
-        8,
-        Avx2F64,
-        __mmask8,
-        _mm512_setzero_pd,
-        _mm512_loadu_pd,
-        _mm512_set1_pd,
-        _mm512_fmadd_pd,
-        _mm512_add_pd,
-        _mm512_mul_pd,
-        _mm512_div_pd,
-        _mm512_min_pd,
-        _mm512_max_pd,
-        _mm512_storeu_pd,
-        _mm512_maskz_loadu_pd,
-        _mm512_mask_storeu_pd,
-        _mm512_cmp_pd_mask
-    );
+    // SAFETY: `lanes` has W elements.
+    unsafe { S::load(lanes.as_ptr()) }
+}
+
+/// [`Simd::store_lanes`] without masks.
+#[inline(always)]
+unsafe fn store_each<S: Simd, const W: usize>(p: *mut S::T, v: S::V, lo: usize, hi: usize) {
+    let mut lanes = [S::T::default(); W];
+    // SAFETY: `lanes` has W elements.
+    unsafe { S::store(lanes.as_mut_ptr(), v) };
+    for (i, lane) in lanes.iter().enumerate().take(hi).skip(lo) {
+        // SAFETY: lanes lo..hi are valid by contract.
+        unsafe { *p.wrapping_add(i) = *lane };
+    }
 }
 
 /// A real type that statistics are kept in, with its registers.
-pub trait Real:
+pub(crate) trait Real:
     Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + 'static
 {
-    /// Half the distance from one to the next larger number.
-    const UNIT_ROUNDOFF: f64;
-    #[doc(hidden)]
     type Portable: Simd<T = Self>;
-    #[doc(hidden)]
     type Avx2: Simd<T = Self>;
-    #[doc(hidden)]
     type Avx512: Simd<T = Self>;
-    /// Nearest value.
-    fn from_f64(x: f64) -> Self;
-    /// Nearest value of a gradient element.
+    /// Convert a gradient element to the nearest value.
     fn widen<E: Element>(e: E) -> Self;
     /// Whether the value is neither infinite nor NaN.
     fn finite(self) -> bool;
@@ -478,7 +244,6 @@ pub trait Real:
 macro_rules! real {
     ($t:ty, $widen:ident, $portable:ty, $avx2:ty, $avx512:ty) => {
         impl Real for $t {
-            const UNIT_ROUNDOFF: f64 = <$t>::EPSILON as f64 / 2.0;
             type Portable = $portable;
             #[cfg(target_arch = "x86_64")]
             type Avx2 = $avx2;
@@ -489,16 +254,12 @@ macro_rules! real {
             #[cfg(not(target_arch = "x86_64"))]
             type Avx512 = $portable;
             #[inline(always)]
-            fn from_f64(x: f64) -> Self {
-                x as $t
-            }
-            #[inline(always)]
             fn widen<E: Element>(e: E) -> Self {
                 e.$widen()
             }
             #[inline(always)]
             fn finite(self) -> bool {
-                // Two integer operations, which vectorise; `is_finite` compares.
+                // Two integer operations, which vectorize; `is_finite` compares.
                 self.to_bits() & <$t>::INFINITY.to_bits() != <$t>::INFINITY.to_bits()
             }
         }
@@ -548,14 +309,19 @@ pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output 
     }
 }
 
-/// The widest vector of any instruction set, in elements: panels are padded to it.
-pub(crate) const WIDEST: usize = 16;
+/// Elements that rows of panels and matrices are padded to: the widest vector of any instruction set.
+pub(crate) const PADDING: usize = 16;
 
-/// Ask for the cache line at `p`; never faults.
+/// Round up to whole vectors.
+pub(crate) const fn padded(len: usize) -> usize {
+    len.next_multiple_of(PADDING)
+}
+
+/// Request the cache line at `p`; never faults.
 #[inline(always)]
 pub(crate) fn prefetch<T>(p: *const T) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch has no effect but on the cache, whatever the address.
+    // SAFETY: a prefetch affects only the cache, whatever the address.
     unsafe {
         std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
     }

@@ -1,6 +1,7 @@
 //! NumPy arrays as the slices that the core takes; nothing is copied.
 
-use fastsal_core::{Element, Rows};
+use fastsal_core::statistics::{Packed, Statistics};
+use fastsal_core::{AnyRows, Element, Layout, Rows};
 use half::{bf16, f16};
 use numpy::{
     PyArray1, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray1, PyUntypedArrayMethods,
@@ -10,7 +11,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_python;
 
-/// Statistics or rows in one of the two precisions.
+/// Packed sums in one of the two precisions.
 pub enum Floats<'py> {
     F32(PyReadonlyArray1<'py, f32>),
     F64(PyReadonlyArray1<'py, f64>),
@@ -22,11 +23,14 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Floats<'py> {
         if let Ok(a) = object.extract() {
             return Ok(Self::F32(a));
         }
-        object.extract().map(Self::F64).map_err(|_| wants("a float32 or float64 array [n]"))
+        object
+            .extract()
+            .map(Self::F64)
+            .map_err(|_| must_be("array", "a float32 or float64 array [n]", "another type"))
     }
 }
 
-/// Statistics to be written.
+/// Sums to be written.
 pub enum FloatsMut<'py> {
     F32(PyReadwriteArray1<'py, f32>),
     F64(PyReadwriteArray1<'py, f64>),
@@ -38,92 +42,93 @@ impl<'a, 'py> FromPyObject<'a, 'py> for FloatsMut<'py> {
         if let Ok(a) = object.extract() {
             return Ok(Self::F32(a));
         }
-        object
-            .extract()
-            .map(Self::F64)
-            .map_err(|_| wants("a writable float32 or float64 array [n]"))
+        object.extract().map(Self::F64).map_err(|_| {
+            must_be("array", "a writable float32 or float64 array [n]", "another type")
+        })
     }
 }
 
-/// Gradient rows `[n, d]`. PyTorch's 16-bit floats come as uint16 arrays with their name.
-pub enum AnyRows<'py> {
+/// One parameter: (packed sums, d, samples, kept or None).
+pub type Parameter<'py> = (Floats<'py>, usize, f64, Option<PyReadonlyArray1<'py, bool>>);
+
+/// Borrow the statistics of a parameter.
+pub fn statistics<'a>(parameter: &'a Parameter<'_>, block_size: usize) -> PyResult<Statistics<'a>> {
+    let (packed, d, samples, kept) = parameter;
+    let packed = match packed {
+        Floats::F32(a) => Packed::F32(slice("packed", a)?),
+        Floats::F64(a) => Packed::F64(slice("packed", a)?),
+    };
+    let kept = optional("kept", kept.as_ref())?;
+    Layout::new(*d, block_size)
+        .and_then(|layout| Statistics::new(layout, packed, *samples, kept))
+        .map_err(to_python)
+}
+
+/// Gradients `[n, d]`. PyTorch's 16-bit floats come as uint16 arrays with their name.
+pub enum Gradients<'py> {
     F32(PyReadonlyArray2<'py, f32>),
     F64(PyReadonlyArray2<'py, f64>),
     F16(PyReadonlyArray2<'py, u16>),
     Bf16(PyReadonlyArray2<'py, u16>),
 }
 
-impl<'py> AnyRows<'py> {
+impl<'py> Gradients<'py> {
     /// `dtype` is PyTorch's name of the element type.
     pub fn new(array: &Bound<'py, PyAny>, dtype: &str) -> PyResult<Self> {
-        let fits = |_| wants("rows [n, d] whose array type fits `dtype`");
+        let fits =
+            |_| must_be("gradients", "an array [n, d] of the type of `dtype`", "another type");
         match dtype {
             "float32" => array.extract().map(Self::F32).map_err(fits),
             "float64" => array.extract().map(Self::F64).map_err(fits),
             "float16" => array.extract().map(Self::F16).map_err(fits),
             "bfloat16" => array.extract().map(Self::Bf16).map_err(fits),
-            _ => Err(wants("dtype float32, float64, float16 or bfloat16")),
+            _ => Err(must_be("dtype", "float32, float64, float16 or bfloat16", dtype)),
         }
+    }
+
+    /// Borrow the rows.
+    pub fn rows(&self) -> PyResult<AnyRows<'_>> {
+        Ok(match self {
+            Self::F32(a) => rows::<f32, f32>(a)?.into(),
+            Self::F64(a) => rows::<f64, f64>(a)?.into(),
+            Self::F16(a) => rows::<u16, f16>(a)?.into(),
+            Self::Bf16(a) => rows::<u16, bf16>(a)?.into(),
+        })
     }
 }
 
-/// Run `$body` with `$rows: Rows<E>` for the element type that came.
-macro_rules! with_rows {
-    ($any:expr, $rows:ident => $body:expr) => {
-        match $any {
-            $crate::arrays::AnyRows::F32(a) => {
-                let $rows = $crate::arrays::rows::<f32, f32>(a)?;
-                $body
-            }
-            $crate::arrays::AnyRows::F64(a) => {
-                let $rows = $crate::arrays::rows::<f64, f64>(a)?;
-                $body
-            }
-            $crate::arrays::AnyRows::F16(a) => {
-                let $rows = $crate::arrays::rows::<u16, half::f16>(a)?;
-                $body
-            }
-            $crate::arrays::AnyRows::Bf16(a) => {
-                let $rows = $crate::arrays::rows::<u16, half::bf16>(a)?;
-                $body
-            }
-        }
-    };
-}
-pub(crate) use with_rows;
-
 /// An element type that an array of `A` holds, bit for bit.
-pub trait StoredAs<A>: Element {}
+trait StoredAs<A>: Element {}
 impl StoredAs<f32> for f32 {}
 impl StoredAs<f64> for f64 {}
 impl StoredAs<u16> for f16 {}
 impl StoredAs<u16> for bf16 {}
 
-/// Borrow rows whose elements lie side by side; the rows themselves may lie apart.
-pub fn rows<'a, A: numpy::Element, E: StoredAs<A>>(
+/// Borrow rows whose elements are contiguous; the rows themselves may be apart.
+fn rows<'a, A: numpy::Element, E: StoredAs<A>>(
     array: &'a PyReadonlyArray2<'_, A>,
 ) -> PyResult<Rows<'a, E>> {
     let (n, d) = (array.shape()[0], array.shape()[1]);
     let size = size_of::<A>() as isize;
     let (stride, inner) = (array.strides()[0], array.strides()[1]);
     if (inner != size && d > 1) || (n > 1 && (stride < 0 || stride % size != 0)) {
-        return Err(wants("rows [n, d] whose elements lie side by side"));
+        return Err(must_be("gradients", "rows [n, d] with contiguous elements", "other strides"));
     }
     let stride = if n > 1 { (stride / size) as usize } else { d };
     let len = if n == 0 || d == 0 { 0 } else { (n - 1) * stride + d };
-    // SAFETY: the array owns (or keeps alive) memory from its first to its last element, which the
-    // shape and the strides, both not negative, put at offset len - 1; it is borrowed read-only for
-    // 'a; E has the size and alignment of A, and any bits are a value of it.
+    // SAFETY: the array owns (or keeps alive) the memory from its first to its last element, which by
+    // its shape and its strides, both not negative, is at offset len - 1; it is borrowed read-only
+    // for 'a; E has the size and alignment of A, and any bits are a value of it.
     let data = unsafe { std::slice::from_raw_parts(array.as_array().as_ptr().cast::<E>(), len) };
     Rows::new(data, n, d, stride).map_err(to_python)
 }
 
-/// A one-dimensional array as a slice.
+/// Borrow a one-dimensional array as a slice.
 pub fn slice<'a, T: numpy::Element>(
     what: &str,
     array: &'a PyReadonlyArray1<'_, T>,
 ) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(|_| PyValueError::new_err(format!("{what}: must be contiguous")))
+    array.as_slice().map_err(|_| not_contiguous(what))
 }
 
 /// The same, or none.
@@ -134,19 +139,24 @@ pub fn optional<'a, T: numpy::Element>(
     array.map(|a| slice(what, a)).transpose()
 }
 
-/// A one-dimensional array as a slice to be written.
+/// Borrow a one-dimensional array as a slice to be written.
 pub fn slice_mut<'a, T: numpy::Element>(
     what: &str,
     array: &'a mut PyReadwriteArray1<'_, T>,
 ) -> PyResult<&'a mut [T]> {
-    array.as_slice_mut().map_err(|_| PyValueError::new_err(format!("{what}: must be contiguous")))
+    array.as_slice_mut().map_err(|_| not_contiguous(what))
 }
 
-/// Hand results over to Python.
+/// Pass results to Python.
 pub fn to_numpy<T: numpy::Element>(py: Python<'_>, values: Vec<T>) -> Bound<'_, PyArray1<T>> {
     PyArray1::from_vec(py, values)
 }
 
-fn wants(expected: &str) -> PyErr {
-    PyTypeError::new_err(format!("expected {expected}"))
+/// The error for an argument of the wrong type.
+pub fn must_be(what: &str, expected: &str, got: &str) -> PyErr {
+    PyTypeError::new_err(format!("{what} must be {expected}, got {got}"))
+}
+
+fn not_contiguous(what: &str) -> PyErr {
+    PyValueError::new_err(format!("{what} must be contiguous, got a strided array"))
 }

@@ -4,9 +4,8 @@ use fastsal_core::{compensate as core, parallel};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, to_numpy};
+use crate::arrays::{slice, statistics, to_numpy, Parameter};
 use crate::errors::to_python;
-use crate::factor::{borrow, with_statistics, Parameter};
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
 type Compensation<'py> =
@@ -26,12 +25,16 @@ pub fn compensate<'py>(
         .iter()
         .zip(&weights)
         .zip(&masks)
-        .map(|((p, w), m)| Ok((borrow(p, block_size)?, slice("weights", w)?, slice("masks", m)?)))
+        .map(|((p, w), m)| {
+            Ok((statistics(p, block_size)?, slice("weights", w)?, slice("masks", m)?))
+        })
         .collect::<PyResult<Vec<_>>>()?;
     let results = py.detach(|| {
         parallel::map(borrowed, |(statistics, weights, mask)| {
             let mut weights = weights.to_vec();
-            with_statistics!(statistics, s => core::compensate(s, &mut weights, mask, damping))
+            statistics
+                .damped(damping)
+                .and_then(|damped| core::compensate(damped, &mut weights, mask))
                 .map(|report| (weights, report))
         })
     });

@@ -2,12 +2,11 @@
 
 use fastsal_core::{dual, Layout};
 use numpy::PyReadonlyArray1;
-use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 
-use crate::arrays::{optional, rows, to_numpy, AnyRows};
+use crate::arrays::{must_be, optional, to_numpy, Gradients};
 use crate::errors::to_python;
-use crate::factor::Inverse;
+use crate::inverse::Inverse;
 
 /// `diag(A⁻¹)` of one parameter `[d]` from its gradients `[n, d]`, float32 or float64.
 #[pyfunction]
@@ -22,22 +21,17 @@ pub fn dual_inverse_diagonal<'py>(
     damping: f64,
 ) -> PyResult<Inverse<'py>> {
     let kept = optional("kept", kept.as_ref())?;
-    macro_rules! run {
-        ($rows:expr) => {{
-            let rows = $rows;
-            let layout = Layout::new(rows.d(), block_size);
-            py.detach(|| {
-                let mut out = vec![0.0; layout.len];
-                dual::inverse_diagonal(layout, rows, samples, kept, damping, &mut out)
-                    .map(|report| (out, report))
-            })
-        }};
+    let gradients = Gradients::new(gradients, dtype)?;
+    if !matches!(gradients, Gradients::F32(_) | Gradients::F64(_)) {
+        return Err(must_be("dtype", "float32 or float64", dtype));
     }
-    let result = match &AnyRows::new(gradients, dtype)? {
-        AnyRows::F32(a) => run!(rows::<f32, f32>(a)?),
-        AnyRows::F64(a) => run!(rows::<f64, f64>(a)?),
-        _ => return Err(PyTypeError::new_err("expected dtype float32 or float64")),
-    };
+    let rows = gradients.rows()?;
+    let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
+    let result = py.detach(|| {
+        let mut out = vec![0.0; layout.len()];
+        dual::inverse_diagonal(layout, rows, samples, kept, damping, &mut out)
+            .map(|report| (out, report))
+    });
     let (out, report) = result.map_err(to_python)?;
     Ok((to_numpy(py, out), report.failed, to_numpy(py, report.sensitivity)))
 }

@@ -2,13 +2,13 @@
 //!
 //! One file per core module. Everything that sees a module, a device, a file or a person is Python.
 
+mod accumulate;
 mod arrays;
 mod compensate;
 mod dual;
-mod eliminate;
 mod errors;
-mod factor;
-mod gram;
+mod greedy;
+mod inverse;
 mod parallel;
 mod patterns;
 mod select;
@@ -20,19 +20,19 @@ use pyo3::prelude::*;
 #[pyo3(name = "_core")]
 mod core {
     #[pymodule_export]
+    use crate::accumulate::{accumulate, check_finite, packed_len};
+    #[pymodule_export]
     use crate::compensate::compensate;
     #[pymodule_export]
     use crate::dual::dual_inverse_diagonal;
     #[pymodule_export]
-    use crate::eliminate::eliminate;
-    #[pymodule_export]
     use crate::errors::{NanScoreError, NonFiniteRowError};
     #[pymodule_export]
-    use crate::factor::{blocks, diagonal, inverse, inverse_diagonal};
+    use crate::greedy::eliminate;
     #[pymodule_export]
-    use crate::gram::{accumulate, check_finite, packed_len};
+    use crate::inverse::{blocks, diagonal, inverse, inverse_diagonal};
     #[pymodule_export]
-    const ROWS_PER_STEP: usize = fastsal_core::gram::CHUNK;
+    const ROWS_PER_STEP: usize = fastsal_core::accumulate::ROWS_PER_STEP;
     #[pymodule_export]
     use crate::parallel::{build_info, num_threads, set_num_threads};
     #[pymodule_export]

@@ -15,7 +15,7 @@ pub fn set_num_threads(n: usize) {
     parallel::set_threads(n);
 }
 
-/// Version, instruction set and whether the build is optimised.
+/// Version, instruction set and whether the build is optimized.
 #[pyfunction]
 pub fn build_info() -> (&'static str, &'static str, bool) {
     (env!("CARGO_PKG_VERSION"), Isa::best().name(), !cfg!(debug_assertions))

@@ -1,13 +1,13 @@
 //! Groups of weights by their joint cost.
 
-use fastsal_core::patterns::{self, Groups};
-use fastsal_core::{parallel, Error};
+use fastsal_core::groups::Groups;
+use fastsal_core::statistics::Damped;
+use fastsal_core::{parallel, patterns, Result};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, to_numpy};
+use crate::arrays::{slice, statistics, to_numpy, Parameter};
 use crate::errors::to_python;
-use crate::factor::{borrow, with_statistics, Either, Parameter};
 
 /// `[outer, width, inner]` around the axis that is cut.
 type Shape = (usize, usize, usize);
@@ -27,11 +27,19 @@ pub fn n_of_m_joint<'py>(
     m: usize,
     damping: f64,
 ) -> PyResult<Vec<Found<'py, bool>>> {
-    let results = each(py, &parameters, &weights, shapes, block_size, m, |s, weights, groups| {
-        let mut kept = vec![false; weights.len()];
-        with_statistics!(s, s => patterns::n_of_m(s, weights, groups, n, damping, &mut kept))
-            .map(|failed| (kept, failed))
-    })?;
+    let results = each(
+        py,
+        &parameters,
+        &weights,
+        shapes,
+        block_size,
+        m,
+        damping,
+        |damped, weights, groups| {
+            let mut kept = vec![false; weights.len()];
+            patterns::n_of_m(damped, weights, groups, n, &mut kept).map(|failed| (kept, failed))
+        },
+    )?;
     Ok(results.into_iter().map(|(kept, failed)| (to_numpy(py, kept), failed)).collect())
 }
 
@@ -46,14 +54,23 @@ pub fn group_costs<'py>(
     m: usize,
     damping: f64,
 ) -> PyResult<Vec<Found<'py, f32>>> {
-    let results = each(py, &parameters, &weights, shapes, block_size, m, |s, weights, groups| {
-        let mut costs = vec![0.0; weights.len()];
-        with_statistics!(s, s => patterns::group_costs(s, weights, groups, damping, &mut costs))
-            .map(|failed| (costs, failed))
-    })?;
+    let results = each(
+        py,
+        &parameters,
+        &weights,
+        shapes,
+        block_size,
+        m,
+        damping,
+        |damped, weights, groups| {
+            let mut costs = vec![0.0; weights.len()];
+            patterns::group_costs(damped, weights, groups, &mut costs).map(|failed| (costs, failed))
+        },
+    )?;
     Ok(results.into_iter().map(|(costs, failed)| (to_numpy(py, costs), failed)).collect())
 }
 
+#[allow(clippy::too_many_arguments)] // those of its callers
 fn each<R: Send>(
     py: Python<'_>,
     parameters: &[Parameter<'_>],
@@ -61,17 +78,18 @@ fn each<R: Send>(
     shapes: Vec<Shape>,
     block_size: usize,
     size: usize,
-    job: impl Fn(Either<'_>, &[f32], Groups) -> Result<R, Error> + Sync + Send,
+    damping: f64,
+    job: impl Fn(Damped<'_>, &[f32], Groups) -> Result<R> + Sync + Send,
 ) -> PyResult<Vec<R>> {
     let borrowed = parameters
         .iter()
         .zip(weights)
         .zip(shapes)
-        .map(|((p, w), shape)| Ok((borrow(p, block_size)?, slice("weights", w)?, shape)))
+        .map(|((p, w), shape)| Ok((statistics(p, block_size)?, slice("weights", w)?, shape)))
         .collect::<PyResult<Vec<_>>>()?;
     let results = py.detach(|| {
-        parallel::map(borrowed, |(statistics, weights, (outer, width, inner))| {
-            job(statistics, weights, Groups { outer, width, inner, size })
+        parallel::map(borrowed, |(statistics, weights, shape)| {
+            job(statistics.damped(damping)?, weights, Groups::new(shape, size)?)
         })
     });
     results.into_iter().map(|r| r.map_err(to_python)).collect()

@@ -1,13 +1,13 @@
 //! Thresholds and masks.
 
-use fastsal_core::select;
+use fastsal_core::{keys, select};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
 use crate::arrays::{slice, to_numpy};
 use crate::errors::to_python;
 
-/// Masks of all arrays (true = kept) and the score of the last weight that goes.
+/// Masks of all arrays (true = kept) and the score of the last pruned weight.
 type Cut<'py> = (Vec<Bound<'py, PyArray1<bool>>>, Option<f32>);
 
 /// The `k`-th smallest score over all arrays, `k >= 1`.
@@ -55,12 +55,12 @@ pub fn count_keys<'py>(
     below: u64,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
     let scores = slice("scores", &scores)?;
-    let counts = py.detach(|| select::count_keys(scores, upper, below)).map_err(to_python)?;
+    let counts = py.detach(|| keys::count_keys(scores, upper, below)).map_err(to_python)?;
     Ok(to_numpy(py, counts))
 }
 
-/// The mask (true = kept) of one array under a threshold: keys below `key` go, and the first `ties`
-/// of those equal to it.
+/// The mask (true = kept) of one array under a threshold: keys below `key` are pruned, and the first
+/// `ties` of those equal to it.
 #[pyfunction]
 pub fn mask_below<'py>(
     py: Python<'py>,
@@ -77,10 +77,10 @@ pub fn mask_below<'py>(
     kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
 }
 
-/// The score that a key stands for.
+/// The score of a key.
 #[pyfunction]
 pub fn score_of_key(key: u32) -> f32 {
-    select::score(key)
+    keys::score(key)
 }
 
 /// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.

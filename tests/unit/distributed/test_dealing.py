@@ -11,8 +11,10 @@ from torch import nn
 import fastsal
 from fastsal.distributed.exchange import StepSums, add_sharded_pass
 from fastsal.distributed.sharing import in_order
-from fastsal.fisher.collection.passes import Gradients, add_pass
-from fastsal.fisher.parts import by_key, whole
+from fastsal.fisher.block_fisher import sums_of
+from fastsal.fisher.collection.passes import PassSettings, add_pass
+from fastsal.fisher.model_sums import ModelSums
+from fastsal.fisher.parts import by_key, uncut
 from fastsal.fisher.shares import shares
 from fastsal.fisher.sinks.gathering import RowGatherer
 
@@ -28,7 +30,7 @@ class Alone:
     def gather(self, rows, owner):
         return [rows] * self.size if owner == self.rank else None
 
-    def every(self, value):
+    def all_gather(self, value):
         return [value] * self.size
 
 
@@ -37,7 +39,7 @@ def run_through(step, micro_batch, batches, add):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.Linear(6, 4)).eval()
     chosen = fastsal.select_parameters(model)
-    how = Gradients(
+    how = PassSettings(
         model, chosen, "cross-entropy", "empirical", 0, None, None, micro_batch, step, None
     )
     seen = []
@@ -62,18 +64,18 @@ def test_micro_batches_are_dealt_out_whole(micro_batch, more, batches, size):
     step = micro_batch + more  # a budget's micro-batch need not divide a step
 
     def by_one(how, shapes, pairs):
-        fisher = fastsal.BlockFisher(shapes)
-        add_pass(how, fisher, by_key(whole(shapes)), pairs, lambda *_: None)
+        sums = ModelSums.empty(shapes, 64, "float32")
+        add_pass(how, sums, by_key(uncut(shapes)), pairs, lambda *_: None)
 
     expected = run_through(step, micro_batch, batches, by_one)
     found = []
     for rank in range(size):
 
         def by_rank(how, shapes, pairs, rank=rank):
-            owned = shares(whole(shapes), 2, size)
+            owned = shares(uncut(shapes), 2, size)
             own = by_key(owned[rank])
-            fisher = fastsal.BlockFisher({key: (len(p),) for key, p in own.items()}, block_size=2)
-            add_sharded_pass(how, fisher, owned, Alone(rank, size), pairs, lambda *_: None)
+            sums = ModelSums.empty({key: (len(p),) for key, p in own.items()}, 2, "float32")
+            add_sharded_pass(how, sums, owned, Alone(rank, size), pairs, lambda *_: None)
 
         found.append(run_through(step, micro_batch, batches, by_rank))
     turns = -(-len(expected) // size)
@@ -94,12 +96,12 @@ def test_steps_of_ranks_are_those_of_one_process(turn, count):
     torch.manual_seed(0)
     rows = torch.randn(count, 200) * torch.logspace(-3, 3, count)[torch.randperm(count), None]
     one, ranks = (fastsal.BlockFisher({"w": (200,)}) for _ in range(2))
-    gatherer = RowGatherer(one, {"w": torch.float32}, 24)
+    gatherer = RowGatherer(sums_of(one), {"w": torch.float32}, 24)
     for some in rows.split(4):
         gatherer("w", some)
         gatherer.end_micro_batch(len(some))
     gatherer.flush()
-    sums = StepSums(ranks, 24, None)
+    sums = StepSums(sums_of(ranks), 24, None)
     for some in rows.split(turn):
         sums.add("w", some)
         sums.end_micro_batch(len(some))

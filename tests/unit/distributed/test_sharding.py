@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastsal.fisher.memory_plan import Share
-from fastsal.fisher.parts import Part, block_unit, cut, packed_bytes, row_unit, whole
+from fastsal.fisher.parts import Part, block_unit, cut, packed_bytes, row_unit, uncut
 from fastsal.fisher.shares import regrouped, shares
 
 SHAPES = st.lists(
@@ -37,7 +37,7 @@ def check_complete(found, shapes, unit):
 def test_every_weight_has_one_owner(shapes, block_size, ranks, by_rows, data):
     unit = row_unit(shapes, block_size) if by_rows else block_unit(block_size)
     most = data.draw(st.none() | st.integers(1, 3000))
-    found = shares(whole(shapes), block_size, ranks, unit=unit, most=most)
+    found = shares(uncut(shapes), block_size, ranks, unit=unit, most=most)
     assert len(found) == ranks
     check_complete(found, shapes, unit)
     for part in (p for share in found for p in share):
@@ -58,19 +58,19 @@ def test_groups_are_shared_out_one_by_one(shapes, block_size, ranks, room):
 @pytest.mark.parametrize("most", [None, 2048])
 def test_shares_are_even(ranks, most):
     shapes = {"a": (64, 3, 7, 7), "b": (512, 256), "c": (256,), "d": (1000, 512)}
-    found = shares(whole(shapes), 64, ranks, most=most)
+    found = shares(uncut(shapes), 64, ranks, most=most)
     cost = in_bytes(64)
     sizes = [sum(map(cost, share)) for share in found]
     assert max(sizes) - min(sizes) <= 3 * cost(Part("b", 0, 64, 512 * 256))
     # The same boundaries, however finely shares are cut.
     assert [sum(map(len, s)) for s in found] == [
-        sum(map(len, s)) for s in shares(whole(shapes), 64, ranks)
+        sum(map(len, s)) for s in shares(uncut(shapes), 64, ranks)
     ]
 
 
 @given(SHAPES, st.integers(1, 4), st.integers(1, 4000))
 def test_groups_of_shares_keep_owners_and_fit(shapes, ranks, room):
-    found = shares(whole(shapes), 16, ranks, most=200)
+    found = shares(uncut(shapes), 16, ranks, most=200)
     groups = regrouped(found, len, room)
     for rank in range(ranks):
         assert [p for group in groups for p in group[rank]] == found[rank]
@@ -88,11 +88,11 @@ def test_rows_of_patterns_stay_together():
 @given(SHAPES, st.sampled_from([1, 16, 64, None]), st.integers(2, 9))
 def test_what_a_rank_takes_is_not_planned_too_small(shapes, block_size, ranks):
     share, cost = Share(ranks), in_bytes(block_size)
-    planned = sum(share.of(cost(part), part, block_size) for part in whole(shapes))
-    for owned in shares(whole(shapes), block_size, ranks):
+    planned = sum(share.of(cost(part), part, block_size) for part in uncut(shapes))
+    for owned in shares(uncut(shapes), block_size, ranks):
         # But for a unit, by which shares differ.
         largest = max(
-            cost(Part(p.name, 0, block_unit(block_size)(p), p.size)) for p in whole(shapes)
+            cost(Part(p.name, 0, block_unit(block_size)(p), p.size)) for p in uncut(shapes)
         )
         assert sum(map(cost, owned)) <= planned + 2 * largest
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsal.fisher.parts import Part, by_key, cut, packed_bytes, slices, whole
+from fastsal.fisher.parts import Part, by_key, cut, packed_bytes, slices, uncut
 
 SHAPES = st.lists(
     st.lists(st.integers(1, 40), min_size=1, max_size=2).map(tuple), min_size=1, max_size=6
@@ -61,7 +61,7 @@ def test_a_parameter_stays_whole_where_it_fits():
 
 def test_slices():
     tensors = {"a": torch.arange(6).reshape(2, 3), "c": torch.ones(2)}
-    parts = by_key([*whole({"a": (2, 3)}), Part("a", 2, 4, 6), Part("b", 0, 1, 1)])
+    parts = by_key([*uncut({"a": (2, 3)}), Part("a", 2, 4, 6), Part("b", 0, 1, 1)])
     found = slices(tensors, parts)
     assert list(found) == ["a", "a[2:4]"]
     assert found["a"].shape == (2, 3)

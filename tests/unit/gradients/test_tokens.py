@@ -284,7 +284,7 @@ def test_decoder_is_pruned(is_tied):
         model, batches, 0.5, loss=loss, block_size=8, parameters=["*", "wte.weight"]
     )
     assert result.masks.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert result.history[0]["samples"] == 16
+    assert result.history[0].samples == 16
     result.masks.verify(model)
     assert {"wte.weight", "blocks.0.q.weight"} <= set(result.masks)
     outputs = model(sequences(2)[0])

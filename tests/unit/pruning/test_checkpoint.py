@@ -35,16 +35,16 @@ def prune(model, data, path, **given):
 
 def kill_in_round(monkeypatch, number):
     """Let everything of a later round fail."""
-    step = fastsal.pruning.step.Plan.step
+    run = fastsal.pruning.step.Step.run
     seen = []
 
-    def counted(self, model, fisher, masks, goal, damping):
+    def counted(self, fisher, masks, goal, damping):
         seen.append(0 if masks is None else masks.sparsity)
         if len(set(seen)) == number:
             raise Killed
-        return step(self, model, fisher, masks, goal, damping)
+        return run(self, fisher, masks, goal, damping)
 
-    monkeypatch.setattr(fastsal.pruning.step.Plan, "step", counted)
+    monkeypatch.setattr(fastsal.pruning.step.Step, "run", counted)
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -66,8 +66,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(data, tmp_path, monkeypatch, nu
         assert torch.equal(result.masks[name], expected.masks[name])
     for old, new in zip(whole.parameters(), model.parameters()):
         assert torch.equal(old, new)
-    assert [h["round"] for h in result.history] == [1, 2, 3, 4]
-    assert [h["damping"] for h in result.history] == [h["damping"] for h in expected.history]
+    assert [h.round for h in result.history] == [1, 2, 3, 4]
+    assert [h.damping for h in result.history] == [h.damping for h in expected.history]
     result.masks.verify(model)
 
 

@@ -43,9 +43,9 @@ def test_it_stays_only_where_the_loss_is_lower(data, losses):
     before = {k: v.clone() for k, v in model.named_buffers()}
     values = iter(losses)
     found = recalibrate_if_better(model, [data], lambda: next(values))
-    assert found["kept"] is (losses == (1.0, 0.5))
+    assert found.kept is (losses == (1.0, 0.5))
     changed = any(not torch.equal(v, before[k]) for k, v in model.named_buffers())
-    assert changed is found["kept"]
+    assert changed is found.kept
 
 
 def test_models_without_such_layers(data):
@@ -57,11 +57,11 @@ def test_models_without_such_layers(data):
 def test_prune_reports_it(data):
     model = make()
     result = fastsal.prune(model, [data], 0.8, damping=1e-3, recalibrate=True)
-    found = result.history[-1]["recalibration"]
-    assert found["kept"] is (found["after"] < found["before"])
+    found = result.history[-1].recalibration
+    assert found.kept is (found.after < found.before)
     result.masks.verify(model)
     # Random labels under untrained moments: something must have been measured.
-    assert found["after"] != found["before"]
+    assert found.after != found.before
 
 
 def test_bad_arguments(data):

@@ -137,7 +137,7 @@ BAD = [
     ('tasks = "a"', 'tasks = "a"\ncorruption = "blurr"', "got 'blurr'; did you mean 'blur'?"),
     ('tasks = "a"', 'tasks = "a"\nseverity = 6', "severity must be in [1, 5], got 6"),
     ('"obs-greedy"', '"obs-gredy"', "or 'obs-greedy', got 'obs-gredy'; did you mean 'obs-"),
-    ('"magnitude"', '"magnitude"\ndamping = 0', "criteria[1].damping must be positive, got 0"),
+    ('"magnitude"', '"magnitude"\ndamping = 0', "criteria[1].damping must be a positive number"),
     ('"magnitude"', '"magnitude"\npattern = "5:4"', "criteria[1].pattern is invalid (pattern"),
     ('"magnitude"', '"magnitude"\n[finetune]\nlr = 0.1', "finetune.epochs is missing"),
     (
@@ -188,3 +188,21 @@ def test_the_studies_of_the_repository_are_right(path):
     for model in study.models:
         file = model.model.rpartition(":")[0]
         assert (study.folder / file).is_file()
+
+
+def test_choices_are_those_of_the_rooms_that_implement_them():
+    from fastsal.data import corruptions
+    from fastsal.finetuning import trainer
+    from fastsal.pruning.criteria import CRITERIA
+    from fastsal.utils import choices
+
+    assert set(corruptions.KINDS) == set(choices.CORRUPTION_KINDS)
+    assert set(trainer.SCHEDULES) == set(choices.SCHEDULES)
+    assert set(CRITERIA) == set(choices.CRITERION_NAMES)
+
+
+def test_a_study_is_shown_in_one_line(write):
+    study = load_study(write(SMALL))
+    assert repr(study) == (
+        "Study('small', models=1, tasks=2, sources=1, criteria=2, sparsities=2, seeds=2, rounds=1)"
+    )

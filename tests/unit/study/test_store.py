@@ -116,3 +116,20 @@ def test_a_table_that_cannot_be_written_stays_what_it_was(tmp_path, monkeypatch)
         write_table(tmp_path, "results", {"a": int}, [{"a": 2}])
     assert (tmp_path / "results.csv").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["results.csv", "results.parquet"]
+
+
+def test_columns_that_a_report_reads_are_those_that_a_study_writes():
+    import dataclasses
+
+    from fastsal.study.folder_format import LAYERS, LOSS_LINE, OVERLAP
+    from fastsal.study.report import results
+
+    kinds = {
+        results.Row: RESULTS, results.Failure: RESULTS, results.Layer: LAYERS,
+        results.LossLine: LOSS_LINE, results.Overlap: OVERLAP,
+    }  # fmt: skip
+    for kind, columns in kinds.items():
+        for field in dataclasses.fields(kind):
+            if field.name == "peak_memory_bytes":  # of older tables
+                continue
+            assert columns[field.name].__name__ == str(field.type).removesuffix(" | None")

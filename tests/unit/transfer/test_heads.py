@@ -188,3 +188,30 @@ def test_tasks_do_not_test_on_what_they_fit():
     other = ImageSet(t.test.x, t.test.y, ("a", "b", "d"))
     with pytest.raises(DataError, match="classes"):
         Task("t", t.fit, other)
+
+
+@pytest.mark.parametrize("kind", [np, torch], ids=["NumPy", "PyTorch"])
+def test_numbers_may_be_scalars_of_arrays(kind):
+    def scalar(value):
+        return np.array(value)[()] if kind is np else torch.tensor(value)
+
+    t = Task.split("t", task().fit, fit=scalar(0.5), seed=0)
+    for given in (
+        {"kind": "ridge", "ridge": 0.5},
+        {"kind": "knn", "k": 3, "temperature": 0.25},
+        {"kind": "probe", "l2": 0.5, "seed": 1},
+    ):
+        want = fit_heads(Flat(), t, spec=SPEC, **given)["t"]
+        scalars = {k: v if k == "kind" else scalar(v) for k, v in given.items()}
+        found = fit_heads(Flat(), t, spec=SPEC, **scalars)["t"]
+        x = torch.randn(4, want.features)
+        assert torch.equal(found(x), want(x))
+
+
+def test_heads_and_tasks_are_shown_in_one_line():
+    t = task()
+    assert repr(t) == f"Task('t', fit={len(t.fit)}, test={len(t.test)})"
+    ridge = fit_heads(Flat(), t, spec=SPEC)["t"]
+    knn = fit_heads(Flat(), t, kind="knn", k=3, spec=SPEC)["t"]
+    assert repr(ridge).startswith(f"Head('t', ridge, {ridge.features} features, 3 classes, alpha=")
+    assert repr(knn).startswith(f"KnnHead('t', {len(t.fit)} images, {knn.features} features, 3 c")

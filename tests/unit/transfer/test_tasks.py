@@ -218,3 +218,11 @@ def test_classes_too_small_to_cut():
     twice = images().subset([*range(160), 7])
     with pytest.raises(DataError, match="image 7 of file is duplicated"):
         Task.cut("t", twice)
+
+
+@pytest.mark.parametrize("scalar", [lambda v: np.array(v)[()], torch.tensor])
+def test_shares_and_seeds_may_be_scalars_of_arrays(scalar):
+    shares = Shares(scalar(0.5), scalar(0.25), scalar(0.25), test=scalar(0.5))
+    assert shares == Shares(0.5, 0.25, 0.25, 0.5)
+    task = Task.cut("t", images(), shares=shares, seed=scalar(3))
+    assert task.indices() == Task.cut("t", images(), shares=shares, seed=3).indices()

@@ -26,6 +26,7 @@ from fastsal.transfer.evaluation import evaluate
 from fastsal.transfer.heads import fit_heads
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
+from fastsal.utils.choices import CriterionName
 from fastsal.utils.clock import Clock
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
@@ -41,7 +42,7 @@ class DemoMethod:
     """A criterion with or without joint compensation of the kept weights."""
 
     label: str
-    criterion: str
+    criterion: CriterionName
     compensate: bool = False
 
 

@@ -27,7 +27,7 @@ from fastsal.fisher.memory_plan import (
     Use,
 )
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.fisher.parts import Part, block_unit, cut, packed_bytes, whole
+from fastsal.fisher.parts import Part, block_unit, cut, packed_bytes, uncut
 from fastsal.fisher.storage import VIEW_BYTES
 from fastsal.gradients.precision import row_dtype
 from fastsal.utils.mapped_files import check_folder
@@ -46,7 +46,7 @@ _JOINED = 0.85
 
 def unlimited(how: PassSettings, sums: ModelSums, share: Share) -> MemoryPlan:
     """Return the plan without a budget: all sums in memory, in one pass; nothing is measured."""
-    parts = whole(sums.shapes)
+    parts = uncut(sums.shapes)
     costs = _Costs(how, sums, how.micro_batch, share)
     statistics = sum(map(costs.kept, parts)) if share.ranks > 1 else sums.final_nbytes
     return MemoryPlan(
@@ -106,7 +106,7 @@ def plan_within(
     kept_collecting = use.kept_collecting if has_file else max(use.kept, use.kept_collecting)
     planned = total - kept_collecting - share.sent(budget)
     costs = _Costs(how, sums, how.micro_batch, share)
-    trial = costs.groups(max(planned // 2, 2**20)) or [whole(sums.shapes)]
+    trial = costs.groups(max(planned // 2, 2**20)) or [uncut(sums.shapes)]
     memory = share.agree(measure(how, {part.name for part in trial[0]}, images, labels))
     size = _micro_batch(memory, how.micro_batch, planned)
     costs = replace(costs, micro_batch=size)
@@ -140,7 +140,7 @@ def plan_within(
         step=how.step,
         groups=groups,
         place=place,
-        statistics=sum(map(costs.kept, whole(sums.shapes))),
+        statistics=sum(map(costs.kept, uncut(sums.shapes))),
         group=max(sum(map(costs.sums, group)) for group in groups),
         rows=max(sum(map(costs.rows, group)) for group in groups),
         activations=activations,
@@ -232,7 +232,7 @@ class _Costs:
     def first_unit(self) -> Part:
         """Return a part that is the largest unit of the model."""
         unit = self.share.unit or block_unit(self.model.block_size)
-        part = max(whole(self.model.shapes), key=unit)
+        part = max(uncut(self.model.shapes), key=unit)
         return Part(part.name, 0, unit(part), part.size)
 
 
@@ -262,7 +262,7 @@ def groups_within(room: int, how: PassSettings, sums: ModelSums) -> list[list[Pa
     If even one unit does not fit, each parameter is a group.
     """
     found = _Costs(how, sums, how.micro_batch, Share()).groups(room)
-    return found or [[part] for part in whole(sums.shapes)]
+    return found or [[part] for part in uncut(sums.shapes)]
 
 
 def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:

@@ -17,7 +17,7 @@ from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.recollected import Recollected
 from fastsal.fisher.collection.work import Passes, Work
 from fastsal.fisher.model_sums import ModelSums
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.fisher.statistics import Collected, Statistics
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.mapped_files import FileArrays
@@ -156,6 +156,6 @@ def add_in_groups(work: Work, passes: Passes, report: Report) -> None:
 def _move_to_scratch(work: Work) -> None:
     """Allocate the sums, which have no samples yet, in a file of the scratch folder."""
     sums, samples = work.sums, work.how.samples
-    nbytes = sum(sums_nbytes(sums, part, samples) for part in whole(sums.shapes))
+    nbytes = sum(sums_nbytes(sums, part, samples) for part in uncut(sums.shapes))
     room = nbytes + 128 * len(sums.parameters)  # arrays begin at multiples of 64 bytes
     sums.move_to_file(FileArrays(work.plan.scratch or ".", room), samples)

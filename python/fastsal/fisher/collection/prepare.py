@@ -9,9 +9,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fastsal.data.batches import Batches, Source
+from fastsal.data.batches import Batches, Source, check_samples
 from fastsal.errors import InvalidArgument
-from fastsal.fisher.checks import check_block_size, check_count, check_precision, check_shapes
+from fastsal.fisher.checks import check_block_size, check_precision, check_shapes
 from fastsal.fisher.collection.budget import plan_within, unlimited
 from fastsal.fisher.collection.passes import PassSettings
 from fastsal.fisher.collection.work import Work
@@ -22,8 +22,10 @@ from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import CURVATURES, Curvature
+from fastsal.utils.numbers import whole
 from fastsal.utils.sizes import parse_bytes
+from fastsal.utils.suggestions import check_choice
 
 
 def prepare(
@@ -57,10 +59,11 @@ def prepare(
     Raises:
         InvalidArgument: An argument is invalid, or the memory budget is too small.
     """
-    samples = check_count("samples", samples)
-    micro_batch = check_count("micro_batch", micro_batch)
+    samples = check_samples(samples)
+    micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch, 1)
     block_size, precision = check_block_size(block_size), check_precision(precision)
     chosen = select_parameters(model, parameters)
+    check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])
     if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastsal.fisher.memory_plan import Share
-from fastsal.fisher.parts import Part, packed_bytes, whole
+from fastsal.fisher.parts import Part, packed_bytes, uncut
 from fastsal.fisher.shares import shares
 
 
@@ -56,8 +56,8 @@ def costs(
     """
     sharing = Share(ranks)
     most = sharing.longest(micro_batch, block_size, None)
-    every = shares(whole(shapes), block_size, ranks, most=most)
-    total = sum(part.size for part in whole(shapes))
+    every = shares(uncut(shapes), block_size, ranks, most=most)
+    total = sum(part.size for part in uncut(shapes))
     own = [sum(map(len, share)) for share in every]
     padded = sum(min(n, micro_batch) for n in _micro_batches(samples, micro_batch * ranks))
 
@@ -74,7 +74,7 @@ def costs(
         statistics=[held(share) for share in every],
         gathered=[4 * waits * d for d in own],
         in_flight=[4 * sharing.rows(micro_batch) * max(map(len, share)) for share in every],
-        partial_sums=held(whole(shapes)) * (ranks - 1) // ranks,
+        partial_sums=held(uncut(shapes)) * (ranks - 1) // ranks,
     )
 
 

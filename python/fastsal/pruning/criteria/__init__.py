@@ -1,6 +1,6 @@
-"""What a weight is worth: one file per family of criteria, one registry, one call.
+"""Criteria: one file for each family, one registry, and the function `score`.
 
-A score is the loss expected from removing the weight, low = prune first.
+A score estimates the loss increase from removing a weight; low scores are pruned first.
 """
 
 from fastsal.pruning.criteria import block_fisher as _block_fisher

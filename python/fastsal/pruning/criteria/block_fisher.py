@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon (Hassibi & Stork, 1993) on blocks of the empirical Fisher.
+"""Optimal Brain Surgeon (Hassibi & Stork, 1993) on blocks of the Fisher.
 
 The score of WoodFisher (Singh & Alistarh, 2020, eq. 9) and oBERT (Kurtic et al., 2022, eq. 7).
 """
@@ -13,10 +13,10 @@ from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 @criterion("block-fisher", needs_fisher=True, needs_damping=True)
 def block_fisher(inputs: Inputs) -> Scores:
-    """`θ_j² / (2 [A_b⁻¹]_jj)`, `A_b = F_b + λI`.
+    """Return `θ_j² / (2 [A_b⁻¹]_jj)`, `A_b = F_b + λI`.
 
     Raises:
-        FactorizationError: Blocks are not positive definite in double precision; names them.
+        FactorizationError: Blocks are not positive definite in float64; the message names them.
     """
     inverses = inputs.fisher.inverse_diagonals(inputs.damping, inputs.kept)
     scores = {}

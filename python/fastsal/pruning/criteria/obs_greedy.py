@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon, one weight at a time inside each block (Hassibi & Stork, 1993)."""
+"""Optimal Brain Surgeon, one weight at a time in each block (Hassibi & Stork, 1993)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 @criterion("obs-greedy", needs_fisher=True, needs_damping=True)
 def obs_greedy(inputs: Inputs) -> Scores:
-    """Running maximum of the elimination costs of a block up to the weight's turn.
+    """Return the running maximum of the elimination costs in each block.
 
-    Remove the weight with the least `θ_j² / (2 [A⁻¹]_jj)`, move the others by
-    `-A⁻¹ e_j θ_j / [A⁻¹]_jj`, strike it from `A⁻¹`, repeat. The running maximum makes one global
-    threshold cut every block at a prefix of its own order.
+    In each block: remove the weight with the least `θ_j² / (2 [A⁻¹]_jj)`, update the others by
+    `-A⁻¹ e_j θ_j / [A⁻¹]_jj`, remove row and column j from `A⁻¹`, repeat. The score of a weight is
+    the largest cost up to its removal, so that any global threshold prunes the first weights of
+    each block's own order.
 
     Raises:
-        FactorizationError: Blocks are not positive definite in double precision; names them.
+        FactorizationError: Blocks are not positive definite in float64; the message names them.
     """
     sums = sums_of(inputs.fisher)
     parameters, block_size = sums.all_for_core(inputs.kept)

@@ -1,9 +1,9 @@
-"""The registry of criteria, and what each of them is given."""
+"""The registry of criteria and their common input."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from fastsal.fisher.block_fisher import BlockFisher
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a criterion is computed from: some parameters of a model, or parts of them.
+    """The input of a criterion: some parameters of a model, or parts of them.
 
     Attributes:
         weights: Name to weights, detached, on the CPU, float64.
-        statistics: The Fisher of these, or None for criteria that need none.
-        damping: `λ`.
-        kept: Name to mask, True = still in the model, or None for all.
-        generator: For criteria with chance in them; goes on from one part of the model to the next.
-        errors: Where a criterion puts bounds of its relative error, name to `[n_blocks]`.
+        statistics: The Fisher of these; None for criteria that need none.
+        damping: Absolute `λ`.
+        kept: Name to mask, True = still in the model; None for all.
+        generator: Source of random numbers, shared by all parts of the model.
+        errors: Filled by the criterion with bounds of its relative error, name to `[n_blocks]`.
     """
 
     weights: Mapping[str, Tensor]
@@ -36,9 +36,9 @@ class Inputs:
 
     @property
     def fisher(self) -> BlockFisher:
-        """The statistics, which the criterion needs."""
+        """The statistics, for criteria that need them."""
         if self.statistics is None:
-            raise InvalidArgument("fisher: is None; this criterion needs statistics from collect")
+            raise InvalidArgument("fisher must be statistics from collect, got None")
         return self.statistics
 
 
@@ -47,19 +47,19 @@ Scores = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Criterion:
-    """A named way to score weights.
+    """A criterion: a named function that scores weights.
 
     Attributes:
-        name: As users write it.
-        needs_fisher: Whether statistics are needed.
-        needs_damping: Whether `λ` changes the scores.
-        compute: Inputs to name and scores, each of the parameter's shape.
+        name: Value of the argument `criterion`.
+        needs_fisher: Whether it needs statistics.
+        needs_damping: Whether its scores depend on `λ`.
+        compute: Returns name to scores of the parameter's shape, from `Inputs`.
     """
 
     name: str
     needs_fisher: bool
     needs_damping: bool
-    compute: Callable[[Inputs], Scores]
+    compute: Callable[[Inputs], Scores] = field(repr=False)
 
 
 CRITERIA: dict[str, Criterion] = {}

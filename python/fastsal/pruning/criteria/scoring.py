@@ -1,8 +1,7 @@
-"""Scores of a model's weights by a named criterion."""
+"""Score a model's weights by a named criterion."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,62 +12,84 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
-from fastsal.fisher.checks import check_damping
-from fastsal.fisher.parts import Parts, slices, whole
+from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
-from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.damping import resolve_damping
+from fastsal.utils.choices import CriterionName
+from fastsal.utils.numbers import whole
+from fastsal.utils.suggestions import check_choice
 from fastsal.utils.warn import warn_user
 
+# Relative error bound of a score from which on a warning is issued.
 _TOLERANCE = 0.01
+# Seeds that a generator of PyTorch accepts.
+SEEDS = (-(2**63), 2**64 - 1)
 
 
 def score(
     model: nn.Module,
     fisher: BlockFisher | Statistics | None,
-    criterion: str = "block-fisher",
-    damping: float = 1e-5,
+    criterion: CriterionName = "block-fisher",
+    damping: float | str = "0.1x",
     *,
-    masks: Masks | None = None,
+    masks: Mapping[str, Tensor] | None = None,
     parameters: str | Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Score every weight: the loss expected from removing it, low = prune first.
+    """Score every weight by a criterion: the loss increase expected from removing it.
+
+    Weights with low scores are pruned first; `fastsal.rank` turns scores into masks.
 
     Args:
-        model: The model that the statistics were collected on.
-        fisher: Statistics from `collect`; None is enough for `"magnitude"` and `"random"`.
-        criterion: One of `CRITERIA`: `"magnitude"`, `"random"`, `"taylor"`, `"diag-fisher"`,
-            `"block-fisher"`, `"obs-greedy"`.
-        damping: `λ`, above zero; `A = F + λI`. Criteria without an inverse ignore it.
-        masks: Weights already pruned, which take no further part; they score `-inf`.
-        parameters: Names or patterns, where there are no statistics to take them from.
+        model: The model that the statistics were collected on, with the same weights.
+        fisher: Statistics from `fastsal.collect`; None is valid for `"magnitude"` and `"random"`.
+        criterion: With `θ` the weights, `F` the Fisher and `A = F + λI`:
+
+            - `"magnitude"`: `θ_j² / 2`.
+            - `"random"`: uniform random numbers, a control.
+            - `"taylor"`: `|θ_j · mean gradient_j|` (SNIP, Lee et al. 2019; Molchanov et al. 2017).
+            - `"diag-fisher"`: `θ_j² F_jj / 2` (Optimal Brain Damage, LeCun et al. 1989).
+            - `"block-fisher"`: `θ_j² / (2 [A⁻¹]_jj)` (Optimal Brain Surgeon, Hassibi & Stork 1993).
+            - `"obs-greedy"`: the running maximum of the costs of removing one weight at a time from
+              each block, with the other weights of the block updated in between.
+        damping: `λ`, used by `"block-fisher"` and `"obs-greedy"`: a positive number, or a multiple
+            of the mean diagonal of F such as `"0.1x"`.
+        masks: Name to mask (True = kept) of weights that are already pruned. They are excluded from
+            the statistics and score `-inf`.
+        parameters: Names or patterns of the parameters to score, where `fisher` is None; None
+            scores the weights of `nn.Linear` and `nn.ConvNd`.
         seed: Seed of `"random"`.
 
     Returns:
-        Name to scores, float32, of the parameter's shape, on the CPU.
+        Name to scores, float32, of each parameter's shape, on the CPU.
 
     Raises:
-        InvalidArgument: Unknown criterion, bad damping, statistics missing.
-        UnknownParameter: The statistics are of another model.
+        InvalidArgument: An argument is invalid, statistics are missing or hold no samples, or a
+            weight is NaN or infinite.
+        UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         MaskError: A mask has another shape than its parameter.
-        FactorizationError: A damped block is not positive definite; names parameter and blocks.
+        FactorizationError: A damped block is not positive definite; the message names the parameter
+            and the blocks.
 
     Warns:
-        PrecisionWarning: The error bound of scores passes one per cent; names the parameter.
+        PrecisionWarning: The error bound of scores exceeds one per cent; the message names the
+            parameter.
     """
     entry = CRITERIA[find_criterion(criterion)]
-    if entry.needs_damping:
-        damping = check_damping(damping)
+    seed = whole("seed", seed, *SEEDS)
     if entry.needs_fisher and fisher is None:
-        raise InvalidArgument(f"fisher: is None; {criterion!r} needs statistics from collect")
+        raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
     statistics = None if fisher is None else statistics_of(fisher)
     chosen = _chosen(model, statistics, parameters)
     kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
     check_mask_shapes("masks", kept, chosen)
-    return score_tensors(chosen, statistics, entry, damping, kept, seed)
+    absolute = 1.0  # not used without an inverse
+    if entry.needs_damping and statistics is not None:
+        absolute = resolve_damping(damping, statistics)
+    return score_tensors(chosen, statistics, entry, absolute, kept, seed)
 
 
 def score_tensors(
@@ -79,7 +100,16 @@ def score_tensors(
     kept: Mapping[str, Tensor],
     seed: int,
 ) -> dict[str, Tensor]:
-    """Score weights by the names of the statistics, of a whole model or some parts of it."""
+    """Return the scores of tensors that are named as in the statistics.
+
+    Args:
+        tensors: Name to weights, of a whole model or of parts of it.
+        statistics: Statistics of these; None for criteria that need none.
+        entry: The criterion.
+        damping: Absolute `λ`.
+        kept: Name to mask, True = kept.
+        seed: Seed of random numbers.
+    """
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, NDArray[np.float64]] = {}
     scores = {name: torch.empty(p.shape) for name, p in tensors.items()}
@@ -98,20 +128,19 @@ def score_tensors(
 
 
 def find_criterion(criterion: str) -> str:
-    """Return the criterion's name, or raise InvalidArgument with those that there are."""
-    if criterion in CRITERIA:
-        return criterion
-    close = difflib.get_close_matches(str(criterion), CRITERIA, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise InvalidArgument(
-        f"criterion: got {criterion!r}{hint}; takes {', '.join(map(repr, CRITERIA))}"
-    )
+    """Return the name of a criterion.
+
+    Raises:
+        InvalidArgument: There is no such criterion; the message lists those that exist.
+    """
+    check_choice("criterion", criterion, CRITERIA)
+    return criterion
 
 
 def warn_imprecise(
     errors: Mapping[str, NDArray[np.float64]], precision: str, damping: float
 ) -> None:
-    """Warn where the error bound of scores, name to `[n_blocks]`, passes one per cent."""
+    """Warn where the error bound of scores, name to `[n_blocks]`, exceeds one per cent."""
     worst = {name: float(bounds.max(initial=0.0)) for name, bounds in errors.items()}
     doubtful = {name: error for name, error in worst.items() if error > _TOLERANCE}
     if doubtful:
@@ -119,9 +148,9 @@ def warn_imprecise(
         blocks = int((errors[name] > _TOLERANCE).sum())
         others = f" and {len(doubtful) - 1} other parameters" if len(doubtful) > 1 else ""
         warn_user(
-            f"scores of {name!r}{others}: rounding of the {precision} sums may "
-            f"change them by up to {min(doubtful[name], 1):.0%} ({blocks} of its blocks pass 1 %) "
-            f"at damping {damping:g}; collect with precision='float64' or damp more",
+            f"scores of {name!r}{others} may be off by up to {min(doubtful[name], 1):.0%}, as sums "
+            f"are rounded to {precision} (bound above 1 % in {blocks} blocks of {name!r} at "
+            f"damping {damping:g}); collect with precision='float64' or increase damping",
             PrecisionWarning,
         )
 
@@ -129,11 +158,11 @@ def warn_imprecise(
 def _groups(
     chosen: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Iterator[tuple[BlockFisher | None, Parts]]:
-    """What is scored at a time: a group of parts with its statistics, or a parameter without."""
+    """Yield what is scored at once: a group of parts with its statistics, or one parameter."""
     if statistics is not None:
         yield from statistics.groups()
         return
-    for part in whole({name: p.shape for name, p in chosen.items()}):
+    for part in uncut({name: p.shape for name, p in chosen.items()}):
         yield None, {part.key: part}
 
 
@@ -143,12 +172,12 @@ def _chosen(
     if statistics is None:
         return select_parameters(model, parameters)
     if parameters is not None:
-        raise InvalidArgument("parameters: are those of the statistics; leave it out")
+        raise InvalidArgument("parameters must be None with fisher, which defines them")
     return model_parameters(model, statistics.shapes)
 
 
 def _double(name: str, weights: Tensor) -> Tensor:
     w = weights.detach().cpu().double()
     if not bool(torch.isfinite(w).all()):
-        raise InvalidArgument(f"model: parameter {name!r} holds NaN or infinity")
+        raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
     return w

@@ -1,12 +1,12 @@
-"""How far can a model be pruned, with a promise about images that nobody has seen?
+"""Tests with a finite-sample guarantee: is the mean of bounded values below a limit?
 
-Sparsities are tested in rising order on images that neither the statistics nor the damping saw; the
-first that cannot be shown to keep within the limit ends the search. Testing in a fixed order needs
-no correction for the number of tests (Angelopoulos et al. 2021, "Learn then Test", section 2.2), so
-that with the stated confidence the sparsity returned keeps the limit on images of the same
-distribution. The test of one sparsity bets against "the increase is above the limit" (Waudby-Smith
-and Ramdas 2024, "Estimating means of bounded random variables by betting", section 4): it holds for
-any finite number of images and any distribution in the stated range.
+Sparsities are tested in rising order on images that neither the statistics nor the choice of the
+damping used; the first that is not shown to be within the limit ends the search. Testing in a fixed
+order needs no correction for the number of tests (Angelopoulos et al. 2021, "Learn then Test",
+section 2.2). So with the given confidence, the returned sparsity is within the limit on images of
+the same distribution. The test of one sparsity bets against "the increase is above the limit"
+(Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", section
+4): it is valid for any number of images and any distribution in the given range.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _PRECISION = 1e-4
 
 
 def upper_bound(values: ArrayLike, low: float, high: float, confidence: float) -> float:
-    """Bound the mean of a distribution on `[low, high]` from above, at this confidence.
+    """Return an upper confidence bound of the mean of a distribution on `[low, high]`.
 
     Args:
-        values: Independent draws `[n]`, in any order that does not depend on them.
-        low: Least value possible.
-        high: Largest value possible.
-        confidence: In (0, 1).
+        values: Independent draws `[n]`, in an order that does not depend on them.
+        low: Smallest possible value.
+        high: Largest possible value.
+        confidence: Probability that the bound holds, in (0, 1).
 
     Raises:
         InvalidArgument: A value is outside of the range.
     """
     x = np.asarray(values, np.float64)
     if x.size and (x.min() < low or x.max() > high or np.isnan(x).any()):
-        raise InvalidArgument(f"values: reach from {x.min()} to {x.max()}; takes [{low}, {high}]")
+        raise InvalidArgument(f"values must be in [{low:g}, {high:g}], got {x.min()} to {x.max()}")
     least, most = low, high
     while most - least > _PRECISION * (high - low):
         middle = (least + most) / 2
@@ -47,11 +47,12 @@ def upper_bound(values: ArrayLike, low: float, high: float, confidence: float) -
 
 
 def is_below(values: ArrayLike, mean: float, low: float, high: float, confidence: float) -> bool:
-    """Say whether "the mean is `mean` or more" is refuted at this confidence.
+    """Return whether "the mean is `mean` or more" is rejected at this confidence.
 
-    Wealth starts at one and is multiplied by `1 + λ_t (mean - x_t)`; if the mean is that high no
-    strategy makes it grow on average, so it passes `1 / (1 - confidence)` with a probability of at
-    most `1 - confidence` (Ville's inequality). `λ_t` depends on earlier values only.
+    Wealth starts at one and is multiplied by `1 + s_t (mean - x_t)`, where the stake `s_t` depends
+    on earlier values only. If the hypothesis is true, wealth does not grow in expectation, so it
+    exceeds `1 / (1 - confidence)` with a probability of at most `1 - confidence` (Ville's
+    inequality).
     """
     x = np.asarray(values, np.float64)
     if x.size == 0 or mean >= high:
@@ -59,13 +60,13 @@ def is_below(values: ArrayLike, mean: float, low: float, high: float, confidence
     n, needed = x.size, math.log(1 / (1 - confidence))
     width = high - low
     t = np.arange(1, n + 1)
-    # Plug-in mean and variance of the values before, started with one draw in the middle of the
-    # range: a quarter of its square is the largest variance that there is.
+    # Plug-in mean and variance of the earlier values, starting with one draw at the middle of the
+    # range, whose square over four is the largest possible variance.
     before = (width / 2 + low + np.concatenate([[0.0], np.cumsum(x)[:-1]])) / t
     squares = np.concatenate([[0.0], np.cumsum((x - before) ** 2)[:-1]])
     variance = (width**2 / 4 + squares) / t
     stake = np.sqrt(2 * needed / (n * variance))
-    # Below ruin, whatever comes.
+    # Wealth remains positive for any value.
     stake = np.minimum(stake, 0.9 / (high - mean))
     wealth = np.cumsum(np.log1p(stake * (mean - x)))
     return bool(wealth.max() >= needed)

@@ -1,4 +1,4 @@
-"""Whether a pruned model keeps a limit, by images that nothing else has seen."""
+"""Test whether a pruned model is within a limit, on images that nothing else has used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,18 @@ LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Examination:
-    """The dense model's answers on the test images, and how far a pruned one is from them."""
+    """The test of a limit: compares pruned models with the dense one on the test images.
+
+    Args:
+        model: The dense model.
+        batches: Pairs `(images, labels)`.
+        limit: The limit.
+        loss: `(outputs, labels)` to losses `[n]`.
+
+    Raises:
+        DataError: A batch has no labels.
+        InvalidArgument: There are no images.
+    """
 
     def __init__(
         self,
@@ -33,10 +44,10 @@ class Examination:
         found: list[tuple[Tensor, Tensor]] = []
         for images, labels in batches:
             if labels is None:
-                raise DataError("labels: are missing; a limit is tested on labelled images")
+                raise DataError("labels must not be None: a limit is tested on labeled images")
             found.append((images, labels))
         if not found:
-            raise InvalidArgument("samples: none are left to test the limit on; takes more")
+            raise InvalidArgument("samples leaves no images to test the limit on; increase it")
         self._batches = self._own(found)
         self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
         self._losses = [
@@ -52,11 +63,11 @@ class Examination:
 
     @property
     def images(self) -> int:
-        """Images of the test."""
+        """Number of test images."""
         return sum(len(out) for out in self._dense)
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-        """Of each batch what its images add to the increase, and by how much their losses rise."""
+        """Return for each batch the increase and the loss increase of its images."""
         found = []
         known = zip(self._batches, self._dense, self._losses, strict=True)
         for (images, labels), dense, losses in known:
@@ -67,7 +78,7 @@ class Examination:
         return found
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Measure a pruned model."""
+        """Measure a pruned model, which gives a point of `SafetyReport.curve`."""
         found = self.measured(model)
         each, rise = (torch.cat(values) for values in zip(*found, strict=True))
         low, high = (-1.0, 1.0) if self.cap is None else (-self.cap, self.cap)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +10,17 @@ from torch import Tensor
 
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.measured import loss_of_guessing
+from fastsal.utils.numbers import real
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What must not be passed.
+    """A limit on the damage by pruning.
 
     Attributes:
-        kind: `"accuracy"` (drop of top-1) or `"loss"` (increase of the mean loss).
-        most: The limit.
-        confidence: How sure the promise is, in (0, 1).
+        kind: `"accuracy"` (drop of top-1 accuracy) or `"loss"` (increase of the mean loss).
+        most: The largest drop or increase.
+        confidence: Confidence of the guarantee, in (0, 1).
     """
 
     kind: str
@@ -31,41 +31,37 @@ class Limit:
     def of(
         cls, max_loss_increase: float | None, max_accuracy_drop: float | None, confidence: float
     ) -> Limit | None:
-        """Return the limit that was asked for, or None.
+        """Return the limit that is given, or None.
 
         Raises:
-            InvalidArgument: Both were, or a number is not taken.
+            InvalidArgument: Both limits are given, or a number is out of range.
         """
         if max_loss_increase is not None and max_accuracy_drop is not None:
             raise InvalidArgument(
-                "max_loss_increase, max_accuracy_drop: got both; takes one of them"
+                "max_loss_increase and max_accuracy_drop exclude each other, got both"
             )
-        for name, kind, value in (
-            ("max_loss_increase", "loss", max_loss_increase),
-            ("max_accuracy_drop", "accuracy", max_accuracy_drop),
-        ):
-            if value is None:
-                continue
-            if not 0 < value < (1 if kind == "accuracy" else math.inf):
-                raise InvalidArgument(f"{name}: got {value!r}; takes a number above zero")
-            if not 0 < confidence < 1:
-                raise InvalidArgument(f"confidence: got {confidence!r}; takes a number in (0, 1)")
-            return cls(kind, float(value), float(confidence))
-        return None
+        if max_loss_increase is not None:
+            kind, most = "loss", real("max_loss_increase", max_loss_increase, above=0)
+        elif max_accuracy_drop is not None:
+            kind, most = "accuracy", real("max_accuracy_drop", max_accuracy_drop, above=0, below=1)
+        else:
+            return None
+        return cls(kind, most, real("confidence", confidence, above=0, below=1))
 
 
 @dataclass(frozen=True)
 class SafetyReport:
-    """What was tested.
+    """The result of pruning within a limit on the loss or the accuracy.
 
     Attributes:
         limit: The limit and its confidence.
-        sparsity: The highest sparsity that was shown to keep it; 0 if none was.
-        images: Images of the test.
-        capped_at: Loss of an image above which it counts as this much; None for accuracy.
-        curve: One entry a sparsity: `sparsity`, `increase` (mean), `upper` (its bound at the
-            stated confidence), `predicted` (the quadratic model's loss increase, None without
-            compensation), `loss_increase` (mean, uncapped) and `loss_error` (its standard error).
+        sparsity: The highest sparsity that is within the limit; 0 if none was shown to be.
+        images: Number of test images.
+        capped_at: Upper cap of the loss of an image; None for accuracy.
+        curve: One entry for each tested sparsity: `sparsity`, `increase` (mean), `upper` (its upper
+            bound at the confidence), `keeps` (whether it is within the limit), `predicted` (loss
+            increase by the quadratic model; None without compensation), `loss_increase` (mean,
+            without a cap) and `loss_error` (its standard error).
         trusted_until: The highest sparsity up to which measured and predicted loss increase agree
             within a factor of two or two standard errors; None without a prediction.
     """
@@ -77,23 +73,30 @@ class SafetyReport:
     curve: list[dict[str, Any]] = field(default_factory=list)
     trusted_until: float | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"SafetyReport(sparsity={self.sparsity:g}, {self.limit.kind} within "
+            f"{self.limit.most:g}, confidence={self.limit.confidence:g}, images={self.images}, "
+            f"{len(self.curve)} sparsities tested, trusted_until={self.trusted_until})"
+        )
+
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for a report."""
+        """Return plain values for JSON."""
         return {**vars(self), "limit": vars(self.limit)}
 
 
 def differences(
     limit: Limit, dense: Tensor, pruned: Tensor, losses: tuple[Tensor, Tensor], labels: Tensor
 ) -> Tensor:
-    """Return what each image adds to the increase `[n]`.
+    """Return the increase of each image `[n]`.
 
-    It lies in [-1, 1] for accuracy, and between the loss of guessing and its negative for losses.
+    Values are in [-1, 1] for accuracy, and within plus and minus the loss of guessing for losses.
 
     Args:
-        limit: What is limited.
+        limit: The limit, whose kind decides what increases.
         dense: Outputs of the dense model `[n, classes]`.
-        pruned: Outputs of the pruned one.
-        losses: Losses of both `[n]`.
+        pruned: Outputs of the pruned model `[n, classes]`.
+        losses: Losses of both models, each `[n]`.
         labels: `[n]`.
     """
     if limit.kind == "accuracy":
@@ -105,7 +108,7 @@ def differences(
 
 
 def trusted_until(curve: list[dict[str, Any]]) -> float | None:
-    """Return the highest sparsity up to which prediction and measurement agree."""
+    """Return the highest sparsity up to which predicted and measured loss increase agree."""
     if not curve or curve[0]["predicted"] is None:
         return None
     until = 0.0
@@ -119,13 +122,13 @@ def trusted_until(curve: list[dict[str, Any]]) -> float | None:
 
 
 def summary(report: SafetyReport) -> str:
-    """Say in one line what is promised."""
+    """Return the guarantee in one line."""
     limit = report.limit
     what = "top-1 accuracy drops" if limit.kind == "accuracy" else "mean loss rises"
     if report.sparsity == 0:
         return (
-            f"no sparsity could be shown to keep the limit of {limit.most:g} on {report.images} "
-            "images; takes more images or a wider limit"
+            f"no sparsity was shown to be within the limit of {limit.most:g} on {report.images} "
+            "images; use more images or a wider limit"
         )
     return (
         f"at sparsity {report.sparsity:g} {what} by at most {limit.most:g}, with confidence "
@@ -134,7 +137,7 @@ def summary(report: SafetyReport) -> str:
 
 
 def losses_of(loss: Any, outputs: Tensor, labels: Tensor) -> Tensor:
-    """Losses `[n]`, without a graph."""
+    """Return the losses `[n]`, without a graph."""
     with torch.no_grad():
         result: Tensor = loss(outputs, labels)
     return result

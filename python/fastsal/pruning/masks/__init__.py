@@ -1,1 +1,1 @@
-"""Masks: from scores to masks, and masks on models and in files."""
+"""Masks: made from scores, applied to models, and stored in files."""

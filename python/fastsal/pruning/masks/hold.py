@@ -1,21 +1,21 @@
-"""Zeros that stay zero while a model is trained: weights, gradients and what optimisers remember.
+"""Keep pruned weights at zero during training: weights, gradients and optimizer state.
 
-A zero weight is lost in one of four ways, and each is closed where it happens:
+A pruned weight can become nonzero in four ways, each of which is prevented where it happens:
 
-- its gradient is not zero: a hook of the parameter fills it with zero before it is accumulated,
-  clipped, unscaled or sent to other processes;
-- the optimiser moves it anyway, by momentum from before, by a rule that mixes weights, or because
-  it is NaN: state is zeroed when the block begins, weights before and after every step;
-- other values are loaded over it, or over the optimiser's state: they are zeroed after loading;
-- it is copied before it is zero: the model is masked when the block begins.
+- Its gradient is not zero: a hook on the parameter zeroes it before it is accumulated, clipped,
+  unscaled or sent to other processes.
+- The optimizer updates it anyway, because of earlier momentum, of a rule that mixes weights, or of
+  NaN: optimizer state is zeroed at the start of the block, weights before and after every step.
+- Other values are loaded into it or into the optimizer state: they are zeroed after loading.
+- It is copied before it is zero: the model is masked at the start of the block.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,29 @@ from torch.optim import Optimizer
 
 from fastsal.errors import InvalidArgument, MaskError
 
-if TYPE_CHECKING:
-    from fastsal.pruning.masks.masks import Masks
-
 # Parameter to boolean tensor of its shape, on its device, True = pruned.
 Pruned = Mapping[nn.Parameter, Tensor]
 
 
 @contextlib.contextmanager
 def hold(
-    masks: Masks, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
+    pruned: Pruned,
+    model: nn.Module,
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+    verify: Callable[[], None],
 ) -> Iterator[None]:
-    """Keep pruned weights zero inside the block; see `Masks.hold`, which is how it is called."""
-    pruned = _pruned(masks, model)
+    """Keep pruned weights zero inside the block; `Masks.hold` is the public form of it.
+
+    Args:
+        pruned: Inverted masks.
+        model: The model, or a wrapper of it.
+        optimizer: Optimizers of the masked parameters, or None.
+        verify: Raises MaskError if a pruned weight is not zero; called at the end of the block.
+    """
     optimizers = _checked(optimizer, pruned)
 
     def before_step(*_: object) -> None:
-        # What was assigned has passed no hook; decay would carry a weight into momentum.
+        # Assigned gradients bypass the hook; weight decay would move a weight into momentum.
         _zero_weights(pruned)
         _zero_gradients(pruned)
 
@@ -65,17 +71,16 @@ def hold(
                 hooks.callback(handle.remove)
         try:
             yield
-            _prove(masks, model)
+            _verify(verify)
         finally:
-            # A step that was interrupted may have moved them.
+            # An interrupted step may have changed them.
             _zero_weights(pruned)
 
 
 class _AfterLoading:
-    """Zeroes pruned weights of a module that a state dict was loaded into.
+    """Zeroes pruned weights of a module after a state dict was loaded into it.
 
-    A copy of the module, or a file that it is pickled to, gets a hook that does nothing: it is
-    no part of the block.
+    A copied or pickled module gets a hook that does nothing, as the copy is not held.
     """
 
     def __init__(self, pruned: Mapping[str, Tensor] | None = None) -> None:
@@ -89,17 +94,8 @@ class _AfterLoading:
         return _AfterLoading, ()
 
 
-def _pruned(masks: Masks, model: nn.Module) -> Pruned:
-    """Invert the masks; a parameter with two names is pruned where either mask says so."""
-    pruned: dict[nn.Parameter, Tensor] = {}
-    for name, p in masks.parameters(model).items():
-        where = ~masks[name].to(p.device)
-        pruned[p] = pruned[p] | where if p in pruned else where
-    return pruned
-
-
 def _checked(optimizer: Optimizer | Iterable[Optimizer] | None, pruned: Pruned) -> list[Optimizer]:
-    """Return the optimisers whose `step` has hooks."""
+    """Return the optimizers whose `step` calls hooks."""
     if optimizer is None:
         return []
     several = isinstance(optimizer, Iterable)
@@ -107,16 +103,16 @@ def _checked(optimizer: Optimizer | Iterable[Optimizer] | None, pruned: Pruned) 
     for each in given:
         if not isinstance(each, Optimizer):
             raise InvalidArgument(
-                f"optimizer: got {type(each).__name__}; takes a torch.optim.Optimizer, several of "
-                "them, or None"
+                "optimizer must be a torch.optim.Optimizer, several of them, or None, got "
+                f"{type(each).__name__}"
             )
-    # timm's Lookahead never calls hooks; the optimiser that it wraps does, and keeps its state.
+    # timm's Lookahead never calls hooks; the optimizer that it wraps does, and has its state.
     stepping: list[Optimizer] = [getattr(each, "_base_optimizer", each) for each in given]
     groups = (group for each in stepping for group in each.param_groups)
     if not any(p in pruned for group in groups for p in group["params"]):
         raise InvalidArgument(
-            "optimizer: holds none of the masked parameters; takes the one that trains this "
-            "model, or None"
+            "optimizer must hold the masked parameters (that is, train this model) or be None; it "
+            "holds none of them"
         )
     return stepping
 
@@ -133,16 +129,16 @@ def _held_gradient(p: nn.Parameter, where: Tensor) -> Iterator[None]:
     finally:
         handle.remove()
         if not p._backward_hooks:
-            p._backward_hooks = None  # not an empty dict, which autograd would go on asking
+            p._backward_hooks = None  # an empty dict would still be read by autograd
 
 
-def _prove(masks: Masks, model: nn.Module) -> None:
+def _verify(verify: Callable[[], None]) -> None:
     try:
-        masks.verify(model)
+        verify()
     except MaskError as error:
         raise MaskError(
-            f"{error}; inside hold the model was changed by something other than the given "
-            "optimizers and load_state_dict"
+            f"{error}; inside hold, only the given optimizers and load_state_dict may change the "
+            "model"
         ) from error
 
 
@@ -158,7 +154,7 @@ def _zero_gradients(pruned: Pruned) -> None:
 
 
 def _zero_state(pruned: Pruned, optimizer: Optimizer) -> None:
-    """Zero momentum, moments and averages: every tensor of state with the parameter's shape."""
+    """Zero momentum, moments and averages: every state tensor of the parameter's shape."""
     for p, where in pruned.items():
         for value in optimizer.state.get(p, {}).values():
             if isinstance(value, Tensor) and value.shape == p.shape:
@@ -167,5 +163,5 @@ def _zero_state(pruned: Pruned, optimizer: Optimizer) -> None:
 
 def _zero(tensor: Tensor, where: Tensor) -> None:
     with torch.no_grad():
-        # The device is another one only if the model was moved inside the block.
+        # The device differs only if the model was moved inside the block.
         tensor.masked_fill_(where.to(tensor.device), 0)

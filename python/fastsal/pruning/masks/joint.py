@@ -1,4 +1,4 @@
-"""Masks of a pattern by the joint cost of each group."""
+"""Choose masks of a pattern by the joint cost of each group."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher, sums_of
-from fastsal.fisher.checks import check_damping
 from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import Part, Parts, flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import model_parameters
+from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
@@ -24,7 +24,10 @@ from fastsal.pruning.masks.patterns import (
     input_axes,
     reduce_groups,
 )
+from fastsal.pruning.masks.ranking import check_ranking, rank
+from fastsal.utils.choices import Scope
 
+# Most weights of a group whose joint cost is computed.
 LARGEST_GROUP = 8
 
 
@@ -33,55 +36,63 @@ def rank_pattern(
     fisher: BlockFisher | Statistics,
     pattern: str,
     sparsity: float | None = None,
-    damping: float = 1e-5,
+    damping: float | str = "0.1x",
     *,
-    scope: str = "global",
+    scope: Scope = "global",
     floor: float = 0.0,
 ) -> Masks:
-    """Choose masks of a pattern by joint costs.
+    """Choose the masks of a pattern by the joint cost of pruning each group.
+
+    Removing a set `P` of weights and updating the others costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2`, with
+    `A = F + λI` (Kurtic et al. 2022, oBERT, eq. 5).
 
     Args:
-        model: The model that the statistics were collected on.
-        fisher: Statistics from `collect`.
-        pattern: `"N:M"`, M up to 8: in each group those N stay whose complement costs least; then
-            a pruned weight comes back for a kept one of its group and block, the best exchange
-            first, until none lowers what joint compensation of the block leaves. `"1xM"`: whole
-            groups go, those that cost least.
-        sparsity: Fraction of the groups that goes, for `"1xM"`; N:M fixes it.
-        damping: `λ`, above zero.
-        scope: Where groups compete, as for `rank`; for `"1xM"`.
-        floor: Least kept fraction of any parameter's groups; N:M keeps N of M anyway.
+        model: The model that the statistics were collected on, with the same weights.
+        fisher: Statistics from `fastsal.collect`.
+        pattern: `"N:M"` (such as `"2:4"`), M up to 8: of every M weights along the input axis, the
+            N are kept whose complement costs least; then pruned and kept weights of a group are
+            exchanged, the best exchange first, until none lowers the cost of their block after
+            joint compensation. `"1xM"` (such as `"1x4"`), M up to 8: groups of M weights are pruned
+            as a whole, those with the lowest costs.
+        sparsity: Fraction of the groups to prune, in `[0, 1]`, for `"1xM"`. None for N:M, which
+            fixes it.
+        damping: `λ`: a positive number, or a multiple of the mean diagonal of F such as `"0.1x"`.
+        scope: For `"1xM"`, the groups that compete with each other: `"global"`, `"layer"` or
+            `"erk"`, see `fastsal.rank`.
+        floor: For `"1xM"`, the least fraction of the groups of any parameter to keep.
+
+    Returns:
+        The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
-        InvalidArgument: Bad pattern, sparsity, floor or damping.
+        InvalidArgument: An argument is invalid, or the statistics hold no samples.
+        UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         FactorizationError: A damped block is not positive definite.
     """
-    from fastsal.pruning.masks.patterns import check_fixed
-    from fastsal.pruning.masks.ranking import rank
-
-    damping = check_damping(damping)
     wanted = Pattern.parse(pattern)
     if wanted.m > LARGEST_GROUP:
         raise InvalidArgument(
-            f"pattern: got {pattern!r}; by joint cost takes groups of up to {LARGEST_GROUP}; "
-            "rank(scores, pattern=...) takes any"
+            f"pattern must have groups of at most {LARGEST_GROUP} for joint costs, got "
+            f"{pattern!r}; rank(scores, pattern=...) supports larger ones"
         )
     statistics = statistics_of(fisher)
     owned = model_parameters(model, statistics.shapes)
-    recipe = {"pattern": str(wanted), "joint": True}
+    shapes = {name: tuple(p.shape) for name, p in owned.items()}
+    check_ranking(shapes, sparsity, scope, pattern, floor)
+    damping = resolve_damping(damping, statistics)
+    recipe = {"pattern": str(wanted), "joint": True, "damping": damping}
     if wanted.is_whole:
         costs = joint_costs(owned, statistics, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
         kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
         return Masks(kept, {**groups.recipe, **recipe})
-    check_fixed(wanted, sparsity, floor)
     return Masks(joint_choice(owned, statistics, wanted, damping), recipe)
 
 
 def joint_costs(
     tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
-    """Name to the joint costs of whole groups `[outer, G, inner]`, by the statistics' names."""
+    """Return the joint costs of whole groups, name of the statistics to `[outer, G, inner]`."""
     costs = {name: torch.empty(grouped_shape(w.shape, pattern.m)) for name, w in tensors.items()}
     for weights, parts, given in _by_rows(tensors, statistics):
         found = _core.group_costs(*given, pattern.m, damping)
@@ -98,7 +109,7 @@ def joint_costs(
 def joint_choice(
     tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
 ) -> dict[str, Tensor]:
-    """Name to the mask of N:M by joint costs, by the statistics' names."""
+    """Return the masks of an N:M pattern by joint costs, by the names of the statistics."""
     kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
     for _, parts, given in _by_rows(tensors, statistics):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
@@ -112,7 +123,7 @@ def joint_choice(
 def _by_rows(
     tensors: Mapping[str, Tensor], statistics: Statistics
 ) -> Iterator[tuple[dict[str, Tensor], Parts, tuple[Any, Any, Any, int]]]:
-    """Parts that end with rows of axis 0, as groups do: weights, parts, what the core takes."""
+    """Yield groups of parts that end with rows of axis 0: weights, parts, input of the core."""
     for fisher, parts in statistics.groups(cuts=False):
         weights = {
             key: in_rows(values, tensors[parts[key].name].shape)
@@ -122,18 +133,18 @@ def _by_rows(
 
 
 def in_rows(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """A part that ends with rows of axis 0, in its parameter's shape but for their number."""
+    """Return a part that ends with rows of axis 0 in the shape `[rows, *shape[1:]]`."""
     return values.reshape(-1, *shape[1:])
 
 
 def _rows_of(groups: Tensor, part: Part) -> Tensor:
-    """The groups `[rows, G, inner]` of a part, of those of its parameter."""
+    """Return the groups `[rows, G, inner]` of a part, a view of those of its parameter."""
     each = part.size // groups.shape[0]
     return groups[part.start // each : -(-part.stop // each)]
 
 
 def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
-    """Statistics, weights, axes and block size, as the core takes them."""
+    """Return statistics, weights, axes and block size in the form of the core."""
     parameters, block_size = sums_of(fisher).all_for_core()
     rows = [flat(w).float().numpy() for w in weights.values()]
     return parameters, rows, [input_axes(w.shape) for w in weights.values()], block_size

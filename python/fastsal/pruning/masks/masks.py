@@ -1,7 +1,7 @@
-"""Masks: which weights are kept, applied, proven and stored.
+"""Masks: the weights that are kept. They are applied to models, verified, and stored.
 
-True = kept. On file a mask is packed bits with the recipe that made it and a digest, so that a
-file of another model, a truncated or a changed one is refused.
+A file holds packed bits, the recipe that the masks were made with, and a digest, so that truncated
+and modified files are detected.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
-from fastsal.pruning.masks.hold import hold
+from fastsal.pruning.masks.hold import Pruned, hold
 from fastsal.utils.atomic import atomic_path
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
-# What DistributedDataParallel, averaged models and torch.compile put before ordinary names.
+# Prefixes that DistributedDataParallel, averaged models and torch.compile add to names.
 _WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 class Masks(Mapping[str, Tensor]):
-    """Name to boolean tensor of the parameter's shape, True = kept.
+    """Masks of a model: a mapping from parameter name to boolean tensor, True = kept.
 
     Args:
-        masks: Name to mask; boolean, or any type with zeros for pruned weights.
-        recipe: How they came about; anything that JSON holds.
+        masks: Name to mask of the parameter's shape: boolean, or numbers with zero for pruned
+            weights. Masks are copied to the CPU.
+        recipe: How the masks were made, as values that JSON can hold. It is stored with them.
+
+    Attributes:
+        recipe: As above.
 
     Raises:
         InvalidArgument: There is no mask, or one is empty.
@@ -45,11 +49,11 @@ class Masks(Mapping[str, Tensor]):
         self, masks: Mapping[str, Tensor], recipe: Mapping[str, Any] | None = None
     ) -> None:
         if not masks:
-            raise InvalidArgument("masks: is empty; takes name to boolean tensor")
+            raise InvalidArgument("masks must hold at least one parameter, got none")
         self._masks = {n: torch.as_tensor(m).detach().cpu().bool() for n, m in masks.items()}
         empty = [name for name, m in self._masks.items() if m.numel() == 0]
         if empty:
-            raise InvalidArgument(f"masks: {empty[0]!r} is empty; takes the parameter's shape")
+            raise InvalidArgument(f"masks must not be empty, got {empty[0]!r} without elements")
         self.recipe: dict[str, Any] = dict(recipe or {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -76,12 +80,12 @@ class Masks(Mapping[str, Tensor]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name to shape."""
+        """Parameter name to shape."""
         return {name: tuple(m.shape) for name, m in self._masks.items()}
 
     @property
     def kept(self) -> dict[str, int]:
-        """Name to number of kept weights."""
+        """Parameter name to number of kept weights."""
         return {name: int(m.sum()) for name, m in self._masks.items()}
 
     @property
@@ -97,8 +101,12 @@ class Masks(Mapping[str, Tensor]):
     def apply(self, model: nn.Module) -> None:
         """Set the pruned weights of a model to zero, in place.
 
+        Args:
+            model: A model with the masked parameters, or a wrapper of it.
+
         Raises:
-            MaskError: The model lacks a parameter or has it in another shape; nothing is changed.
+            MaskError: The model lacks a parameter or has it in another shape. The model is
+                unchanged.
         """
         parameters = self.parameters(model)
         with torch.no_grad():
@@ -107,11 +115,14 @@ class Masks(Mapping[str, Tensor]):
                 parameter.masked_fill_(~self[name].to(parameter.device), 0)
 
     def verify(self, model: nn.Module) -> None:
-        """Prove that every pruned weight of a model is exactly zero.
+        """Check that every pruned weight of a model is exactly zero.
+
+        Args:
+            model: A model with the masked parameters, or a wrapper of it.
 
         Raises:
-            MaskError: Some are not (names the parameter and counts them), or the model does not
-                fit the masks.
+            MaskError: Some are not (the message names the parameter and counts them), or the model
+                lacks a parameter or has it in another shape.
         """
         for name, parameter in self.parameters(model).items():
             alive = (parameter.detach() != 0) & ~self[name].to(parameter.device)
@@ -125,37 +136,49 @@ class Masks(Mapping[str, Tensor]):
     def hold(
         self, model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
     ) -> AbstractContextManager[None]:
-        """Keep the pruned weights of a model zero while it is trained, inside a `with` block.
+        """Keep the pruned weights of a model at zero during training, inside a `with` block.
 
-        When the block begins the model is masked, and so are its gradients and the optimiser's
-        state. Inside it gradients of pruned weights are zero, so that clipping and loss scaling do
-        not see them, and weights are zeroed about every step and after `load_state_dict`. When it
-        ends nothing is left on the model, on success and on an error, and the zeros are proven.
+        At the start of the block the model, its gradients and the optimizer state are masked.
+        Inside the block the gradients of pruned weights are zero, so that clipping and loss scaling
+        ignore them, and pruned weights are zeroed before and after every step and after
+        `load_state_dict`. At the end, also after an error, all hooks are removed; without an error
+        the zeros are verified.
 
-        Parameters keep their names and types: a `state_dict` is an ordinary one. A copy that is
-        made inside the block, by `copy.deepcopy` or for an average, has its zeros and is not held:
-        averages of zeros are zero, but an optimiser of its own may move them. An average that began
-        before the model was masked forgets dense weights as slowly as it forgets all others.
-        `load_state_dict(assign=True)` gives the model other parameters: begin another block then.
+        Names and types of parameters do not change, so a `state_dict` has its ordinary form. A copy
+        made inside the block (`copy.deepcopy`, an average) starts with the zeros but is not held:
+        averages of zeros remain zero, but another optimizer may change them. An average that began
+        before the model was masked forgets the dense weights only gradually.
+        `load_state_dict(assign=True)` replaces the parameters; start another block after it.
 
         Args:
-            model: The model, or what wraps it: `torch.compile`, `DistributedDataParallel`.
-            optimizer: What trains it: one or several. None holds gradients and what is loaded
-                only, which is enough for an optimiser that starts inside the block and moves
-                each weight by its own gradients.
+            model: The model, or a wrapper: `torch.compile`, `DistributedDataParallel`.
+            optimizer: The optimizer or optimizers of the model. None holds only gradients and
+                loaded values, which is enough for an optimizer that is created inside the block and
+                updates each weight by its own gradients.
 
         Raises:
-            MaskError: The masks are of another model. At the end: something else wrote to pruned
-                weights (they are zero again); the training has seen them.
-            InvalidArgument: The optimiser holds none of the masked parameters.
+            MaskError: The model lacks a masked parameter or has it in another shape. At the end of
+                the block: something else wrote to pruned weights during training (they are zero
+                again).
+            InvalidArgument: The optimizer holds none of the masked parameters.
         """
-        return hold(self, model, optimizer)
+        return hold(self._pruned(model), model, optimizer, lambda: self.verify(model))
+
+    def _pruned(self, model: nn.Module) -> Pruned:
+        """Invert the masks; a parameter with two names is pruned where either mask says so."""
+        pruned: dict[nn.Parameter, Tensor] = {}
+        for name, p in self.parameters(model).items():
+            where = ~self[name].to(p.device)
+            pruned[p] = pruned[p] | where if p in pruned else where
+        return pruned
 
     def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters of a model that these masks are of, by the masks' names.
+        """Return the masked parameters of a model, by the names of the masks.
 
-        The model may be wrapped, by `torch.compile`, `DistributedDataParallel` or an average: the
-        prefixes `_orig_mod.` and `module.` do not count where a name is not there with them.
+        Args:
+            model: The model, or a wrapper (`torch.compile`, `DistributedDataParallel`, an averaged
+                model): the prefixes `_orig_mod.` and `module.` are ignored where a name is not
+                found with them.
 
         Raises:
             MaskError: The model lacks a parameter or has it in another shape.
@@ -167,22 +190,22 @@ class Masks(Mapping[str, Tensor]):
             parameter = owned.get(name, plain.get(_WRAPPED.sub("", name)))
             if parameter is None:
                 raise MaskError(
-                    f"model: has no parameter {name!r}; these masks are of another model"
+                    f"model has no parameter {name!r}; the masks belong to another model"
                 )
             if tuple(parameter.shape) != shape:
                 raise MaskError(
-                    f"model: parameter {name!r} has shape {tuple(parameter.shape)}, its mask "
-                    f"{shape}; these masks are of another model"
+                    f"model has parameter {name!r} of shape {tuple(parameter.shape)}, its mask has "
+                    f"{shape}; the masks belong to another model"
                 )
             found[name] = parameter
         return found
 
     def save(self, path: str | os.PathLike[str], recipe: Mapping[str, Any] | None = None) -> None:
-        """Write packed bits and the recipe to a safetensors file, whole or not at all.
+        """Write the masks as packed bits, and the recipe, to a safetensors file, atomically.
 
         Args:
-            path: The file.
-            recipe: Added to `self.recipe`.
+            path: The file; an existing one is replaced.
+            recipe: Entries to add to `self.recipe` in the file.
         """
         from safetensors.numpy import save_file
 
@@ -191,7 +214,7 @@ class Masks(Mapping[str, Tensor]):
             "format": _FORMAT,
             "version": _VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            # As it will be read back, which the digest is of.
+            # In the form in which it is read back, of which the digest is.
             "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})})),
         }
         header["digest"] = _digest(header, bits)
@@ -200,32 +223,34 @@ class Masks(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
-        """Read what `save` wrote.
+        """Read masks from a file that `save` wrote.
 
         Raises:
             FileNotFoundError: There is no such file.
-            FileFormatError: It is truncated, tampered with, or something else.
+            FileFormatError: The file is truncated, modified, or of another format.
         """
         from safetensors import SafetensorError, safe_open
 
         shown = repr(os.fspath(path))
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"path: there is no file {shown}")
+            raise FileNotFoundError(f"path must be an existing file, got {shown}")
         try:
             with safe_open(os.fspath(path), framework="np") as file:
                 header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
                 if header.get("format") != _FORMAT or header.get("version") != _VERSION:
                     raise FileFormatError(
-                        f"path: {shown} holds no masks of version {_VERSION} of this format"
+                        f"path must be a masks file of version {_VERSION}, got {shown}"
                     )
                 shapes = header["shapes"]
                 bits = {name: file.get_tensor(name) for name in shapes}
                 if set(file.keys()) != set(shapes) or _digest(header, bits) != header["digest"]:
-                    raise FileFormatError(f"path: {shown} was changed after it was written")
+                    raise FileFormatError(f"path: {shown} was modified after it was written")
         except FileFormatError:
             raise
         except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise FileFormatError(f"path: {shown} cannot be read as masks: {error}") from error
+            raise FileFormatError(
+                f"path: {shown} is truncated or not a masks file: {error}"
+            ) from error
         masks = {}
         for name, shape in shapes.items():
             flat = np.unpackbits(bits[name], count=math.prod(shape))

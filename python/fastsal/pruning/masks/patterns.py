@@ -1,9 +1,9 @@
-"""Patterns that hardware likes: N of every M along the input axis, or whole groups of M.
+"""Sparsity patterns that hardware supports: N of every M along the input axis, or groups of M.
 
-From second-order statistics a group is judged by its joint cost: removing the set `P` and moving
-the other weights costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` (Kurtic et al. 2022, oBERT, eq. 5), which the
-costs of single weights do not add up to where gradients are correlated. The costs of groups do not
-add up either: of N:M, pruned and kept weights of a group are then exchanged while that lowers the
+With second-order statistics, groups are compared by joint cost: removing the set `P` and updating
+the other weights costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` (Kurtic et al. 2022, oBERT, eq. 5). Where
+gradients are correlated this differs from the sum of the costs of single weights. Nor do the costs
+of groups add up: with N:M, pruned and kept weights of a group are exchanged while that lowers the
 joint cost of their whole block.
 """
 
@@ -18,14 +18,20 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.numbers import real
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """`"N:M"` keeps N of every M; `"1xM"` keeps or prunes M neighbours together.
+    """A pattern: `"N:M"` keeps N of every M weights, `"1xM"` keeps or prunes M weights together.
 
-    Groups lie along axis 1, the input axis; the last of a row may be short. A short group of r
-    keeps `ceil(r N / M)` of N:M.
+    Groups are consecutive along axis 1, the input axis. The last group of a row may be shorter;
+    with N:M a group of r weights keeps `ceil(r N / M)`.
+
+    Attributes:
+        n: Kept weights of a group; 0 for `"1xM"`.
+        m: Weights of a group.
+        is_whole: Whether groups are kept or pruned as a whole.
     """
 
     n: int
@@ -34,10 +40,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Read a pattern.
+        """Parse a pattern.
 
         Raises:
-            InvalidArgument: It is none.
+            InvalidArgument: `text` is not a pattern.
         """
         clean = str(text).strip()
         match = re.fullmatch(r"(\d+):(\d+)", clean)
@@ -47,7 +53,8 @@ class Pattern:
         if match and int(match[1]) > 0:
             return cls(0, int(match[1]), True)
         raise InvalidArgument(
-            f"pattern: got {text!r}; takes 'N:M' with 0 < N <= M, as '2:4', or '1xM', as '1x4'"
+            f"pattern must be 'N:M' with 0 < N <= M (such as '2:4') or '1xM' (such as '1x4'), got "
+            f"{text!r}"
         )
 
     def __str__(self) -> str:
@@ -68,7 +75,7 @@ def grouped_shape(shape: torch.Size | tuple[int, ...], m: int) -> tuple[int, int
 
 
 def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:
-    """Return a value for each group, the `"sum"` or the `"first"` member; `[outer, G, inner]`."""
+    """Return the `"sum"` or the `"first"` member of each group, `[outer, G, inner]`."""
     outer, width, inner = input_axes(values.shape)
     flat = values.reshape(outer, width, inner)
     if how == "first":
@@ -79,31 +86,25 @@ def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:
 
 
 def expand_groups(groups: Tensor, shape: torch.Size | tuple[int, ...], m: int) -> Tensor:
-    """Give every member what its group has."""
+    """Return a tensor of `shape` in which every member has the value of its group."""
     _, width, _ = input_axes(shape)
     return groups.repeat_interleave(m, 1)[:, :width].reshape(shape).contiguous()
 
 
 def group_scores(scores: Mapping[str, Tensor], m: int) -> dict[str, Tensor]:
-    """Return the summed scores of each group, from scores of single weights."""
+    """Return the sum of the scores of each group, name to `[outer, G, inner]`."""
     return {name: reduce_groups(values.float(), m, "sum") for name, values in scores.items()}
 
 
 def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:
-    """Raise InvalidArgument for a sparsity or a floor that N:M does not have."""
+    """Raise InvalidArgument for a sparsity or a floor that contradicts an N:M pattern."""
     fixed = 1 - pattern.n / pattern.m
-    if sparsity is not None and abs(sparsity - fixed) > 1e-9:
+    if sparsity is not None and abs(real("sparsity", sparsity) - fixed) > 1e-9:
         raise InvalidArgument(
-            f"sparsity: got {sparsity} with pattern {pattern}, which fixes it to {fixed:g}; "
-            "leave one of them out"
+            f"sparsity must be None or {fixed:g} with pattern {str(pattern)!r}, got {sparsity}"
         )
-    _check_fraction("floor", floor)
-    if floor > pattern.n / pattern.m:
-        kept = f"{pattern.n / pattern.m:g}"
-        raise InvalidArgument(f"floor: got {floor}; {pattern} keeps {kept} of a parameter")
-
-
-def _check_fraction(name: str, value: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 <= value <= 1):
-        raise InvalidArgument(f"{name}: got {value!r}; takes a fraction from 0 to 1")
+    floor, most = real("floor", floor, least=0, most=1), pattern.n / pattern.m
+    if floor > most:
+        raise InvalidArgument(
+            f"floor must be at most {most:g} with pattern {str(pattern)!r}, got {floor}"
+        )

@@ -1,7 +1,7 @@
-"""From scores to masks: how many weights go, and where.
+"""Turn scores into masks: how many weights are pruned, and which.
 
-The count is exact: `round(sparsity * d)` weights go, over all parameters (`"global"`) or in each.
-Among equal scores the first in the order of parameters and positions go.
+Counts are exact: `round(sparsity * d)` weights are pruned, of all parameters (`"global"`) or of
+each. Among equal scores the first are pruned, in the order of parameters and positions.
 """
 
 from __future__ import annotations
@@ -17,48 +17,59 @@ from fastsal.errors import InvalidArgument
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
-    _check_fraction,
     check_fixed,
     expand_groups,
     group_scores,
     input_axes,
 )
-
-SCOPES = ("global", "layer", "erk")
+from fastsal.utils.choices import SCOPES, Scope
+from fastsal.utils.numbers import real
+from fastsal.utils.suggestions import check_choice
 
 
 def rank(
     scores: Mapping[str, Tensor],
     sparsity: float | None = None,
-    scope: str = "global",
+    scope: Scope = "global",
     pattern: str | None = None,
     floor: float = 0.0,
 ) -> Masks:
-    """Turn scores into masks.
+    """Turn scores into masks: the weights with the lowest scores are pruned.
+
+    Exactly `round(sparsity * d)` of d weights are pruned. Among equal scores the first are pruned,
+    in the order of parameters and positions.
 
     Args:
-        scores: Name to scores, low = prune first, of any shapes; floating point, no NaN.
-        sparsity: Fraction of weights that go, in `[0, 1]`. With a pattern it may be left out.
-        scope: `"global"`: one threshold over all parameters; `"layer"`: the same fraction of
-            each; `"erk"`: Erdős-Rényi kernel densities (Evci et al. 2020, RigL, section 3),
-            proportional to the sum of a parameter's dimensions over their product.
-        pattern: `"N:M"`: the N best of every M along the input axis (axis 1) are kept; a short
-            last group of r keeps `ceil(r N / M)`. It fixes the sparsity; `scope` is not used.
-            `"1xM"`: M neighbours stay or go together, by the sum of their scores; sparsity and
-            floor count groups. (`rank_pattern` judges groups by their joint cost instead.)
-        floor: Least kept fraction of any parameter, rounded up to whole weights.
+        scores: Name to scores of any shape, floating point, without NaN; `fastsal.score` returns
+            them.
+        sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
+            fixes it.
+        scope: Weights that compete with each other:
+
+            - `"global"`: all; one threshold over the whole model.
+            - `"layer"`: those of one parameter; the same fraction of each is pruned.
+            - `"erk"`: those of one parameter, with Erdős-Rényi kernel densities (Evci et al. 2020,
+              RigL, section 3): the density is proportional to the sum of the dimensions over their
+              product.
+        pattern: None for single weights. `"N:M"` (such as `"2:4"`) keeps the N best of every M
+            weights along the input axis (axis 1); a last group of r < M keeps `ceil(r N / M)`;
+            `scope` is ignored. `"1xM"` (such as `"1x4"`) keeps or prunes M weights together, by the
+            sum of their scores; sparsity and floor count groups. `fastsal.rank_pattern` compares
+            groups by joint cost instead.
+        floor: Least fraction of any parameter to keep, in `[0, 1]`, rounded up to whole weights.
 
     Returns:
-        The masks; `masks.recipe` says how they came about.
+        The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
-        InvalidArgument: A fraction outside `[0, 1]`, a sparsity that the floor does not allow,
-            an unknown scope or pattern, scores that are empty or NaN.
+        InvalidArgument: A fraction is outside `[0, 1]`, the floor does not allow the sparsity,
+            scope or pattern is unknown, or scores are empty or NaN.
     """
     scores = {name: torch.as_tensor(values) for name, values in scores.items()}
     flat = _flat(scores)
     shapes = {name: tuple(values.shape) for name, values in scores.items()}
     check_ranking(shapes, sparsity, scope, pattern, floor)
+    sparsity, floor = None if sparsity is None else float(sparsity), float(floor)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
@@ -99,10 +110,9 @@ def check_ranking(
     pattern: str | None = None,
     floor: float = 0.0,
 ) -> None:
-    """Raise InvalidArgument for what `rank` would refuse for scores of these shapes."""
-    _check_fraction("floor", floor)
-    if scope not in SCOPES:
-        raise InvalidArgument(f"scope: got {scope!r}; takes {', '.join(map(repr, SCOPES))}")
+    """Raise InvalidArgument if `rank` would, for scores of these shapes."""
+    floor = real("floor", floor, least=0, most=1)
+    check_choice("scope", scope, SCOPES)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
         groups = {}
@@ -115,8 +125,8 @@ def check_ranking(
         check_fixed(wanted, sparsity, floor)
         return
     if sparsity is None:
-        raise InvalidArgument("sparsity: is missing; takes a fraction from 0 to 1")
-    _check_fraction("sparsity", sparsity)
+        raise InvalidArgument("sparsity must be in [0, 1], got None")
+    sparsity = real("sparsity", sparsity, least=0, most=1)
     floors = floor_counts(shapes, floor)
     total = sum(math.prod(shape) for shape in shapes.values())
     if scope == "global":
@@ -128,22 +138,22 @@ def check_ranking(
 
 
 def global_count(shapes: Mapping[str, Sequence[int]], sparsity: float) -> int:
-    """Weights that go, of all parameters."""
+    """Return the number of weights to prune, of all parameters."""
     return round(sparsity * sum(math.prod(shape) for shape in shapes.values()))
 
 
 def layer_counts(
     shapes: Mapping[str, Sequence[int]], sparsity: float, scope: str, floor: float
 ) -> dict[str, int]:
-    """Weights that go of each parameter, where each has a count of its own."""
+    """Return the number of weights to prune of each parameter, for `"layer"` and `"erk"`."""
     if scope == "layer":
         return {name: round(sparsity * math.prod(shape)) for name, shape in shapes.items()}
     return _erk(shapes, sparsity, floor_counts(shapes, floor))
 
 
 def floor_counts(shapes: Mapping[str, Sequence[int]], floor: float) -> dict[str, int]:
-    """Least kept weights of each parameter."""
-    # Rounding of the product must not ask for one weight more: 0.07 * 100 > 7.
+    """Return the least number of weights to keep of each parameter."""
+    # Rounding of the product must not require one weight more: 0.07 * 100 > 7.
     return {
         name: math.ceil(floor * math.prod(shape) * (1 - 1e-12)) for name, shape in shapes.items()
     }
@@ -151,20 +161,20 @@ def floor_counts(shapes: Mapping[str, Sequence[int]], floor: float) -> dict[str,
 
 def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not scores:
-        raise InvalidArgument("scores: is empty; takes name to tensor")
+        raise InvalidArgument("scores must hold at least one parameter, got none")
     flat = {}
     for name, values in scores.items():
         tensor = torch.as_tensor(values).detach().cpu()
         if not tensor.is_floating_point() or tensor.numel() == 0:
             raise InvalidArgument(
-                f"scores: {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}; takes "
-                "floating point tensors that are not empty"
+                "scores must be non-empty floating point tensors, got "
+                f"{tensor.dtype} of shape {tuple(tensor.shape)} for {name!r}"
             )
         single = tensor.float().reshape(-1).contiguous()
         nan = torch.isnan(single)
         if bool(nan.any()):
             at = int(nan.nonzero()[0])
-            raise InvalidArgument(f"scores: {name!r} is NaN at position {at}; takes numbers")
+            raise InvalidArgument(f"scores must not be NaN, got NaN at position {at} of {name!r}")
         flat[name] = single
     return flat
 
@@ -172,16 +182,16 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _erk(
     shapes: Mapping[str, Sequence[int]], sparsity: float, floors: Mapping[str, int]
 ) -> dict[str, int]:
-    """Pruned counts: density `ε (sum of dimensions) / (product of dimensions)`, at most 1.
+    """Return pruned counts for densities `ε (sum of dimensions) / (product)`, at most 1.
 
-    Kept counts are rounded for one `ε` (Webster's method) rather than by largest remainders, so
-    that no parameter gets weights back when the sparsity rises.
+    Kept counts are rounded for one `ε` (Webster's method), not by largest remainders, so that no
+    parameter regains weights when the sparsity rises.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     dimensions = {name: max(sum(shape), 1) for name, shape in shapes.items()}
     keep = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
     if sum(floors.values()) > keep:
-        raise InvalidArgument("floor: leaves too few weights to prune for this sparsity")
+        raise InvalidArgument("floor leaves too few weights to prune for this sparsity")
 
     def kept_at(epsilon: float) -> dict[str, int]:
         wanted = {name: math.floor(epsilon * dimensions[name] + 0.5) for name in sizes}
@@ -194,7 +204,7 @@ def _erk(
         else:
             high = middle
     kept, above = kept_at(low), kept_at(high)
-    # Several counts may step at the same ε: the first parameters take what is left.
+    # Several counts may step at the same ε: the first parameters get the remaining weights.
     for name in sizes:
         step = min(above[name] - kept[name], keep - sum(kept.values()))
         kept[name] += step
@@ -204,6 +214,6 @@ def _erk(
 def _check_floor(sparsity: float, floor: float, count: int, most: int) -> None:
     if count > most:
         raise InvalidArgument(
-            f"sparsity: {sparsity} would prune {count} weights, but floor={floor} leaves "
-            f"only {max(most, 0)} to prune"
+            f"sparsity {sparsity} prunes {count} weights, but floor={floor} allows only "
+            f"{max(most, 0)}"
         )

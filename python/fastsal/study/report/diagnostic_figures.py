@@ -84,7 +84,7 @@ def _lines_at(section: Section, rows: Sequence[LossLine], ids: Ids) -> Figure:
     panels, table = [], []
     for task, role in in_order((r.task, r.role) for r in sorted(rows, key=_source_first)):
         panel = Panel(task, x, y, SOURCE if role == SOURCE else "", top=42, bottom=26,
-                      left=left)  # fmt: skip
+                      left=left, right=24 if tuned else 10)  # fmt: skip
         ends_of = []
         for variant in section.variants:
             values: dict[float, list[float]] = {}

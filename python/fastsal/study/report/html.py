@@ -117,14 +117,12 @@ def _view(
     results: Results, section: Section, key: str, diagnostics: bool, margin: float, ids: Ids
 ) -> SectionView:
     predictions = []
-    for name, claim, measured, found in (
-        ("P1", "pruning on the source preserves accuracy on the source and on unseen tasks",
-         "pruned − dense", section.p1),
-        ("P2", "fine-tuning on the source raises accuracy on the source and does not lower it on "
-         "unseen tasks", "fine-tuned − pruned", section.p2),
-    ):  # fmt: skip
+    for name, measured, found in (
+        ("P1", "pruned − dense", section.p1),
+        ("P2", "fine-tuned − pruned", section.p2),
+    ):
         if found:
-            predictions.append(_prediction(section, name, claim, measured, found, margin, ids))
+            predictions.append(_prediction(section, name, measured, found, margin, ids))
     return SectionView(
         key=key,
         section=section,
@@ -150,12 +148,12 @@ def _view(
 
 
 def _prediction(
-    section: Section, name: str, claim: str, measured: str, found: list[Finding], margin: float,
+    section: Section, name: str, measured: str, found: list[Finding], margin: float,
     ids: Ids,
 ) -> Prediction:  # fmt: skip
     return Prediction(
         name=name,
-        claim=claim,
+        claim=wording.CLAIMS[name],
         measured=measured,
         verdicts=summaries.verdict_table(section, found),
         panels=forest.forest(section, found, measured, margin, ids),

@@ -66,7 +66,7 @@ def t_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Inter
 def band(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
     """Return the interval to draw: the t-interval, or the range of two values.
 
-    With one degree of freedom the t-interval is 12.7 standard errors wide on each side, too wide
+    With one degree of freedom the t-interval extends 12.7 standard errors to each side, too wide
     for a figure.
     """
     if len(values) == 2:

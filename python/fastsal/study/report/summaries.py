@@ -97,8 +97,8 @@ def headline_table(section: Section) -> Table:
                     wording.bounds(change.transfer if change else None),
                     finding.verdict if finding else wording.NONE]  # fmt: skip
         rows.append(row)
-    columns = ["sparsity", "criterion", "pruning: source", "transfer", "P1",
-               "fine-tuning: source", "transfer", "P2"]  # fmt: skip
+    columns = ["sparsity", "criterion", "pruning: source", "pruning: transfer", "P1",
+               "fine-tuning: source", "fine-tuning: transfer", "P2"]  # fmt: skip
     shown = 8 if section.p2 else 5
     return Table(columns[:shown], [row[:shown] for row in rows], frozenset({2, 3, 5, 6}))
 
@@ -138,7 +138,7 @@ def more_findings(section: Section) -> list[str]:
                 counts.append(f"ties ({ties})")
             lines.append(
                 f"Criterion with the highest mean accuracy {stage} fine-tuning, at "
-                f"{wording.number(total, 'point')} (task × sparsity): {', '.join(counts)}."
+                f"{wording.number(total, 'combination')} (task × sparsity): {', '.join(counts)}."
             )
     cells = {row.cell: row for row in section.rows}.values()
     ratios = [r.measured_increase / r.predicted_increase for r in cells

@@ -13,6 +13,13 @@ from fastsal.study.report.results import Results, in_order
 PAPER = "A Second-Order Perspective on Pruning at Initialization and Knowledge Transfer"
 PAPER_URL = "https://arxiv.org/abs/2509.24066"
 NONE = "–"
+# The predictions in full, and in short.
+CLAIMS = {
+    "P1": "pruning on the source preserves accuracy on the source and on unseen tasks",
+    "P2": "fine-tuning on the source raises accuracy on the source and does not lower it on unseen "
+    "tasks",
+}
+SHORT_CLAIMS = {"P1": "pruning preserves accuracy", "P2": "fine-tuning raises accuracy"}
 
 
 def points(value: float | None) -> str:
@@ -106,8 +113,8 @@ def what_was_done(results: Results, sections: Sequence[Section]) -> str:
     stage = "before and after fine-tuning on the source" if tuned else "without fine-tuning"
     return (
         f"{listing(models)} {'was' if len(models) == 1 else 'were'} pruned to {span} with "
-        f"{criteria}, using {images} ({number(seeds, 'seed')}). Top-1 accuracy was measured on "
-        f"{tasks}, {stage}."
+        f"{criteria}, using {images}, with {number(seeds, 'seed')}. Top-1 accuracy was measured "
+        f"on {tasks}, {stage}."
     )
 
 
@@ -164,23 +171,26 @@ def seed_note(section: Section) -> str:
     if len(section.seeds) == 1:
         return f"{text}: values have no interval, and predictions have no verdict."
     if len(section.seeds) == 2:
-        return f"{text}: t-intervals are 12.7 standard errors wide; figures show the range instead."
+        return (
+            f"{text}: t-intervals extend 12.7 standard errors to each side; figures show the range "
+            "instead."
+        )
     return ""
 
 
 def count_sentence(found: Sequence[Finding], name: str) -> str:
-    """Count the grid points at which a prediction held, did not hold or is inconclusive."""
+    """Count the combinations in which a prediction held, did not hold or is inconclusive."""
     counts = Counter(f.verdict for f in found)
     total = len(found)
     if counts[UNKNOWN] == total:
         return f"{name}: no verdict, as there is only one seed."
-    clauses = [f"held at {counts[HELD]} of {number(total, 'point')} (criterion × sparsity)"]
+    clauses = [f"held at {counts[HELD]} of {number(total, 'combination')} (criterion × sparsity)"]
     clauses += [f"{verdict} at {counts[verdict]}" for verdict in (NOT_HELD, OPEN)
                 if counts[verdict]]  # fmt: skip
     rest = total - counts[HELD] - counts[NOT_HELD] - counts[OPEN]
     if rest:
         clauses.append(f"no verdict at {rest}")
-    return f"{name}: {', '.join(clauses)}."
+    return f"{name} ({SHORT_CLAIMS[name]}): {', '.join(clauses)}."
 
 
 def change_text(finding: Finding) -> str:
@@ -202,7 +212,9 @@ def pruning_sentence(section: Section) -> str:
     if not sized:
         return ""
     nearest = max(sized, key=lambda pair: pair[0])[1]
-    return f"Smallest drop, at {sparsity(nearest.change.sparsity)}: {change_text(nearest)}."
+    return (
+        f"Smallest accuracy drop, at {sparsity(nearest.change.sparsity)}: {change_text(nearest)}."
+    )
 
 
 def pooled_sentence(found: Sequence[Finding], what: str) -> str:
@@ -210,7 +222,7 @@ def pooled_sentence(found: Sequence[Finding], what: str) -> str:
     count, source, transfer = pooled(found)
     seeds = max((i.n for i in (source, transfer) if i is not None), default=0)
     return (
-        f"{what}, mean over {number(count, 'point')}: source {bounds(source)}, "
+        f"{what}, mean over {number(count, 'combination')}: source {bounds(source)}, "
         f"transfer {bounds(transfer)} points ({number(seeds, 'seed')})."
     )
 

@@ -184,6 +184,7 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
 
 def _criterion(r: Reader) -> CriterionSettings:
     from fastsal.pruning.criteria.registry import CRITERIA
+    from fastsal.pruning.damping import parse_damping
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
@@ -192,8 +193,12 @@ def _criterion(r: Reader) -> CriterionSettings:
     criterion = r.choice("criterion", CRITERION_NAMES, None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
-    if r.table.get("damping", "auto") != "auto":
-        damping = r.number("damping", None, above=0)
+    if "damping" in r.table:
+        try:
+            parsed = parse_damping(r.table["damping"], auto=True)
+        except InvalidArgument as error:
+            raise r.error("damping", str(error).removeprefix("damping ")) from None
+        damping = parsed if isinstance(parsed, (str, float)) else str(parsed)
     # The name mentions compensation only where it differs from the default of the criterion.
     name: str = criterion
     if compensate != CRITERIA[criterion].needs_damping:

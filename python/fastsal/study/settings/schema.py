@@ -107,7 +107,8 @@ class CriterionSettings:
         name: Name in tables and figures.
         criterion: One of `fastsal.CRITERIA`.
         compensate: Whether kept weights are updated to compensate for pruned ones.
-        damping: λ, or `"auto"` to select it on held-out images.
+        damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"` to select it
+            on held-out images.
         curvature: Kind of statistics, one of `CURVATURES`; None uses the source's. It does not
             affect fine-tuning.
         rounds: Numbers of pruning rounds; None uses the study's.

@@ -343,11 +343,11 @@ def test_fewer_samples_than_asked_for():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"samples": 0}, InvalidArgument, "samples must be .*at least 1.*, got 0"),
-        ({"samples": -1}, InvalidArgument, "samples must be .*at least 1.*, got -1"),
-        ({"block_size": 0}, InvalidArgument, "block_size must be .*at least 1.*, got 0"),
+        ({"samples": 0}, InvalidArgument, "samples must be at least 1, got 0"),
+        ({"samples": -1}, InvalidArgument, "samples must be at least 1, got -1"),
+        ({"block_size": 0}, InvalidArgument, "block_size must be at least 1, got 0"),
         ({"precision": "half"}, InvalidArgument, "precision must be .*, got 'half'"),
-        ({"micro_batch": 0}, InvalidArgument, "micro_batch must be .*at least 1.*, got 0"),
+        ({"micro_batch": 0}, InvalidArgument, "micro_batch must be at least 1, got 0"),
         ({"curvature": "drawn"}, InvalidArgument, "curvature must be .*'drawn'"),
         ({"loss": "hinge"}, InvalidArgument, "loss must be .*'hinge'"),
         ({"autocast": torch.float64}, InvalidArgument, "autocast must be"),

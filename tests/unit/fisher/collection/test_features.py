@@ -205,7 +205,10 @@ def test_the_classifier_is_left_out_where_features_do_not_need_it():
 
 def test_what_is_not_taken():
     model, x = made(Plain), images(4)
-    with pytest.raises(InvalidArgument, match="curvature must be one of"):
+    with pytest.raises(
+        InvalidArgument,
+        match="^curvature must be 'empirical', 'sampled' or 'features', got 'feature'",
+    ):
         collect(model, [(x, None)], curvature="feature")
     with pytest.raises(InvalidArgument, match="^loss: curvature='features' has its own"):
         collect(model, [x], curvature="features", loss=lambda out, y: out.sum(1))
@@ -247,7 +250,7 @@ def test_predicted_increase_is_that_of_the_feature_loss():
     target = features(model, x)
     result = prune(model, [x], 0.06, curvature="features", damping=1e-9, precision="float64")
     measured = matching_loss(model, x, target)
-    predicted = result.history[0]["predicted_increase"]
+    predicted = result.history[0].predicted_increase
     assert measured > 1e-9
     assert predicted == pytest.approx(measured, rel=0.3)
 
@@ -273,9 +276,9 @@ def test_auto_damping_takes_the_least_held_out_feature_loss():
     model, x = made(Plain, torch.float32), images(400, dtype=torch.float32)
     dense = copy.deepcopy(model).eval()
     result = prune(model, iter([x[:100], x[100:]]), 0.4, curvature="features", samples=400)
-    evidence = result.history[0]["damping_evidence"]
-    assert min(evidence, key=lambda pair: pair[1])[0] == result.history[0]["damping"]
-    assert result.history[0]["samples"] in (350, 400)
+    evidence = result.history[0].damping_evidence
+    assert min(evidence, key=lambda pair: pair[1])[0] == result.history[0].damping
+    assert result.history[0].samples in (350, 400)
     target = features(dense, x)
     random = copy.deepcopy(dense)
     prune(random, [x], 0.4, curvature="features", criterion="random", compensate=False)
@@ -289,9 +292,9 @@ def test_a_later_round_is_measured_by_the_dense_features():
     model, x = made(Plain, torch.float32), images(160, dtype=torch.float32)
     dense = copy.deepcopy(model)
     result = prune(model, [x], 0.5, curvature="features", rounds=2, recalibrate=True)
-    report = result.history[1]["recalibration"]
+    report = result.history[1].recalibration
     held = HeldOutFeatures.of(dense, [(x[7::8], None)])
-    last = report["after"] if report["kept"] else report["before"]
+    last = report.after if report.kept else report.before
     assert held.mean_loss(model) == pytest.approx(last, rel=1e-5)
     assert last > 0
 
@@ -308,5 +311,5 @@ def test_a_limit_still_uses_the_labels():
     result = prune(model, [(x, y)], curvature="features", max_accuracy_drop=0.2)
     assert result.safety is not None
     assert 0 < result.masks.sparsity < 1
-    with pytest.raises(DataError, match="a limit is tested on labelled images"):
+    with pytest.raises(DataError, match="a limit is tested on labeled images"):
         prune(made(Plain, torch.float32), [x], curvature="features", max_accuracy_drop=0.2)

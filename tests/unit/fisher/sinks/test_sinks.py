@@ -12,7 +12,7 @@ from torch import nn
 import fastsal
 from fastsal.errors import NonFiniteGradient
 from fastsal.fisher.block_fisher import sums_of
-from fastsal.fisher.parts import Part, by_key, whole
+from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.fisher.sinks.choosing import choose_sink
 from fastsal.fisher.sinks.gathering import RowGatherer, step_rows
 from fastsal.fisher.sinks.slicing import PartSink
@@ -74,7 +74,7 @@ def gather(step, expected=None):
 def halves(sums, parameters):
     """Statistics of two parts of each parameter, added to those of the whole."""
     parts = {}
-    for part in whole(sums.shapes):
+    for part in uncut(sums.shapes):
         cut = part.size // 2 // 16 * 16
         for a, b in [(0, cut), (cut, part.size)] if cut else [(0, part.size)]:
             piece = Part(part.name, a, b, part.size)
@@ -198,10 +198,10 @@ def test_choice_on_cuda_is_by_free_memory(monkeypatch, free, kind):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2**33))
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10)
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
-    assert type(choose_sink(sums_of(fisher), somewhere, by_key(whole(fisher.shapes)), 4)) is kind
+    assert type(choose_sink(sums_of(fisher), somewhere, by_key(uncut(fisher.shapes)), 4)) is kind
     on_cpu = {"w": nn.Parameter(torch.zeros(100))}
     assert (
-        type(choose_sink(sums_of(fisher), on_cpu, by_key(whole(fisher.shapes)), 4)) is RowGatherer
+        type(choose_sink(sums_of(fisher), on_cpu, by_key(uncut(fisher.shapes)), 4)) is RowGatherer
     )
 
 
@@ -210,5 +210,5 @@ def test_float64_sums_are_never_tiles(monkeypatch):
     fisher = fastsal.BlockFisher({"w": (100,)}, block_size=10, precision="float64")
     somewhere = {"w": SimpleNamespace(device=torch.device("cuda"))}
     assert (
-        type(choose_sink(sums_of(fisher), somewhere, by_key(whole(fisher.shapes)), 4)) is RowStream
+        type(choose_sink(sums_of(fisher), somewhere, by_key(uncut(fisher.shapes)), 4)) is RowStream
     )

@@ -72,7 +72,7 @@ def test_other_types(dtype):
 
 @pytest.mark.parametrize("masks", [{}, {"a": torch.ones(3), "b": torch.ones(0, 3)}])
 def test_empty(masks):
-    with pytest.raises(InvalidArgument, match="^masks: .*is empty"):
+    with pytest.raises(InvalidArgument, match="^masks must (hold at least one|not be empty)"):
         Masks(masks)
 
 
@@ -145,7 +145,7 @@ def test_shared_parameters_by_either_name():
         ),
         (
             {"0.weight": torch.zeros(5, 3, 3, 3), "2.weight": torch.ones(35)},
-            r"'2.weight' has shape",
+            r"'2.weight' of shape",
         ),
         ({"0.weight": torch.zeros(5, 3, 3, 3), "2.weight": torch.ones(5, 7)}, r"\(7, 5\)"),
         ({"0.weight": torch.zeros(5, 3, 3, 3), "1.running_mean": torch.ones(5)}, "no parameter"),
@@ -154,7 +154,7 @@ def test_shared_parameters_by_either_name():
 def test_masks_of_another_model(masks, message, call):
     model = net()
     before = state(model)
-    with pytest.raises(MaskError, match=f"^model: .*{message}.*another model"):
+    with pytest.raises(MaskError, match=f"^model has .*{message}.*another model"):
         getattr(Masks(masks), call)(model)
     assert_same(model, before)
 
@@ -219,9 +219,9 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
 
 
 def test_load_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path: there is no file"):
+    with pytest.raises(FileNotFoundError, match="path must be an existing file"):
         Masks.load(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="path: there is no file"):
+    with pytest.raises(FileNotFoundError, match="path must be an existing file"):
         Masks.load(tmp_path)
 
 
@@ -231,10 +231,10 @@ def test_load_truncated(tmp_path):
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:length])
-        with pytest.raises(FileFormatError, match="^path: "):
+        with pytest.raises(FileFormatError, match="^path"):
             Masks.load(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(FileFormatError, match="^path: "):
+    with pytest.raises(FileFormatError, match="^path"):
         Masks.load(path)
 
 
@@ -276,12 +276,12 @@ def test_load_foreign_files(tmp_path):
     }
     for metadata in wrong.values():
         save_file(bits, path, metadata=metadata)
-        with pytest.raises(FileFormatError, match="^path: "):
+        with pytest.raises(FileFormatError, match="^path"):
             Masks.load(path)
     BlockFisher({"w": (3,)}).save(path)
-    with pytest.raises(FileFormatError, match="holds no masks"):
+    with pytest.raises(FileFormatError, match="must be a masks file of version 1"):
         Masks.load(path)
     for content in (b"", b"not a safetensors file", b"\xff" * 100):
         path.write_bytes(content)
-        with pytest.raises(FileFormatError, match="^path: "):
+        with pytest.raises(FileFormatError, match="^path"):
             Masks.load(path)

@@ -113,9 +113,9 @@ def test_patterns_that_are_not(text):
 @pytest.mark.parametrize(
     ("pattern", "given", "match"),
     [
-        ("8:16", {}, "up to 8"),
-        ("2:4", {"sparsity": 0.7}, "fixes it to 0.5"),
-        ("2:4", {"floor": 0.6}, "keeps 0.5 of a parameter"),
+        ("8:16", {}, "at most 8 for joint costs"),
+        ("2:4", {"sparsity": 0.7}, "None or 0.5 with pattern '2:4', got 0.7"),
+        ("2:4", {"floor": 0.6}, "at most 0.5 with pattern '2:4', got 0.6"),
         ("1x4", {}, "sparsity"),
         ("2:4", {"damping": 0.0}, "damping"),
     ],

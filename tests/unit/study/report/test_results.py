@@ -147,3 +147,21 @@ def test_what_the_study_does_not_say_is_left_out(folder):
     assert results.name == "second-order transfer"
     assert results.settings == {}
     assert results.prunable("resnet20") is None
+
+
+def test_a_folder_is_a_path_or_a_string(folder):
+    assert read_results(str(folder)).rows == read_results(folder).rows
+    assert repr(read_results(folder)).startswith("Results('second-order transfer', 176 rows, 1 f")
+
+
+def test_a_report_needs_no_torch(folder, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from fastsal.study.report import markdown, html; "
+        "from fastsal.study.report.results import read_results; "
+        f"markdown.page(read_results({str(folder)!r})); "
+        "assert not {'torch', 'timm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,58 +1,30 @@
-//! Small symmetric positive definite matrices in double precision, in one worker's cache.
+//! Cholesky factors and inverses of small matrices in double precision, in the cache of one worker.
 //!
-//! A matrix of size `b` has rows `stride = padded(b)` apart. Rows are built in registers from the
-//! finished ones (left-looking), so each product costs one load and no store. That beats a general
-//! library at these sizes, and the pieces are shared: `A = UᵀU`, `M = U⁻ᵀ`, `A⁻¹ = MᵀM`.
+//! The rows of a matrix of size `b` are `stride = padded(b)` apart. Rows are built in registers from
+//! the finished ones (left-looking), so each product costs one load and no store. That beats a
+//! general library at these sizes, and the pieces are shared: `A = UᵀU`, `M = U⁻ᵀ`, `A⁻¹ = MᵀM`.
 
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
 
-use crate::layout::{row_base, triangle};
-use crate::simd::{dispatch, Isa, Kernel, Simd};
-use crate::tiles::{gram_of_lower, padded};
+use crate::isa::Isa;
+use crate::simd::{dispatch, padded, Kernel, Simd};
 
 /// Vectors of a row that are built at a time.
 const VECTORS: usize = 8;
 
-/// Rows that are built at a time from those above them: a load then serves as many products.
-const PANEL: usize = 4;
+/// Rows that are built together from those above them: each load then serves that many products.
+const ROWS: usize = 4;
 
-/// A worker's memory for matrices of one block.
-#[derive(Default)]
-pub(crate) struct Scratch {
-    /// `A`, then its factor `U`, upper triangle by rows.
-    pub upper: Vec<f64>,
-    /// `M = U⁻ᵀ`, lower triangle by rows, zero above.
-    pub lower: Vec<f64>,
-    /// Vectors of a block.
-    pub row: Vec<f64>,
-    /// A packed triangle.
-    pub packed: Vec<f64>,
-}
-
-/// The first `len` elements of `v`, whatever they hold.
-pub(crate) fn room(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
-    if v.len() < len {
-        v.resize(len, 0.0);
-    }
-    &mut v[..len]
-}
-
-/// Make `v` hold `len` zeros.
-pub(crate) fn zeros(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
-    v.clear();
-    v.resize(len, 0.0);
-    v
-}
-
-/// `to[from..] = scale * (to[from..] - sum_k factor(k) * row(k)[from..])` over rows `k` in `over`.
+/// `to[from..] -= sum_k factor(k) * row(k)[from..]` over rows `k` in `over`.
 ///
 /// Reads and writes whole vectors from `from` rounded down to `padded(size)`.
 ///
 /// # Safety
-/// `to` and every `row(k)` are valid for `padded(size)` elements, and the instruction set is here.
+/// `to` and every `row(k)` are valid for `padded(size)` elements, and the processor has the instruction
+/// set.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // raw parts of two matrices and a row
 unsafe fn subtract_rows<S: Simd<T = f64>>(
@@ -127,7 +99,7 @@ unsafe fn subtract<S: Simd<T = f64>, const NV: usize>(
     }
 }
 
-/// [`subtract_rows`] for [`PANEL`] rows `to`, `stride` apart; `factors` of the rows lie side by side.
+/// [`subtract_rows`] for [`ROWS`] rows `to`, `stride` apart; `factors` of the rows are contiguous.
 ///
 /// # Safety
 /// As [`subtract_rows`], for each row.
@@ -175,11 +147,11 @@ unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
 ) -> usize {
     // SAFETY: the caller's pointers are valid for NV vectors of each row.
     unsafe {
-        let mut sum = [[S::zero(); NV]; PANEL];
+        let mut sum = [[S::zero(); NV]; ROWS];
         for k in over {
             let row = rows.add(k * stride);
             let row: [S::V; NV] = std::array::from_fn(|v| S::load(row.add(v * S::W)));
-            for r in 0..PANEL {
+            for r in 0..ROWS {
                 let factor = S::splat(factors.add(k * factor_stride + r));
                 for v in 0..NV {
                     sum[r][v] = S::mul_add(factor, row[v], sum[r][v]);
@@ -188,7 +160,7 @@ unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
         }
         let minus = -1.0;
         let minus = S::splat(&raw const minus);
-        for r in 0..PANEL {
+        for r in 0..ROWS {
             for v in 0..NV {
                 let to = to.add(r * stride + v * S::W);
                 S::store(to, S::mul_add(minus, sum[r][v], S::load(to)));
@@ -198,7 +170,7 @@ unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
     NV
 }
 
-/// `to -= sum_k factors[k * factor_stride] * rows[k]` over the first `count` rows, `stride` apart.
+/// Subtract `sum_k factors[k * factor_stride] * rows[k]`, the first `count` rows, `stride` apart.
 #[inline(always)]
 pub(crate) fn subtract_row<S: Simd<T = f64>>(
     to: &mut [f64],
@@ -222,8 +194,8 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
     }
 }
 
-/// Cholesky factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive
-/// definite in double precision. What lies below the diagonal is scratch.
+/// Factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive definite in
+/// double precision. Entries below the diagonal are scratch.
 pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize) -> bool {
     dispatch(isa, Cholesky { a, size })
 }
@@ -241,11 +213,11 @@ impl Kernel<f64> for Cholesky<'_> {
         let stride = padded(size);
         assert!(a.len() >= size * stride);
         let base = a.as_mut_ptr();
-        for start in (0..size).step_by(PANEL) {
-            let end = size.min(start + PANEL);
+        for start in (0..size).step_by(ROWS) {
+            let end = size.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
-            if end - start == PANEL {
+            if end - start == ROWS {
                 // SAFETY: the panel and the rows above it lie in `a`; their factors are the
                 // panel's columns of the rows above.
                 unsafe {
@@ -277,18 +249,18 @@ impl Kernel<f64> for Cholesky<'_> {
     }
 }
 
-/// `M = U⁻ᵀ`, lower triangle by rows (zero above), from `U` of [`cholesky`].
-pub(crate) fn invert(isa: Isa, u: &[f64], m: &mut [f64], size: usize) {
-    dispatch(isa, Invert { u, m, size });
+/// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`].
+pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize) {
+    dispatch(isa, InvertFactor { u, m, size });
 }
 
-struct Invert<'a> {
+struct InvertFactor<'a> {
     u: &'a [f64],
     m: &'a mut [f64],
     size: usize,
 }
 
-impl Kernel<f64> for Invert<'_> {
+impl Kernel<f64> for InvertFactor<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self) {
@@ -297,11 +269,11 @@ impl Kernel<f64> for Invert<'_> {
         assert!(u.len() >= size * stride && m.len() >= size * stride);
         m[..size * stride].fill(0.0);
         let (factor, base) = (u.as_ptr(), m.as_mut_ptr());
-        for start in (0..size).step_by(PANEL) {
-            let end = size.min(start + PANEL);
+        for start in (0..size).step_by(ROWS) {
+            let end = size.min(start + ROWS);
             let mut done = 0;
-            if end - start == PANEL {
-                // SAFETY: as in the factorisation; row k is zero beyond column k, so that each
+            if end - start == ROWS {
+                // SAFETY: as in the factorization; row k is zero beyond column k, so that each
                 // stretch of columns begins with the row of its start.
                 unsafe {
                     let (to, over) = (base.add(start * stride), |column| column..start);
@@ -322,23 +294,6 @@ impl Kernel<f64> for Invert<'_> {
                     *x *= scale;
                 }
             }
-        }
-    }
-}
-
-/// `A⁻¹ = MᵀM` as a packed upper triangle.
-pub(crate) fn inverse_packed(isa: Isa, m: &[f64], size: usize, packed: &mut [f64]) {
-    gram_of_lower(isa, m, size, padded(size), packed);
-}
-
-/// Write a packed triangle as a full symmetric matrix with rows `stride` apart.
-pub(crate) fn unpack(packed: &[f64], size: usize, full: &mut [f64], stride: usize) {
-    debug_assert_eq!(packed.len(), triangle(size));
-    for i in 0..size {
-        let base = row_base(size, i);
-        full[i * stride + i..i * stride + size].copy_from_slice(&packed[base + i..base + size]);
-        for j in i + 1..size {
-            full[j * stride + i] = packed[base + j];
         }
     }
 }

@@ -1,31 +1,28 @@
-//! Register tiles: `packed += panelᵀ panel` for one block.
+//! The symmetric rank-k update of one block, `packed += panelᵀ panel`, in register tiles.
 //!
-//! Only tiles on and above the diagonal are formed. A tile's sums stay in registers over all rows of
-//! the panel and are added to the packed triangle once; between two tiles another piece of work may
-//! run, while the processor still multiplies.
+//! Only tiles on and above the diagonal are formed. The sums of a tile stay in registers over all rows
+//! of the panel and are added to the packed triangle once; between two tiles another piece of work
+//! may run while the processor still multiplies.
 
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop, non_upper_case_globals)]
 
+use crate::isa::Isa;
 use crate::layout::{row_base, triangle};
-use crate::simd::{dispatch, prefetch, Isa, Kernel, Real, Simd, WIDEST};
+use crate::rows::RowBytes;
+use crate::simd::{dispatch, padded, prefetch, Kernel, Real, Simd};
 
-/// Round up to whole vectors.
-pub(crate) const fn padded(block: usize) -> usize {
-    block.next_multiple_of(WIDEST)
-}
-
-/// What is done between two tiles, while the processor still works on the first.
+/// Work to do between two tiles, while the processor still computes the first.
 pub(crate) trait Between {
-    /// Does a part; says what memory the next part reads.
+    /// Do a part; return the memory that the next part reads.
     fn step(&mut self) -> Ahead;
 }
 
-/// Lines of memory to ask for one at a time, between products: a burst would stall on the few
-/// requests that a core has under way.
+/// Cache lines to request one at a time, between products: a burst would stall on the few requests
+/// that a core has in flight.
 pub(crate) struct Ahead {
     at: *const u8,
-    /// Cache lines of a row, and how many of the present row are left.
+    /// Cache lines of a row, and how many of the current row are left.
     lines: usize,
     left: usize,
     /// From the end of a row's lines to the next row, in bytes.
@@ -39,11 +36,11 @@ impl Ahead {
     pub(crate) const NOTHING: Self =
         Self { at: std::ptr::null(), lines: 0, left: 0, skip: 0, rows: 0 };
 
-    /// `rows` rows of `len` elements from `at` on, `stride` elements apart.
-    pub(crate) fn rows<E>(at: *const E, len: usize, stride: usize, rows: usize) -> Self {
-        let lines = (len * size_of::<E>()).div_ceil(LINE);
-        let skip = (stride * size_of::<E>()).wrapping_sub(lines * LINE);
-        Self { at: at.cast(), lines, left: lines, skip, rows }
+    /// The memory of `rows` rows.
+    pub(crate) fn rows(RowBytes { start, len, stride }: RowBytes, rows: usize) -> Self {
+        let lines = len.div_ceil(LINE);
+        let skip = stride.wrapping_sub(lines * LINE);
+        Self { at: start, lines, left: lines, skip, rows }
     }
 
     #[inline(always)]
@@ -61,8 +58,8 @@ impl Ahead {
     }
 }
 
-/// `packed += panelᵀ panel`, the upper triangle of `size × size`; `panel` is `[n, stride]`.
-pub(crate) fn add_gram<T: Real>(
+/// Add `panelᵀ panel` to `packed`, the upper triangle of `size × size`; `panel` is `[n, stride]`.
+pub(crate) fn syrk<T: Real>(
     isa: Isa,
     panel: &[T],
     n: usize,
@@ -71,19 +68,14 @@ pub(crate) fn add_gram<T: Real>(
     packed: &mut [T],
 ) {
     let (first, fresh, between) = (Reads::All, false, None);
-    dispatch(isa, AddGram { panel, n, size, stride, packed, first, fresh, between });
+    dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
 }
 
-/// `packed = panelᵀ panel` of a square lower triangular panel: row `k` is zero beyond column `k`.
-pub(crate) fn gram_of_lower<T: Real>(
-    isa: Isa,
-    panel: &[T],
-    size: usize,
-    stride: usize,
-    packed: &mut [T],
-) {
+/// Set `packed` to `panelᵀ panel` for a square lower triangular `panel`: zero above its diagonal.
+pub(crate) fn syrk_of_lower(isa: Isa, panel: &[f64], size: usize, packed: &mut [f64]) {
+    let (n, stride) = (size, padded(size));
     let (first, fresh, between) = (Reads::FromDiagonal, true, None);
-    dispatch(isa, AddGram { panel, n: size, size, stride, packed, first, fresh, between });
+    dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
 }
 
 /// Which rows of a panel are not zero in a column.
@@ -93,8 +85,8 @@ pub(crate) enum Reads {
     FromDiagonal,
 }
 
-/// The arguments of [`add_gram`]: a kernel of its own, as many others use it.
-pub(crate) struct AddGram<'a, T> {
+/// The kernel of [`syrk`], with its options.
+pub(crate) struct Syrk<'a, T> {
     /// `[n, stride]`
     pub panel: &'a [T],
     pub n: usize,
@@ -107,7 +99,7 @@ pub(crate) struct AddGram<'a, T> {
     pub between: Option<&'a mut dyn Between>,
 }
 
-impl<T: Real> Kernel<T> for AddGram<'_, T> {
+impl<T: Real> Kernel<T> for Syrk<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T = T>>(self) {
@@ -116,8 +108,8 @@ impl<T: Real> Kernel<T> for AddGram<'_, T> {
 }
 
 #[inline(always)]
-fn add_tiles<S: Simd>(block: AddGram<'_, S::T>) {
-    let AddGram { panel, n, size, stride, packed, first, fresh, between } = block;
+fn add_tiles<S: Simd>(block: Syrk<'_, S::T>) {
+    let Syrk { panel, n, size, stride, packed, first, fresh, between } = block;
     assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
     let mut tiles = Tiles::<'_, S> {
         panel: panel.as_ptr(),
@@ -133,29 +125,33 @@ fn add_tiles<S: Simd>(block: AddGram<'_, S::T>) {
     // Rows of a vector of columns' diagonal square that need the whole vector; the others need its
     // second half.
     let whole = if S::HALVES { S::W / 2 } else { S::W };
-    let mut j0 = 0;
-    while j0 < size {
-        // Two vectors of columns share the rows above the first one's diagonal end; the second
-        // vector alone has W rows more.
-        let (j1, j2) = (j0 + S::W, j0 + 2 * S::W);
+    // Every strip below is the only one of its shape: each tile is compiled once.
+    let mut j = 0;
+    while j < size {
+        let mut i = 0;
         // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`).
         unsafe {
-            if j1 < size {
-                tiles.strip::<2, false>(0, j0 + whole, j0);
-                tiles.strip::<1, true>(j0 + whole, j1, j1);
-                tiles.strip::<1, false>(j1, size.min(j1 + whole), j1);
-                tiles.strip::<0, true>(j1 + whole, size.min(j2), j2);
-            } else {
-                tiles.strip::<1, false>(0, size.min(j0 + whole), j0);
-                tiles.strip::<0, true>(j0 + whole, size, j1);
+            // Two vectors of columns share the rows above the end of the first one's diagonal
+            // square; the second vector alone has W rows more.
+            if j + S::W < size {
+                tiles.strip::<2, false>(0, j + whole, j);
+                if const { S::HALVES } {
+                    tiles.strip::<1, true>(j + whole, j + S::W, j + S::W);
+                }
+                j += S::W;
+                i = j;
+            }
+            tiles.strip::<1, false>(i, size.min(j + whole), j);
+            if const { S::HALVES } {
+                tiles.strip::<0, true>(j + whole, size.min(j + S::W), j + S::W);
             }
         }
-        j0 = j2;
+        j += S::W;
     }
 }
 
-/// Repeat a block for `r` in `0..R`, `R <= 8`, each time with `r` a constant: sums that only
-/// constants index stay in registers.
+/// Repeat a block for `r` in `0..R`, `R <= 8`, each time with `r` a constant: sums indexed only by
+/// constants stay in registers.
 macro_rules! unroll {
     ($r:ident < $n:ident, $body:block) => {
         unroll!(@ $r, $n, $body, 0, 1, 2, 3, 4, 5, 6, 7)
@@ -163,7 +159,7 @@ macro_rules! unroll {
     (@ $r:ident, $n:ident, $body:block, $($value:literal),*) => {
         $({
             const $r: usize = $value;
-            if $r < $n $body
+            if const { $r < $n } $body
         })*
     };
 }
@@ -174,7 +170,7 @@ struct Tiles<'a, S: Simd> {
     size: usize,
     stride: usize,
     packed: *mut S::T,
-    /// What to ask memory for next: the statistics of the block after the next.
+    /// What to request from memory next: the statistics of the block after the next.
     soon: *const S::T,
     first: Reads,
     /// Whether `packed` is overwritten.
@@ -191,12 +187,12 @@ impl<S: Simd> Tiles<'_, S> {
         while i < i1 {
             // SAFETY: rows i..i + rows and columns from j0 on lie inside the block.
             i += unsafe {
-                match S::ROWS.min(i1 - i) {
+                match i1 - i {
                     1 => self.tile::<1, NV, HALF>(i, j0),
                     2..4 => self.tile::<2, NV, HALF>(i, j0),
-                    4..6 => self.tile::<4, NV, HALF>(i, j0),
-                    6..8 => self.tile::<6, NV, HALF>(i, j0),
-                    _ => self.tile::<8, NV, HALF>(i, j0),
+                    8.. if const { S::ROWS >= 8 } => self.tile::<8, NV, HALF>(i, j0),
+                    6.. if const { S::ROWS >= 6 } => self.tile::<6, NV, HALF>(i, j0),
+                    _ => self.tile::<4, NV, HALF>(i, j0),
                 }
             };
         }

@@ -1,13 +1,12 @@
 //! Greedy elimination.
 
-use fastsal_core::factor::Report;
-use fastsal_core::{eliminate as core, parallel};
+use fastsal_core::statistics::Report;
+use fastsal_core::{greedy, parallel};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, to_numpy};
+use crate::arrays::{slice, statistics, to_numpy, Parameter};
 use crate::errors::to_python;
-use crate::factor::{borrow, with_statistics, Parameter};
 
 /// Scores, turns, failed blocks, sensitivity of each block.
 type Elimination<'py> =
@@ -25,15 +24,15 @@ pub fn eliminate<'py>(
     let borrowed = parameters
         .iter()
         .zip(&weights)
-        .map(|(p, w)| Ok((borrow(p, block_size)?, slice("weights", w)?)))
+        .map(|(p, w)| Ok((statistics(p, block_size)?, slice("weights", w)?)))
         .collect::<PyResult<Vec<_>>>()?;
     let results = py.detach(|| {
         parallel::map(borrowed, |(statistics, weights)| {
             let (mut scores, mut turns) = (vec![0.0; weights.len()], vec![0; weights.len()]);
-            with_statistics!(statistics, s => {
-                core::eliminate(s, weights, damping, &mut scores, &mut turns)
-            })
-            .map(|report| (scores, turns, report))
+            statistics
+                .damped(damping)
+                .and_then(|damped| greedy::eliminate(damped, weights, &mut scores, &mut turns))
+                .map(|report| (scores, turns, report))
         })
     });
     let wrap = |(scores, turns, report): (Vec<f32>, Vec<u32>, Report)| {

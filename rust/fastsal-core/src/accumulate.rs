@@ -1,0 +1,345 @@
+//! The hot kernel: `F_b += sum_n g_nb g_nbᵀ` for all blocks of a parameter, and `sum_n g_n`.
+//!
+//! Each task covers a group of blocks, so every entry of the statistics is summed by one worker in
+//! the order of the samples: results do not depend on the number of threads. A task processes
+//! [`ROWS_PER_STEP`] samples at a time, copies the columns of the blocks into small contiguous panels
+//! (rows of a parameter are megabytes apart, often a power of two, and would compete for a few cache
+//! sets), and adds the Gram matrix of each panel to the packed upper triangle through register
+//! tiles. A tile is summed from zero and added once, so rounding grows with
+//! `ROWS_PER_STEP + N / ROWS_PER_STEP` additions rather than with `N`.
+
+use rayon::prelude::*;
+
+use crate::error::{check_length, Error, Result};
+use crate::isa::Isa;
+use crate::layout::{triangle, Layout};
+use crate::parallel;
+use crate::rows::{with_rows, AnyRows, Element, Rows};
+use crate::simd::{dispatch, padded, Kernel, Real, Simd, PADDING};
+use crate::syrk::{Ahead, Between, Reads, Syrk};
+
+/// Samples that a panel holds. Two panels of blocks of 64 fit into a second-level cache many times
+/// over, and the loads and stores at the ends of a tile cost a tenth of its products.
+pub const ROWS_PER_STEP: usize = 128;
+
+/// Least number of weights of a task: each task waits for its first panel.
+const TASK: usize = 2048;
+
+/// The sums of one parameter, in either precision: `packed` for all blocks, `sums` `[d]`.
+#[derive(Debug)]
+pub enum Sums<'a> {
+    /// Single precision.
+    F32 {
+        /// `sum_n g_nb g_nbᵀ` of all blocks, packed.
+        packed: &'a mut [f32],
+        /// `sum_n g_n`.
+        sums: &'a mut [f32],
+    },
+    /// Double precision.
+    F64 {
+        /// `sum_n g_nb g_nbᵀ` of all blocks, packed.
+        packed: &'a mut [f64],
+        /// `sum_n g_n`.
+        sums: &'a mut [f64],
+    },
+}
+
+/// Add the statistics of `rows` to the sums of a parameter.
+///
+/// `fresh` says that `packed` holds nothing yet: it is overwritten, which saves a first pass over new
+/// memory to fill it with zeros.
+///
+/// # Errors
+/// [`Error::Length`] for arrays that do not fit the layout; [`Error::Value`] when the processor lacks
+/// the instruction set; [`Error::NonFiniteGradient`] for the first NaN or infinity, in which case the
+/// sums may hold part of the rows and must be discarded. Call [`check_finite`] first to avoid that.
+pub fn accumulate(
+    isa: Isa,
+    layout: Layout,
+    rows: AnyRows<'_>,
+    sums: Sums<'_>,
+    fresh: bool,
+) -> Result<()> {
+    isa.check()?;
+    let clean = match sums {
+        Sums::F32 { packed, sums } => add(isa, layout, rows, packed, sums, fresh)?,
+        Sums::F64 { packed, sums } => add(isa, layout, rows, packed, sums, fresh)?,
+    };
+    // Rows that are finite but overflow in the precision of the sums are detected later, as a block
+    // that cannot be factored.
+    if clean {
+        Ok(())
+    } else {
+        check_finite(rows)
+    }
+}
+
+/// [`accumulate`] in one precision; whether all gradients were finite.
+fn add<T: Real>(
+    isa: Isa,
+    layout: Layout,
+    rows: AnyRows<'_>,
+    packed: &mut [T],
+    sums: &mut [T],
+    fresh: bool,
+) -> Result<bool> {
+    check_length("rows", rows.d(), layout.len())?;
+    check_length("packed", packed.len(), layout.packed_len())?;
+    check_length("sums", sums.len(), layout.len())?;
+    if layout.is_empty() || rows.n() == 0 {
+        if fresh {
+            packed.fill(T::default());
+        }
+        return Ok(true);
+    }
+    let block = layout.block();
+    let group = TASK.div_ceil(block);
+    Ok(parallel::run(|| {
+        packed
+            .par_chunks_mut(group * triangle(block))
+            .zip(sums.par_chunks_mut(group * block))
+            .enumerate()
+            .map_init(Vec::new, |scratch, (task, (packed, sums))| {
+                let first_column = task * group * block;
+                Task { block, rows, first_column, packed, sums, fresh, scratch }.run(isa)
+            })
+            .reduce(|| true, |a, b| a & b)
+    }))
+}
+
+/// Report the first NaN or infinity of `rows`.
+///
+/// # Errors
+/// [`Error::NonFiniteGradient`] with the least sample, and its least column, that holds one.
+pub fn check_finite(rows: AnyRows<'_>) -> Result<()> {
+    let first = with_rows!(rows, r => first_non_finite(rows.n(), rows.d(), r));
+    first.map_or(Ok(()), Err)
+}
+
+fn first_non_finite<E: Element>(n: usize, d: usize, rows: Rows<'_, E>) -> Option<Error> {
+    const COLUMNS: usize = 1 << 14;
+    let parts = d.div_ceil(COLUMNS);
+    parallel::run(|| {
+        (0..n * parts).into_par_iter().find_map_first(|task| {
+            let (row, from) = (task / parts, task % parts * COLUMNS);
+            let values = rows.row(row, from, (from + COLUMNS).min(d));
+            // A fold without an early exit vectorizes; the search runs only where it found one.
+            if values.iter().fold(true, |clean, v| clean & v.to_f64().finite()) {
+                return None;
+            }
+            let at = values.iter().position(|v| !v.to_f64().finite())?;
+            Some(Error::NonFiniteGradient { row, column: from + at, value: values[at].to_f64() })
+        })
+    })
+}
+
+/// A few neighboring blocks, all samples.
+struct Task<'a, T> {
+    block: usize,
+    rows: AnyRows<'a>,
+    first_column: usize,
+    packed: &'a mut [T],
+    sums: &'a mut [T],
+    fresh: bool,
+    scratch: &'a mut Vec<T>,
+}
+
+impl<T: Real> Task<'_, T> {
+    /// Process each block, [`ROWS_PER_STEP`] samples at a time; while one panel is multiplied the next
+    /// is packed. Returns whether all gradients were finite.
+    fn run(self, isa: Isa) -> bool {
+        let Task { block, rows, first_column, packed, sums, fresh, scratch } = self;
+        let (stride, columns) = (padded(block), sums.len());
+        let blocks = columns.div_ceil(block);
+        let items = blocks * rows.n().div_ceil(ROWS_PER_STEP);
+        let panel_len = ROWS_PER_STEP.min(rows.n()) * stride;
+        // Values that an earlier task left in the padding are read but never used.
+        if scratch.len() < 2 * panel_len + block {
+            scratch.resize(2 * panel_len + block, T::default());
+        }
+        let (panels, chunk_sums) = scratch.split_at_mut(2 * panel_len);
+        let (mut panel, mut next) = panels.split_at_mut(panel_len);
+        let packing = |item: usize| {
+            let (first, start) = (item / blocks * ROWS_PER_STEP, item % blocks * block);
+            let (n, size) = (ROWS_PER_STEP.min(rows.n() - first), block.min(columns - start));
+            (first, n, start, size)
+        };
+        let mut clean = true;
+        for item in 0..=items {
+            // The last panel has none after it, the first none before.
+            let mut packer = (item < items).then(|| {
+                let (first, n, start, size) = packing(item);
+                let sums = &mut chunk_sums[..size];
+                sums.fill(T::default());
+                Packer {
+                    isa,
+                    rows,
+                    first,
+                    n,
+                    row: 0,
+                    column: first_column + start,
+                    sums,
+                    panel: next,
+                    stride,
+                    step: rows_per_tile(n, size),
+                    looks_ahead: true,
+                }
+            });
+            if item > 0 {
+                let (_, n, start, size) = packing(item - 1);
+                let at = start / block * triangle(block);
+                let packed = &mut packed[at..at + triangle(size)];
+                let between = packer.as_mut().map(|p| p as &mut dyn Between);
+                // The first samples of every block come before the second ones of any.
+                let fresh = fresh && item <= blocks;
+                let first = Reads::All;
+                dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
+            }
+            if let Some(mut packer) = packer {
+                packer.finish();
+                let start = packer.column - first_column;
+                for (total, sum) in sums[start..].iter_mut().zip(packer.sums.iter()) {
+                    // A NaN or infinity among the addends is one in the sum.
+                    clean &= sum.finite();
+                    *total += *sum;
+                }
+            }
+            std::mem::swap(&mut panel, &mut next);
+        }
+        clean
+    }
+}
+
+/// Rows of a panel to pack with each tile of the panel before.
+fn rows_per_tile(n: usize, size: usize) -> usize {
+    // About as many tiles as AVX-512 uses; the remainder is packed at the end.
+    let tiles = (size * size).div_ceil(512).max(1);
+    n.div_ceil(tiles).next_multiple_of(4)
+}
+
+/// Copies the columns of one block, of up to [`ROWS_PER_STEP`] rows, into a contiguous panel.
+struct Packer<'a, T> {
+    isa: Isa,
+    rows: AnyRows<'a>,
+    /// The first row of the panel.
+    first: usize,
+    /// Rows of the panel.
+    n: usize,
+    /// The next row of the panel.
+    row: usize,
+    column: usize,
+    sums: &'a mut [T],
+    panel: &'a mut [T],
+    stride: usize,
+    /// Rows to pack at a time.
+    step: usize,
+    /// Whether the memory of the next panel has still to be requested.
+    looks_ahead: bool,
+}
+
+impl<T: Real> Packer<'_, T> {
+    fn pack(&mut self, rows: usize) {
+        let count = rows.min(self.n - self.row);
+        let Self { isa, first, row, column, stride, .. } = *self;
+        let (panel, sums) = (&mut self.panel[row * stride..], &mut *self.sums);
+        with_rows!(self.rows, rows => {
+            let rows = rows.from(first + row);
+            dispatch(isa, PackRows { rows, count, column, sums, panel, stride });
+        });
+        self.row += count;
+    }
+
+    fn finish(&mut self) {
+        if self.row < self.n {
+            self.pack(self.n);
+        }
+    }
+}
+
+impl<T: Real> Between for Packer<'_, T> {
+    fn step(&mut self) -> Ahead {
+        if self.row < self.n {
+            self.pack(self.step);
+        }
+        let (row, column) = if self.row < self.n {
+            (self.row, self.column)
+        } else if std::mem::replace(&mut self.looks_ahead, false) {
+            // The first rows of the following block, which are not packed between tiles.
+            (0, self.column + self.sums.len())
+        } else {
+            return Ahead::NOTHING;
+        };
+        // Addresses past the end do no harm: nothing is read.
+        let bytes = self.rows.bytes(self.first + row, column, self.sums.len());
+        Ahead::rows(bytes, self.step.min(self.n - row))
+    }
+}
+
+/// Copy the first `count` of `rows` into a panel and add them to the sums.
+struct PackRows<'a, E, T> {
+    rows: Rows<'a, E>,
+    count: usize,
+    column: usize,
+    sums: &'a mut [T],
+    panel: &'a mut [T],
+    stride: usize,
+}
+
+impl<E: Element, T: Real> Kernel<T> for PackRows<'_, E, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = T>>(self) {
+        let Self { rows, count, column, sums, panel, stride } = self;
+        let mut row = 0;
+        while row < count {
+            let panel = &mut panel[row * stride..];
+            let rows = rows.from(row);
+            row += if count - row >= 4 {
+                pack::<E, T, 4>(&rows, column, panel, stride, sums)
+            } else {
+                pack::<E, T, 1>(&rows, column, panel, stride, sums)
+            };
+        }
+    }
+}
+
+/// Copy `R` rows of one block into its panel and add them to the sums; return `R`.
+#[inline(always)]
+fn pack<E: Element, T: Real, const R: usize>(
+    rows: &Rows<'_, E>,
+    column: usize,
+    to: &mut [T],
+    stride: usize,
+    sums: &mut [T],
+) -> usize {
+    let from: [&[E]; R] = std::array::from_fn(|r| rows.row(r, column, column + sums.len()));
+    // Arrays of a fixed length compile to whole vectors.
+    let (whole, rest) = sums.as_chunks_mut::<PADDING>();
+    let start = whole.len() * PADDING;
+    for (c, total) in whole.iter_mut().enumerate() {
+        let mut sum = *total;
+        for (r, row) in from.iter().enumerate() {
+            let Some(row) = row[c * PADDING..].first_chunk::<PADDING>() else { return R };
+            let Some(to) = to[r * stride + c * PADDING..].first_chunk_mut::<PADDING>() else {
+                return R;
+            };
+            let values = row.map(T::widen);
+            *to = values;
+            for (sum, value) in sum.iter_mut().zip(values) {
+                *sum += value;
+            }
+        }
+        *total = sum;
+    }
+    for (c, sum) in rest.iter_mut().enumerate() {
+        for (r, row) in from.iter().enumerate() {
+            let x = T::widen(row[start + c]);
+            to[r * stride + start + c] = x;
+            *sum += x;
+        }
+    }
+    R
+}
+
+#[cfg(test)]
+mod tests;

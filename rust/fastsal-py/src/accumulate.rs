@@ -1,0 +1,50 @@
+//! Accumulation of statistics.
+
+use fastsal_core::accumulate::{self as core, Sums};
+use fastsal_core::{Isa, Layout};
+use pyo3::prelude::*;
+
+use crate::arrays::{must_be, slice_mut, FloatsMut, Gradients};
+use crate::errors::to_python;
+
+/// Length of the packed statistics of a parameter of `d` weights.
+#[pyfunction]
+pub fn packed_len(d: usize, block_size: usize) -> PyResult<usize> {
+    Layout::new(d, block_size).map(|layout| layout.packed_len()).map_err(to_python)
+}
+
+/// Add the statistics of rows `[n, d]` to `packed` and `sums`, in place; a `fresh` `packed` is
+/// overwritten.
+#[pyfunction]
+#[pyo3(signature = (rows, dtype, block_size, packed, sums, fresh=false))]
+pub fn accumulate<'py>(
+    py: Python<'py>,
+    rows: &Bound<'py, PyAny>,
+    dtype: &str,
+    block_size: usize,
+    mut packed: FloatsMut<'py>,
+    mut sums: FloatsMut<'py>,
+    fresh: bool,
+) -> PyResult<()> {
+    let gradients = Gradients::new(rows, dtype)?;
+    let rows = gradients.rows()?;
+    let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
+    let sums = match (&mut packed, &mut sums) {
+        (FloatsMut::F32(packed), FloatsMut::F32(sums)) => {
+            Sums::F32 { packed: slice_mut("packed", packed)?, sums: slice_mut("sums", sums)? }
+        }
+        (FloatsMut::F64(packed), FloatsMut::F64(sums)) => {
+            Sums::F64 { packed: slice_mut("packed", packed)?, sums: slice_mut("sums", sums)? }
+        }
+        _ => return Err(must_be("sums", "of the type of packed", "another type")),
+    };
+    py.detach(|| core::accumulate(Isa::best(), layout, rows, sums, fresh)).map_err(to_python)
+}
+
+/// Raise `NonFiniteRowError` for the first NaN or infinity of rows `[n, d]`.
+#[pyfunction]
+pub fn check_finite<'py>(py: Python<'py>, rows: &Bound<'py, PyAny>, dtype: &str) -> PyResult<()> {
+    let gradients = Gradients::new(rows, dtype)?;
+    let rows = gradients.rows()?;
+    py.detach(|| core::check_finite(rows)).map_err(to_python)
+}

@@ -1,0 +1,87 @@
+//! Blocks, damped blocks, and their inverses.
+
+use fastsal_core::statistics::{Damped, Report, Statistics};
+use fastsal_core::{inverse as core, parallel, Result};
+use numpy::PyArray1;
+use pyo3::prelude::*;
+
+use crate::arrays::{statistics, to_numpy, Parameter};
+use crate::errors::to_python;
+
+/// Values, failed blocks, sensitivity of each block.
+pub type Inverse<'py> = (Bound<'py, PyArray1<f64>>, Vec<usize>, Bound<'py, PyArray1<f64>>);
+
+/// `diag(A⁻¹)` of all parameters, each `[d]`.
+#[pyfunction]
+pub fn inverse_diagonal<'py>(
+    py: Python<'py>,
+    parameters: Vec<Parameter<'py>>,
+    block_size: usize,
+    damping: f64,
+) -> PyResult<Vec<Inverse<'py>>> {
+    invert(py, &parameters, block_size, damping, |damped| {
+        let mut out = vec![0.0; damped.layout().len()];
+        core::inverse_diagonal(damped, &mut out).map(|report| (out, report))
+    })
+}
+
+/// `A⁻¹` of all parameters, each `[blocks * B * B]`.
+#[pyfunction]
+pub fn inverse<'py>(
+    py: Python<'py>,
+    parameters: Vec<Parameter<'py>>,
+    block_size: usize,
+    damping: f64,
+) -> PyResult<Vec<Inverse<'py>>> {
+    invert(py, &parameters, block_size, damping, |damped| {
+        let mut out = vec![0.0; damped.layout().dense_len()];
+        core::inverse(damped, &mut out).map(|report| (out, report))
+    })
+}
+
+fn invert<'py>(
+    py: Python<'py>,
+    parameters: &[Parameter<'py>],
+    block_size: usize,
+    damping: f64,
+    job: impl Fn(Damped<'_>) -> Result<(Vec<f64>, Report)> + Sync + Send,
+) -> PyResult<Vec<Inverse<'py>>> {
+    let borrowed =
+        parameters.iter().map(|p| statistics(p, block_size)).collect::<PyResult<Vec<_>>>()?;
+    let results =
+        py.detach(|| parallel::map(borrowed, |s: Statistics<'_>| s.damped(damping).and_then(&job)));
+    let wrap = |(out, report): (Vec<f64>, Report)| {
+        (to_numpy(py, out), report.failed, to_numpy(py, report.sensitivity))
+    };
+    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+}
+
+/// `F_b` of one parameter, `[blocks * B * B]`, a short last block padded with zeros.
+#[pyfunction]
+pub fn blocks<'py>(
+    py: Python<'py>,
+    parameter: Parameter<'py>,
+    block_size: usize,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let statistics = statistics(&parameter, block_size)?;
+    let out = py.detach(|| {
+        let mut out = vec![0.0; statistics.layout().dense_len()];
+        statistics.blocks(&mut out).map(|()| out)
+    });
+    out.map(|out| to_numpy(py, out)).map_err(to_python)
+}
+
+/// `diag(F)` of one parameter, `[d]`.
+#[pyfunction]
+pub fn diagonal<'py>(
+    py: Python<'py>,
+    parameter: Parameter<'py>,
+    block_size: usize,
+) -> PyResult<Bound<'py, PyArray1<f64>>> {
+    let statistics = statistics(&parameter, block_size)?;
+    let out = py.detach(|| {
+        let mut out = vec![0.0; statistics.layout().len()];
+        statistics.diagonal(&mut out).map(|()| out)
+    });
+    out.map(|out| to_numpy(py, out)).map_err(to_python)
+}
