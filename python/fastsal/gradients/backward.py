@@ -17,7 +17,7 @@ from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.scaling import LossScale, all_finite
 from fastsal.gradients.workspace import Workspace
 
-RowSink = Callable[[str, Tensor], None]  # sink(name, rows [n, *shape])
+Sink = Callable[[str, Tensor], None]  # sink(name, rows [n, *shape])
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class Pass:
         self,
         parameters: Mapping[str, nn.Parameter],
         n: int,
-        sink: RowSink,
+        sink: Sink,
         workspace: Workspace,
         scale: LossScale,
         samples_last: Collection[str] = (),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import DataError, InvalidArgument, UnknownParameter
 from fastsal.gradients import losses as checks
-from fastsal.gradients.backward import Pass, RowSink
+from fastsal.gradients.backward import Pass, Sink
 from fastsal.gradients.capture import Capture
 from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
@@ -164,7 +164,7 @@ class GradientEngine:
                     found[name] += f" (one sample at a time, after {self._fallback.looped})"
         return found
 
-    def run(self, images: Tensor, labels: Tensor | None, sink: RowSink) -> Tensor:
+    def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
         """Pass the per-sample gradients of a batch to a sink.
 
         Args:
@@ -324,7 +324,7 @@ class GradientEngine:
             self._classes = checks.check_logits(outputs, n, why)
 
     def _micro(
-        self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: RowSink
+        self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
     ) -> Tensor:
         n = images.shape[0]
         hooks = Pass(self._fast, n, sink, self._workspace, self._scale, self._samples_last)
