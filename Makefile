@@ -17,12 +17,13 @@ install: $(BIN)/python  ## Create .venv with all dependencies for development an
 build: $(BIN)/python  ## Recompile the core after a change in rust/
 	$(BIN)/maturin develop --release --quiet
 
-lint:  ## Check formatting, lints, types and the stub of the compiled module
+lint:  ## Check formatting, lints, types, layers and the stub of the compiled module
 	cargo fmt --all --check
 	cargo clippy --quiet --workspace --all-targets --locked -- -D warnings
 	$(BIN)/ruff check --quiet .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m mypy.stubtest fastsal._core
 
 test:  ## Run all Rust and Python tests

@@ -7,8 +7,6 @@ and a JSON index that lists them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +25,8 @@ from fastsal.fisher.rows import Array, widened
 from fastsal.fisher.storage import Storage
 from fastsal.fisher.sums import ParameterSums
 from fastsal.utils import safetensors_files
-from fastsal.utils.atomic import write_text
+from fastsal.utils.digests import Digest
+from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.mapped_files import forget, mapped_base
 from fastsal.utils.safetensors_files import Entry
 from fastsal.utils.sizes import parse_bytes
@@ -112,7 +111,7 @@ def write_index(path: str | os.PathLike[str], shards: Sequence[str], names: Sequ
         "parameters": list(names),
         "shards": list(shards),
     }
-    write_text(path, json.dumps(index, indent=1) + "\n")
+    write_json(path, index)
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> ModelSums:
@@ -192,8 +191,8 @@ def _entry(key: str, array: Array, dtype: str | None, storage: Storage) -> Entry
     return Entry(key, code, array.shape, pieces)
 
 
-def _digest_of(header: Mapping[str, Any]) -> Any:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+def _digest_of(header: Mapping[str, Any]) -> Digest:
+    return Digest().json(header)
 
 
 def _index(path: Path) -> dict[str, Any] | None:
@@ -203,7 +202,7 @@ def _index(path: Path) -> dict[str, Any] | None:
     length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
     if length <= path.stat().st_size or not first.startswith(b"{"):
         return None
-    index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    index: dict[str, Any] = read_json(path)
     if index.get("format") != _INDEX or index.get("version") != VERSION or not index["shards"]:
         raise FileFormatError(f"path: {os.fspath(path)!r} is not an index of {FORMAT}")
     for name in index["shards"]:

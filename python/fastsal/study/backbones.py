@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import HeadKind
+from fastsal.utils.digests import Digest
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,9 @@ def check_files(study: Study) -> None:
 
 def digest_of(study: Study, settings: ModelSettings) -> str:
     """Return a digest of the model file and the weights file of a model."""
-    digest = hashlib.sha256(settings.model.encode())
+    digest = Digest().text(settings.model)
     file = model_path(study, settings).rpartition(":")[0]
     for path in (file, weights_path(study, settings)):
         if path and path != "pretrained" and Path(path).is_file():
-            digest.update(Path(path).read_bytes())
+            digest.file(Path(path))
     return digest.hexdigest()[:16]

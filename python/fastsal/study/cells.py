@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from fastsal.study.folder_format import CELL
 from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
 from fastsal.utils.choices import Curvature
+from fastsal.utils.digests import Digest
 
 # Part of every key: results of another version are recomputed, not mixed.
 ENGINE = 1
@@ -90,6 +90,6 @@ def _key(
     settings = [dataclasses.asdict(part) for part in (model, source, criterion)]
     plain = [*settings, rounds, seed, sparsity]
     text = json.dumps([base, plain], sort_keys=True, default=list)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = Digest().text(text).hexdigest()[:12]
     slug = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_") for word in words)
     return f"{slug[:120]}-{digest}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +13,13 @@ from fastsal.data.corruptions import corrupt
 from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
 from fastsal.data.opening import open_images
-from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 from fastsal.study.folder_format import SPLITS_FILE
 from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import SPLITS, Shares
 from fastsal.transfer.tasks import Split, Task
-from fastsal.utils.atomic import write_text
+from fastsal.utils.digests import Digest
+from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.suggestions import listed
 
 
@@ -57,7 +56,7 @@ def open_tasks(study: Study, folder: Path | None = None) -> dict[str, Task]:
     check_test_images(list(tasks.values()))
     if folder is not None and not stored:
         splits = {name: task.indices() for name, task in tasks.items()}
-        write_text(folder / SPLITS_FILE, json.dumps(splits) + "\n")
+        write_json(folder / SPLITS_FILE, splits, indent=None)
     return tasks
 
 
@@ -199,23 +198,20 @@ def _transformed(images: Any, source: SourceSettings, seed: int) -> ImageSet:
 def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
     path = folder / SPLITS_FILE
     try:
-        found: dict[str, dict[str, list[int]]] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, dict[str, list[int]]] = read_json(path, "out")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise FileFormatError(f"out: {path} is damaged ({error})") from None
     return found
 
 
 def _digest(task: Task) -> str:
-    digest = hashlib.sha256()
+    digest = Digest()
     for split in SPLITS:
         images: ImageSet = getattr(task, split)
-        digest.update(f"{split} {images.classes}".encode())
-        digest.update(np.ascontiguousarray(images.y).tobytes())
+        digest.text(f"{split} {images.classes}").array(images.y)
         if isinstance(images.x, tuple):
             for path in images.x:
-                digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}".encode())
+                digest.text(f"{path.parent.name}/{path.name} {path.stat().st_size}")
         else:
-            digest.update(np.ascontiguousarray(images.x).tobytes())
+            digest.array(images.x)
     return digest.hexdigest()[:16]

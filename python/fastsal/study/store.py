@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study.folder_format import FORMAT, STUDY_FILE
-from fastsal.utils.atomic import write_text
+from fastsal.utils.json_files import plain, read_json, write_json
 from fastsal.utils.suggestions import listed
 
 
@@ -41,7 +39,7 @@ class Store:
                 f"{folder} with other files"
             )
         if known is not None:
-            differing = differences(known, _json(identity))
+            differing = differences(known, plain(identity))
             if differing:
                 raise InvalidArgument(
                     f"out: {folder} holds the results of another study (different settings: "
@@ -55,7 +53,7 @@ class Store:
     def read(self, key: str) -> dict[str, Any] | None:
         """Return the result of a cell; None if it is not finished, or its file is damaged."""
         try:
-            found = json.loads((self.cells / f"{key}.json").read_text(encoding="utf-8"))
+            found = read_json(self.cells / f"{key}.json")
         except (FileNotFoundError, ValueError):
             return None
         return found if isinstance(found, dict) and found.get("key") == key else None
@@ -72,7 +70,7 @@ class Store:
     def _identity(self) -> dict[str, Any] | None:
         path = self.folder / STUDY_FILE
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path, "out")
             if found["format"] != FORMAT:
                 raise FileFormatError(
                     f"out: format of {path} must be {FORMAT}, got {found['format']}"
@@ -87,8 +85,7 @@ class Store:
         return identity
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(_json(value), indent=1, allow_nan=False)
-        write_text(self.folder / name, text + "\n")
+        write_json(self.folder / name, value)
 
 
 def differences(known: Any, asked: Any, name: str = "") -> list[str]:
@@ -103,14 +100,3 @@ def differences(known: Any, asked: Any, name: str = "") -> list[str]:
         pairs = enumerate(zip(known, asked, strict=True))
         return [d for i, (a, b) in pairs for d in differences(a, b, f"{name}[{i}]")]
     return [] if known == asked else [name or "study"]
-
-
-def _json(value: Any) -> Any:
-    """Return plain JSON values; NaN and infinity, which JSON lacks, become None."""
-    if isinstance(value, Mapping):
-        return {str(k): _json(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -6,7 +6,6 @@ version is rejected.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,8 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
@@ -27,6 +24,7 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.digests import Digest
 from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal head"
@@ -60,7 +58,7 @@ class HeadCache:
             settings: Settings of this kind.
         """
         inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
-        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:
         """Return the path of the file of a key."""
@@ -121,18 +119,18 @@ def model_digest(model: nn.Module) -> str:
     A module contributes its name, its type and the settings in its repr (strides, slopes), so that
     equal weights in different architectures have different digests.
     """
-    digest = hashlib.sha256()
+    digest = Digest()
     for name, module in model.named_modules():
         # Memory addresses differ between runs.
         settings = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())
         kind = type(module).__qualname__
-        digest.update(f"{name}\0{kind}\0{settings}\0".encode())
+        digest.text(f"{name}\0{kind}\0{settings}\0")
     for kind, tensors in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
         ("buffer", model.named_buffers(remove_duplicate=False)),
     ):
         for name, tensor in tensors:
-            _add_tensor(digest, f"{kind} {name}", tensor)
+            digest.tensor(f"{kind} {name}", tensor)
     return digest.hexdigest()
 
 
@@ -142,30 +140,21 @@ def split_digest(split: Split) -> str:
     For image files, the path within the source, the size and the modification time stand for the
     content.
     """
-    digest = hashlib.sha256()
+    digest = Digest()
     if not isinstance(split, ImageSet):
         for images, labels in split:
-            _add_tensor(digest, "images", images)
-            _add_tensor(digest, "labels", labels)
+            digest.tensor("images", images).tensor("labels", labels)
         return digest.hexdigest()
-    digest.update(json.dumps(split.classes).encode())
-    digest.update(np.ascontiguousarray(split.y).tobytes())
+    digest.json(split.classes).array(split.y)
     if isinstance(split.x, tuple):
         for file in split.x:
             status = file.stat()
             inside = file.is_relative_to(split.source)
             name = file.relative_to(split.source) if inside else Path(file.parent.name, file.name)
-            digest.update(f"{name.as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            digest.text(f"{name.as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\0")
     else:
-        digest.update(f"{split.x.dtype} {split.x.shape}".encode())
-        digest.update(np.ascontiguousarray(split.x).data)
+        digest.text(f"{split.x.dtype} {split.x.shape}").array(split.x)
     return digest.hexdigest()
-
-
-def _add_tensor(digest: Any, name: str, tensor: Tensor) -> None:
-    values = tensor.detach().cpu().contiguous()
-    digest.update(f"{name}\0{values.dtype}\0{list(values.shape)}\0".encode())
-    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write(path: Path, head: Head | KnnHead | OwnHead, note: str) -> None:
@@ -237,7 +226,7 @@ def _read(path: Path) -> tuple[Head | KnnHead, str]:
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     facts = {name: value for name, value in header.items() if name != "digest"}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    digest = Digest().json(facts)
     for name in sorted(tensors):
-        _add_tensor(digest, name, tensors[name])
+        digest.tensor(name, tensors[name])
     return digest.hexdigest()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.models.evaluating import modes_restored
 from fastsal.utils.numbers import whole
 
 # measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
@@ -116,12 +117,10 @@ def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
 def _restored(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
     """Restore the values of tensors and the modes of modules on exit."""
     values = _copied(tensors)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield tensors
-    finally:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(values[name])
-        for module, mode in modes:
-            module.training = mode
+    with modes_restored(model):
+        try:
+            yield tensors
+        finally:
+            with torch.no_grad():
+                for name, tensor in tensors.items():
+                    tensor.copy_(values[name])

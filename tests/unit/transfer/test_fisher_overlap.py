@@ -126,5 +126,5 @@ def test_what_is_not_taken():
         InvalidArgument, match="^target must have the parameters, shapes and block size"
     ):
         fisher_overlap(a, fed(5, 0, block_size=4))
-    with pytest.raises(InvalidArgument, match="holds no samples"):
+    with pytest.raises(InvalidArgument, match="has no samples"):
         fisher_overlap(a, BlockFisher(SHAPES, block_size=8))

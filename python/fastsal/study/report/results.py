@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from fastsal.study.folder_format import (
     TRANSFER,
 )
 from fastsal.study.report.csv_rows import column, read_records, read_rows
+from fastsal.utils.json_files import read_json
 
 Key = TypeVar("Key")
 
@@ -242,10 +242,7 @@ def _check_kind(folder: Path) -> None:
 
 
 def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileFormatError(f"{path}: not valid JSON ({error})") from None
+    facts = read_json(path)
     found = facts.get("format") if isinstance(facts, dict) else None
     if found != FORMAT:
         raise FileFormatError(f"{path}: format must be {FORMAT}, got {found!r}")
