@@ -228,7 +228,10 @@ def test_bad_folders(model, tmp_path):
     folder = tmp_path / "images"
     (folder / "cats").mkdir(parents=True)
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / "cats" / "1.png")
-    failed(run("eval", model, "--data", folder, "--quiet"), "one class only (cats)")
+    failed(
+        run("eval", model, "--data", folder, "--quiet"),
+        "must contain at least 2 class folders, got cats only",
+    )
     (folder / "dogs").mkdir()
     failed(run("eval", model, "--data", folder, "--quiet"), "dogs contains no image file")
     (folder / "dogs" / "2.png").write_bytes(b"no image")

@@ -77,8 +77,6 @@ if TYPE_CHECKING:
 @click.option("--train-head", is_flag=True, help="Also train the classifier; frozen by default.")
 @click.option(
     "--train-normalization",
-    "--train-normalisation",
-    "train_normalization",
     is_flag=True,
     help="Also train the normalization layers; frozen by default.",
 )

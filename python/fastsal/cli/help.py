@@ -19,7 +19,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Training": (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalisation", "autocast",
+        "train_head", "train_normalization", "autocast",
     ),
     "Data": ("data", "held_out", "test", "samples", "seeds", "size", "mean", "std", "batch_size"),
     "Statistics": (

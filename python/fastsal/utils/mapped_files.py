@@ -1,4 +1,4 @@
-"""Arrays in a file that has no name: memory that can be given back without losing what is in it."""
+"""Arrays in an unlinked scratch file, whose memory can be released without losing their content."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ _PAGE = mmap.ALLOCATIONGRANULARITY
 class FileArrays:
     """Arrays in a memory-mapped scratch file.
 
-    The file is deleted at once where the system allows it, and lives as long as this: a process
-    that is killed leaves nothing behind. What was touched counts as the process's memory until
-    `release`.
+    The file is unlinked after it is opened, if the system supports it, so that no file remains if
+    the process is killed. Accessed pages count as memory of the process until `release`.
 
     Args:
-        folder: Where; it must exist.
-        nbytes: Of all arrays; the disk is asked for them at once.
+        folder: Existing folder for the file.
+        nbytes: Size of all arrays in bytes; disk space is allocated immediately.
 
     Raises:
-        InvalidArgument: The folder is none, or has no room.
+        InvalidArgument: The folder does not exist, is not writable, or has too little free space.
     """
 
     def __init__(self, folder: str | os.PathLike[str], nbytes: int) -> None:
@@ -54,11 +53,11 @@ class FileArrays:
 
     @property
     def nbytes(self) -> int:
-        """Bytes on disk."""
+        """Size of the file in bytes."""
         return self._size
 
     def take(self, shape: Sequence[int], dtype: DTypeLike) -> NDArray[Any]:
-        """An array of zeros in the file."""
+        """Return a new array of zeros in the file."""
         kind = np.dtype(dtype)
         count = math.prod(shape)
         array = np.frombuffer(self._map, kind, count, self._used).reshape(tuple(shape))
@@ -66,12 +65,12 @@ class FileArrays:
         return array
 
     def release(self) -> None:
-        """Give back the memory of what was touched; it is read from the file when it is used."""
+        """Release the memory of accessed pages; they are read from the file on the next access."""
         give_back(self._map)
 
 
 def give_back(memory: mmap.mmap) -> None:
-    """Give back the memory of a mapped file; it is read again when it is used."""
+    """Release the memory of a mapped file; its pages are read again on the next access."""
     if hasattr(mmap, "MADV_DONTNEED"):
         memory.madvise(mmap.MADV_DONTNEED)
 
@@ -94,23 +93,24 @@ def mapped_base(array: NDArray[Any]) -> mmap.mmap | None:
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes that an array takes in a file, where the next one begins."""
+    """Return the size of an array in a file, rounded up to the alignment of 64 bytes."""
     return -(-nbytes // 64) * 64
 
 
 def check_folder(folder: str | os.PathLike[str], nbytes: int) -> None:
-    """Raise InvalidArgument unless `folder` is a folder whose disk has `nbytes` left."""
+    """Raise InvalidArgument unless `folder` is writable and has `nbytes` of free disk space."""
     if not Path(folder).is_dir():
-        raise InvalidArgument(f"scratch: there is no folder {os.fspath(folder)!r}")
+        raise InvalidArgument(f"scratch must be an existing folder, got {os.fspath(folder)!r}")
     if not os.access(folder, os.W_OK):
-        raise InvalidArgument(f"scratch: {os.fspath(folder)!r} cannot be written")
+        raise InvalidArgument(f"scratch must be a writable folder, got {os.fspath(folder)!r}")
     if shutil.disk_usage(folder).free < nbytes:
         raise no_room(folder, nbytes)
 
 
 def no_room(folder: str | os.PathLike[str], nbytes: int) -> InvalidArgument:
-    """What to raise where the disk is too small."""
+    """Return the error to raise if a folder has too little free disk space."""
     free = shutil.disk_usage(folder).free
     return InvalidArgument(
-        f"scratch: needs {gib(nbytes)} in {os.fspath(folder)!r}, which has {gib(free)} left"
+        f"scratch must have {gib(nbytes)} of free disk space, got {gib(free)} in "
+        f"{os.fspath(folder)!r}"
     )

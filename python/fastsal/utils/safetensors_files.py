@@ -1,4 +1,4 @@
-"""Safetensors files that are written piece by piece: nothing is in memory twice."""
+"""Safetensors files that are written in pieces and memory-mapped, without copies in memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastsal.errors import FileFormatError
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.digests import Digest
 
 Array = NDArray[Any]
 
-# Name and bytes of the types that safetensors has.
+# Code of a safetensors dtype to its name and its size in bytes.
 DTYPES = {
     "F64": ("float64", 8),
     "F32": ("float32", 4),
@@ -41,13 +42,13 @@ _NO_DIGEST = "0" * 64
 
 @dataclass(frozen=True)
 class Entry:
-    """An array that is to be written.
+    """An array to write.
 
     Attributes:
-        key: Its name in the file.
-        code: Type, as safetensors has it.
-        shape: Of the array.
-        pieces: Gives its elements in order, in flat arrays.
+        key: Name of the array in the file.
+        code: dtype code of safetensors.
+        shape: Shape of the array.
+        pieces: Returns an iterator over the elements in order, as flat arrays.
     """
 
     key: str
@@ -57,17 +58,17 @@ class Entry:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Size of an element in bytes."""
         return DTYPES[self.code][1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.itemsize
 
     @classmethod
     def of(cls, key: str, tensor: Tensor) -> Entry:
-        """A tensor, in one piece; booleans are bytes."""
+        """Return the entry of a tensor, in one piece; Booleans are stored as bytes."""
 
         def pieces() -> Iterator[Array]:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -80,22 +81,22 @@ def write(
     path: str | os.PathLike[str],
     header: Mapping[str, Any],
     entries: Sequence[Entry],
-    digest: Any = None,
+    digest: Digest | None = None,
 ) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Args:
         path: The file.
-        header: JSON values, for the metadata.
-        entries: In any order; they are written by width and key.
-        digest: Of `hashlib`, begun with the header; what it comes to with the keys, types and
-            elements of all entries is written into the header, as `digest`.
+        header: JSON values for the metadata.
+        entries: Arrays in any order; they are sorted by the size of an element and by key.
+        digest: Digest of the header. The keys, types and elements of all entries are added to it,
+            and the result is written to the header as `digest`. None writes no digest.
     """
-    told = header if digest is None else {**header, "digest": _NO_DIGEST}
-    # Wide types first, so that every array begins at a multiple of its own.
+    header = header if digest is None else {**header, "digest": _NO_DIGEST}
+    # Large elements first, so that every array is aligned to the size of its elements.
     entries = sorted(entries, key=lambda entry: (-entry.itemsize, entry.key))
     start = 0
-    tensors: dict[str, Any] = {"__metadata__": {"fastsal": json.dumps(told)}}
+    tensors: dict[str, Any] = {"__metadata__": {"fastsal": json.dumps(header)}}
     for entry in entries:
         stop = start + entry.nbytes
         tensors[entry.key] = {
@@ -118,7 +119,7 @@ def write(
                     digest.update(data)
                 file.write(data)
         if digest is not None:
-            # It is known now, and as long as what stands in its place.
+            # The digest is as long as its placeholder.
             file.seek(8)
             file.write(text.replace(_NO_DIGEST.encode(), digest.hexdigest().encode(), 1))
 
@@ -140,8 +141,8 @@ def read_mapped(
 
     Raises:
         FileFormatError: The file is truncated, or of another format or version.
-        KeyError, ValueError, TypeError, AttributeError, struct.error: The file is no safetensors
-            file.
+        KeyError, ValueError, TypeError, AttributeError, struct.error: The file is not a
+            safetensors file.
     """
     shown, size = repr(os.fspath(path)), Path(path).stat().st_size
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Bytes as people write and read them."""
+"""Sizes in bytes: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from fastsal.utils.numbers import as_real
 
 
 def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
-    """Bytes of a number, or of text as `"8GiB"` and `"500 MB"`.
+    """Return a number of bytes.
+
+    Args:
+        value: A positive number, or a text such as "8GiB" or "500 MB".
+        name: Name of the argument, for the message.
 
     Raises:
-        InvalidArgument: It is neither.
+        InvalidArgument: The value is neither.
     """
     units = {"": 1, "K": 10, "M": 20, "G": 30, "T": 40}
     number = as_real(value)
@@ -30,11 +34,13 @@ def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
         if amount > 0:
             size = 10 ** (3 * units[unit] // 10) if is_decimal and unit else 2 ** units[unit]
             return int(amount * (size if unit else 1))
-    raise InvalidArgument(f"{name}: got {value!r}; takes bytes, or text as '8GiB' and '500MB'")
+    raise InvalidArgument(
+        f"{name} must be a positive number of bytes, or a text such as '8GiB', got {value!r:.80}"
+    )
 
 
 def gib(nbytes: float) -> str:
-    """Bytes for a reader."""
+    """Format a number of bytes in KiB, MiB or GiB."""
     if nbytes < 2**20:
         return f"{nbytes / 2**10:.0f} KiB"
     if nbytes < 2**30:

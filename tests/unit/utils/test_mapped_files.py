@@ -38,12 +38,14 @@ def test_nothing_is_left_in_the_folder(tmp_path):
 def test_a_disk_that_is_too_small(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(100, 99, 1))
-    with pytest.raises(InvalidArgument, match="scratch: needs 1.0 GiB in .* has 0 KiB left"):
+    with pytest.raises(
+        InvalidArgument, match="scratch must have 1.0 GiB of free disk space, got 0 KiB"
+    ):
         FileArrays(tmp_path, 1 << 30)
 
 
 def test_folders_that_are_not_there(tmp_path):
-    with pytest.raises(InvalidArgument, match="scratch: there is no folder"):
+    with pytest.raises(InvalidArgument, match="scratch must be an existing folder"):
         FileArrays(tmp_path / "none", 1)
 
 

@@ -177,10 +177,13 @@ def test_large_blocks_keep_gradients_in_the_file(tmp_path):
     ("how", "message"),
     [
         ({"memory_budget": "10MiB"}, "memory_budget must be at least .*, got 10 MiB"),
-        ({"memory_budget": -1}, "memory_budget: got -1; takes bytes"),
-        ({"memory_budget": "much"}, "memory_budget: got 'much'; takes bytes"),
+        ({"memory_budget": -1}, "memory_budget must be .*bytes, .*got -1"),
+        ({"memory_budget": "much"}, "memory_budget must be .*bytes, .*got 'much'"),
         ({"scratch": "."}, "scratch and scratch_budget require memory_budget"),
-        ({"memory_budget": "90MiB", "scratch": "nowhere"}, "scratch: there is no folder 'nowhere'"),
+        (
+            {"memory_budget": "90MiB", "scratch": "nowhere"},
+            "scratch must be an existing .*'nowhere'",
+        ),
         (
             {"memory_budget": "90MiB", "scratch": ".", "scratch_budget": "1MB"},
             "scratch_budget must be at least .*, got 977 KiB",
