@@ -171,7 +171,7 @@ def test_command_writes_into_the_folder_and_replaces_only_by_force(tmp_path):
     assert result.stdout.strip() == str(page)
     first = page.read_text(encoding="utf-8")
     page.write_text("mine", encoding="utf-8")
-    failed(run("report", folder), "is there already; give --force")
+    failed(run("report", folder), "already exists; give --force")
     assert page.read_text(encoding="utf-8") == "mine"
     assert run("report", folder, "--force").exit_code == 0
     assert page.read_text(encoding="utf-8") == first
@@ -202,7 +202,7 @@ def test_other_folders_get_one_line(tmp_path):
     (tmp_path / "masks.safetensors").touch()
     failed(run("report", tmp_path), "the output of `fastsal prune`")
     folder = write_study(tmp_path / "study")
-    failed(run("report", folder, "--out", tmp_path), "is a folder; takes a file")
+    failed(run("report", folder, "--out", tmp_path), "out must be a file, got the folder")
     (folder / "study.json").write_text("[", encoding="utf-8")
     failed(run("report", folder), "not valid JSON")
 
