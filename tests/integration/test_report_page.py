@@ -147,7 +147,9 @@ def test_diagnostics_are_shown_where_there_are_any_unless_they_are_not_wanted(tm
     assert "Fisher overlap" in (tmp_path / "with.html").read_text(encoding="utf-8")
     assert "Fisher overlap" not in (tmp_path / "no.html").read_text(encoding="utf-8")
     plain = write_study(tmp_path / "b")
-    failed(run("report", plain, "--diagnostics"), "requires loss_line.csv or overlap.csv")
+    failed(
+        run("report", plain, "--diagnostics"), "--diagnostics requires loss_line.csv or overlap.csv"
+    )
 
 
 @needs_jinja
