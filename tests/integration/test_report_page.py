@@ -147,7 +147,9 @@ def test_diagnostics_are_shown_where_there_are_any_unless_they_are_not_wanted(tm
     assert "Fisher overlap" in (tmp_path / "with.html").read_text(encoding="utf-8")
     assert "Fisher overlap" not in (tmp_path / "no.html").read_text(encoding="utf-8")
     plain = write_study(tmp_path / "b")
-    failed(run("report", plain, "--diagnostics"), "has neither loss_line.csv nor overlap.csv")
+    failed(
+        run("report", plain, "--diagnostics"), "--diagnostics requires loss_line.csv or overlap.csv"
+    )
 
 
 @needs_jinja
@@ -171,7 +173,7 @@ def test_command_writes_into_the_folder_and_replaces_only_by_force(tmp_path):
     assert result.stdout.strip() == str(page)
     first = page.read_text(encoding="utf-8")
     page.write_text("mine", encoding="utf-8")
-    failed(run("report", folder), "is there already; give --force")
+    failed(run("report", folder), "already exists; give --force")
     assert page.read_text(encoding="utf-8") == "mine"
     assert run("report", folder, "--force").exit_code == 0
     assert page.read_text(encoding="utf-8") == first
@@ -202,7 +204,7 @@ def test_other_folders_get_one_line(tmp_path):
     (tmp_path / "masks.safetensors").touch()
     failed(run("report", tmp_path), "the output of `fastsal prune`")
     folder = write_study(tmp_path / "study")
-    failed(run("report", folder, "--out", tmp_path), "is a folder; takes a file")
+    failed(run("report", folder, "--out", tmp_path), "out must be a file, got the folder")
     (folder / "study.json").write_text("[", encoding="utf-8")
     failed(run("report", folder), "not valid JSON")
 

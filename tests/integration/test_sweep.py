@@ -428,9 +428,12 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "colours", "--source", "colours"], "task: got 'colours'; takes NAME=VALUE"),
+        (["--task", "colours", "--source", "colours"], "task must be NAME=VALUE, got 'colours'"),
         (["--task", "a=x.npz", "--source", "b"], "sources[0].tasks must be among a, got 'b'"),
-        (["--task", "a=x.npz", "--source", "a", "--test", "b=y"], "test: there is no task 'b'"),
+        (
+            ["--task", "a=x.npz", "--source", "a", "--test", "b=y"],
+            "test must name one of the tasks a, got 'b'",
+        ),
     ],
 )
 def test_transfer_says_what_it_takes(arguments, message, tmp_path, tiny_file):

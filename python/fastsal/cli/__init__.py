@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import click
 
-from fastsal.cli.bench.command import bench
-from fastsal.cli.compensate import compensate
-from fastsal.cli.demo.command import demo
-from fastsal.cli.evaluate import evaluate
-from fastsal.cli.finetune import finetune
+from fastsal.cli.bench.command import bench as bench_command
+from fastsal.cli.compensate import compensate as compensate_command
+from fastsal.cli.demo.command import demo as demo_command
+from fastsal.cli.evaluate import evaluate as evaluate_command
+from fastsal.cli.finetune import finetune as finetune_command
 from fastsal.cli.group import Group
-from fastsal.cli.plan import plan
-from fastsal.cli.prune import prune
-from fastsal.cli.rank import rank
-from fastsal.cli.report import report
-from fastsal.cli.score import score
-from fastsal.cli.sweep import sweep
-from fastsal.cli.transfer import transfer
-from fastsal.cli.verify import verify
+from fastsal.cli.plan import plan as plan_command
+from fastsal.cli.prune import prune as prune_command
+from fastsal.cli.rank import rank as rank_command
+from fastsal.cli.report import report as report_command
+from fastsal.cli.score import score as score_command
+from fastsal.cli.sweep import sweep as sweep_command
+from fastsal.cli.transfer import transfer as transfer_command
+from fastsal.cli.verify import verify as verify_command
 from fastsal.utils.machine import fastsal_version
 
 __all__ = ["main"]
@@ -41,9 +41,11 @@ def main(debug: bool) -> None:
     """
 
 
+# Imported under other names: `fastsal.cli.prune` is the module.
 _COMMANDS = (
-    prune, plan, score, rank, compensate, finetune, evaluate, verify,
-    transfer, sweep, report, bench, demo,
+    prune_command, plan_command, score_command, rank_command, compensate_command,
+    finetune_command, evaluate_command, verify_command, transfer_command, sweep_command,
+    report_command, bench_command, demo_command,
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)

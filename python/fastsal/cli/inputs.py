@@ -64,17 +64,17 @@ def open_batches(
     *,
     samples: int | None = None,
     shuffle: bool = False,
-    labelled: bool = True,
+    labeled: bool = True,
 ) -> ImageBatches:
     """Open labeled images and check that the model has a class for each label.
 
-    Without `labelled` the images need no labels, and existing labels are ignored.
+    Without `labeled` the images need no labels, and existing labels are ignored.
     """
     from fastsal.data.folders import load_images
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labeled=labelled)
-    count = class_count(model) if labelled else None
+    images = load_images(path, labeled=labeled)
+    count = class_count(model) if labeled else None
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
             f"labels of {path} must be in 0 to {count - 1} for a model of {count} classes, got "
@@ -94,7 +94,7 @@ def training_batches(
     """
     if given["data"] is not None:
         limits = ("max_accuracy_drop", "max_loss_increase")  # tested on labels
-        labelled = given.get("curvature") != "features" or any(given.get(n) for n in limits)
+        labeled = given.get("curvature") != "features" or any(given.get(n) for n in limits)
         return open_batches(
             given,
             model,
@@ -102,7 +102,7 @@ def training_batches(
             given["data"],
             samples=given["samples"],
             shuffle=True,
-            labelled=labelled,
+            labeled=labeled,
         )
     from fastsal.pruning.criteria import CRITERIA
 
@@ -118,8 +118,8 @@ def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test"
     """
     if data is None:
         return
-    is_labelled = len(data.images.classes) > 1
-    if is_labelled and data.images.classes != test.images.classes:
+    is_labeled = len(data.images.classes) > 1
+    if is_labeled and data.images.classes != test.images.classes:
         raise DataError(
             f"{name} must have the classes of --data ({_shortened(data.images.classes)}), got "
             f"{test.images.source} with {_shortened(test.images.classes)}"

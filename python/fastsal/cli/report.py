@@ -47,7 +47,7 @@ from fastsal.cli.types import PATH, Number, choice
     "--diagnostics/--no-diagnostics",
     default=None,
     show_default="if DIR has them",
-    help="Show loss lines and Fisher overlaps.",
+    help="Show the loss on lines between weights and the overlap of Fisher matrices.",
 )
 @options.force_option
 def report(**given: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-import fastsal.pruning.prune as alone
 from fastsal.data.batches import Batches
 from fastsal.distributed.process import RankProcess
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.pruning.history import RankTraffic
-from fastsal.pruning.prune import PruneResult
+from fastsal.pruning.prune import Arguments, PruneResult, prune_with
+from fastsal.pruning.prune import prune as prune_alone
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.suggestions import check_choice
 
@@ -63,9 +63,9 @@ def prune(
         options["progress"] = False
     process = RankProcess(ranks, exchange, gathered_bytes(model))
     with whole_weights(model) as inner:
-        call = inspect.signature(alone.prune).bind(inner, batches, sparsity, **options)
+        call = inspect.signature(prune_alone).bind(inner, batches, sparsity, **options)
         call.apply_defaults()
-        result = alone.prune_with(process, alone.Arguments(**call.arguments))
+        result = prune_with(process, Arguments(**call.arguments))
     traffic = RankTraffic(ranks.size, dict(ranks.sent), ranks.in_flight)
     result.history[-1] = replace(result.history[-1], ranks=traffic)
     return result

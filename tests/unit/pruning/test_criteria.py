@@ -170,7 +170,7 @@ def test_statistics_missing(criterion):
         match=f"^fisher must be statistics .* for '{criterion}', got None",
     ):
         fastsal.score(Holder(), None, criterion)
-    with pytest.raises(InvalidArgument, match="fisher: holds no samples"):
+    with pytest.raises(InvalidArgument, match="^fisher has no samples"):
         fastsal.score(Holder(), BlockFisher(SHAPES), criterion)
 
 
