@@ -63,7 +63,7 @@ def collect(
 
             - `"rows"`: the gradients of single samples, to the owner of their sums. The sums are
               those of one process that runs PyTorch with as many threads as each of these.
-            - `"sums"`: every process sums the whole model over its samples first, which takes the
+            - `"sums"`: every process sums the whole model over its samples first, which needs the
               memory of all statistics in each.
             - `"auto"`: the one of fewer bytes, if `samples` is given: sums from more than
               `(block_size + 1) / 2` samples per process on. The choice is logged.

@@ -157,7 +157,7 @@ def prune(
             guarantee is for images like these, so they should not be training images of the model.
         recalibrate: Whether the running statistics of batch normalization are averaged over the
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
-            eight is held out for it, as for `damping="auto"`.
+            eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end.
 

@@ -78,7 +78,7 @@ class Examination:
         return found
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Measure a pruned model, which gives a point of `SafetyReport.curve`."""
+        """Measure a pruned model; returns a point of `SafetyReport.curve`."""
         found = self.measured(model)
         each, rise = (torch.cat(values) for values in zip(*found, strict=True))
         low, high = (-1.0, 1.0) if self.cap is None else (-self.cap, self.cap)

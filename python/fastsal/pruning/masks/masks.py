@@ -260,8 +260,8 @@ class Masks(Mapping[str, Tensor]):
 
 def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
     """SHA-256 of shapes, recipe and bits."""
-    told = json.dumps([header["shapes"], header["recipe"]], sort_keys=True)
-    digest = hashlib.sha256(told.encode())
+    content = json.dumps([header["shapes"], header["recipe"]], sort_keys=True)
+    digest = hashlib.sha256(content.encode())
     for name in sorted(bits):
         digest.update(name.encode() + b"\0" + np.ascontiguousarray(bits[name]).tobytes())
     return digest.hexdigest()
