@@ -161,7 +161,7 @@ def test_weights_that_break_their_masks(command, pruned, tmp_path):
 def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
     for options, message in (
         (["--lr", "0"], "lr must be positive, got 0.0"),
-        (["--patience", "2"], "patience: is for held-out loss; give held_out"),
+        (["--patience", "2"], "patience must be None without held_out, got 2"),
         (["--optimizer", "best"], "optimizer: timm has no 'best'"),
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
         (["--frozen", "conv.*"], "frozen: leaves nothing to train"),

@@ -131,16 +131,16 @@ def test_every_cell_is_measured_on_every_task(study_file, tmp_path):
 
 
 def test_one_set_of_statistics_serves_all_cells_of_a_seed(study_file, tmp_path, monkeypatch):
-    import fastsal.pruning.job as job
+    import fastsal.pruning.process as process
 
     seen = []
-    true_collected = job.collected
+    true_collected = process.collected
 
     def counted(model, batches, **more):
         seen.append(more["seed"])
         return true_collected(model, batches, **more)
 
-    monkeypatch.setattr(job, "collected", counted)
+    monkeypatch.setattr(process, "collected", counted)
     run_study(load_study(study_file), tmp_path / "out")
     # For each of two draws: what λ is chosen with, and what was held out for it.
     assert len(seen) == 4

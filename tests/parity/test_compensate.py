@@ -265,13 +265,13 @@ def broken():
         masks["c"] = masks["c"].reshape(50, 3)
 
     return {
-        "damping": (None, {"damping": -1.0}, InvalidArgument, "damping must be positive, got -1.0"),
+        "damping": (None, {"damping": -1.0}, InvalidArgument, "damping must be .*, got -1.0"),
         "damping NaN": (None, {"damping": math.nan}, InvalidArgument, "damping must be .*got nan"),
         "damping auto": (None, {"damping": "auto"}, InvalidArgument, "damping must .*got 'auto'"),
         "shape of the model": (other_model, {}, UnknownParameter, "'c' must have shape"),
         "names of the model": (no_parameter, {}, UnknownParameter, "has no parameter 'c'"),
         "factorization": (overflow, {}, FactorizationError, "blocks of 'c'"),
-        "names of masks": (foreign, {}, MaskError, "masks: 'd' has no statistics"),
+        "names of masks": (foreign, {}, MaskError, "masks must be of parameters with statistics .*got 'd'"),
         "shape of masks": (reshaped, {}, MaskError, "masks: 'c' must have shape"),
         "shape of before": (
             None,

@@ -212,7 +212,10 @@ def test_precision_warning_names_the_parameter():
     )
     for fisher in (single, double):
         fisher.update(g)
-    with pytest.warns(PrecisionWarning, match="scores of 'huge': .*'float64' or damp more"):
+    with pytest.warns(
+        PrecisionWarning,
+        match="scores of 'huge' may be off by .*precision='float64' or increase damping",
+    ):
         fastsal.score(model, single, "block-fisher", 1e-3)
     # Elsewhere warnings of this kind are errors: neither of these gives one.
     fastsal.score(model, single, "block-fisher", 1e2)

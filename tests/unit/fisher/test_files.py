@@ -168,7 +168,7 @@ def test_shards_of_other_statistics(tmp_path):
     ("how", "message"),
     [
         ({"dtype": "float16"}, "dtype must be None, 'float32' or 'bfloat16', got 'float16'"),
-        ({"shard_bytes": 0}, "shard_bytes: got 0"),
+        ({"shard_bytes": 0}, "shard_bytes must be a positive number of bytes.*got 0"),
     ],
 )
 def test_arguments_that_are_not_taken(tmp_path, how, message):

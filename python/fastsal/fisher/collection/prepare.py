@@ -80,7 +80,7 @@ def prepare(
     )
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
-            raise InvalidArgument("scratch and scratch_budget require memory_budget")
+            raise InvalidArgument("scratch and scratch_budget must be None without memory_budget")
         return Work(how, unlimited(how, sums, share), sums, source)
     plan = plan_within(
         parse_bytes(memory_budget),
