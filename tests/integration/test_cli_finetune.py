@@ -162,9 +162,9 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
     for options, message in (
         (["--lr", "0"], "lr must be positive, got 0.0"),
         (["--patience", "2"], "patience must be None without held_out, got 2"),
-        (["--optimizer", "best"], "optimizer: timm has no 'best'"),
+        (["--optimizer", "best"], "optimizer must be 'sgd', 'adamw' or another name"),
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
-        (["--frozen", "conv.*"], "frozen: leaves nothing to train"),
+        (["--frozen", "conv.*"], "frozen: no parameter is left to train"),
         (["--samples", "61"], "got 61"),
         (["--lr", "1e38", "--schedule", "constant"], "use a lower lr than 1e+38"),
     ):

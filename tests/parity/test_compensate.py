@@ -271,7 +271,7 @@ def broken():
         "shape of the model": (other_model, {}, UnknownParameter, "'c' must have shape"),
         "names of the model": (no_parameter, {}, UnknownParameter, "has no parameter 'c'"),
         "factorization": (overflow, {}, FactorizationError, "blocks of 'c'"),
-        "names of masks": (foreign, {}, MaskError, "masks must be of parameters with statistics .*got 'd'"),
+        "names of masks": (foreign, {}, MaskError, "masks must be of parameters .*got 'd'"),
         "shape of masks": (reshaped, {}, MaskError, "masks: 'c' must have shape"),
         "shape of before": (
             None,

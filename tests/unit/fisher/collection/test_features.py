@@ -215,7 +215,7 @@ def test_what_is_not_taken():
         collect(model, [(x, None)], curvature="feature")
     with pytest.raises(InvalidArgument, match="^loss must not be given with curvature='features'"):
         collect(model, [x], curvature="features", loss=lambda out, y: out.sum(1))
-    with pytest.raises(DataError, match="^batches: is empty"):
+    with pytest.raises(DataError, match="^batches must contain at least one batch"):
         collect(model, [], curvature="features")
     with pytest.raises(UnsupportedLayer, match="neither forward_features nor a Linear"):
         collect(nn.Conv2d(2, 3, 3), [x.float()], curvature="features")
