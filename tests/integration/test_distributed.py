@@ -140,7 +140,7 @@ def test_a_budget_takes_several_passes(job, how):
     ranks, folder = job
     plans = [told(folder, rank)[how]["plan"] for rank in range(ranks)]
     assert all(plan == plans[0] for plan in plans)
-    assert plans[0]["place"] == ("file" if how.startswith("budget") else "nowhere")
+    assert plans[0]["place"] == ("file" if how.startswith("budget") else "recomputed")
     assert plans[0]["passes"] > 1
     assert plans[0]["memory"] <= ranks_job.BUDGET
     whole = fastsal.collect(ranks_job.net(), ranks_job.images(), micro_batch=2).nbytes

@@ -127,13 +127,13 @@ def _table(plan: MemoryPlan) -> Any:
     where = {
         "memory": "in memory",
         "file": "in a file of the scratch folder",
-        "nowhere": "recomputed on each use; --scratch DIR is faster",
+        "recomputed": "recomputed on each use; --scratch DIR is faster",
     }[plan.place]
     if plan.ranks > 1:
         table.add_row("ranks", str(plan.ranks), "the figures below are for one of them")
     table.add_row("statistics", gib(plan.statistics), where)
     how = "" if plan.passes == 1 else "each for a subset of the parameters"
-    if plan.place == "nowhere":
+    if plan.place == "recomputed":
         how += ", on each use"
     table.add_row("passes over the images", str(plan.passes), how)
     table.add_row(

@@ -87,7 +87,7 @@ class MemoryPlan:
         step: Samples whose rows are gathered before they are added to the statistics.
         groups: Parts of the model that are collected in each pass over the images.
         place: Where statistics are stored: in `"memory"`, in a `"file"` of the scratch folder, or
-            `"nowhere"`: nothing is stored, statistics are recomputed on each use, in all passes.
+            `"recomputed"`: nothing is stored, statistics are recomputed on each use, in all passes.
         statistics: Bytes of all packed blocks and sums.
         group: Bytes of the sums of the largest group.
         rows: Bytes of the gathered rows of the largest group.
@@ -131,7 +131,7 @@ class MemoryPlan:
     def memory(self) -> int:
         """Peak of the bytes added to the process."""
         collecting = self.kept_collecting + self.group + self.rows + self.activations
-        held = {"memory": self.statistics, "file": 0, "nowhere": self.group}[self.place]
+        held = {"memory": self.statistics, "file": 0, "recomputed": self.group}[self.place]
         return max(collecting, self.kept + held + VIEW_COPIES * self.view)
 
     @property

@@ -132,7 +132,7 @@ def plan_memory(
     count = samples or sum(len(images) for images, _ in work.source())
     steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
     times = rounds
-    if work.plan.place == "nowhere":  # for scores, compensation, and the mean diagonal
+    if work.plan.place == "recomputed":  # for scores, compensation, and the mean diagonal
         means = rounds if isinstance(parsed, Multiple) else int(is_auto)
         times = steps * (entry.needs_fisher + compensate) + means
     if ranks > 1:

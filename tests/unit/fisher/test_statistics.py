@@ -41,7 +41,7 @@ def test_recomputed_groups_equal_stored_sums():
     stored = Collected(fastsal.collect(model, images(), micro_batch=4))
     again = recomputed(model, images())
     assert isinstance(again, Recollected)
-    assert again.plan.place == "nowhere"
+    assert again.plan.place == "recomputed"
     assert again.plan.passes > 1
     assert (again.samples, again.shapes) == (stored.samples, stored.shapes)
     for _ in range(2):

@@ -54,7 +54,7 @@ def test_sums_that_are_nowhere_are_collected_for_each_use(monkeypatch):
 
     def uses(**more):
         plan = plan_memory(net(), images(), samples=48, **how | more)
-        assert plan.place == told["place"] == "nowhere"
+        assert plan.place == told["place"] == "recomputed"
         assert plan.disk == 0
         return round(plan.seconds["statistics"] / 10_000)
 
@@ -75,7 +75,7 @@ def test_one_of_several_ranks(budget):
     assert four.ranks == 4
     assert four.statistics == pytest.approx(one.statistics / 4, rel=0.1)
     paper = costs(shapes, 48, 4, micro_batch=4, step=one.step)
-    times = 2 if four.place == "nowhere" else 1
+    times = 2 if four.place == "recomputed" else 1
     assert four.sent == {
         "rows": times * max(paper.rows),
         "weights": max(paper.weights),

@@ -117,9 +117,9 @@ def plan_within(
     groups = costs.groups(inside) if inside > 0 else None
     place = "memory"
     if groups is None or len(groups) > 1:
-        place = "file" if has_file else "nowhere"
+        place = "file" if has_file else "recomputed"
         room = total - kept_collecting - activations
-        if place == "nowhere":
+        if place == "recomputed":
             # The sums of added samples are accumulated beside the first ones.
             joined = 0.5 if use.joins else 1.0
             room = min(room, total - scoring)
@@ -127,7 +127,7 @@ def plan_within(
     if groups is None or scoring > total:
         block = costs.of(costs.first_unit())
         least = max(kept_collecting + activations + block, scoring) / _PLANNED
-        hint = "; scratch=FOLDER (--scratch) requires less" if place == "nowhere" else ""
+        hint = "; scratch=FOLDER (--scratch) requires less" if place == "recomputed" else ""
         raise InvalidArgument(
             f"memory_budget must be at least {gib(least)}, got {gib(budget)}: "
             f"{gib(activations)} for a pass of {max(size, 2)} samples, {gib(block)} for one block"

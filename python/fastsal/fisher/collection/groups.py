@@ -47,7 +47,7 @@ def run(work: Work, passes: Passes, progress: bool | Report) -> Statistics:
         passes: Runs it for one group of parts at a time.
         progress: How to report progress.
     """
-    if work.plan.place == "nowhere":
+    if work.plan.place == "recomputed":
         return Recollected(work, passes, progress)
     with reporter(progress, "statistics") as report:
         if work.plan.place == "memory":
