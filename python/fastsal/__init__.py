@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastsal.utils.lazy import lazy_names
+
 if TYPE_CHECKING:
     from fastsal.data.corruptions import corrupt
     from fastsal.data.folders import load_images
@@ -158,19 +160,18 @@ __all__ = [
 ]
 
 
+_find = lazy_names(__name__, _HOME)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"fastsal.{name}")
     if name == "__version__":
         import fastsal._core as _core
 
-        value: Any = _core.build_info()[0]
-    elif name in _HOME:
-        value = getattr(importlib.import_module(f"fastsal.{_HOME[name]}"), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"fastsal.{name}")
-    else:
-        raise AttributeError(f"module 'fastsal' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        globals()[name] = _core.build_info()[0]
+        return globals()[name]
+    return _find(name)
 
 
 def __dir__() -> list[str]:

@@ -165,7 +165,7 @@ def test_bad_options_are_one_line(command, tiny_npz, tmp_path):
         (["--optimizer", "best"], "optimizer must be 'sgd', 'adamw' or another name"),
         (["--frozen", "convv"], "frozen: 'convv' matches no parameter"),
         (["--frozen", "conv.*"], "frozen: no parameter is left to train"),
-        (["--samples", "61"], "got 61"),
+        (["--samples", "61"], "samples must be at most 60"),
         (["--lr", "1e38", "--schedule", "constant"], "use a lower lr than 1e+38"),
     ):
         failed(run(*command, *options), message)

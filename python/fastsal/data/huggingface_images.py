@@ -46,13 +46,13 @@ def open_hugging_face(name: DataName, train: bool | None) -> ImageSet:
             )
         found = found[split]
     image, label = _columns(found, name)
-    told = {
+    shown = {
         "split": split,
         **{key: name.query.get(key) for key in ("config", "revision")},
         "image": image,
         "label": label,
     }
-    words = "&".join(f"{key}={value}" for key, value in told.items() if value is not None)
+    words = "&".join(f"{key}={value}" for key, value in shown.items() if value is not None)
     if hasattr(found, "select_columns"):
         found = found.select_columns([image, label])  # other columns are not decoded
     names = getattr(_features(found).get(label), "names", None) or []

@@ -33,8 +33,8 @@ def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
         )
     build = getattr(library, name.name)
     dataset, arguments = _build(name, build, train)
-    told = "&".join(f"{key}={value}" for key, value in sorted(arguments.items()))
-    source = f"torchvision:{name.name}" + (f"?{told}" if told else "")
+    shown = "&".join(f"{key}={value}" for key, value in sorted(arguments.items()))
+    source = f"torchvision:{name.name}" + (f"?{shown}" if shown else "")
     try:
         n = len(dataset)
     except TypeError:
@@ -92,9 +92,9 @@ def _build(
             continue
         bound = inspect.signature(build).bind(**arguments)
         bound.apply_defaults()
-        told = {key: value for key, value in bound.arguments.items() if key in parameters}
-        told.pop("download", None)
-        return dataset, {**told, **arguments}
+        shown = {key: value for key, value in bound.arguments.items() if key in parameters}
+        shown.pop("download", None)
+        return dataset, {**shown, **arguments}
     lines = str(problem).splitlines() or [type(problem).__name__]
     hint = "" if name.may_download else " (nothing is downloaded without download=true)"
     raise DataError(f"data: {name.spec!r} cannot be opened: {lines[0]}{hint}") from problem
@@ -103,8 +103,8 @@ def _build(
 def _value(text: str, annotation: Any) -> Any:
     """Parse an argument: a string if annotated so, else a Boolean, a number or a tuple."""
     if annotation is not None and annotation is not inspect.Parameter.empty:
-        told = annotation if isinstance(annotation, str) else str(annotation)
-        if annotation is str or "str" in told.replace("'", ""):
+        shown = annotation if isinstance(annotation, str) else str(annotation)
+        if annotation is str or "str" in shown.replace("'", ""):
             return text
     if text in ("true", "false"):
         return text == "true"
@@ -123,9 +123,9 @@ def _class_names(dataset: Any) -> list[str]:
     for attribute in ("wnids", "classes"):
         names = getattr(dataset, attribute, None)
         if isinstance(names, (list, tuple)) and names:
-            told = [", ".join(n) if isinstance(n, (list, tuple)) else str(n) for n in names]
-            if len(set(told)) == len(told):
-                return told
+            shown = [", ".join(n) if isinstance(n, (list, tuple)) else str(n) for n in names]
+            if len(set(shown)) == len(shown):
+                return shown
     return []
 
 

@@ -24,11 +24,12 @@ from fastsal.distributed.thresholds import masks_of_shards
 from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
+from fastsal.gradients.losses import LossFunction
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import score_tensors
-from fastsal.pruning.limits.examination import Examination, LossFunction
+from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import InMicroBatches, Measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Pair
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
+from fastsal.gradients.losses import LossFunction
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.history import Round
 from fastsal.pruning.limits.examination import Examination
@@ -64,7 +65,7 @@ class SharedExamination(Examination):
         model: nn.Module,
         images: list[Pair],
         limit: Limit,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: LossFunction,
         *,
         ranks: Ranks,
     ) -> None:

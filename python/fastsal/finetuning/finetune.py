@@ -207,13 +207,13 @@ def _train(
         course = _Course(None, None)
     total = None if trainer.samples is None else trainer.samples * epochs
 
-    def told(samples: int) -> None:
+    def report_epoch(samples: int) -> None:
         report(sum(line["samples"] for line in course.history) + samples, total)
 
     while not course.is_over(epochs, patience):
         start = time.perf_counter()
         number = len(course.history) + 1
-        line = trainer.epoch(number, told)
+        line = trainer.epoch(number, report_epoch)
         value = None if held_out is None else trainer.mean_loss(held_out)
         if value is None:
             course.kept_epoch = number

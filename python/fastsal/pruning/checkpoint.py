@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
 from fastsal.utils.digests import tensors_digest
 from fastsal.utils.resuming import as_asked, check_origin
-from fastsal.utils.safetensors_files import Entry
+from fastsal.utils.safetensors_files import Entry, header_of
 
 _FORMAT = "fastsal.round"
 
@@ -67,7 +66,7 @@ class Checkpoint:
             return None, []
         try:
             with safe_open(os.fspath(self._path), framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+                header = header_of(file.metadata())
                 check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
                 with torch.no_grad():
                     for name, p in parameters.items():

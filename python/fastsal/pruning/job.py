@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
 from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
-from fastsal.gradients.losses import LABEL_USE
+from fastsal.gradients.losses import LABEL_USE, LossFunction
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.measured import HeldOut, HeldOutFeatures, InMicroBatches, Measured
@@ -46,7 +46,7 @@ class Job:
     recipe: Recipe
     chosen: Mapping[str, nn.Parameter]
     statistics: dict[str, Any]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: LossFunction
     dense: Mapping[str, Tensor] | None = None
     process: Process = field(default_factory=Process)
     shelf: Shelf = field(default_factory=Shelf)

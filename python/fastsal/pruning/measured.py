@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
-from fastsal.gradients.losses import cross_entropy
+from fastsal.gradients.losses import LossFunction, cross_entropy
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
 
@@ -93,14 +93,14 @@ class HeldOut:
 
     batches: list[tuple[Tensor, Tensor | None]]
     targets: list[Tensor | None]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    loss: LossFunction
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         batches: list[tuple[Tensor, Tensor | None]],
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: LossFunction,
     ) -> HeldOut:
         """Set the targets of held-out images: labels, or else the dense model's own outputs."""
         targets = [

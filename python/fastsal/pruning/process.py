@@ -12,12 +12,13 @@ from fastsal.data.batches import Pair
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.statistics import Statistics
+from fastsal.gradients.losses import LossFunction
 from fastsal.models.selection import model_parameters
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import score
 from fastsal.pruning.damping import mean_diagonal
-from fastsal.pruning.limits.examination import Examination, LossFunction
+from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.joint import rank_pattern
 from fastsal.pruning.masks.masks import Masks

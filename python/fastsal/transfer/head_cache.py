@@ -25,6 +25,7 @@ from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.digests import Digest
+from fastsal.utils.safetensors_files import header_of, metadata_of
 from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal head"
@@ -183,7 +184,7 @@ def _write(path: Path, head: Head | KnnHead | OwnHead, note: str) -> None:
     }
     header["digest"] = _digest(header, tensors)
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"fastsal": json.dumps(header)})
+        save_file(tensors, temporary, metadata=metadata_of(header))
 
 
 def _read(path: Path) -> tuple[Head | KnnHead, str]:
@@ -193,7 +194,7 @@ def _read(path: Path) -> tuple[Head | KnnHead, str]:
     shown = repr(os.fspath(path))
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+            header = header_of(file.metadata())
             if header.get("format") != _FORMAT or header.get("version") != _VERSION:
                 raise FileFormatError(f"path: {shown} is not a head file of version {_VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -77,6 +77,21 @@ class Entry:
         return cls(key, _CODES[tensor.dtype], tuple(tensor.shape), pieces)
 
 
+def metadata_of(header: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of a safetensors file with a header of JSON values."""
+    return {"fastsal": json.dumps(header)}
+
+
+def header_of(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the header in the metadata of a safetensors file; empty without one.
+
+    Raises:
+        ValueError: The header is not valid JSON.
+        TypeError: The header is not a JSON object.
+    """
+    return dict(json.loads((metadata or {}).get("fastsal", "{}")))
+
+
 def write(
     path: str | os.PathLike[str],
     header: Mapping[str, Any],
@@ -96,7 +111,7 @@ def write(
     # Large elements first, so that every array is aligned to the size of its elements.
     entries = sorted(entries, key=lambda entry: (-entry.itemsize, entry.key))
     start = 0
-    tensors: dict[str, Any] = {"__metadata__": {"fastsal": json.dumps(header)}}
+    tensors: dict[str, Any] = {"__metadata__": metadata_of(header)}
     for entry in entries:
         stop = start + entry.nbytes
         tensors[entry.key] = {
@@ -150,8 +165,7 @@ def read_mapped(
         if length > size - 8:
             raise FileFormatError(f"path: {shown} is truncated or not a safetensors file")
         tensors = json.loads(file.read(length))
-        metadata = tensors.pop("__metadata__", None) or {}
-        header = json.loads(metadata.get("fastsal", "{}"))
+        header = header_of(tensors.pop("__metadata__", None))
         if header.get("format") != kind or header.get("version") != version:
             raise FileFormatError(f"path: {shown} is not a file of {kind}, version {version}")
         data = 8 + length

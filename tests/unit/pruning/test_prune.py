@@ -465,7 +465,11 @@ REFUSED = {
     "too few to hold out": ({"samples": 7}, InvalidArgument, "^damping: .*at least 8 samples"),
     "NaN image": ({"batches": nan_in(20), "damping": 0.1}, NonFiniteGradient, "^sample 20: "),
     "NaN image held out": ({"batches": nan_in(15)}, NonFiniteGradient, "loss must be finite"),
-    "label": ({"batches": wrong_label(9, 3), "damping": 0.1}, DataError, "3 for sample 9"),
+    "label": (
+        {"batches": wrong_label(9, 3), "damping": 0.1},
+        DataError,
+        "^labels must be .*got 3 for sample 9",
+    ),
     "label held out": ({"batches": wrong_label(15, 3)}, DataError, "^labels must be .*got 3"),
     "label held out below": ({"batches": wrong_label(7, -100)}, DataError, "^labels .*got -100"),
     "labels missing": ({"batches": [(data()[0], None)]}, DataError, "^labels must be given"),

@@ -57,10 +57,13 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"format": 1}'])
-def test_a_damaged_identity_is_said(text, tmp_path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "not valid JSON"), ("{}", "damaged"), ("[1]", "damaged"), ('{"format": 1}', "damaged")],
+)
+def test_a_damaged_identity_is_said(text, said, tmp_path):
     (tmp_path / "study.json").write_text(text)
-    with pytest.raises(FileFormatError, match=r"study.json is (damaged|not valid JSON)"):
+    with pytest.raises(FileFormatError, match=f"study.json is {said}"):
         Store(tmp_path, IDENTITY)
 
 

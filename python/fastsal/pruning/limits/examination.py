@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.gradients.losses import LossFunction
 from fastsal.models.evaluating import outputs
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit, differences, losses_of
 from fastsal.pruning.measured import loss_of_guessing
-
-LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 class Examination:

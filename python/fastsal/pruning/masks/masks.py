@@ -6,7 +6,6 @@ and modified files are detected.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from torch.optim import Optimizer
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 from fastsal.pruning.masks.hold import Pruned, hold
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.digests import Digest
+from fastsal.utils.safetensors_files import header_of, metadata_of
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
@@ -219,7 +220,7 @@ class Masks(Mapping[str, Tensor]):
         }
         header["digest"] = _digest(header, bits)
         with atomic_path(path) as temporary:
-            save_file(bits, temporary, metadata={"fastsal": json.dumps(header)})
+            save_file(bits, temporary, metadata=metadata_of(header))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -236,7 +237,7 @@ class Masks(Mapping[str, Tensor]):
             raise FileNotFoundError(f"path must be an existing file, got {shown}")
         try:
             with safe_open(os.fspath(path), framework="np") as file:
-                header = json.loads((file.metadata() or {}).get("fastsal", "{}"))
+                header = header_of(file.metadata())
                 if header.get("format") != _FORMAT or header.get("version") != _VERSION:
                     raise FileFormatError(
                         f"path must be a masks file of version {_VERSION}, got {shown}"
@@ -259,9 +260,8 @@ class Masks(Mapping[str, Tensor]):
 
 
 def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
-    """SHA-256 of shapes, recipe and bits."""
-    content = json.dumps([header["shapes"], header["recipe"]], sort_keys=True)
-    digest = hashlib.sha256(content.encode())
+    """Return the SHA-256 of shapes, recipe and bits."""
+    digest = Digest().json([header["shapes"], header["recipe"]])
     for name in sorted(bits):
-        digest.update(name.encode() + b"\0" + np.ascontiguousarray(bits[name]).tobytes())
+        digest.text(f"{name}\0").array(bits[name])
     return digest.hexdigest()
