@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.masks import Masks
     from fastsal.pruning.masks.ranking import rank
     from fastsal.pruning.prune import PruneResult, prune
+    from fastsal.pruning.refit.refit import RefitResult, refit
+    from fastsal.pruning.refit.settings import Refit
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.fisher_overlap import fisher_overlap
@@ -93,6 +95,9 @@ _HOME = {
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
+    "Refit": "pruning.refit.settings",
+    "RefitResult": "pruning.refit.refit",
+    "refit": "pruning.refit.refit",
     "rank": "pruning.masks.ranking",
     "get_num_threads": "utils.threads",
     "set_num_threads": "utils.threads",
@@ -126,6 +131,8 @@ __all__ = [
     "NonFiniteLoss",
     "PrecisionWarning",
     "PruneResult",
+    "Refit",
+    "RefitResult",
     "SafetyReport",
     "Shares",
     "Study",
@@ -153,6 +160,7 @@ __all__ = [
     "prune",
     "rank",
     "rank_pattern",
+    "refit",
     "run_study",
     "score",
     "select_parameters",

@@ -1,0 +1,1 @@
+"""Refit kept weights to the activations of the dense model, without labels."""

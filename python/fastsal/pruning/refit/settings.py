@@ -1,0 +1,82 @@
+"""How to refit: windows, steps, learning rate, augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fastsal.errors import InvalidArgument
+from fastsal.pruning.refit.draws import Augmentation, flip_and_shift
+from fastsal.utils.numbers import real, whole
+
+Windows = Literal["blocks", "whole"]
+
+
+@dataclass(frozen=True)
+class Refit:
+    """Settings of `fastsal.refit`.
+
+    Attributes:
+        windows: Outputs that are matched besides the features: `"blocks"` (those of every residual
+            or transformer block, found automatically), `"whole"` (none), or names of modules.
+        steps: Number of steps, at least 1.
+        lr: Initial learning rate of Adam, which decays to zero by a cosine. `"auto"` tries a few
+            rates for a twentieth of the steps each, and takes the one with the least held-out
+            error.
+        batch_size: Images of a step.
+        augment: `"flip-shift"` mirrors half of the images and shifts each by up to an eighth of its
+            side; None uses the images as they are; or a function `(images, generator)` to images.
+        checks: Number of times that the held-out error is measured, at equal distances.
+        patience: Number of measurements without a lower error after which refitting stops.
+    """
+
+    windows: Windows | Sequence[str] = "blocks"
+    steps: int = 400
+    lr: float | Literal["auto"] = "auto"
+    batch_size: int = 96
+    augment: Literal["flip-shift"] | Augmentation | None = "flip-shift"
+    checks: int = 10
+    patience: int = 3
+
+    def checked(self) -> Refit:
+        """Return the settings with plain numbers.
+
+        Raises:
+            InvalidArgument: A value is invalid.
+        """
+        lr: Any = self.lr
+        if lr != "auto":
+            if isinstance(lr, str):
+                raise InvalidArgument(f"lr must be a positive number or 'auto', got {lr!r}")
+            lr = real("lr", lr, above=0)
+        if isinstance(self.windows, str) and self.windows not in ("blocks", "whole"):
+            raise InvalidArgument(
+                f"windows must be 'blocks', 'whole' or names of modules, got {self.windows!r}"
+            )
+        if not (self.augment is None or self.augment == "flip-shift" or callable(self.augment)):
+            raise InvalidArgument(
+                f"augment must be 'flip-shift', None or a function, got {self.augment!r}"
+            )
+        return replace(
+            self,
+            lr=lr,
+            steps=whole("steps", self.steps, 1),
+            batch_size=whole("batch_size", self.batch_size, 1),
+            checks=whole("checks", self.checks, 1),
+            patience=whole("patience", self.patience, 1),
+        )
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """The function that augments images, or None."""
+        return flip_and_shift if self.augment == "flip-shift" else self.augment  # type: ignore[return-value]
+
+    @classmethod
+    def of(cls, given: str | Sequence[str] | Refit) -> Refit:
+        """Return checked settings; a string or names are windows with the other defaults.
+
+        Raises:
+            InvalidArgument: A value is invalid.
+        """
+        return (given if isinstance(given, Refit) else cls(windows=given)).checked()  # type: ignore[arg-type]

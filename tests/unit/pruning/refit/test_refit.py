@@ -1,0 +1,234 @@
+"""Refitting lowers the held-out error, holds the mask, and leaves the rest as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal import Refit
+from fastsal.errors import DataError, InvalidArgument, MaskError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FAST = Refit(steps=20, batch_size=16, lr=5e-3)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv2(torch.relu(self.norm(self.conv1(x))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(Block(8), Block(8))
+        self.fc = nn.Linear(8, 4)
+
+    def forward_features(self, x):
+        return self.blocks(self.stem(x)).mean((2, 3))
+
+    def forward(self, x):
+        return self.fc(self.forward_features(x))
+
+
+def pruned(names=("stem", "conv")):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = Net().eval()
+    model = copy.deepcopy(dense)
+    scores = {
+        name: p.detach().abs()
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and any(part in name for part in names)
+    }
+    masks = fastsal.rank(scores, 0.6)
+    masks.apply(model)
+    return model, dense, masks
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(16, 3, 8, 8, generator=generator), None) for _ in range(4)]
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(value.equal(b[name]) for name, value in a.items())
+
+
+def test_the_held_out_error_falls_and_pruned_weights_remain_zero(data):
+    model, dense, masks = pruned()
+    before, modes = state(dense), [m.training for m in model.modules()]
+    result = fastsal.refit(model, dense, data, masks, FAST)
+    masks.verify(model)
+    assert result.windows == ["blocks.0", "blocks.1"]
+    assert result.after < 0.8 * result.before
+    assert result.kept_step > 0
+    assert same(state(dense), before)
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    # The head is no part of the features.
+    assert same(model.fc.state_dict(), dense.fc.state_dict())
+
+
+def test_the_errors_told_are_those_of_the_formula(data):
+    model, dense, masks = pruned()
+    start = copy.deepcopy(model)
+    held = [torch.randn(8, 3, 8, 8)]
+    result = fastsal.refit(model, dense, data, masks, FAST, held_out=held)
+
+    def error(net):
+        def outputs(m):
+            first = m.blocks[0](m.stem(held[0]))
+            second = m.blocks[1](first)
+            return first, second, second.mean((2, 3))
+
+        with torch.no_grad():
+            pairs = zip(outputs(net.double().float()), outputs(dense), strict=True)
+            return sum(float((a - b).square().sum() / b.square().sum()) for a, b in pairs) / 3
+
+    assert result.before == pytest.approx(error(start), rel=1e-5)
+    assert result.after == pytest.approx(error(model), rel=1e-5)
+
+
+def test_a_pruned_classifier_is_refitted_by_outputs(data):
+    model, dense, masks = pruned(("fc",))
+    result = fastsal.refit(model, dense, data, masks, Refit(windows="whole", steps=30, lr=1e-2))
+    masks.verify(model)
+    assert result.windows == []
+    assert result.after < result.before
+
+
+def test_the_seed_settles_everything_and_batches_nothing(data):
+    results = []
+    images = torch.cat([x for x, _ in data])
+    for batches in (data, data, list(images.split(64))):
+        model, dense, masks = pruned()
+        fastsal.refit(model, dense, batches, masks, FAST, held_out=[images[:8]], seed=3)
+        results.append(state(model))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+def test_weights_are_kept_only_if_the_error_falls(data):
+    model, dense, masks = pruned()
+    before = state(model)
+    how = Refit(steps=6, lr=1e3, batch_size=8, patience=2, checks=6)
+    result = fastsal.refit(model, dense, data, masks, how)
+    assert result.kept_step == 0
+    assert result.steps == 2  # patience
+    assert result.after == result.before
+    assert same(state(model), before)
+
+
+def test_the_rate_is_chosen_on_held_out_images(data):
+    model, dense, masks = pruned()
+    result = fastsal.refit(model, dense, data, masks, Refit(steps=40, batch_size=16))
+    assert result.lr in {2e-3, 5e-4, 1e-4}
+    assert result.after < result.before
+
+
+def test_frozen_parameters_and_gradients_return(data):
+    model, dense, masks = pruned()
+    model.stem.weight.requires_grad_(False)
+    model.fc.bias.grad = torch.ones(4)
+    fastsal.refit(model, dense, data, masks, FAST)
+    assert not model.stem.weight.requires_grad
+    assert model.fc.bias.grad.tolist() == [1, 1, 1, 1]
+    masks.verify(model)
+
+
+class Failing:
+    """Fails in the second pass over it."""
+
+    def __init__(self, batches, error):
+        self._batches, self._error, self._passes = batches, error, 0
+
+    def __iter__(self):
+        self._passes += 1
+        yield self._batches[0]
+        if self._passes > 1:
+            raise self._error
+        yield from self._batches[1:]
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt()])
+def test_after_an_error_the_model_is_as_it_was(data, error):
+    model, dense, masks = pruned()
+    model.train()
+    before = state(model)
+    with pytest.raises(type(error)):
+        fastsal.refit(model, dense, Failing(data, error), masks, FAST)
+    assert same(state(model), before)
+    assert all(m.training for m in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Refit(steps=0), "steps must be"),
+        (Refit(lr=-1), "lr must be"),
+        (Refit(lr="best"), "lr must be a positive number or 'auto', got 'best'"),
+        (Refit(batch_size=0.5), "batch_size must be"),
+        (Refit(augment="blur"), "augment must be"),
+        ("block", "windows must be"),
+        (["blocks.9"], "windows must be names of modules, got 'blocks.9'"),
+    ],
+)
+def test_invalid_settings(data, settings, message):
+    model, dense, masks = pruned()
+    with pytest.raises(InvalidArgument, match=message):
+        fastsal.refit(model, dense, data, masks, settings)
+
+
+def test_invalid_arguments(data):
+    model, dense, masks = pruned()
+    with pytest.raises(InvalidArgument, match="dense must be another module"):
+        fastsal.refit(model, model, data, masks)
+    with pytest.raises(InvalidArgument, match="dense must have the parameters of model"):
+        fastsal.refit(model, dense.blocks, data, masks)
+    with pytest.raises(InvalidArgument, match="batches must be iterable several times"):
+        fastsal.refit(model, dense, iter(data), masks)
+    with pytest.raises(InvalidArgument, match="masks must be fastsal.Masks, got dict"):
+        fastsal.refit(model, dense, data, dict(masks.items()))
+    with pytest.raises(MaskError):
+        fastsal.refit(model, dense, data, fastsal.Masks({"x": torch.ones(2).bool()}))
+    with pytest.raises(DataError):
+        fastsal.refit(model, dense, [], masks)
+
+
+def test_settings_take_numbers_of_numpy():
+    import numpy as np
+
+    how = Refit(steps=np.int64(3), lr=np.float32(0.5)).checked()
+    assert (how.steps, how.lr) == (3, 0.5)
+    assert type(how.steps) is int
+
+
+def test_real_model(resnet20, cifar10):
+    x, _ = cifar10("train", 192)
+    model, dense = copy.deepcopy(resnet20), copy.deepcopy(resnet20)
+    batches = list(x.split(96))
+    result = fastsal.prune(model, batches, 0.9, curvature="features", damping=1e-5)
+    found = fastsal.refit(
+        model, dense, batches, result.masks, Refit(steps=6, batch_size=48, lr=2e-3)
+    )
+    result.masks.verify(model)
+    assert len(found.windows) == 9
+    assert found.after < 0.95 * found.before
