@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from fastsal.errors import FastsalError
+from fastsal.utils.plain_text import plain_line
 
 STATUS_ERROR = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
@@ -66,10 +67,10 @@ def usage_line(error: click.UsageError) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of `error` without line breaks."""
+    """Return the message of `error` without line breaks and escape codes."""
     if isinstance(error, OSError) and not isinstance(error, FastsalError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return plain_line(error, None) or type(error).__name__
 
 
 def _option(param: click.Parameter) -> str:
@@ -86,4 +87,4 @@ def _exit_with(ctx: click.Context, message: str) -> NoReturn:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Write a warning in one line, without its place in the code."""
-    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"warning: {plain_line(message, None)}", err=True)

@@ -8,7 +8,7 @@ import click
 
 # Name of an option's parameter -> heading, headings in the order of the page.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("weights", "masks", "num_classes", "in_chans", "meta"),
+    "Model": ("weights", "weights_key", "masks", "num_classes", "in_chans", "meta"),
     "Tasks": ("tasks", "tests", "classes", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",

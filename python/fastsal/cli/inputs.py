@@ -48,6 +48,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
         model = load_model(
             given["model"],
             weights=weights,
+            weights_key=given["weights_key"],
             num_classes=given["num_classes"],
             in_chans=given["in_chans"],
             seed=given["seed"],

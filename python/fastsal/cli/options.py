@@ -45,9 +45,17 @@ weights_option = click.option(
     "--weights",
     metavar="FILE|DIR|pretrained",
     show_default="random weights",
-    help="Weights to load: a .safetensors or .pth file, the folder of a run, or timm's "
-    "pretrained weights.",
+    help="Weights to load: a file (.safetensors, .pth, .pt, .pth.tar, .ckpt, .bin), the folder of "
+    "a run, or timm's pretrained weights.",
 )
+weights_key_option = click.option(
+    "--weights-key",
+    metavar="KEY",
+    show_default="an average if there is one",
+    help="Key of the state dict in the file of --weights, such as state_dict_ema, with dots "
+    "between nested keys; or the prefix of the names to load.",
+)
+weights_options: Callable[[F], F] = together(weights_option, weights_key_option)
 architecture_options: Callable[[F], F] = together(
     click.option(
         "--num-classes",
@@ -63,7 +71,7 @@ architecture_options: Callable[[F], F] = together(
     ),
 )
 model_options: Callable[[F], F] = together(
-    click.argument("model"), weights_option, architecture_options
+    click.argument("model"), weights_options, architecture_options
 )
 input_options: Callable[[F], F] = together(
     click.option(

@@ -190,7 +190,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
                 int(c) if c.isdigit() else c for c in classes[name].split(",") if c
             ]
     model = {"name": Path(given["model"].rpartition(":")[0] or given["model"]).stem}
-    model |= {k: given[k] for k in ("model", "weights", "num_classes", "in_chans", "size")}
+    names = ("model", "weights", "weights_key", "num_classes", "in_chans", "size")
+    model |= {k: given[k] for k in names}
     table: dict[str, Any] = {
         "name": model["name"],
         "models": [{k: v for k, v in model.items() if v is not None}],

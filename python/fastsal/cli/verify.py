@@ -21,7 +21,7 @@ _SHOWN = 10  # failures that are printed; the rest is counted
 
 @click.command(cls=Command, short_help="Check that pruned weights are zero and files are intact.")
 @click.argument("target", metavar="[DIR|MODEL]", required=False)
-@options.weights_option
+@options.weights_options
 @options.masks_option()
 @options.architecture_options
 @options.seed_option
@@ -61,6 +61,7 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     import fastsal
     from fastsal.cli.runfolder import masks_file, recorded_digests, weights_file
     from fastsal.models.loading import load_model
+    from fastsal.models.state_dicts import fitted
     from fastsal.models.weights import read_weights
     from fastsal.utils.digests import file_digest
 
@@ -85,11 +86,13 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
                     failures.append(f"{name} does not match the checksum in the report")
         masks = fastsal.Masks.load(masks_path)
         if is_run or not given["target"]:
-            state = read_weights(weights_path)
+            found = read_weights(weights_path, weights_key=given["weights_key"])
+            state, _ = fitted(found, list(masks), weights_path)
         else:
             model = load_model(
                 given["target"],
                 weights=weights_path,
+                weights_key=given["weights_key"],
                 num_classes=given["num_classes"],
                 in_chans=given["in_chans"],
             )

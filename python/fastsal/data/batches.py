@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsal.data.unpacking import LabelUse, unpack
 from fastsal.errors import DataError
 from fastsal.utils.numbers import whole
 
-Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `as_batches`
+Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `unpacking.unpack`
 Pair = tuple[Tensor, Tensor | None]  # images [n, ...] and labels [n], or None
-LabelUse = Literal["required", "optional", "ignored"]
 
 
 class Source:
@@ -70,7 +70,8 @@ def as_batches(
     """Validate batches and stop after `samples`.
 
     Args:
-        batches: Iterable of `(images, labels)`; of images alone, unless labels are required.
+        batches: Iterable of `(images, labels)`; of images alone, unless labels are required; or of
+            dicts, see `unpacking.unpack`.
         samples: Number of samples to yield; the last batch is cut. None for all.
         labels: Whether labels are required, optional or ignored.
 
@@ -83,7 +84,7 @@ def as_batches(
     """
     total = 0
     for number, batch in enumerate(batches):
-        images, targets = _unpack(batch, number, labels)
+        images, targets = unpack(batch, number, labels)
         if samples is not None and total + images.shape[0] > samples:
             images = images[: samples - total]
             targets = None if targets is None else targets[: samples - total]
@@ -102,48 +103,6 @@ def as_batches(
 def check_samples(samples: int | None) -> int | None:
     """Return `samples` as an `int` of at least 1, or None for all samples."""
     return None if samples is None else whole("samples", samples, 1)
-
-
-def _unpack(batch: Any, number: int, labels: LabelUse) -> tuple[Tensor, Tensor | None]:
-    if labels != "required":
-        if isinstance(batch, Tensor):
-            batch = (batch, None)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as of a TensorDataset
-            batch = (batch[0], None)
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise DataError(
-            f"batches: batch {number} must be a pair (images, labels), got {_shown(batch)}"
-        )
-    images, targets = batch
-    if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
-        raise DataError(
-            f"batches: batch {number} must have a tensor of images [n, C, H, W], or of token ids "
-            f"[n, L], with n >= 1, got {_shown(images)}"
-        )
-    if labels == "ignored" and not isinstance(targets, Tensor):
-        targets = None  # unused, so that any object is accepted
-    if targets is not None:
-        try:
-            targets = torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"labels: batch {number} must have a tensor of labels, got {_shown(targets)} "
-                f"({error})"
-            ) from error
-        if targets.dim() == 0 or targets.shape[0] != images.shape[0]:
-            raise DataError(
-                f"labels: batch {number} must have one label per image, got labels "
-                f"{list(targets.shape)} for {images.shape[0]} images"
-            )
-    return images, targets
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of length {len(value)}"
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    return type(value).__name__
 
 
 def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:

@@ -11,6 +11,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.items import stack_items
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.plain_text import first_line
 from fastsal.utils.suggestions import did_you_mean
 
 _KEYS = ("split", "image", "label", "config", "revision", "download")
@@ -75,11 +76,12 @@ def _load(library: Any, name: DataName, split: str | None) -> tuple[Any, str]:
         with contextlib.nullcontext() if name.may_download else _offline(library):
             return library.load_dataset(name.name, split=split, **options), name.name
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         hint = "" if name.may_download or is_path else (
             " (nothing is downloaded without download=true)"
         )  # fmt: skip
-        raise DataError(f"data: {name.spec!r} cannot be opened: {lines[0]}{hint}") from error
+        raise DataError(
+            f"data: {name.spec!r} cannot be opened: {first_line(error)}{hint}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastsal.data.batches import Batches, Pair
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import ShardedStatistics
@@ -46,6 +47,7 @@ def collect(
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = "rows",
     progress: bool | Report = False,
+    batch: BatchRule | None = None,
     **options: Any,
 ) -> BlockFisher:
     """Collect the statistics of a model by several processes, each those of its own parts.
@@ -68,6 +70,7 @@ def collect(
             - `"auto"`: the one of fewer bytes, if `samples` is given: sums from more than
               `(block_size + 1) / 2` samples per process on. The choice is logged.
         progress: Whether rank 0 shows a progress bar, or a function `(done, total)`.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
         options: Other arguments of `fastsal.collect`. A memory budget is that of each process, and
             a scratch folder may be on a disk of its own machine.
 
@@ -80,6 +83,7 @@ def collect(
         InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
+    batches = ruled(batches, batch)
     with whole_weights(model) as inner:
         found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
     assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import UnsupportedLayer
+from fastsal.models.wrappers import unwrapped
 
 
 @contextlib.contextmanager
@@ -26,8 +27,7 @@ def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         UnsupportedLayer: Weights are sharded in an unsupported way.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = unwrapped(model)
     sharded = {n: p for n, p in model.named_parameters() if _is_sharded(p)}
     if not sharded:
         yield model

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import FileFormatError
-from fastsal.models.weights import read_pickle
+from fastsal.models.pickles import read_pickle
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.digests import tensors_digest
 from fastsal.utils.resuming import as_asked, check_origin

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
+from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
 from fastsal.utils.choices import Schedule
@@ -88,15 +90,18 @@ def finetune(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Report = False,
     seed: int = 0,
+    batch: BatchRule | None = None,
 ) -> FinetuneResult:
     """Fine-tune the kept weights of a model in place; pruned weights remain zero.
 
     On any error the weights, buffers, modes and flags of the model are restored.
 
     Args:
-        model: Any module. Its modes and `requires_grad` flags are restored at the end.
-        batches: Iterable of `(images [n, ...], labels [n])`, iterated once per epoch. The order may
-            change between epochs, as with a `DataLoader` with `shuffle=True`.
+        model: Any module, or a wrapper of it, whose forward is trained. Its modes and
+            `requires_grad` flags are restored at the end.
+        batches: Iterable of `(images [n, ...], labels [n])`, or of dicts of them as for
+            `fastsal.collect`, iterated once per epoch; see also `batch`. The order may change
+            between epochs, as with a `DataLoader` with `shuffle=True`.
         masks: Masks, True = kept; applied to the model first, see `Masks.hold`.
         epochs: Number of passes over `batches`, at least 1.
         lr: Initial learning rate.
@@ -115,8 +120,8 @@ def finetune(
             models have it, else the last `Linear`.
         train_normalization: Whether to train normalization layers. Otherwise their running
             statistics are frozen too.
-        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`; the mean
-            over a batch is minimized.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`, where
+            `outputs` is what the model returns; the mean over a batch is minimized.
         autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16` (with a scaled
             loss), or None.
         checkpoint: File for the state after every epoch. The same call with the same batches
@@ -124,6 +129,8 @@ def finetune(
         progress: True shows a progress bar; a function is called with the numbers of samples done
             and in total.
         seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
+        batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
+            another form.
 
     Returns:
         The history of the epochs, and which epoch was kept.
@@ -144,6 +151,7 @@ def finetune(
     seed = whole("seed", seed, None)
     check_autocast(autocast)
     _check_batches(batches, held_out, epochs, patience)
+    batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     trained = trained_parameters(
         model, frozen, train_head=train_head, train_normalization=train_normalization
     )
@@ -157,7 +165,8 @@ def finetune(
         "autocast": autocast,
         "seed": seed,
     }
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    inner = unwrapped(model)
+    tensors = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     with (
         all_or_nothing(tensors) as original,
         training_only(model, trained, train_normalization=train_normalization),

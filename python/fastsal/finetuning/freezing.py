@@ -11,6 +11,7 @@ from torch import nn
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.classifier import find_head
 from fastsal.models.evaluating import modes_restored
+from fastsal.models.wrappers import plain_name, unwrapped
 from fastsal.utils.suggestions import did_you_mean
 
 _NORMALIZATION = (
@@ -31,7 +32,7 @@ def trained_parameters(
     """Return the parameters to train: those that require gradients and are not frozen.
 
     Args:
-        model: Any module.
+        model: Any module, or a wrapper of it, whose segments in names are left out.
         frozen: Names or `fnmatch` patterns of parameters to freeze.
         train_head: Whether to train the head, see `find_head`.
         train_normalization: Whether to train the scales and shifts of normalization layers.
@@ -43,6 +44,7 @@ def trained_parameters(
         UnknownParameter: A name or a pattern matches no parameter.
         InvalidArgument: No parameter is left to train, or no head is found to freeze.
     """
+    model = unwrapped(model)
     owned = dict(model.named_parameters())
     still: set[nn.Parameter] = set()
     if not train_head:
@@ -50,7 +52,9 @@ def trained_parameters(
     if not train_normalization:
         still.update(p for module in normalization_layers(model) for p in module.parameters())
     for pattern in [frozen] if isinstance(frozen, str) else frozen:
-        hits = [p for name, p in owned.items() if fnmatchcase(name, pattern)]
+        spellings = (pattern, plain_name(pattern))
+        found = ([p for n, p in owned.items() if fnmatchcase(n, each)] for each in spellings)
+        hits = next((each for each in found if each), None)
         if not hits:
             raise UnknownParameter(
                 f"frozen: {pattern!r} matches no parameter of the model"

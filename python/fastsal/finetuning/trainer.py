@@ -15,6 +15,7 @@ from fastsal.data.batches import Batches, as_batches
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
 from fastsal.models.evaluating import outputs, to_model
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import SCHEDULES, Schedule
 from fastsal.utils.suggestions import check_choice, did_you_mean
 
@@ -176,7 +177,7 @@ def _make_optimizer(
         )
     try:
         made: torch.optim.Optimizer = factory.create_optimizer_v2(
-            model, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
+            unwrapped(model), opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
         )
     except ValueError as error:
         raise InvalidArgument(f"optimizer: {name!r} rejects its arguments: {error}") from None

@@ -25,6 +25,8 @@ from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
 from fastsal.models.evaluating import plain_call, to_model
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -41,7 +43,8 @@ class GradientEngine:
     Both are restored at the end, and `.grad` is not changed.
 
     Args:
-        model: Module whose inputs are images `[n, ...]` or token ids `[n, L]`.
+        model: Module whose inputs are images `[n, ...]` or token ids `[n, L]`; of a wrapper, the
+            model inside is used.
         parameters: Canonical name to parameter, from `select_parameters`.
         loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`. Its
             outputs are float32 or wider, and it runs outside of autocast.
@@ -84,6 +87,7 @@ class GradientEngine:
         checks.check_autocast(autocast)
         if not parameters:
             raise InvalidArgument("parameters must contain at least one parameter, got none")
+        model = unwrapped(model)
         owned = dict(model.named_parameters())
         for name, value in parameters.items():
             if owned.get(name) is not value:
@@ -276,7 +280,7 @@ class GradientEngine:
             if self._by_features:
                 target = checks.draw_noise(outputs, torch.Generator().manual_seed(0))
             else:
-                target = outputs.detach().argmax(1) if targets is None else targets
+                target = output_tensor(outputs).detach().argmax(1) if targets is None else targets
             values = self._loss(outputs, target)
             checks.check_losses(values, 2)
             checks.check_finite(values, self.samples_seen)
@@ -343,7 +347,7 @@ class GradientEngine:
                 if self._by_features:
                     labels = checks.draw_noise(outputs, self._generator)
                 elif uniforms is not None:
-                    labels = checks.sample_labels(outputs, uniforms)
+                    labels = checks.sample_labels(output_tensor(outputs), uniforms)
                 values = self._loss(outputs, labels)
             checks.check_losses(values, n)
             checks.check_finite(values, self.samples_seen)

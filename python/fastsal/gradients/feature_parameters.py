@@ -14,6 +14,7 @@ from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
 from fastsal.models.classifier import find_head
 from fastsal.models.evaluating import to_model
 from fastsal.models.features import feature_outputs
+from fastsal.models.wrappers import renamed
 
 
 def without_classifier(
@@ -35,7 +36,8 @@ def without_classifier(
         DataError: The images are invalid.
         InvalidArgument: No parameter is left.
     """
-    exact = {asked} if isinstance(asked, str) else set(asked or ())
+    given = [asked] if isinstance(asked, str) else list(asked or ())
+    exact = set(renamed(given, chosen).values())
     try:
         head = {p for module in find_head(model) for p in module.parameters()}
     except InvalidArgument:  # neither `get_classifier` nor a Linear

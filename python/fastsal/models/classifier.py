@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.numbers import as_integer
 
 
@@ -14,6 +15,7 @@ def class_count(model: nn.Module) -> int | None:
     Read from `num_classes`, from timm's `get_classifier()`, or from the last layer with weights
     if that is a `Linear`.
     """
+    model = unwrapped(model)
     number = as_integer(getattr(model, "num_classes", None))
     if number is not None and number > 0:
         return number
@@ -41,7 +43,8 @@ def find_head(model: nn.Module) -> list[nn.Module]:
     Raises:
         InvalidArgument: The model has neither.
     """
-    for module in model.modules():  # a wrapper may lack get_classifier; the wrapped model has it
+    model = unwrapped(model)
+    for module in model.modules():  # a module of the user may lack get_classifier
         ask = getattr(module, "get_classifier", None)
         if callable(ask):
             found = ask()

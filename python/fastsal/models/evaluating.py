@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal.models.outputs import with_tensors
+
 
 @contextlib.contextmanager
 def modes_restored(model: nn.Module) -> Iterator[None]:
@@ -42,9 +44,11 @@ def plain_call(model: nn.Module, images: Tensor) -> Any:
 
 
 def outputs(
-    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plain_call
-) -> Tensor:
-    """Return the outputs of a model in evaluation mode, float32, without gradients.
+    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Any] = plain_call
+) -> Any:
+    """Return what a model returns in evaluation mode, with tensors in float32, without gradients.
+
+    `outputs.output_tensor` finds the logits in it.
 
     Args:
         model: Any module with parameters; its modes are restored.
@@ -53,7 +57,8 @@ def outputs(
     """
     first = next(model.parameters())
     with evaluating(model), torch.no_grad():
-        return call(model, to_model(images, first)).float()
+        found = call(model, to_model(images, first))
+    return with_tensors(found, lambda x: x.float() if x.is_floating_point() else x)
 
 
 def to_model(images: Tensor, parameter: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.numbers import as_integer, real, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,7 +51,7 @@ def input_spec(
     The defaults for other models are the mean and std of ImageNet, and images of their own size.
 
     Args:
-        model: Any module.
+        model: Any module, or a wrapper of it.
         channels: Number of channels; None reads it from the first convolution.
         size: Size in pixels: one number, `(height, width)`, or "native" to keep that of the images.
         mean: Per-channel mean for pixels in [0, 1], or one value for all channels.
@@ -60,6 +61,7 @@ def input_spec(
         InvalidArgument: A value is out of range, or `size` differs from the only size that the
             model supports.
     """
+    model = unwrapped(model)
     own_size, own_mean, own_std, interpolation, fixed = _own_config(model)
     channels = _channels(model) if channels is None else whole("channels", channels, 1)
     chosen = _parse_size(size, own_size)

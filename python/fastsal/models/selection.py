@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.models.wrappers import plain_name, renamed, unwrapped
 from fastsal.utils.suggestions import did_you_mean
 from fastsal.utils.warn import warn_user
 
@@ -23,7 +24,7 @@ def select_parameters(
     """Select parameters of a model by name.
 
     Args:
-        model: Any module.
+        model: Any module, or a wrapper of it, whose segments in names are left out.
         parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
             exact names or `fnmatch` patterns; a leading `!` excludes. An exact name may be that of
             any parameter. A pattern is matched against the default weights first, then against the
@@ -41,6 +42,7 @@ def select_parameters(
         InvalidArgument: The selection is empty, or a parameter is uninitialized or not real
             floating point.
     """
+    model = unwrapped(model)
     canonical = dict(model.named_parameters())
     default = _default_names(model, canonical)
     if parameters is None:
@@ -110,12 +112,10 @@ def _match(
             )
         exclude = pattern.startswith("!")
         body = pattern[1:] if exclude else pattern
-        if body in names:
-            hits = {names[body]}
-        elif _WILDCARDS.isdisjoint(body):
-            hits = set()
+        if body in names or _WILDCARDS.isdisjoint(body):
+            hits = {names[name] for name in renamed([body], names).values()}
         else:
-            every = {full for name, full in names.items() if fnmatchcase(name, body)}
+            every = _matching(body, names) or _matching(plain_name(body), names)
             hits = every if exclude else (every & default or every & embeddings or every)
         if not hits:
             raise UnknownParameter(
@@ -130,19 +130,26 @@ def _match(
     return (default if only_exclusions else included) - excluded
 
 
+def _matching(pattern: str, names: Mapping[str, str]) -> set[str]:
+    return {full for name, full in names.items() if fnmatchcase(name, pattern)}
+
+
 def model_parameters(
     model: nn.Module, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, nn.Parameter]:
     """Return the parameters of a model by name, after a check of their shapes.
 
     Args:
-        model: Any module.
-        shapes: Name to expected shape.
+        model: Any module, or a wrapper of it.
+        shapes: Name to expected shape; segments of wrappers in names are ignored where the model
+            has no such name.
 
     Raises:
         UnknownParameter: A parameter is missing, or has another shape.
     """
-    owned = dict(model.named_parameters(remove_duplicate=False))
+    owned = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    own_names = renamed(shapes, owned)
+    owned = {name: owned[own] for name, own in own_names.items()}
     for name, shape in shapes.items():
         if name not in owned:
             raise UnknownParameter(

@@ -21,6 +21,7 @@ from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.wrappers import with_names_of
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
 from fastsal.utils.suggestions import listed
@@ -92,13 +93,14 @@ def compensate(
     """
     damping = resolve_damping(damping, fisher)
     owned = model_parameters(model, fisher.shapes)
+    masks, before = with_names_of(masks, owned), with_names_of(before or {}, owned)
     for name in masks:
         if name not in owned:
             raise MaskError(
                 f"masks must be of parameters with statistics ({listed(list(owned))}), got {name!r}"
             )
     check_mask_shapes("masks", masks, owned)
-    check_mask_shapes("before", before or {}, owned)
+    check_mask_shapes("before", before, owned)
     moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
     with torch.no_grad():
         for name, weights in moved.items():

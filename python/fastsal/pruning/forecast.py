@@ -20,6 +20,7 @@ from torch import nn
 
 import fastsal._core as _core
 from fastsal.data.batches import Batches
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.collection.prepare import prepare
@@ -62,6 +63,7 @@ def plan_memory(
     scratch: str | os.PathLike[str] | None = None,
     ranks: int = 1,
     calibrate: bool = True,
+    batch: BatchRule | None = None,
     **options: Any,
 ) -> MemoryPlan:
     """Estimate memory, disk, passes and time of `collect` or `prune` with the same arguments.
@@ -87,6 +89,7 @@ def plan_memory(
         ranks: Number of processes of a job (`fastsal.distributed`). Memory and time are those of
             one process, with the speed of this machine and without communication.
         calibrate: Whether time is estimated.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
         options: Other arguments of `fastsal.collect`.
 
     Returns:
@@ -119,7 +122,7 @@ def plan_memory(
     start = time.perf_counter()
     work = prepare(
         model,
-        batches,
+        ruled(batches, batch),
         samples=None if prunes else samples,
         parameters=parameters,
         memory_budget=memory_budget,

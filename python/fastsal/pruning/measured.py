@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from fastsal.data.batches import Pair
 from fastsal.gradients.losses import LossFunction, cross_entropy
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class HeldOutFeatures:
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
-    return outputs(model, images, feature_outputs)
+    found: Tensor = outputs(model, images, feature_outputs)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class HeldOut:
     ) -> HeldOut:
         """Set the targets of held-out images: labels, or else the dense model's own outputs."""
         targets = [
-            None if labels is not None else outputs(model, images).softmax(1)
+            None if labels is not None else output_tensor(outputs(model, images)).softmax(1)
             for images, labels in batches
         ]
         return cls(batches, targets, loss)
@@ -123,9 +125,9 @@ class HeldOut:
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
             out = outputs(model, images)
             if labels is not None:
-                losses = self.loss(out, labels.to(out.device))
+                losses = self.loss(out, labels.to(next(model.parameters()).device))
             elif target is not None:
-                losses = F.cross_entropy(out, target, reduction="none")
+                losses = F.cross_entropy(output_tensor(out), target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
             found.append(float(losses.double().sum()))
@@ -136,9 +138,9 @@ class HeldOut:
         return mean_of(self.losses(model), self.samples)
 
 
-def loss_of_guessing(outputs: Tensor) -> float:
+def loss_of_guessing(outputs: Any) -> float:
     """Return the cross-entropy of equal logits `[n, C]`: `log C`."""
-    return math.log(max(2, outputs.shape[1]))
+    return math.log(max(2, output_tensor(outputs).shape[1]))
 
 
 class Measured(Protocol):

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, as_batches
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, resolve_loss
+from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
@@ -87,6 +89,7 @@ def prune(
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    batch: BatchRule | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -97,8 +100,10 @@ def prune(
 
     Args:
         model: Any module; weights of `nn.Linear`, `nn.ConvNd` and `nn.Embedding` layers can be
-            pruned. It runs in evaluation mode; its modes are restored.
-        batches: Pairs `(images [n, ...], labels [n])`. An iterator is enough for one round; several
+            pruned. It runs in evaluation mode; its modes are restored. Of a wrapper
+            (`DistributedDataParallel`, `torch.compile`, an average) the model inside is used.
+        batches: Pairs `(images [n, ...], labels [n])`, or dicts of them, as for `fastsal.collect`;
+            see also `batch`. An iterator is enough for one round; several
             rounds and `recalibrate` need something that can be iterated again, such as a list or a
             DataLoader. None is valid for `"magnitude"` and `"random"` without compensation.
         sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
@@ -125,7 +130,8 @@ def prune(
             only. With `"block-fisher"` and `"obs-greedy"` and M up to 8, groups are compared by
             joint cost, see `fastsal.rank_pattern`; else by scores.
         floor: Least fraction of any parameter to keep, in `[0, 1]`.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` to losses `[n]`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` to losses `[n]`; it gets what the
+            model returns.
         curvature: Gradients that F is made of: `"empirical"` (of the loss at the given labels),
             `"sampled"` (at labels drawn from the model; batches need no labels) or `"features"` (of
             matching the features of the dense model; batches need no labels and the model no
@@ -160,6 +166,8 @@ def prune(
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end.
+        batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
+            another form.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -212,18 +220,22 @@ class Arguments:
     held_out: Batches | None
     recalibrate: bool
     checkpoint: str | os.PathLike[str] | None
+    batch: BatchRule | None = None
 
     def normalized(self) -> Arguments:
-        """Return them with numbers of NumPy and PyTorch as plain ones.
+        """Return them with plain numbers, the unwrapped model, and batches by the rule.
 
         Raises:
-            InvalidArgument: A number is invalid.
+            InvalidArgument: A number is invalid, or the rule is not a function.
         """
         sparsity, samples = self.sparsity, self.samples
         if sparsity is not None:
             sparsity = real("sparsity", sparsity, least=0, most=1)
         return replace(
             self,
+            model=unwrapped(self.model),
+            batches=ruled(self.batches, self.batch),
+            held_out=ruled(self.held_out, self.batch),
             sparsity=sparsity,
             rounds=whole("rounds", self.rounds, 1),
             samples=None if samples is None else whole("samples", samples, 1),

@@ -82,6 +82,7 @@ def open_backbone(
     model = load_model(
         model_path(study, settings),
         weights=weights_path(study, settings),
+        weights_key=settings.weights_key,
         num_classes=settings.num_classes,
         in_chans=settings.in_chans,
     )

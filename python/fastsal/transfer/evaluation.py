@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
+from fastsal.models.outputs import output_tensor
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
@@ -108,7 +110,8 @@ def measure_tasks(
         for group in groups:
             begin = 0
             first = group[0]
-            for images, given in batches_of(first.test, heads[first.name].spec, batch_size):
+            spec = heads[first.name].spec
+            for images, given in batches_of(first.test, spec, batch_size, first.batch):
                 x = images.to(device)
                 seen: dict[bool, Tensor] = {}
                 for task in group:
@@ -133,16 +136,20 @@ def measure_tasks(
 
 def measure(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     *,
     report: Report | None = None,
+    batch: BatchRule | None = None,
 ) -> Measurement:
     """Measure accuracy and loss of `model` with its own classifier.
 
     Args:
-        model: Maps images `[n, c, h, w]` to logits `[n, k]`; it is not changed.
-        batches: Iterable of `(images [n, c, h, w], labels [n])`.
+        model: Maps images `[n, c, h, w]` to logits `[n, k]`, or to a dict or tuple that contains
+            them; it is not changed.
+        batches: Iterable of `(images [n, c, h, w], labels [n])`, or of dicts of them as for
+            `fastsal.collect`.
         report: Callback with the number of images done and the total, None if unknown.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
 
     Returns:
         Accuracy, loss and number of images. Images with non-finite logits count as wrong.
@@ -154,13 +161,8 @@ def measure(
     tally = _Tally()
     total = getattr(batches, "samples", None)
     with evaluating(model) as device, torch.no_grad():
-        for images, labels in batches:
+        for images, labels in unpacked(ruled(batches, batch)):
             logits = _logits(model, images.to(device))
-            if len(logits) != len(labels):
-                raise DataError(
-                    f"outputs of the model must be logits [n, classes], got {list(logits.shape)} "
-                    f"for {len(labels)} labels"
-                )
             tally.add(logits, labels)
             if report:
                 report(tally.count, total)
@@ -169,12 +171,12 @@ def measure(
     return tally.measurement()
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[Any], *, batch: BatchRule | None = None) -> float:
     """Return the top-1 accuracy, 0 to 1, of `model` with its own classifier.
 
     See `measure` for arguments and errors.
     """
-    return measure(model, batches).accuracy
+    return measure(model, batches, batch=batch).accuracy
 
 
 @dataclass
@@ -204,7 +206,9 @@ def _groups(tasks: list[Task], heads: Mapping[str, AnyHead]) -> list[list[Task]]
     for task in tasks:
         spec = heads[task.name].spec
         for group in groups:
-            if heads[group[0].name].spec == spec and _is_same(group[0].test, task.test):
+            first = group[0]
+            is_alike = heads[first.name].spec == spec and first.batch is task.batch
+            if is_alike and _is_same(first.test, task.test):
                 group.append(task)
                 break
         else:
@@ -232,11 +236,11 @@ def _total(groups: list[list[Task]]) -> int | None:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = output_tensor(model(images), what="logits [n, classes]")
+    if logits.ndim != 2 or len(logits) != len(images):
         raise DataError(
-            f"outputs of the model must be logits [n, classes], got {came} for {len(images)} labels"
+            f"outputs of the model must be logits [n, classes], got {list(logits.shape)} for "
+            f"{len(images)} labels"
         )
     return logits
 

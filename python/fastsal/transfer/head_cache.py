@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.models.inputs import InputSpec
+from fastsal.models.wrappers import unwrapped
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
@@ -47,7 +49,13 @@ class HeadCache:
         return f"HeadCache({str(self.folder)!r})"
 
     def key(
-        self, model: str, fit: Split, spec: InputSpec, kind: str, settings: Mapping[str, Any]
+        self,
+        model: str,
+        fit: Split,
+        spec: InputSpec,
+        kind: str,
+        settings: Mapping[str, Any],
+        batch: BatchRule | None = None,
     ) -> str:
         """Return the SHA-256, in hex, of everything that a head depends on.
 
@@ -57,8 +65,9 @@ class HeadCache:
             spec: Preprocessing of the images.
             kind: Kind of head, one of `HEAD_KINDS`.
             settings: Settings of this kind.
+            batch: Function from a batch of `fit` to `(images, labels)`, if it is no `ImageSet`.
         """
-        inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
+        inputs = [_VERSION, model, split_digest(fit, batch), asdict(spec), kind, dict(settings)]
         return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:
@@ -120,6 +129,7 @@ def model_digest(model: nn.Module) -> str:
     A module contributes its name, its type and the settings in its repr (strides, slopes), so that
     equal weights in different architectures have different digests.
     """
+    model = unwrapped(model)
     digest = Digest()
     for name, module in model.named_modules():
         # Memory addresses differ between runs.
@@ -135,7 +145,7 @@ def model_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def split_digest(split: Split) -> str:
+def split_digest(split: Split, batch: BatchRule | None = None) -> str:
     """Return the SHA-256, in hex, of the images and labels of a split.
 
     For image files, the path within the source, the size and the modification time stand for the
@@ -143,7 +153,7 @@ def split_digest(split: Split) -> str:
     """
     digest = Digest()
     if not isinstance(split, ImageSet):
-        for images, labels in split:
+        for images, labels in unpacked(ruled(split, batch)):
             digest.tensor("images", images).tensor("labels", labels)
         return digest.hexdigest()
     digest.json(split.classes).array(split.y)

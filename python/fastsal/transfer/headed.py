@@ -13,6 +13,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.models.classifier import classifier_of
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 
@@ -58,7 +59,7 @@ class Headed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[n, c, h, w]` to the logits of all heads, `[n, k]`."""
         features = None if all(self.is_own) else feature_outputs(self.backbone, images)
-        own: Any = self.backbone(images) if any(self.is_own) else None
+        own: Any = output_tensor(self.backbone(images)) if any(self.is_own) else None
         found = []
         for is_own, columns, layer in zip(self.is_own, self.columns, self.linear, strict=True):
             if not is_own:

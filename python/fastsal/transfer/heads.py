@@ -23,7 +23,7 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.logistic import solve_probe
 from fastsal.transfer.own import Columns, OwnHead, own_head
 from fastsal.transfer.ridge import best_scale, solve_ridge
-from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.transfer.tasks import Task, as_tasks, batches_of
 from fastsal.utils.choices import HEAD_KINDS, HeadKind
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
@@ -148,7 +148,7 @@ def fit_heads(
     dense = model_digest(model) if cache is not None else ""
     heads: dict[str, AnyHead] = {}
     for task in found:
-        key = "" if cache is None else cache.key(dense, task.fit, spec, kind, settings)
+        key = "" if cache is None else cache.key(dense, task.fit, spec, kind, settings, task.batch)
         kept = None if cache is None else cache.get(key)
         if kept is not None:
             heads[task.name] = replace(kept, task=task.name)
@@ -164,7 +164,7 @@ def _collect(
     model: nn.Module, task: Task, spec: InputSpec, batch_size: int
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Return features float32 `[n, f]`, labels int64 `[n]`, both on the CPU, and class names."""
-    x, y = _rows(model, task.fit, spec, batch_size)
+    x, y = _rows(model, task, spec, batch_size)
     if int(y.min()) < 0:
         raise DataError(f"fit: labels of task {task.name!r} must be at least 0, got {int(y.min())}")
     classes = (
@@ -181,12 +181,10 @@ def _collect(
     return x, y, classes
 
 
-def _rows(
-    model: nn.Module, split: Split, spec: InputSpec, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def _rows(model: nn.Module, task: Task, spec: InputSpec, batch_size: int) -> tuple[Tensor, Tensor]:
     rows, labels = [], []
     with evaluating(model) as device:
-        for images, y in batches_of(split, spec, batch_size):
+        for images, y in batches_of(task.fit, spec, batch_size, task.batch):
             rows.append(features(model, images.to(device)).float().cpu())
             labels.append(y.long().cpu())
     if not rows:

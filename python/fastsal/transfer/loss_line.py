@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.evaluating import modes_restored
+from fastsal.models.wrappers import unwrapped, with_names_of
 from fastsal.utils.numbers import whole
 
 # measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
@@ -70,7 +71,8 @@ def measure_line(
         InvalidArgument: A shape differs from that of the model, or `points` is below 2.
     """
     points = whole("points", points, 2)
-    own = model.state_dict(keep_vars=True)
+    own = unwrapped(model).state_dict(keep_vars=True)
+    start, end = with_names_of(start, own), with_names_of(end, own)
     for what, state in (("start", start), ("end", end)):
         _check(what, state, own)
     lone = sorted(set(start) ^ set(end))

@@ -15,6 +15,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.models.inputs import InputSpec
+from fastsal.models.wrappers import unwrapped
 from fastsal.transfer.tasks import Task
 from fastsal.utils.suggestions import listed
 
@@ -88,6 +89,7 @@ def own_head(
     Raises:
         InvalidArgument: The model has no classifier, or a class has no logit.
     """
+    model = unwrapped(model)
     n = class_count(model)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument(

@@ -260,7 +260,8 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda fc, x: (fc(x), 1), "tuple"),
+        (lambda fc, x: ("text", 1), "tuple of length 2: str, int"),
+        (lambda fc, x: {"a": fc(x), "b": fc(x)}, "dict with a: tensor"),
         (lambda fc, x: fc(x)[:, None], r"\[2, 1, 4\]"),
     ],
 )

@@ -84,8 +84,8 @@ def test_a_model_from_a_file(tiny_file):
         ("tiny", {"weights": "nowhere.pth"}, "no file nowhere.pth"),
         (
             "tiny",
-            {"weights": "weights.bin"},
-            "weights must be 'pretrained' or a file that ends in .*, got 'weights.bin'",
+            {"weights": "weights.h5"},
+            "weights must be 'pretrained' or a file that ends in .*, got 'weights.h5'",
         ),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsal.data.batches import Batches
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
 from fastsal.fisher.statistics import Collected
@@ -34,6 +35,7 @@ def collect(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
+    batch: BatchRule | None = None,
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
@@ -50,16 +52,19 @@ def collect(
     have the unit of a squared feature.
 
     Args:
-        model: Maps images `[n, C, H, W]` to logits `[n, classes]`, or to what `loss` requires. Its
-            weights may be float16 or bfloat16; gradients and sums are then float32.
+        model: Maps images `[n, C, H, W]` to logits `[n, classes]`, to a dict or tuple that contains
+            them, or to what `loss` requires. Its weights may be float16 or bfloat16; gradients and
+            sums are then float32. Of a wrapper (`DistributedDataParallel`, `torch.compile`, an
+            average) the model inside is used.
         batches: Iterable of `(images, labels)`: `[n, C, H, W]` floating point and normalized, or
             tokens `[n, L]` int64 or int32; and `[n]` integer, or the `[n, ...]` that `loss`
-            requires. With `curvature="sampled"` and `"features"` labels may be missing: None, or
-            images alone.
+            requires. Or of dicts with one of `pixel_values`, `image`, `images`, `x`, `img`, and one
+            of `labels`, `label`, `y`, `target`. With `curvature="sampled"` and `"features"` labels
+            may be missing: None, or images alone; with `"features"` further parts are ignored.
         block_size: Weights of a block; None makes each parameter one block.
         samples: Number of samples to use; None uses all.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. Its
-            outputs are at least float32.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. It
+            gets what the model returns, with tensors in float32 or wider.
         curvature: `"empirical"` uses the given labels (the empirical Fisher); `"sampled"` draws
             labels from the softmax of the model (the true Fisher); `"features"` ignores labels and
             outputs, see above.
@@ -85,6 +90,7 @@ def collect(
         loss_scale: Power of two that losses are multiplied by in the backward pass. Loss scaling
             keeps float16 gradients from underflowing; it is undone in float32 before squaring, and
             halved if gradients overflow. None is 2¹⁶ if the model or autocast is float16, else 1.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
 
     Returns:
         The statistics.
@@ -98,7 +104,7 @@ def collect(
     """
     statistics = collected(
         model,
-        batches,
+        ruled(batches, batch),
         block_size=block_size,
         samples=samples,
         loss=loss,

@@ -22,6 +22,7 @@ from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.sizes import parse_bytes
@@ -62,6 +63,7 @@ def prepare(
     samples = check_samples(samples)
     micro_batch = None if micro_batch is None else whole("micro_batch", micro_batch, 1)
     block_size, precision = check_block_size(block_size), check_precision(precision)
+    model = unwrapped(model)
     chosen = select_parameters(model, parameters)
     check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])

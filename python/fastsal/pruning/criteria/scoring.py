@@ -16,6 +16,7 @@ from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.wrappers import with_names_of
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
 from fastsal.utils.choices import CriterionName
@@ -84,7 +85,8 @@ def score(
         raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
     statistics = None if fisher is None else statistics_of(fisher)
     chosen = _chosen(model, statistics, parameters)
-    kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
+    given = with_names_of(masks or {}, chosen)
+    kept = {name: given[name] for name in chosen if name in given}
     check_mask_shapes("masks", kept, chosen)
     absolute = 1.0  # not used without an inverse
     if entry.needs_damping and statistics is not None:

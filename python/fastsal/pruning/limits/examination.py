@@ -12,6 +12,7 @@ from fastsal.data.batches import Pair
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.gradients.losses import LossFunction
 from fastsal.models.evaluating import outputs
+from fastsal.models.outputs import with_tensors
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit, differences, losses_of
 from fastsal.pruning.measured import loss_of_guessing
@@ -48,7 +49,7 @@ class Examination:
         if not found:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
         self._batches = self._own(found)
-        self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
+        self._dense = [_on_cpu(outputs(model, images)) for images, _ in self._batches]
         self._losses = [
             losses_of(loss, dense, labels.cpu())
             for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
@@ -63,14 +64,14 @@ class Examination:
     @property
     def images(self) -> int:
         """Number of test images."""
-        return sum(len(out) for out in self._dense)
+        return sum(len(images) for images, _ in self._batches)
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return for each batch the increase and the loss increase of its images."""
         found = []
         known = zip(self._batches, self._dense, self._losses, strict=True)
         for (images, labels), dense, losses in known:
-            out, target = outputs(model, images).cpu(), labels.cpu()
+            out, target = _on_cpu(outputs(model, images)), labels.cpu()
             both = losses, losses_of(self._loss, out, target)
             values = differences(self.limit, dense, out, both, target)
             found.append((values, (both[1] - both[0]).double()))
@@ -89,3 +90,7 @@ class Examination:
             "loss_increase": float(rise.mean()),
             "loss_error": float(rise.std(correction=0)) / len(rise) ** 0.5,
         }
+
+
+def _on_cpu(output: Any) -> Any:
+    return with_tensors(output, Tensor.cpu)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.outputs import output_tensor
 from fastsal.pruning.measured import loss_of_guessing
 from fastsal.utils.numbers import real
 
@@ -86,7 +87,7 @@ class SafetyReport:
 
 
 def differences(
-    limit: Limit, dense: Tensor, pruned: Tensor, losses: tuple[Tensor, Tensor], labels: Tensor
+    limit: Limit, dense: Any, pruned: Any, losses: tuple[Tensor, Tensor], labels: Tensor
 ) -> Tensor:
     """Return the increase of each image `[n]`.
 
@@ -94,13 +95,13 @@ def differences(
 
     Args:
         limit: The limit, whose kind decides what increases.
-        dense: Outputs of the dense model `[n, classes]`.
-        pruned: Outputs of the pruned model `[n, classes]`.
+        dense: Outputs of the dense model, with logits `[n, classes]`.
+        pruned: Outputs of the pruned model, with logits `[n, classes]`.
         losses: Losses of both models, each `[n]`.
         labels: `[n]`.
     """
     if limit.kind == "accuracy":
-        right = [(out.argmax(1) == labels).double() for out in (dense, pruned)]
+        right = [(output_tensor(out).argmax(1) == labels).double() for out in (dense, pruned)]
         return right[0] - right[1]
     cap = loss_of_guessing(dense)
     before, after = (values.double().clamp(max=cap) for values in losses)
@@ -136,7 +137,7 @@ def summary(report: SafetyReport) -> str:
     )
 
 
-def losses_of(loss: Any, outputs: Tensor, labels: Tensor) -> Tensor:
+def losses_of(loss: Any, outputs: Any, labels: Tensor) -> Tensor:
     """Return the losses `[n]`, without a graph."""
     with torch.no_grad():
         result: Tensor = loss(outputs, labels)

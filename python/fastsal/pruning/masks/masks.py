@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
+from fastsal.models.wrappers import renamed, unwrapped
 from fastsal.pruning.masks.hold import Pruned, hold
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.digests import Digest
@@ -27,8 +27,6 @@ from fastsal.utils.safetensors_files import header_of, metadata_of
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
-# Prefixes that DistributedDataParallel, averaged models and torch.compile add to names.
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 class Masks(Mapping[str, Tensor]):
@@ -153,7 +151,8 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             model: The model, or a wrapper: `torch.compile`, `DistributedDataParallel`.
-            optimizer: The optimizer or optimizers of the model. None holds only gradients and
+            optimizer: The optimizer or optimizers of the model, or wrappers of them, such as those
+                that `accelerate` and Lightning Fabric return. None holds only gradients and
                 loaded values, which is enough for an optimizer that is created inside the block and
                 updates each weight by its own gradients.
 
@@ -178,21 +177,21 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             model: The model, or a wrapper (`torch.compile`, `DistributedDataParallel`, an averaged
-                model): the prefixes `_orig_mod.` and `module.` are ignored where a name is not
-                found with them.
+                model). Segments that wrappers add to names, such as `_orig_mod.` and `module.`, are
+                ignored where the model has no such name.
 
         Raises:
             MaskError: The model lacks a parameter or has it in another shape.
         """
-        owned = dict(model.named_parameters(remove_duplicate=False))
-        plain = {_WRAPPED.sub("", name): p for name, p in owned.items()}
+        owned = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+        names = renamed(self, owned)
         found = {}
         for name, shape in self.shapes.items():
-            parameter = owned.get(name, plain.get(_WRAPPED.sub("", name)))
-            if parameter is None:
+            if name not in names:
                 raise MaskError(
                     f"model has no parameter {name!r}; the masks belong to another model"
                 )
+            parameter = owned[names[name]]
             if tuple(parameter.shape) != shape:
                 raise MaskError(
                     f"model has parameter {name!r} of shape {tuple(parameter.shape)}, its mask has "

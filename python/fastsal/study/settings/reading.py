@@ -114,12 +114,15 @@ def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
 
 
 def _model(r: Reader) -> ModelSettings:
-    r.only("name", "model", "weights", "num_classes", "in_chans", "size", "parameters")
+    r.only(
+        "name", "model", "weights", "weights_key", "num_classes", "in_chans", "size", "parameters"
+    )
     model = r.text("model")
     return ModelSettings(
         name=r.text("name", model),
         model=model,
         weights=r.optional_text("weights"),
+        weights_key=r.optional_text("weights_key"),
         num_classes=r.optional_count("num_classes"),
         in_chans=r.optional_count("in_chans"),
         size=r.optional_count("size"),

@@ -30,6 +30,7 @@ class ModelSettings:
         model: A timm name, or `file.py:function` with a path relative to the study file.
         weights: A weights file relative to `root`, or `"pretrained"`; None uses the weights that
             the function returns.
+        weights_key: Key of the state dict in the weights file, as for `fastsal.load_model`.
         num_classes: Number of classes, as for `fastsal.load_model`; None uses the model's.
         in_chans: Number of image channels, as for `fastsal.load_model`; None uses the model's.
         size: Height and width of the images, in pixels; None uses the model's.
@@ -40,6 +41,7 @@ class ModelSettings:
     name: str
     model: str
     weights: str | None = None
+    weights_key: str | None = None
     num_classes: int | None = None
     in_chans: int | None = None
     size: int | None = None
