@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import pickle
 import re
 import struct
 import threading
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,10 @@ _REFUSED = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")
 _REASON = re.compile(r"WeightsUnpickler error:\s*([^\n]*)")
 
 
-def read_pickle(path: Path, argument: str, advice: str) -> Any:
+def read_pickle(path: pathlib.Path, argument: str, advice: str) -> Any:
     """Read a file of `torch.save` that contains tensors, containers, numbers and plain arguments.
 
-    Arguments are those that training scripts store beside weights: `argparse.Namespace`, and
+    Arguments are those that training scripts store beside weights: `argparse.Namespace`, paths, and
     numbers and arrays of NumPy. Nothing in the file is executed.
 
     Args:
@@ -76,12 +76,15 @@ def _harmless() -> tuple[Any, ...]:
     for room in ("numpy.core", "numpy._core"):
         for name in ("scalar", "_reconstruct"):
             found.append((getattr(multiarray, name), f"{room}.multiarray.{name}"))
+    for room in ("pathlib", "pathlib._local"):  # the second one in Python 3.13
+        found.append((pathlib.PurePosixPath, f"{room}.PosixPath"))
+        found.append((pathlib.PureWindowsPath, f"{room}.WindowsPath"))
     kinds = {type(np.dtype(code)) for code in (*np.typecodes["All"], "S", "U") if code != "O"}
     found += [(kind, f"numpy.dtypes.{kind.__name__}") for kind in kinds]
     return tuple(found)
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: pathlib.Path, error: Exception) -> str:
     """Return why a file cannot be read; PyTorch's own message is long and recommends the unsafe."""
     if not isinstance(error, pickle.UnpicklingError):
         return first_line(error)
@@ -93,7 +96,7 @@ def _reason(path: Path, error: Exception) -> str:
     return plain_line(reason.group(1)) if reason and reason.group(1) else first_line(error)
 
 
-def _refused(path: Path) -> list[str]:
+def _refused(path: pathlib.Path) -> list[str]:
     """Return the names of all objects in a file that are not read; empty if they are unknown."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

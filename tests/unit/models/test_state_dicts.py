@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,7 @@ def test_what_the_training_script_of_timm_writes(tmp_path, average):
     [
         np.float64(1), np.float32(1), np.int64(1), np.bool_(True), np.str_("a"), np.arange(3),
         np.array([["a"]]), argparse.Namespace(lr=1.0, inner=argparse.Namespace(size=(3, 4))),
+        Path("data") / "train",
     ],
     ids=repr,
 )  # fmt: skip
