@@ -44,7 +44,7 @@ class Group(click.Group):
         except (FastsalError, OSError) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            if isinstance(error, OSError) and error.filename is None:
+            if not isinstance(error, FastsalError) and error.filename is None:
                 raise
             _exit_with(ctx, one_line(error))
         except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.precision import row_dtype
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
@@ -87,7 +88,7 @@ class RankProcess(Process):
         entry = CRITERIA[recipe.criterion]
         if entry.needs_fisher:
             before = slices(masks or {}, mine.parts)
-            with self._ranks.failing_together(fisher):
+            with self._ranks.together("scores"):
                 return score_tensors(mine.weights, fisher, entry, damping, before, recipe.seed)
         kept = {name: masks[name] for name in mine.shapes if name in masks} if masks else {}
         every = score_tensors(mine.parameters, None, entry, damping, kept, recipe.seed)
@@ -132,7 +133,7 @@ class RankProcess(Process):
     ) -> float:
         """Update the kept weights of this process's parts, and copy those of the others."""
         mine = Mine.of(model, fisher, self._ranks)
-        with self._ranks.failing_together(fisher):
+        with self._ranks.together("compensation"):
             moved, report = moves(
                 mine.weights,
                 fisher,
@@ -143,11 +144,13 @@ class RankProcess(Process):
             )
         for owner, share in enumerate(mine.shares):
             for part in share:
+                whole = mine.parameters[part.name]
                 is_own = owner == self._ranks.rank
-                values = moved[part.key].reshape(-1) if is_own else torch.empty(len(part))
+                there = torch.empty(0 if is_own else len(part), dtype=row_dtype(whole))
+                values = moved[part.key].reshape(-1) if is_own else there
                 values = self._ranks.broadcast(values, owner, "weights")
                 with torch.no_grad():
-                    part.of(mine.parameters[part.name]).copy_(values)
+                    part.of(whole).copy_(values)
                 shelf.release()
         return float(sum(self._ranks.all_gather(report.total)))
 

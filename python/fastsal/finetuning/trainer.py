@@ -16,6 +16,7 @@ from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
 from fastsal.models.evaluating import outputs, to_model
 from fastsal.utils.choices import SCHEDULES, Schedule
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import check_choice, did_you_mean
 
 # Arguments of timm's factory, the same in all of its versions.
@@ -126,7 +127,7 @@ class Trainer:
         total, samples = 0.0, 0
         for images, labels in self._pairs(held_out):
             losses = self._losses(outputs(self._model, images), labels, samples)
-            total += float(losses.double().sum())
+            total += float(in_float64(losses).sum())
             samples += len(images)
         return total / samples
 

@@ -115,6 +115,7 @@ class GradientEngine:
         self._classes: int | None = None
         self._outputs: tuple[int, ...] | None = None
         self._operations: dict[str, str] = {}
+        self._order: list[str] = []
         self._samples_last: set[str] = set()
         self._checkpointed = False
         self.samples_seen = 0
@@ -163,6 +164,12 @@ class GradientEngine:
                 if self._fallback.looped is not None:
                     found[name] += f" (one sample at a time, after {self._fallback.looped})"
         return found
+
+    @property
+    def order(self) -> list[str]:
+        """Names in the order in which rows reach the sink, of a batch like that of `prepare`."""
+        served = [name for name in self._order if name in self._fast]
+        return list(dict.fromkeys([*served, *self._fast, *self._parameters]))
 
     def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
         """Pass the per-sample gradients of a batch to a sink.
@@ -293,6 +300,7 @@ class GradientEngine:
             coarse=self._autocast is not None,
         )
         self._operations, reasons = found.operations, found.reasons
+        self._order = found.order
         self._scale.value = max(self._scale.value, found.loss_scale)
         self._samples_last, self._checkpointed = found.samples_last, found.checkpointed
         self._fast = {name: self._parameters[name] for name in found.operations}

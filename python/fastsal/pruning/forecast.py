@@ -116,6 +116,7 @@ def plan_memory(
             joins=is_auto,
             ranks=ranks,
         )
+    options["needs_blocks"] = prunes and (entry.needs_blocks or compensate)
     start = time.perf_counter()
     work = prepare(
         model,

@@ -22,6 +22,7 @@ from fastsal.data.batches import Pair
 from fastsal.gradients.losses import LossFunction, cross_entropy
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
+from fastsal.utils.float64 import in_float64
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class HeldOutFeatures:
         """
         images = [pair[0] for pair in batches]
         targets = [_features(model, x) for x in images]
-        variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
+        variance = in_float64(torch.cat(of_all(targets))).var(dim=0, correction=0).mean()
         # With constant features (of a single image, say) the loss of guessing is undefined.
         return cls(images, targets, float(variance) / 2 or math.inf)
 
@@ -69,7 +70,7 @@ class HeldOutFeatures:
         for images, target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
             each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
-            found.append(float(each.double().sum()))
+            found.append(float(in_float64(each).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:
@@ -128,7 +129,7 @@ class HeldOut:
                 losses = F.cross_entropy(out, target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
-            found.append(float(losses.double().sum()))
+            found.append(float(in_float64(losses).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:

@@ -285,6 +285,7 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:

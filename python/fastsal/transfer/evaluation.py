@@ -21,6 +21,7 @@ from fastsal.models.features import features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 
 
@@ -186,7 +187,7 @@ class _Tally:
     loss: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> None:
-        scores = logits.double().cpu()
+        scores = in_float64(logits).cpu()
         y = _checked(labels, scores.shape[1])
         finite = torch.isfinite(scores).all(dim=1)
         self.right += int(((scores.argmax(dim=1) == y) & finite).sum())

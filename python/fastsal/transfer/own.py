@@ -16,6 +16,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.tasks import Task
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import listed
 
 Columns = Mapping[str, int] | Sequence[str]
@@ -65,7 +66,7 @@ class OwnHead:
                 f"columns must be given: task {self.task!r} has {len(self.classes)} classes and "
                 f"the model {n} logits"
             )
-        return (logits if wanted is None else logits[:, list(wanted)]).double()
+        return in_float64(logits if wanted is None else logits[:, list(wanted)])
 
     def to(self, _device: torch.device) -> OwnHead:
         """Return the head itself, which has no tensors."""

@@ -15,6 +15,7 @@ from fastsal.models.evaluating import outputs
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit, differences, losses_of
 from fastsal.pruning.measured import loss_of_guessing
+from fastsal.utils.float64 import in_float64
 
 
 class Examination:
@@ -48,9 +49,10 @@ class Examination:
         if not found:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
         self._batches = self._own(found)
-        self._dense = [outputs(model, images).cpu() for images, _ in self._batches]
+        self._dense = [outputs(model, images) for images, _ in self._batches]
+        # On the model's device, where the loss may have weights of classes.
         self._losses = [
-            losses_of(loss, dense, labels.cpu())
+            losses_of(loss, dense, labels.to(dense.device))
             for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
         ]
         has_cap = limit.kind == "loss" and self._dense
@@ -70,10 +72,11 @@ class Examination:
         found = []
         known = zip(self._batches, self._dense, self._losses, strict=True)
         for (images, labels), dense, losses in known:
-            out, target = outputs(model, images).cpu(), labels.cpu()
+            out = outputs(model, images)
+            target = labels.to(out.device)
             both = losses, losses_of(self._loss, out, target)
             values = differences(self.limit, dense, out, both, target)
-            found.append((values, (both[1] - both[0]).double()))
+            found.append((values.cpu(), in_float64(both[1] - both[0]).cpu()))
         return found
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:

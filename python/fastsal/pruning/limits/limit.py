@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.measured import loss_of_guessing
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.numbers import real
 
 
@@ -100,10 +101,10 @@ def differences(
         labels: `[n]`.
     """
     if limit.kind == "accuracy":
-        right = [(out.argmax(1) == labels).double() for out in (dense, pruned)]
+        right = [in_float64(out.argmax(1) == labels) for out in (dense, pruned)]
         return right[0] - right[1]
     cap = loss_of_guessing(dense)
-    before, after = (values.double().clamp(max=cap) for values in losses)
+    before, after = (in_float64(values).clamp(max=cap) for values in losses)
     return after - before
 
 
