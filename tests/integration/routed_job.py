@@ -99,6 +99,9 @@ def spoiled(number, value):
     return batches
 
 
+AGAIN = Broken("again")  # one object, raised twice
+
+
 def failing_model(error):
     """A model whose fifth forward pass fails, in the middle of a round."""
     model, calls = Routed(), []
@@ -171,6 +174,8 @@ def ways(rank, folder):
         "first batch": lambda: collect(batches=failing_at(0, OSError("gone")) if is_last else None),
         "image": lambda: collect(batches=spoiled(30, float("nan"))),
         "forward": lambda: collect(failing_model(MemoryError("no room")) if is_last else None),
+        "again": lambda: collect(batches=failing_at(2, AGAIN) if is_last else None),
+        "and again": lambda: collect(batches=failing_at(3, AGAIN) if is_last else None),
         "backward": lambda: collect(failing_backward(Broken("hook")) if is_last else None),
         "sums": lambda: collect(
             failing_model(Broken("hook")) if is_last else None, exchange="sums"
@@ -179,7 +184,7 @@ def ways(rank, folder):
         "labels": lambda: collect(batches=images(seed=1 + is_last)),
         "arguments": lambda: collect(block_size=16 + 16 * is_last),
         "calls": lambda: prune() if is_last else collect(),
-        "held out": lambda: prune(loss=failing_loss(last, Broken("loss"))),
+        "held out": lambda: prune(loss=failing_loss(0, Broken("loss"))),
         "model": lambda: prune(model=failing_model(Broken("hook")) if is_last else None),
         "file": lambda: fastsal.distributed.save(collect(), read_only / "fisher"),
     }

@@ -125,6 +125,7 @@ class OwnerSink:
         self._counts = list(counts)
         self._most = max(counts)
         self._next = 0
+        self._early.clear()
 
     def __call__(self, name: str, rows: Tensor) -> None:
         """Send this rank's rows `[n, *shape]` of a parameter, or keep them until their turn."""
@@ -154,8 +155,8 @@ class OwnerSink:
         """Send the rows `[n, d]` of a parameter whose turn it is; None for zeros."""
         while self._is_next(name):
             owner, part = self._turns[self._next]
-            self._next += 1  # before anything can fail, so that `abandon` begins with the next part
             found = self._ranks.gather(self._piece(part, flat), owner)
+            self._next += 1  # before sums can fail, so that `abandon` begins with what is not sent
             if found is not None and not self._drops:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
                 self._sink.add(part.key, joined.cpu())
@@ -175,6 +176,7 @@ class OwnerSink:
         """Count the samples of the round, after the rows of all parameters were sent."""
         if self._next < len(self._turns):
             name = self._turns[self._next][1].name
+            self.abandon()
             raise FastsalError(f"{name}: no rows were formed")  # an internal error
         self._sink.end_micro_batch(sum(self._counts))
 

@@ -49,9 +49,9 @@ def is_told(error: BaseException) -> bool:
     return getattr(error, _TOLD, False)
 
 
-def mark_told(error: BaseException) -> BaseException:
+def mark_told(error: BaseException, *, is_told: bool = True) -> BaseException:
     """Mark an error as one that all ranks know of, or that they cannot be told; returns it."""
-    setattr(error, _TOLD, True)
+    setattr(error, _TOLD, is_told)
     return error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ __all__ = ["FailedRankError", "LostRankError", "Ranks"]
 _Item = TypeVar("_Item")
 # Longest name of an exchange that is told where ranks differ.
 _MOST_NAME = 200
+# How many blocks of `Ranks.together` are active in a thread.
+_blocks = threading.local()
 
 
 class Ranks:
@@ -159,6 +162,8 @@ class Ranks:
             LostRankError: Another process ended.
             FailedRankError: Another rank failed, or made a different call.
         """
+        depth = getattr(_blocks, "depth", 0)
+        _blocks.depth = depth + 1
         try:
             yield
         except BaseException as error:
@@ -167,7 +172,11 @@ class Ranks:
                 # The reason why this rank fails is its own error, even if another is lost.
                 with contextlib.suppress(LostRankError):
                     self._meet(what, failure=error)
+            if depth == 0:
+                mark_told(error, is_told=False)  # the same object may be raised again
             raise
+        finally:
+            _blocks.depth = depth
         self._meet(f"the end of {what}")
 
     def _meet(
@@ -237,7 +246,7 @@ class Ranks:
             if not is_loss(error):
                 mark_told(error)
                 raise
-            line = str(error).strip().splitlines()[0]
+            line = next(iter(str(error).strip().splitlines()), "no reason given")
             raise mark_told(
                 LostRankError(
                     f"rank {self.rank} of {self.size}: another rank ended or cannot be reached "

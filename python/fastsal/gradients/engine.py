@@ -169,7 +169,8 @@ class GradientEngine:
     def order(self) -> list[str]:
         """Names in the order in which rows reach the sink, of a batch like that of `prepare`."""
         served = [name for name in self._order if name in self._fast]
-        return list(dict.fromkeys([*served, *self._fast, *self._parameters]))
+        rest = self._fallback.reasons if self._fallback is not None else {}
+        return list(dict.fromkeys([*served, *self._fast, *rest, *self._parameters]))
 
     def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
         """Pass the per-sample gradients of a batch to a sink.
