@@ -68,6 +68,18 @@ class Sparse(nn.Module):
         return self.head(h.relu())
 
 
+class Plain(nn.Module):
+    """Layers that all images use."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.aside, self.head = nn.Linear(48, 24), nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.head(self.aside(x.flatten(1)).relu())
+
+
 MODELS = {"routed": Routed, "sparse": Sparse}
 
 
@@ -75,8 +87,9 @@ def images(count=53, seed=1):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 3, 4, 4, generator=generator)
     y = torch.randint(0, 10, (count,), generator=generator)
-    x[:2].flatten(1)[:, :6] = -1  # the first two use all layers ...
-    x[1, 0, 0, 0] = 1  # ... and both experts
+    x[:8].flatten(1)[:, :6] = -1  # the first ones use all layers ...
+    # ... and both experts: the first two, and the first two of each rank.
+    x[[1, 2, 4, 7], 0, 0, 0] = 1
     return [(x[i : i + 7], y[i : i + 7]) for i in range(0, count, 7)]
 
 
@@ -102,9 +115,9 @@ def spoiled(number, value):
 AGAIN = Broken("again")  # one object, raised twice
 
 
-def failing_model(error):
+def failing_model(error, kind=Routed):
     """A model whose fifth forward pass fails, in the middle of a round."""
-    model, calls = Routed(), []
+    model, calls = kind(), []
 
     def count(*_):
         calls.append(1)
@@ -153,7 +166,7 @@ def collect(model=None, batches=None, **more):
 
 
 def prune(**more):
-    model = more.pop("model", None) or Routed()
+    model = more.pop("model", None) or Plain()
     start = {name: p.clone() for name, p in model.state_dict().items()}
     try:
         fastsal.distributed.prune(model, images(), 0.5, micro_batch=2, block_size=16, **more)
@@ -165,7 +178,7 @@ def ways(rank, folder):
     """What goes wrong, by name: a call that fails on one rank or on all."""
     last = dist.get_world_size() - 1
     is_last = rank == last
-    read_only = folder / "missing" if is_last else folder
+    place = Path("/dev/null") if is_last else folder
     return {
         "iterator": lambda: collect(batches=failing_at(2, Broken("disk")) if is_last else None),
         "interrupt": lambda: collect(
@@ -180,13 +193,13 @@ def ways(rank, folder):
         "sums": lambda: collect(
             failing_model(Broken("hook")) if is_last else None, exchange="sums"
         ),
-        "samples": lambda: collect(batches=images(53 - 14 * is_last)),
+        "samples": lambda: collect(batches=images()[: 6 if is_last else 8]),
         "labels": lambda: collect(batches=images(seed=1 + is_last)),
         "arguments": lambda: collect(block_size=16 + 16 * is_last),
         "calls": lambda: prune() if is_last else collect(),
         "held out": lambda: prune(loss=failing_loss(0, Broken("loss"))),
-        "model": lambda: prune(model=failing_model(Broken("hook")) if is_last else None),
-        "file": lambda: fastsal.distributed.save(collect(), read_only / "fisher"),
+        "model": lambda: prune(model=failing_model(Broken("hook"), Plain) if is_last else None),
+        "file": lambda: fastsal.distributed.save(collect(), place / "fisher"),
     }
 
 
@@ -195,7 +208,7 @@ def main(folder):
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     for name, kind in MODELS.items():
-        for budget in ({}, {"memory_budget": 90 * 2**20, "scratch": folder}):
+        for budget in ({}, {"memory_budget": 100 * 2**20, "scratch": folder}):
             fisher = collect(kind(), **budget)
             blocks = {key: (fisher.blocks(key), fisher.samples) for key in fisher.names}
             torch.save(blocks, folder / f"{name}{len(budget)}{rank}.pt")

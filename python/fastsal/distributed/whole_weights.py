@@ -125,10 +125,12 @@ def _whole(parameter: Tensor) -> Tensor:
     """Return a whole copy of a sharded parameter."""
     from torch.distributed.tensor import DTensor
 
-    data = parameter.data
+    data: Any = parameter.data
     assert isinstance(data, DTensor)
     device = data.device_mesh.device_type  # shards may be offloaded to main memory
-    return data.to(device).full_tensor().clone()
+    on_device: Any = data.to(device)
+    whole: Tensor = on_device.full_tensor().clone()
+    return whole
 
 
 def _shards(parameter: Tensor) -> int:

@@ -49,14 +49,17 @@ def _disable_tf32() -> Callable[[], None]:
         return _disable_by_precision()
     if not is_on:
         return lambda: None
-    name = torch.get_float32_matmul_precision()  # "high" and "medium" allow TF32
+    try:
+        name = torch.get_float32_matmul_precision()  # "high" and "medium" allow TF32
+    except RuntimeError:  # where that of the CPU was set by the other names
+        name = "high"
     cpu = getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)
     cpu_precision = getattr(cpu, "fp32_precision", None)
     matmul.allow_tf32 = False
 
     def restore() -> None:
         matmul.allow_tf32 = True
-        if torch.get_float32_matmul_precision() != name:
+        if name != "high":
             torch.set_float32_matmul_precision(name)
             if cpu_precision is not None:  # which the line before has set too
                 cpu.fp32_precision = cpu_precision  # type: ignore[union-attr]
