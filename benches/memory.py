@@ -35,10 +35,12 @@ def child(args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo")
         prune = fastsal.distributed.prune
     torch.manual_seed(0)
-    model = timm.create_model(args.model)
-    batches: Any = Noise(args.samples, args.size, 1)
+    model = fastsal.load_model(args.model) if ":" in args.model else timm.create_model(args.model)
+    batches: Any = Columns(args.samples, args.size, 1)
     if not args.streamed:
-        batches = list(batches)
+        images = torch.randn(args.samples, 3, args.size, args.size)
+        labels = torch.randint(0, 1000, (args.samples,))
+        batches = list(zip(images.split(8), labels.split(8), strict=True))
     with torch.no_grad():  # one-time allocations of the libraries
         model.eval()(next(iter(batches))[0][:2])
     damping = args.damping if args.damping == "auto" else float(args.damping)
@@ -46,7 +48,7 @@ def child(args: argparse.Namespace) -> None:
     if args.budget:
         more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch or None}
     if args.held_out:
-        more |= {"held_out": Noise(args.held_out, args.size, 2), "max_loss_increase": 0.5}
+        more |= {"held_out": Columns(args.held_out, args.size, 2), "max_loss_increase": 0.5}
     else:
         more["sparsity"] = 0.7
     say("begin")
@@ -74,8 +76,8 @@ def child(args: argparse.Namespace) -> None:
         torch.distributed.destroy_process_group()
 
 
-class Noise:
-    """Batches of random images, which are drawn again on every pass.
+class Columns:
+    """Batches of images with random columns, which are drawn again on every pass.
 
     Args:
         samples: Number of images.
@@ -94,7 +96,8 @@ class Noise:
         generator = torch.Generator().manual_seed(self._seed)
         for start in range(0, self.samples, 8):
             n = min(8, self.samples - start)
-            images = torch.randn(n, 3, self._size, self._size, generator=generator)
+            columns = torch.randn(n, 3, 1, self._size, generator=generator)
+            images = columns.expand(-1, -1, self._size, -1).contiguous()
             yield images, torch.randint(0, 1000, (n,), generator=generator)
 
 
@@ -154,7 +157,9 @@ def watched(command: list[str], ranks: int) -> dict[str, Any]:
 def main() -> None:
     """Run all budgets, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet50", help="name of a timm model")
+    parser.add_argument(
+        "--model", default="resnet50", help="name of a timm model, or file.py:function"
+    )
     parser.add_argument(
         "--budgets",
         type=float,

@@ -82,6 +82,7 @@ class HeldOutSamples:
                 self._level += 1
         self._kept: list[Pair] | None = None
         self._samples: int | None = None
+        self._end = 0  # of the samples that the present iteration has read
 
     @property
     def samples(self) -> int:

@@ -109,7 +109,8 @@ def plan_memory(
     is_auto = parsed == "auto"
     images = 0
     if is_auto and (memory_budget is None or isinstance(batches, Iterator)):
-        first, batches = first_images(batches, samples)
+        first, again = first_images(batches, samples)
+        batches = batches if again is None else again
         images = 0 if first is None else tuning_bytes(first, samples or size_of(batches))
     if memory_budget is None:
         options["use"] = Use(images=images)

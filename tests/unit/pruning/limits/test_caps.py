@@ -16,6 +16,8 @@ import fastsal
 from fastsal.cli import main
 from fastsal.cli.safety_figure import draw
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.gradients.losses import cross_entropy
+from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit, SafetyReport, summary
 from fastsal.pruning.limits.values import capped, is_right
 from fastsal.pruning.prune_to_limit import GRID
@@ -258,3 +260,14 @@ def test_the_grid_is_plain_numbers():
     safety = fastsal.prune(model, batches, max_accuracy_drop=0.5, **HOW).safety
     assert {type(point["sparsity"]) for point in safety.curve} == {float}
     assert type(safety.sparsity) is float
+
+
+def test_only_what_is_measured_of_the_dense_model_is_kept():
+    """Two numbers an image, not its pixels and the outputs for all classes."""
+    model, batches = classifier(classes=500)
+    examination = Examination(model, batches, Limit("accuracy", 0.1), cross_entropy)
+    kept = [values.limited.nbytes + values.losses.nbytes for values in examination._dense]
+    assert sum(kept) <= 16 * examination.images == 16 * 400
+    passes = model.passes
+    assert examination(model)["increase"] == 0
+    assert model.passes == 2 * passes
