@@ -17,8 +17,8 @@ SMALL = """
 from torch import nn
 
 def small():
-    first = nn.Conv2d(3, 8, 16, stride=16)
-    return nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1000))
+    features = nn.Conv2d(3, 8, 16, stride=16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*features, nn.Linear(8, 1000))
 """
 
 pytestmark = pytest.mark.skipif(
