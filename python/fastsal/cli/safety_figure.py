@@ -89,6 +89,8 @@ def _limit(axes: Any, report: SafetyReport) -> None:
     curve, limit = report.curve, report.limit
     x = [100 * point["sparsity"] for point in curve]
     what = "Drop of top-1 accuracy"
+    if limit.kind == "loss":
+        what = "Increase of the capped loss"
     if report.capped_at is not None:
         what = f"Increase of the mean loss, capped at {report.capped_at:.4g}"
     axes.fill_between(

@@ -174,16 +174,18 @@ class HeldOutSamples:
             blocks = 2 * blocks + (self._random(upper, blocks) & np.uint64(1))
         offsets = self._random(0, blocks) % np.uint64(self._every)
         offsets[blocks == 0] = self._every - 1  # of at least `every` samples, one is held out
-        places = (blocks * np.uint64(self._every) + offsets).astype(np.int64)
-        return places[(places >= start) & (places < stop)]
+        places: _Places = (blocks * np.uint64(self._every) + offsets).astype(np.int64)
+        within: _Places = places[(places >= start) & (places < stop)]
+        return within
 
     def _random(self, level: int, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return a random number for each number, by the finalizer of SplitMix64."""
         seed = np.uint64((self._seed * 0x9E3779B97F4A7C15 + level) % 2**64)
-        z = (numbers + seed) * np.uint64(0x9E3779B97F4A7C15)
+        z: NDArray[np.uint64] = (numbers + seed) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        z = z ^ (z >> np.uint64(31))
+        return z
 
 
 def require_some(held: HeldOutSamples) -> None:

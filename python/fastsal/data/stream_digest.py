@@ -57,4 +57,4 @@ def _some(values: Tensor) -> Tensor:
 
 
 def _raw(values: Tensor) -> memoryview:
-    return memoryview(values.reshape(-1).view(torch.uint8).numpy())
+    return values.reshape(-1).view(torch.uint8).numpy().data

@@ -45,7 +45,13 @@ class Examination:
         batches: Pairs `(images, labels)`, the same in every iteration.
         limit: The limit.
         loss: `(outputs, labels)` to losses `[n]`.
-        seed: Seed of the order in which the test takes the images, together with the images.
+        seed: Seed from which, and from the images, that of the order of the test is derived.
+
+    Attributes:
+        limit: The limit.
+        images: Number of test images.
+        dense: What was measured of the dense model, for each batch that is measured here.
+        seed: Seed of the order in which the test takes the images.
 
     Raises:
         DataError: A batch has no labels, or labels are not classes of the model.
@@ -65,7 +71,7 @@ class Examination:
         self._loss = loss
         self._seen: StreamDigest | None = StreamDigest()
         self._batches = batches
-        self._dense = self._values(model)
+        self.dense = self._values(model)
         digest, self._seen = self._seen, None
         if not digest.samples:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
@@ -104,7 +110,7 @@ class Examination:
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return for each batch the increase and the loss increase of its images."""
-        pairs = zip(self._values(model), self._dense, strict=True)
+        pairs = zip(self._values(model), self.dense, strict=True)
         return [
             (now.limited - dense.limited, (now.losses - dense.losses).double())
             for now, dense in pairs

@@ -266,7 +266,7 @@ def test_only_what_is_measured_of_the_dense_model_is_kept():
     """Two numbers an image, not its pixels and the outputs for all classes."""
     model, batches = classifier(classes=500)
     examination = Examination(model, batches, Limit("accuracy", 0.1), cross_entropy)
-    kept = [values.limited.nbytes + values.losses.nbytes for values in examination._dense]
+    kept = [values.limited.nbytes + values.losses.nbytes for values in examination.dense]
     assert sum(kept) <= 16 * examination.images == 16 * 400
     passes = model.passes
     assert examination(model)["increase"] == 0
