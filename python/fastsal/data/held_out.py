@@ -181,11 +181,11 @@ class HeldOutSamples:
     def _random(self, level: int, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return a random number for each number, by the finalizer of SplitMix64."""
         seed = np.uint64((self._seed * 0x9E3779B97F4A7C15 + level) % 2**64)
-        z: NDArray[np.uint64] = (numbers + seed) * np.uint64(0x9E3779B97F4A7C15)
+        z = (numbers + seed) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-        return z
+        mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))
+        return mixed
 
 
 def require_some(held: HeldOutSamples) -> None:
