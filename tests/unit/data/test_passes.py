@@ -85,17 +85,18 @@ def test_a_shuffling_loader_is_refused_only_where_there_are_several_passes(tmp_p
         fastsal.prune(net(), loader(), 0.5, rounds=2, damping=1e-3, **how)
 
 
-def test_images_of_a_set_are_picked():
+def test_images_of_a_set_are_picked(tmp_path):
     """The same result as from batches in memory, without reading the other images again."""
     rng = np.random.default_rng(0)
     images = ImageSet(rng.integers(0, 255, (64, 8, 8, 3)).astype(np.uint8), np.arange(64) % 10)
     batches = images.batches(InputSpec(3, None, (0.5,) * 3, (0.5,) * 3), 16, shuffle_seed=0)
+    budget = {"memory_budget": "98MiB", "scratch": tmp_path}
     for how in ({"sparsity": 0.5}, {"max_loss_increase": 2.0, "confidence": 0.1}):
         models = [net(), net(), net()]
         results = [
             fastsal.prune(model, given, micro_batch=4, **how, **more)
             for model, given, more in zip(
-                models, (batches, list(batches), batches), ({}, AGAIN, AGAIN), strict=True
+                models, (batches, list(batches), batches), ({}, budget, budget), strict=True
             )
         ]
         assert results[0].masks == results[1].masks == results[2].masks
@@ -227,7 +228,7 @@ def test_a_first_part_in_class_order_is_told_of(kind):
     assert len(caught) == 1
     assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match=NOTE) as caught:
-        fastsal.prune(net(), batches, 0.5, samples=32, **AGAIN)
+        fastsal.prune(net(), batches, 0.5, samples=32, damping=1e-3, **BUDGET)
     assert len(caught) == 1
 
 
