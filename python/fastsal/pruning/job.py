@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
+from fastsal.data.content import SeenImages
 from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE, LossFunction
@@ -38,6 +39,7 @@ class Job:
             where the model has them.
         process: Computes statistics, scores, masks and weights.
         shelf: Where copies of weights and scores are stored.
+        seen: Records the images that passes see, for a checkpoint; None without one.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Job:
     dense: Mapping[str, Tensor] | None = None
     process: Process = field(default_factory=Process)
     shelf: Shelf = field(default_factory=Shelf)
+    seen: SeenImages | None = None
 
     @property
     def step(self) -> Step:
@@ -60,7 +63,9 @@ class Job:
         """Return the validated images; empty without images."""
         if self.batches is None:
             return ()
-        return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
+        use = LABEL_USE[self.statistics["curvature"]]
+        pairs = as_batches(self.batches, self.samples, use)
+        return pairs if self.seen is None else self.seen.watch(pairs)
 
     def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
         """Return held-out images on which the loss of models is measured.

@@ -11,8 +11,9 @@ from typing import Any
 
 from fastsal.study.folder_format import CELL
 from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import CRITERION_NAMES, Curvature
 from fastsal.utils.digests import Digest
+from fastsal.utils.identity import identity_of
 
 # Part of every key: results of another version are recomputed, not mixed.
 ENGINE = 1
@@ -75,6 +76,18 @@ def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cel
         for sparsity in study.sparsities
         for key in [_key(base, model, source, criterion, rounds, seed, sparsity)]
     ]
+
+
+def digests_of_criteria(study: Study) -> dict[str, str]:
+    """Return `{criterion: digest}` of the code of criteria that are not built in."""
+    from fastsal.pruning.criteria import CRITERIA
+
+    names = {settings.criterion for settings in study.criteria} - set(CRITERION_NAMES)
+    return {
+        f"criterion {name}": identity_of(CRITERIA[name].compute)
+        for name in sorted(names)
+        if name in CRITERIA
+    }
 
 
 def _key(
