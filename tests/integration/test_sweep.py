@@ -631,5 +631,5 @@ def test_studies_with_a_criterion_of_the_model_file(own_criterion, study_file, t
     assert result.exit_code == 0, result.output
     assert "mine" in {r["criterion"] for r in rows_of(out)}
     edited(study_file, ('criterion = "mine"', 'criterion = "min"'))
-    said = "criteria[1].criterion must be one of"
+    said = "'obs-greedy' or 'mine', got 'min'; did you mean 'mine'"
     failed(run("sweep", study_file, "--out", tmp_path / "other", "--quiet"), said)

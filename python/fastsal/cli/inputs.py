@@ -10,6 +10,7 @@ import click
 
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.utils.atomic import check_writable
+from fastsal.utils.choices import CRITERION_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,7 +67,8 @@ def _check_criterion(given: dict[str, Any], *, is_loaded: bool) -> None:
     name = given.get("criterion")
     if name is None or name in CRITERIA or (not is_loaded and ".py" in given["model"]):
         return
-    raise InvalidArgument(f"--criterion must be one of {', '.join(CRITERIA)}, got {name!r}")
+    names = dict.fromkeys((*CRITERION_NAMES, *CRITERIA))
+    raise InvalidArgument(f"--criterion must be one of {', '.join(names)}, got {name!r}")
 
 
 def open_batches(

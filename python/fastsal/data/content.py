@@ -88,7 +88,7 @@ class SeenImages:
 
         Args:
             found: What `recorded` returned in the earlier run; None for nothing.
-            passes: Starts a new pass.
+            passes: Starts a new pass, which is not watched yet.
 
         Raises:
             FileFormatError: The images or labels are others.

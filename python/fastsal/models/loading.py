@@ -148,23 +148,17 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
-    """Import the file of a model, which may register a criterion; nothing for a timm name.
+    """Import the file of a model, if there is one, as it may register a criterion.
 
     Args:
         spec: As for `load_model`.
         folder: Folder that the path of the file is relative to.
-
-    Raises:
-        InvalidArgument: There is no such file.
     """
     file, _ = _split_spec(spec) or ("", "")
-    if not file:
-        return
     path = Path(folder) / Path(file).expanduser()
-    if not path.is_file():
-        raise InvalidArgument(f"model: {spec!r}: there is no file {path}")
-    with _building:
-        _import_file(path)
+    if file and path.is_file():
+        with _building:
+            _import_file(path)
 
 
 def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> dict[str, int]:

@@ -60,12 +60,14 @@ class Job:
         return Step(self.model, self.chosen, self.recipe, self.process, self.shelf)
 
     def source(self) -> Iterable[Pair]:
-        """Return the validated images; empty without images."""
+        """Return the validated images, which `seen` records; empty without images."""
+        return self.images() if self.seen is None else self.seen.watch(self.images())
+
+    def images(self) -> Iterable[Pair]:
+        """Return the validated images, which are not recorded; empty without images."""
         if self.batches is None:
             return ()
-        use = LABEL_USE[self.statistics["curvature"]]
-        pairs = as_batches(self.batches, self.samples, use)
-        return pairs if self.seen is None else self.seen.watch(pairs)
+        return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
 
     def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
         """Return held-out images on which the loss of models is measured.

@@ -107,7 +107,7 @@ def prune_in_rounds(
     found = RoundStatistics()
     with job.all_or_nothing(), moments_kept_on_error(model):
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.chosen, job.source)
+            masks, history = checkpoint.resume(job.chosen, job.images)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = recipe.is_auto and not history

@@ -65,7 +65,17 @@ def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cel
     common = study.settings()
     for grid in ("name", "models", "sources", "criteria", "sparsities", "seeds", "rounds", "save"):
         del common[grid]
-    base = {"engine": ENGINE, "study": common, "files": dict(digests or {})}
+
+    def base(model: ModelSettings, criterion: CriterionSettings) -> dict[str, Any]:
+        """What the cells of a model and a criterion depend on: not on other models or criteria."""
+        own = {f"model {model.name}", f"criterion {criterion.criterion}"}
+        files = {
+            name: digest
+            for name, digest in (digests or {}).items()
+            if name in own or not name.startswith(("model ", "criterion "))
+        }
+        return {"engine": ENGINE, "study": common, "files": files}
+
     return [
         Cell(model, source, criterion, rounds, seed, sparsity, key)
         for model in study.models
@@ -74,7 +84,7 @@ def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cel
         for criterion in study.criteria
         for rounds in criterion.rounds or study.rounds
         for sparsity in study.sparsities
-        for key in [_key(base, model, source, criterion, rounds, seed, sparsity)]
+        for key in [_key(base(model, criterion), model, source, criterion, rounds, seed, sparsity)]
     ]
 
 

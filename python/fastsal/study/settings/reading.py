@@ -23,6 +23,7 @@ from fastsal.study.settings.schema import (
 from fastsal.study.settings.toml_lines import read_toml
 from fastsal.utils.choices import (
     CORRUPTION_KINDS,
+    CRITERION_NAMES,
     CURVATURES,
     HEAD_KINDS,
     SAVED,
@@ -207,7 +208,7 @@ def _criterion(r: Reader) -> CriterionSettings:
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
         "pattern",
     )  # fmt: skip
-    criterion = r.choice("criterion", list(CRITERIA), None)
+    criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
     if "damping" in r.table:
