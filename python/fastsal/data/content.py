@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.data.batches import Pair
+from fastsal.data.batches import Batches, LabelUse, Pair, Source
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import FileFormatError
 from fastsal.utils.digests import Digest, file_digest
@@ -117,6 +117,27 @@ class SeenImages:
             f"there, {mine[0]} here, or other images or labels); pass the same images and labels, "
             "or another path"
         )
+
+
+class RecordedSource(Source):
+    """Validated batches, of which `SeenImages` records what complete passes see.
+
+    Args:
+        batches: Iterable of `(images, labels)`.
+        samples: Number of samples after which iteration stops; None for all.
+        labels: Whether labels are required, optional or ignored.
+        record: What was seen.
+    """
+
+    def __init__(
+        self, batches: Batches, samples: int | None, labels: LabelUse, record: SeenImages
+    ) -> None:
+        super().__init__(batches, samples, labels)
+        self._record = record
+
+    def __call__(self) -> Iterator[Pair]:
+        """Iterate over all batches."""
+        return self._record.watch(super().__call__())
 
 
 def _sum_of(images: Tensor, labels: Tensor | None) -> int:
