@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.atomic import check_writable
+from fastsal.utils.choices import CRITERION_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +40,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     from fastsal.models.inputs import input_spec
     from fastsal.models.loading import load_model
 
+    _check_criterion(given, is_loaded=False)
     weights = given["weights"]
     if weights is None and not given.get("meta"):
         click.echo("note: --weights is not given; the weights are random", err=True)
@@ -52,8 +55,20 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
             in_chans=given["in_chans"],
             seed=given["seed"],
         )
+    _check_criterion(given, is_loaded=True)
     spec = input_spec(model, size=given.get("size"), mean=given.get("mean"), std=given.get("std"))
     return model, spec
+
+
+def _check_criterion(given: dict[str, Any], *, is_loaded: bool) -> None:
+    """Check `--criterion`; a criterion of the user is registered when the model is loaded."""
+    from fastsal.pruning.criteria import CRITERIA
+
+    name = given.get("criterion")
+    if name is None or name in CRITERIA or (not is_loaded and ".py" in given["model"]):
+        return
+    names = dict.fromkeys((*CRITERION_NAMES, *CRITERIA))
+    raise InvalidArgument(f"--criterion must be one of {', '.join(names)}, got {name!r}")
 
 
 def open_batches(
@@ -167,11 +182,17 @@ def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) ->
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise InvalidArgument if the file `path` exists and `--force` is not given."""
+    """Check before the work that a file can be written.
+
+    Raises:
+        InvalidArgument: `path` is a folder, it exists and `force` is not given, or it cannot be
+            written.
+    """
     if path.is_dir():
         raise InvalidArgument(f"out must be a file, got the folder {path}")
     if path.exists() and not force:
         raise InvalidArgument(f"out: {path} already exists; give --force to overwrite it")
+    check_writable(path, "out")
 
 
 def _shortened(names: tuple[str, ...]) -> str:

@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 import click
 
-from fastsal.cli.types import COUNT, INTEGER, NUMBER, PATH, choice, parse_numbers, parse_size
+from fastsal.cli.types import (
+    COUNT,
+    INTEGER,
+    NUMBER,
+    PATH,
+    Registered,
+    choice,
+    parse_numbers,
+    parse_size,
+)
 from fastsal.utils.choices import CRITERION_NAMES, CURVATURES, PRECISIONS, SCOPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -171,10 +180,10 @@ def criterion_option(default: str) -> Callable[[F], F]:
     """Return `--criterion`."""
     return click.option(
         "--criterion",
-        type=choice(CRITERION_NAMES),
+        type=Registered(list(CRITERION_NAMES)),
         default=default,
         show_default=True,
-        help="Saliency criterion that scores the weights.",
+        help="Saliency criterion that scores the weights, or one that the file of MODEL registers.",
     )
 
 

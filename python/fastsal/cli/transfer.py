@@ -11,7 +11,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
-from fastsal.cli.types import COUNT, NUMBER, PATH, Integer, choice, parse_numbers
+from fastsal.cli.types import COUNT, NUMBER, PATH, Integer, Registered, choice, parse_numbers
 from fastsal.errors import InvalidArgument
 from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
 
@@ -54,10 +54,10 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     "--criterion",
     "criteria",
     multiple=True,
-    type=choice(CRITERION_NAMES),
+    type=Registered(list(CRITERION_NAMES)),
     default=("obs-greedy", "magnitude"),
     show_default=True,
-    help="Saliency criterion to compare; may be repeated.",
+    help="Saliency criterion to compare, or one that the file of MODEL registers; may be repeated.",
 )
 @click.option(
     "--sparsity",

@@ -91,7 +91,7 @@ def pattern_masks_of_shards(
         name: expand_groups(groups[name], torch.Size(shape), wanted.m)
         for name, shape in mine.shapes.items()
     }
-    return Masks(whole, {**groups.recipe, **recipe})
+    return Masks(whole, {**groups.recipe, **recipe}, copy=False)
 
 
 def _in_rows(mine: Mine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

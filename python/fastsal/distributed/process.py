@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.data.held_out import Repeated
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.pattern_masks import pattern_masks_of_shards
@@ -177,9 +178,11 @@ class RankProcess(Process):
         """Return the test of a limit, in which each process measures some batches."""
         return SharedExamination(model, batches, limit, loss, seed=seed, ranks=self._ranks)
 
-    def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
+    def checkpoint(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], rest: str, seen: SeenImages
+    ) -> Checkpoint:
         """Return the checkpoint of the job, which rank 0 writes."""
-        return SharedCheckpoint(path, asked, ranks=self._ranks)
+        return SharedCheckpoint(path, asked, rest, seen, ranks=self._ranks)
 
     def memory_use(self, chosen: Mapping[str, nn.Parameter], **how: Any) -> Use:
         """Return the memory that this process uses in addition to the statistics."""

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +17,14 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import set_modes
 from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.digests import Digest
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import did_you_mean, listed
+
+# Held while a model is built: other threads would draw from the same random numbers.
+_building = threading.RLock()
 
 
 def load_model(
@@ -68,13 +73,19 @@ def load_model(
             model = _from_timm(spec, pretrained, chosen)
     if weights is not None and not pretrained:
         load_weights(model, weights)
-    return model.eval()
+    # Not `eval()`: it may merge weights of adapters, which would then be merged again when the
+    # weights of this model are saved and loaded.
+    set_modes(model, False)
+    return model
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU generator for the block, then restore its state."""
-    with torch.random.fork_rng(devices=[]):
+    """Seed PyTorch's CPU generator for the block, then restore its state.
+
+    The generator is that of the whole process, so that models are built one after the other.
+    """
+    with _building, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -134,6 +145,20 @@ def _import_file(path: Path) -> ModuleType:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
     return module
+
+
+def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
+    """Import the file of a model, if there is one, as it may register a criterion.
+
+    Args:
+        spec: As for `load_model`.
+        folder: Folder that the path of the file is relative to.
+    """
+    file, _ = _split_spec(spec) or ("", "")
+    path = Path(folder) / Path(file).expanduser()
+    if file and path.is_file():
+        with _building:
+            _import_file(path)
 
 
 def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from fastsal.data.opening import open_images
 from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import InputSpec, input_spec
 from fastsal.models.loading import load_model
+from fastsal.models.saving import check_savable
 from fastsal.pruning.shelf import copies
 from fastsal.study.settings.schema import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
@@ -85,6 +86,8 @@ def open_backbone(
         num_classes=settings.num_classes,
         in_chans=settings.in_chans,
     )
+    if study.save == "models":
+        check_savable(model)
     spec = input_spec(model, size=settings.size)
     heads: dict[str, AnyHead] = {}
     differentiable: dict[str, Head | OwnHead] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsal.data.content import content_of
 from fastsal.data.corruptions import corrupt
 from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
@@ -165,7 +166,7 @@ def images_of(split: Split | None) -> ImageSet:
 
 
 def digests_of(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Return `{task: digest}` of labels, and of pixels or names and sizes of files."""
+    """Return `{task: digest}` of the content of images and labels."""
     return {name: _digest(task) for name, task in tasks.items()}
 
 
@@ -207,11 +208,5 @@ def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
 def _digest(task: Task) -> str:
     digest = Digest()
     for split in SPLITS:
-        images: ImageSet = getattr(task, split)
-        digest.text(f"{split} {images.classes}").array(images.y)
-        if isinstance(images.x, tuple):
-            for path in images.x:
-                digest.text(f"{path.parent.name}/{path.name} {path.stat().st_size}")
-        else:
-            digest.array(images.x)
+        digest.text(f"{split} {content_of(getattr(task, split))}")
     return digest.hexdigest()[:16]

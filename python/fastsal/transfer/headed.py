@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.models.classifier import classifier_of
+from fastsal.models.evaluating import set_modes
 from fastsal.models.features import feature_outputs
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
@@ -53,7 +54,9 @@ class Headed(nn.Module):
                     f"{type(head).__name__}"
                 )
         self.is_own = [isinstance(head, OwnHead) for head in heads]
-        self.train(backbone.training)
+        # The backbone keeps its modes, which may differ between its layers.
+        self.training = backbone.training
+        set_modes(self.linear, backbone.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[n, c, h, w]` to the logits of all heads, `[n, k]`."""

@@ -53,7 +53,9 @@ def load_study(
 
 
 def study_of(
-    top: Reader, folder: Path = Path(), root: str | os.PathLike[str] | None = None
+    top: Reader,
+    folder: str | os.PathLike[str] = "",
+    root: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Validate settings and return them as a study.
 
@@ -70,13 +72,15 @@ def study_of(
         "head", "ridge", "save", "models", "tasks", "sources", "criteria", "split", "finetune",
         "diagnostics",
     )  # fmt: skip
-    own_root = folder / top.text("root", ".")
+    own_root = Path(folder) / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
     samples = top.optional_count("samples")
     sparsities, seeds = top.fractions("sparsities"), top.counts("seeds", [0])
+    models = _named(top, "models", _model)
+    _register_criteria(top, models, folder)
     return Study(
         name=top.text("name"),
-        models=_named(top, "models", _model),
+        models=models,
         tasks=tasks,
         sources=_named(top, "sources", lambda r: _source(r, [t.name for t in tasks], samples)),
         criteria=_named(top, "criteria", _criterion),
@@ -96,8 +100,22 @@ def study_of(
             else None
         ),
         root=Path(root).absolute() if root is not None else own_root,
-        folder=folder,
+        folder=Path(folder),
     )
+
+
+def _register_criteria(
+    top: Reader, models: tuple[ModelSettings, ...], folder: str | os.PathLike[str]
+) -> None:
+    """Import the files of models if a criterion is not known, as they may register it."""
+    from fastsal.models.loading import import_definition
+    from fastsal.pruning.criteria import CRITERIA
+
+    names = [reader.table.get("criterion") for reader in top.tables("criteria")]
+    if all(name in CRITERIA for name in names if isinstance(name, str)):
+        return
+    for settings in models:
+        import_definition(settings.model, folder)
 
 
 def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
@@ -183,14 +201,14 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
 
 
 def _criterion(r: Reader) -> CriterionSettings:
-    from fastsal.pruning.criteria.registry import CRITERIA
+    from fastsal.pruning.criteria import CRITERIA
     from fastsal.pruning.damping import parse_damping
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
         "pattern",
     )  # fmt: skip
-    criterion = r.choice("criterion", CRITERION_NAMES, None)
+    criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
     if "damping" in r.table:

@@ -10,7 +10,6 @@ from typing import Any
 
 from fastsal.utils.choices import (
     CorruptionKind,
-    CriterionName,
     Curvature,
     HeadKind,
     Saved,
@@ -105,7 +104,7 @@ class CriterionSettings:
 
     Attributes:
         name: Name in tables and figures.
-        criterion: One of `fastsal.CRITERIA`.
+        criterion: One of `fastsal.CRITERIA`, built in or registered.
         compensate: Whether kept weights are updated to compensate for pruned ones.
         damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"` to select it
             on held-out images.
@@ -119,7 +118,7 @@ class CriterionSettings:
     """
 
     name: str
-    criterion: CriterionName
+    criterion: str
     compensate: bool = True
     damping: float | str = "auto"
     curvature: Curvature | None = None
@@ -254,6 +253,10 @@ class Study:
     diagnostics: DiagnosticsSettings | None = None
     root: Path = Path()
     folder: Path = Path()
+
+    def __post_init__(self) -> None:
+        for name in ("root", "folder"):  # a path may be given as a string
+            object.__setattr__(self, name, Path(getattr(self, name)))
 
     def __repr__(self) -> str:
         sizes = ", ".join(
