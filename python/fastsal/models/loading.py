@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.classifier_signs import record_fresh
 from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.digests import Digest
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import as_integer, whole
 from fastsal.utils.suggestions import did_you_mean, listed
 
 
@@ -36,7 +37,9 @@ def load_model(
         spec: A timm model name, or `path/file.py:function`, a function that returns a module.
         weights: None for random weights, "pretrained" for those of timm, or the path of a
             `.safetensors`, `.pth` or `.pt` file.
-        num_classes: Number of classes; None uses the default of the model.
+        num_classes: Number of classes; None uses the default of the model. If pretrained weights
+            have another number, the classifier is random, and using it before it is trained gives
+            a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
 
@@ -68,7 +71,17 @@ def load_model(
             model = _from_timm(spec, pretrained, chosen)
     if weights is not None and not pretrained:
         load_weights(model, weights)
+    if pretrained:
+        _record_fresh_classifier(model)
     return model.eval()
+
+
+def _record_fresh_classifier(model: nn.Module) -> None:
+    """Record a classifier that the pretrained weights do not have, which timm leaves random."""
+    count = as_integer(getattr(model, "num_classes", None))
+    stored = as_integer((getattr(model, "pretrained_cfg", None) or {}).get("num_classes"))
+    if count and stored is not None and count != stored:
+        record_fresh(model, f"the pretrained weights have {stored} classes, not {count}")
 
 
 @contextlib.contextmanager

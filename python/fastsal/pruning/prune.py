@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, as_batches
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
@@ -246,6 +247,11 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
     )
     recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
     if given.curvature == "features":
         images, batches = _first_images(batches, given.samples)
@@ -266,7 +272,6 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         process,
         Shelf(given.scratch),
     )
-    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
     return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
 
 

@@ -18,7 +18,7 @@ from fastsal.study.backbones import Backbone, check_files, digest_of, open_backb
 from fastsal.study.cells import Cell, cells_of
 from fastsal.study.diagnostics import loss_lines_of, overlaps_of
 from fastsal.study.folder_format import DONE, FAILED
-from fastsal.study.images import digests_of, images_of, open_tasks, source_images
+from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks, source_images
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.study.sources import PruningSource
@@ -98,6 +98,7 @@ def run_study(
     store = Store(Path(out), identity)
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
+    files |= class_map_digests(study)
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
     cells = cells_of(study, files)
     results = {cell.key: store.read(cell.key) for cell in cells}

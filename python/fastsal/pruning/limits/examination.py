@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.numbering import LossSign
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.losses import LossFunction, cross_entropy
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import outputs
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit, differences, losses_of
@@ -53,8 +55,20 @@ class Examination:
             losses_of(loss, dense, labels.cpu())
             for dense, (_, labels) in zip(self._dense, self._batches, strict=True)
         ]
+        self._check_labels(model)
         has_cap = limit.kind == "loss" and self._dense
         self.cap = loss_of_guessing(self._dense[0]) if has_cap else None
+
+    def _check_labels(self, model: nn.Module) -> None:
+        """Warn if labels or logits do not look right: then any drop of the accuracy is small."""
+        if self._loss is not cross_entropy or not self._dense:
+            return
+        if check_classifier(model, "accuracy", self._batches[0][0]):
+            return
+        sign = LossSign()
+        for losses, dense in zip(self._losses, self._dense, strict=True):
+            sign.add(losses.tolist(), dense.shape[1])
+        sign.warn()
 
     def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Those that are measured here."""
