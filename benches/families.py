@@ -1,17 +1,19 @@
 """Compare per-sample gradients with autograd for one model of every family of timm: `make sweep`.
 
-A family is a module of timm. Its model with the fewest weights is built with random weights, for
-the smallest images that it accepts, in float64 (float32 above 60 million weights). The gradients of
-`fastsal.per_sample_gradients` are compared with those of autograd, one image at a time, and the
-model must be as it was before: tensors, modes, flags, hooks and `.grad`. Each model runs in a
-process of its own, with a time limit. Rerun the same command to resume; `--again` repeats models
-that did not pass.
+A family is a module of timm. Its model with the fewest weights is built with random weights and
+running statistics of random images, for the smallest images that it accepts, in float64. Above 60
+million weights it is float32, and every second parameter is compared, every third above 120 million
+and so on. The gradients of `fastsal.per_sample_gradients` are compared with those of autograd, one
+image at a time, and the model must be as it was before: tensors, modes, flags, hooks and `.grad`.
+Each model runs in a process of its own, with a time limit. Rerun the same command to resume;
+`--again` repeats models that did not pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
@@ -79,9 +81,9 @@ def _result(family: str, known: dict[str, Any] | None, limit: float) -> dict[str
     if "model" not in result:
         result = _in_child(10 * limit, _smallest, family)
         if "model" not in result:
-            return {"status": "timeout" if not result else result["status"], **result}
+            return result or {"status": "timeout", "message": f"after {10 * limit:g} s"}
     found = _in_child(limit, _check, result["model"], result["weights"])
-    return {**result, **(found or {"status": "timeout"})}
+    return {**result, **(found or {"status": "timeout", "message": f"after {limit:g} s"})}
 
 
 def _in_child(limit: float, function: Any, *arguments: Any) -> dict[str, Any]:
@@ -137,11 +139,12 @@ def _check(name: str, weights: int) -> dict[str, Any]:
         "size": images.shape[-1],
         "dtype": str(dtype).removeprefix("torch."),
     }
+    names = list(select_parameters(model))[:: math.ceil(weights / LARGE)]
     _disturb(model)
     before = _state(model)
     try:
-        found = fastsal.per_sample_gradients(model, images, labels)
-        with GradientEngine(model, select_parameters(model)) as engine:
+        found = fastsal.per_sample_gradients(model, images, labels, parameters=names)
+        with GradientEngine(model, select_parameters(model, names)) as engine:
             engine.prepare(images, labels)
             kinds = list(engine.operations.values())
     except FastsalError as error:
@@ -171,11 +174,12 @@ def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
                     torch.manual_seed(0)
                     model = timm.create_model(name, num_classes=CLASSES)
                 sized = model
-            sized = sized.to(dtype).eval()
+            sized = sized.to(dtype)
             channels = sized.default_cfg["input_size"][0]  # type: ignore[index,union-attr]
             generator = torch.Generator().manual_seed(0)
             shape = (IMAGES, channels, size, size)
             images = torch.randn(shape, generator=generator, dtype=dtype)
+            _calibrate(sized, torch.randn(8, *shape[1:], generator=generator, dtype=dtype))
             with torch.no_grad():
                 outputs = sized(images)
         except Exception as error:
@@ -185,6 +189,22 @@ def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
             return sized, images
         problem = ValueError(f"outputs are {list(outputs.shape)} or not finite")
     raise problem or ValueError("no size")
+
+
+def _calibrate(model: nn.Module, images: Tensor) -> None:
+    """Set running statistics; with those of an untrained model, deep gradients vanish."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    layers = [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
+    before = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum, layer.training = None, True
+    with torch.no_grad():
+        model(images)
+    for layer, momentum in zip(layers, before, strict=True):
+        layer.momentum = momentum
+    model.eval()
 
 
 def _disturb(model: nn.Module) -> None:
@@ -198,7 +218,8 @@ def _state(model: nn.Module) -> dict[str, Any]:
     modules, parameters = list(model.modules()), list(model.parameters())
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {
-        "tensors": [value.detach().clone() for value in model.state_dict().values()],
+        "parameters": [id(p) for p in parameters],
+        "tensors": [_digest(value) for value in model.state_dict().values()],
         "modes": [module.training for module in modules],
         "flags": [p.requires_grad for p in parameters],
         "gradients": [p.grad is None for p in parameters],
@@ -207,6 +228,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "attributes": [sorted(vars(module)) for module in modules],
         "random numbers": [torch.get_rng_state()],
     }
+
+
+def _digest(tensor: Tensor) -> bytes:
+    values = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(values).digest()
 
 
 def _same(a: list[Any], b: list[Any]) -> bool:
@@ -221,9 +247,11 @@ def _compared(
     model: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Tensor], tolerance: float
 ) -> dict[str, Any]:
     """Return the largest relative error over parameters and images."""
-    with _plain(model) as parameters:
+    with _plain(model) as every:
+        parameters = {name: every[name] for name in found}
         worst = _largest(_alone(model, parameters, images, labels), found)
-        result = {"status": "equal", "error": worst[0], "parameter": worst[1]}
+        zero = sum(not bool(rows.any()) for rows in found.values())
+        result = {"status": "equal", "error": worst[0], "parameter": worst[1], "zero": zero}
         if not worst[0] <= tolerance:
             # Kernels of PyTorch may be wrong for a batch of one image.
             paired = _largest(_alone(model, parameters, images, labels, copies=2), found)
@@ -293,20 +321,22 @@ def table(record: dict[str, Any]) -> str:
         f"(`make sweep`; timm {used['timm']}, PyTorch {used['torch']}, {about['processor']}, "
         f"{about['instructions']}). One model of each family, the one with the fewest weights, "
         f"with random weights and {record['images']} random images of the smallest size that it "
-        "accepts. The error is the largest relative error over parameters and images. Weights "
-        "without a rule are differentiated by `torch.func`.",
+        "accepts. The error is the largest relative error over parameters and images. "
+        "Parameters without a rule are differentiated by `torch.func`; those that are zero have no "
+        "gradient at any image, by autograd too.",
         "",
-        "| family | model | weights | size | type | parameters | without a rule | error | result |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | model | weights | size | type | parameters | no rule | zero | error | result |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, r in families.items():
-        error = f"{r['error']:.0e}" if "error" in r else ""
+        error = f"{r['error']:.0e}" if r.get("error") is not None else ""
         result = r["status"] + (f": {r['message']}" if "message" in r else "")
         if "error_alone" in r and r["status"] == "equal":
             result += f"; autograd of a batch of one image differs by {r['error_alone']:.0e}"
         weights = f"{r['weights']:,}" if "weights" in r else ""
         cells = [family, r.get("model", ""), weights]
-        cells += [str(r.get(k, "")) for k in ("size", "dtype", "parameters", "without_rule")]
+        columns = ("size", "dtype", "parameters", "without_rule", "zero")
+        cells += [str(r.get(k, "")) for k in columns]
         lines.append("| " + " | ".join([*cells, error, result.replace("|", "\\|")]) + " |")
     return "\n".join(lines) + "\n"
 
