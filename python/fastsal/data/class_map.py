@@ -137,18 +137,20 @@ def imagenet_map(outputs: int | None) -> str:
 
 def imagenet_subset(outputs: int) -> str | None:
     """Return timm's name of the set of ImageNet classes of this size; None if there is none."""
-    from timm.data import infer_imagenet_subset
+    import timm.data
 
-    found = infer_imagenet_subset({"num_classes": outputs})
+    infer: Any = getattr(timm.data, "infer_imagenet_subset")  # noqa: B009 - untyped
+    found = infer({"num_classes": outputs})
     return None if found is None else str(found)
 
 
 def _imagenet_names(subset: str) -> list[str]:
     """Return the WordNet ids of a set of ImageNet classes, in the order of the outputs."""
-    from timm.data import ImageNetInfo
+    import timm.data
 
+    describe: Any = getattr(timm.data, "ImageNetInfo")  # noqa: B009 - untyped
     try:
-        info = ImageNetInfo("imagenet-1k" if subset == IMAGENET else subset)
+        info = describe("imagenet-1k" if subset == IMAGENET else subset)
     except AssertionError:
         raise InvalidArgument(
             f"class_map must be {CLASS_MAP_VALUES}, got {subset!r}; timm has imagenet-1k, "
