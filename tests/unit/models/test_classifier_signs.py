@@ -18,6 +18,7 @@ from fastsal.transfer.evaluation import measure
 
 X = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 2
+WIDTH = timm.create_model("test_resnet").num_features
 NONE = "has no classifier, so that its outputs are features"
 
 
@@ -35,14 +36,14 @@ class Custom(nn.Module):
 
 
 def headless():
-    return timm.create_model("resnet18", num_classes=0).eval()
+    return timm.create_model("test_resnet", num_classes=0).eval()
 
 
 @pytest.fixture
 def pretrained(monkeypatch, tmp_path):
     """`weights="pretrained"` reads a file: a checkpoint of 1,000 classes."""
-    path = tmp_path / "resnet18.pth"
-    torch.save(timm.create_model("resnet18").state_dict(), path)
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), path)
     create = functools.partial(timm.create_model, pretrained_cfg_overlay={"file": str(path)})
     monkeypatch.setattr(timm, "create_model", create)
 
@@ -55,7 +56,7 @@ def _no_warning():
 
 
 def with_another_head(num_classes, head):
-    model = timm.create_model("resnet18", num_classes=num_classes)
+    model = timm.create_model("test_resnet", num_classes=num_classes)
     model.fc = head  # num_classes is as before
     return model
 
@@ -64,14 +65,14 @@ def with_another_head(num_classes, head):
     ("model", "expected"),
     [
         (headless(), True),
-        (timm.create_model("resnet18", num_classes=3), False),
-        (timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0), True),
-        (timm.create_model("vit_tiny_patch16_224", img_size=32), False),
+        (timm.create_model("test_resnet", num_classes=3), False),
+        (timm.create_model("test_vit", img_size=32, num_classes=0), True),
+        (timm.create_model("test_vit", img_size=32), False),
         (Custom(nn.Identity()), True),
         (Custom(nn.Linear(8, 3)), False),
-        (nn.Sequential(headless(), nn.Linear(512, 3)), False),
+        (nn.Sequential(headless(), nn.Linear(WIDTH, 3)), False),
         (nn.Sequential(nn.Identity(), headless()), True),
-        (with_another_head(0, nn.Linear(512, 3)), False),
+        (with_another_head(0, nn.Linear(WIDTH, 3)), False),
         (with_another_head(1000, nn.Identity()), True),
         (nn.Flatten(), False),
         (nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), False),
@@ -90,19 +91,19 @@ def test_outputs_that_are_features(model, expected):
 def test_statistics_of_a_headless_model(curvature):
     for model in (headless(), Custom(nn.Identity())):
         with pytest.warns(UserWarning, match=NONE + ".*curvature='features'"):
-            fastsal.collect(model, [(X, Y)], curvature=curvature, parameters="conv*.weight")
+            fastsal.collect(model, [(X, Y)], curvature=curvature, parameters="*conv*.weight")
         with pytest.warns(UserWarning, match=NONE + ".*--curvature features"):
             fastsal.prune(
-                model, [(X, Y)], 0.5, curvature=curvature, damping=1.0, parameters="conv*.weight"
+                model, [(X, Y)], 0.5, curvature=curvature, damping=1.0, parameters="*conv*.weight"
             )
 
 
 @pytest.mark.usefixtures("_no_warning")
 def test_no_note_where_no_logits_are_used():
     model = headless()
-    fastsal.collect(model, [(X, Y)], curvature="features", parameters="conv1.weight")
+    fastsal.collect(model, [(X, Y)], curvature="features", parameters="layer1.*conv*.weight")
     fastsal.collect(
-        model, [(X, Y)], loss=lambda out, _: out.square().sum(1), parameters="conv1.weight"
+        model, [(X, Y)], loss=lambda out, _: out.square().sum(1), parameters="layer1.*conv*.weight"
     )
     fastsal.prune(model, None, 0.5, criterion="magnitude", compensate=False)
 
@@ -119,7 +120,7 @@ def test_accuracy_limits_and_training_of_a_headless_model():
             criterion="magnitude",
             compensate=False,
             max_accuracy_drop=0.5,
-            parameters="conv1.weight",
+            parameters="layer1.*conv*.weight",
         )
     with pytest.warns(UserWarning, match=NONE + ".*pass loss="):
         fastsal.finetune(model, [(X, Y)], masks, epochs=1, lr=1e-3)
@@ -127,11 +128,11 @@ def test_accuracy_limits_and_training_of_a_headless_model():
 
 @pytest.mark.usefixtures("pretrained")
 def test_a_random_classifier_beside_pretrained_weights():
-    model = load_model("resnet18", weights="pretrained", num_classes=37)
+    model = load_model("test_resnet", weights="pretrained", num_classes=37)
     why = "the pretrained weights have 1000 classes, not 37"
     assert fresh_classifier(model) == why
     with pytest.warns(UserWarning, match=f"{why}.*--curvature features"):
-        fastsal.collect(model, [(X, Y)], parameters="conv1.weight")
+        fastsal.collect(model, [(X, Y)], parameters="layer1.*conv*.weight")
     with pytest.warns(UserWarning, match=f"{why}.*fit_heads"):
         measure(model, [(X, Y)])
     masks = fastsal.prune(model, None, 0.0, criterion="magnitude", compensate=False).masks
@@ -139,24 +140,24 @@ def test_a_random_classifier_beside_pretrained_weights():
         fastsal.finetune(model, [(X, Y)], masks, epochs=1, lr=1e-3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastsal.collect(model, [(X, Y)], curvature="features", parameters="conv1.weight")
+        fastsal.collect(model, [(X, Y)], curvature="features", parameters="layer1.*conv*.weight")
         fastsal.finetune(model, [(X, Y)], masks, epochs=1, lr=1e-3, train_head=True)
         assert fresh_classifier(model) is None  # it was trained
-        fastsal.collect(model, [(X, Y)], parameters="conv1.weight")
+        fastsal.collect(model, [(X, Y)], parameters="layer1.*conv*.weight")
 
 
 @pytest.mark.usefixtures("pretrained", "_no_warning")
 def test_a_classifier_of_the_checkpoint_is_not_random():
     for options in ({}, {"num_classes": 1000}, {"in_chans": 1, "num_classes": 1000}):
-        assert fresh_classifier(load_model("resnet18", weights="pretrained", **options)) is None
-    assert fresh_classifier(load_model("resnet18", num_classes=37)) is None
+        assert fresh_classifier(load_model("test_resnet", weights="pretrained", **options)) is None
+    assert fresh_classifier(load_model("test_resnet", num_classes=37)) is None
 
 
 @pytest.mark.usefixtures("pretrained")
 def test_the_own_head_of_a_random_classifier():
     x = (X.permute(0, 2, 3, 1).clamp(0, 1) * 255).byte().numpy()
     task = fastsal.Task.split("t", fastsal.ImageSet(x, Y.numpy()))
-    model = load_model("resnet18", weights="pretrained", num_classes=2)
+    model = load_model("test_resnet", weights="pretrained", num_classes=2)
     with pytest.warns(UserWarning, match="1000 classes, not 2"):
         fastsal.fit_heads(model, task, kind="own")
 
