@@ -140,7 +140,7 @@ def _check(name: str, weights: int) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
     }
     names = list(select_parameters(model))[:: math.ceil(weights / LARGE)]
-    _disturb(model)
+    _disturb_modes(model)
     before = _state(model)
     try:
         found = fastsal.per_sample_gradients(model, images, labels, parameters=names)
@@ -169,10 +169,12 @@ def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
             try:
                 torch.manual_seed(0)
                 sized: nn.Module = timm.create_model(name, num_classes=CLASSES, img_size=size)
+                _disturb_weights(sized)
             except TypeError:  # the model has no argument of this name
                 if model is None:
                     torch.manual_seed(0)
                     model = timm.create_model(name, num_classes=CLASSES)
+                    _disturb_weights(model)
                 sized = model
             sized = sized.to(dtype)
             channels = sized.default_cfg["input_size"][0]  # type: ignore[index,union-attr]
@@ -191,6 +193,16 @@ def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     raise problem or ValueError("no size")
 
 
+def _disturb_weights(model: nn.Module) -> None:
+    """Add noise to vectors and to zeros; branches that start at zero have no gradients."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            elif not parameter.any():
+                parameter.normal_(std=0.02)
+
+
 def _calibrate(model: nn.Module, images: Tensor) -> None:
     """Set running statistics; with those of an untrained model, deep gradients vanish."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -207,7 +219,7 @@ def _calibrate(model: nn.Module, images: Tensor) -> None:
     model.eval()
 
 
-def _disturb(model: nn.Module) -> None:
+def _disturb_modes(model: nn.Module) -> None:
     """Set modes and flags that must be restored."""
     model.training = True
     for i, parameter in enumerate(model.parameters()):
