@@ -83,18 +83,27 @@ def open_batches(
 ) -> ImageBatches:
     """Open labeled images and check that the model has a class for each label.
 
-    Without `labeled` the images need no labels, and existing labels are ignored.
+    Labels that do not look like the model's outputs are noted. Without `labeled` the images need no
+    labels, and existing labels are ignored.
     """
+    from fastsal.data.class_map import IMAGENET, imagenet_map
     from fastsal.data.folders import load_images
+    from fastsal.data.numbering import check_numbering
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labeled=labeled)
     count = class_count(model) if labeled else None
-    if count is not None and int(images.y.max()) >= count:
+    class_map = given["class_map"] if labeled else None
+    if class_map == IMAGENET:
+        class_map = imagenet_map(count)
+    images = load_images(path, labeled=labeled, class_map=class_map)
+    is_mapped = images.numbering == "map"
+    if count is not None and not is_mapped and int(images.y.max()) >= count:
         raise DataError(
             f"labels of {path} must be in 0 to {count - 1} for a model of {count} classes, got "
             f"{int(images.y.max())}"
         )
+    if labeled:
+        check_numbering(images, count)
     # An unsorted .npz keeps its order, so that the first N images do not depend on a seed.
     seed = given["seed"] if shuffle and images.is_sorted_by_class else None
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
@@ -133,7 +142,9 @@ def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test"
     """
     if data is None:
         return
-    is_labeled = len(data.images.classes) > 1
+    # Images whose labels are not used have no class map.
+    is_mapped = (data.images.numbering == "map", test.images.numbering == "map")
+    is_labeled = len(data.images.classes) > 1 and len(set(is_mapped)) == 1
     if is_labeled and data.images.classes != test.images.classes:
         raise DataError(
             f"{name} must have the classes of --data ({_shortened(data.images.classes)}), got "

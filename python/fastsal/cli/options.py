@@ -74,7 +74,16 @@ architecture_options: Callable[[F], F] = together(
 model_options: Callable[[F], F] = together(
     click.argument("model"), weights_option, architecture_options
 )
+class_map_option = click.option(
+    "--class-map",
+    metavar="FILE|imagenet|natural",
+    show_default="class folders in the order of their names",
+    help="Which output of the model each class belongs to: a FILE with the name and the index of "
+    "each class, or the names in the order of the outputs, as text or JSON; imagenet for WordNet "
+    "ids; or natural, which sorts class2 before class10.",
+)
 input_options: Callable[[F], F] = together(
+    class_map_option,
     click.option(
         "--size",
         metavar="PIXELS",

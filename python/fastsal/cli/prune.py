@@ -137,7 +137,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if test:
         check_test(batches, test)
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report)._asdict()
+            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
     with clock.step("prune"):
         masks, history, safety = _pruned(given, ranked, model, batches, held_out)
     if test:

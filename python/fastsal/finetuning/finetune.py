@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
+from fastsal.models.classifier_signs import check_classifier, lacks_classifier
 from fastsal.models.digest import structure_digest
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
@@ -149,6 +151,11 @@ def finetune(
     seed = whole("seed", seed, None)
     check_autocast(autocast)
     _check_batches(batches, held_out, epochs, patience)
+    if loss == "cross-entropy":
+        check_labels_of(batches, model)
+        check_labels_of(held_out, model)
+        if lacks_classifier(model) or not train_head:
+            check_classifier(model, "training")
     trained = trained_parameters(
         model, frozen, train_head=train_head, train_normalization=train_normalization
     )

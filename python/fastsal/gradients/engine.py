@@ -145,6 +145,11 @@ class GradientEngine:
         return self._micro_batch
 
     @property
+    def outputs(self) -> int | None:
+        """Number of logits of the model; None before the first run, or if they are not used."""
+        return self._classes
+
+    @property
     def scratch_nbytes(self) -> int:
         """Size in bytes of the scratch memory of the rules."""
         return self._workspace.nbytes

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.classifier_signs import record_fresh
 from fastsal.models.evaluating import set_modes
 from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.digests import Digest
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import as_integer, whole
 from fastsal.utils.suggestions import did_you_mean, listed
 
 # Held while a model is built: other threads would draw from the same random numbers.
@@ -41,7 +42,9 @@ def load_model(
         spec: A timm model name, or `path/file.py:function`, a function that returns a module.
         weights: None for random weights, "pretrained" for those of timm, or the path of a
             `.safetensors`, `.pth` or `.pt` file.
-        num_classes: Number of classes; None uses the default of the model.
+        num_classes: Number of classes; None uses the default of the model. If pretrained weights
+            have another number, the classifier is random, and using it before it is trained gives
+            a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
 
@@ -73,10 +76,20 @@ def load_model(
             model = _from_timm(spec, pretrained, chosen)
     if weights is not None and not pretrained:
         load_weights(model, weights)
+    if pretrained:
+        _record_fresh_classifier(model)
     # Not `eval()`: it may merge weights of adapters, which would then be merged again when the
     # weights of this model are saved and loaded.
     set_modes(model, False)
     return model
+
+
+def _record_fresh_classifier(model: nn.Module) -> None:
+    """Record a classifier that the pretrained weights do not have, which timm leaves random."""
+    count = as_integer(getattr(model, "num_classes", None))
+    stored = as_integer((getattr(model, "pretrained_cfg", None) or {}).get("num_classes"))
+    if count and stored is not None and count != stored:
+        record_fresh(model, f"the pretrained weights have {stored} classes, not {count}")
 
 
 @contextlib.contextmanager

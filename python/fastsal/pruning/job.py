@@ -169,7 +169,10 @@ class Job:
 
     def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
         """Return the arguments of `collect` except model and images."""
-        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
+        # Later rounds are at pruned weights, whose loss says nothing about the labels.
+        is_first = seed == self.recipe.seed and not quiet
+        options = {**self.statistics, "seed": seed, "checks_labels": is_first}
+        return options | ({"progress": False} if quiet else {})
 
     def joining(self, fisher: Statistics, held: Iterable[Pair], seed: int) -> Callable[[], None]:
         """Return a function that adds held-out images to statistics, in place.

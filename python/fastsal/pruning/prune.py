@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, first_images
 from fastsal.data.content import SeenImages
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
@@ -268,6 +269,10 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         needs_cap=loss is not cross_entropy,
     )
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
     if given.curvature == "features":
         images, batches = first_images(batches, given.samples)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fastsal.data.class_map import ClassMap, is_keyword
 from fastsal.data.content import content_of
 from fastsal.data.corruptions import corrupt
 from fastsal.data.image_set import ImageSet
@@ -19,7 +20,7 @@ from fastsal.study.folder_format import SPLITS_FILE
 from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import SPLITS, Shares
 from fastsal.transfer.tasks import Split, Task
-from fastsal.utils.digests import Digest
+from fastsal.utils.digests import Digest, file_digest
 from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.suggestions import listed
 
@@ -163,6 +164,24 @@ def images_of(split: Split | None) -> ImageSet:
     """Return a split of a task of a study, which is always an `ImageSet`."""
     assert isinstance(split, ImageSet)
     return split
+
+
+def class_map_of(settings: TaskSettings, study: Study) -> ClassMap | None:
+    """Return the class map of a task, with the path of a file resolved."""
+    given = settings.class_map
+    if not isinstance(given, str) or is_keyword(given):
+        return given
+    return study.root / given
+
+
+def class_map_digests(study: Study) -> dict[str, str]:
+    """Return `{class map of task: digest}` of the files of class maps."""
+    found = {}
+    for settings in study.tasks:
+        path = class_map_of(settings, study)
+        if isinstance(path, Path) and path.is_file():
+            found[f"class map of {settings.name}"] = file_digest(path)[:16]
+    return found
 
 
 def digests_of(tasks: Mapping[str, Task]) -> dict[str, str]:

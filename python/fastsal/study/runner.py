@@ -19,7 +19,7 @@ from fastsal.study.backbones import Backbone, check_files, digest_of, open_backb
 from fastsal.study.cells import Cell, cells_of, digests_of_criteria
 from fastsal.study.diagnostics import loss_lines_of, overlaps_of
 from fastsal.study.folder_format import DONE, FAILED
-from fastsal.study.images import digests_of, images_of, open_tasks, source_images
+from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks, source_images
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.study.sources import PruningSource
@@ -118,6 +118,7 @@ def _run_cells(
     """Run the unfinished cells of a study, and write its tables; the folder is locked."""
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
+    files |= class_map_digests(study)
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
     files |= digests_of_criteria(study)
     cells = cells_of(study, files)

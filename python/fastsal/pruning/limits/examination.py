@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.data.held_out import Repeated
+from fastsal.data.numbering import LossSign
 from fastsal.data.stream_digest import StreamDigest
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.losses import LossFunction, cross_entropy
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import outputs
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit
@@ -72,10 +74,14 @@ class Examination:
         self._loss = loss
         self._seen: StreamDigest | None = StreamDigest()
         self._batches = batches
+        self._sign = LossSign() if loss is cross_entropy else None
         self.dense = self._values(model)
         digest, self._seen = self._seen, None
         if not digest.samples:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
+        if self._sign is not None:
+            self._sign.warn()
+        self._sign = None
         self.images = digest.samples
         self.seed = _seed_of(seed, digest)
 
@@ -101,6 +107,11 @@ class Examination:
             if self._seen is not None:
                 check_measurable(limit, self._loss, out, labels)
             losses = losses_of(self._loss, out, labels)
+            if self._sign is not None:  # wrong labels: then no drop of the accuracy is large
+                if not found and check_classifier(model, "accuracy", images):
+                    self._sign = None
+                else:
+                    self._sign.add(losses.tolist(), out.shape[1])
             if limit.kind == "accuracy":
                 limited = 1 - in_float64(is_right(out, labels))
             else:

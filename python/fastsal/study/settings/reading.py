@@ -146,7 +146,7 @@ def _model(r: Reader) -> ModelSettings:
 
 
 def _task(r: Reader) -> TaskSettings:
-    r.only("name", "data", "test", "classes", "head", "images", "test_images")
+    r.only("name", "data", "test", "classes", "head", "images", "test_images", "class_map")
     classes = r.table.get("classes")
     if classes is not None and (
         not isinstance(classes, list)
@@ -155,6 +155,12 @@ def _task(r: Reader) -> TaskSettings:
         or len(set(classes)) != len(classes)
     ):
         raise r.error("classes", f"must be two or more distinct names or indices, got {classes!r}")
+    class_map = r.table.get("class_map")
+    if isinstance(class_map, Mapping):
+        inner = r.within("class_map")
+        class_map = {name: inner.count(name, None, least=0) for name in class_map}
+    elif class_map is not None:
+        class_map = r.text("class_map")
     return TaskSettings(
         name=r.text("name"),
         data=r.text("data"),
@@ -163,6 +169,7 @@ def _task(r: Reader) -> TaskSettings:
         head=r.choice("head", HEAD_KINDS, None) if "head" in r.table else None,
         images=r.optional_count("images"),
         test_images=r.optional_count("test_images"),
+        class_map=class_map,
     )
 
 

@@ -55,6 +55,9 @@ class TaskSettings:
         test: Separate test images; None draws a test split from `data`.
         classes: Names or indices of the classes to use; None uses all.
         head: Kind of head, one of `HEAD_KINDS`; None uses the study's.
+        class_map: For the head "own": which output of the model each class belongs to:
+            `"imagenet"`, `"natural"`, a file relative to `root`, or `{name: index}`, as for
+            `fastsal.load_images`. Other heads number classes themselves.
         images: Largest number of images to use of `data`, balanced over classes; None uses all.
         test_images: Largest number of test images, balanced over classes; None uses all.
     """
@@ -66,6 +69,7 @@ class TaskSettings:
     head: HeadKind | None = None
     images: int | None = None
     test_images: int | None = None
+    class_map: str | Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -270,6 +274,9 @@ class Study:
         found = dataclasses.asdict(self)
         del found["root"], found["folder"]
         plain: dict[str, Any] = _plain(found)
+        for task in plain["tasks"]:
+            if task["class_map"] is None:  # the same settings as before there were class maps
+                del task["class_map"]
         return plain
 
 
