@@ -97,12 +97,19 @@ def _states(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, St
     """Yield the state dicts in nested dicts, with their keys."""
     if not _is_mapping(value) or not value:
         return
-    if all(isinstance(n, str) and isinstance(v, Tensor) for n, v in value.items()):
-        yield key, dict(value)
+    tensors = {name: part for name, part in value.items() if isinstance(part, Tensor)}
+    others = [name for name in value if name not in tensors]
+    # The model keeps its own state of layers that is not tensors (of `get_extra_state`).
+    if tensors and all(isinstance(name, str) for name in value) and all(map(_is_extra, others)):
+        yield key, tensors
     elif depth < _DEEPEST:
         for name, part in value.items():
             if isinstance(name, str) and not any(other in name.lower() for other in _OTHERS):
                 yield from _states(part, f"{key}.{name}" if key else name, depth + 1)
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"
 
 
 def _share_names(average: State, state: State) -> bool:

@@ -1,4 +1,4 @@
-"""Load and save the weights of a model."""
+"""Load the weights of a model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.models.pickles import read_pickle
+from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.models.state_dicts import choose_state, fitted
 from fastsal.models.wrappers import unwrapped
-from fastsal.utils.atomic import atomic_path
 from fastsal.utils.suggestions import closest, listed
 from fastsal.utils.warn import warn_user
+
+__all__ = ["check_weights_path", "load_weights", "read_pickle", "read_weights", "save_weights"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
 _ADVICE = "where it was made, save model.state_dict() alone with torch.save, and pass that file"
@@ -46,7 +48,7 @@ def load_weights(
     """
     model = unwrapped(model)
     state, choice = _read(path, weights_key)
-    own = model.state_dict()
+    own = tensors_in(model.state_dict())
     state, change = fitted(state, own, path)
     notes = [note for note in (choice, change) if note]
     _fill_aliases(state, own)
@@ -59,7 +61,7 @@ def load_weights(
     for name, _ in model.named_parameters():
         if not bool(torch.isfinite(state[name]).all()):
             raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({**state, **other_state(model, path)}, strict=True)
     if notes:
         warn_user(f"weights: {path}: {'; '.join(notes)}")
 
@@ -92,21 +94,6 @@ def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tens
     else:
         loaded = read_pickle(path, "weights", _ADVICE)
     return choose_state(loaded, key, path)
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state dict of `model` as a safetensors file under its ordinary names.
-
-    A tensor with several names is written once; `load_weights` restores the other names. Of a
-    wrapper, the model inside is written. The file is written atomically.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    from safetensors.torch import save_model
-
-    with atomic_path(path) as temporary:
-        save_model(unwrapped(model), str(temporary), metadata={"format": "pt"})
 
 
 def check_weights_path(path: Path) -> None:

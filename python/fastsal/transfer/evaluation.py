@@ -15,14 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.numbering import LossSign, check_labels_of
 from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.models.outputs import output_tensor
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 
 
@@ -139,9 +142,13 @@ def measure(
     batches: Iterable[Any],
     *,
     report: Report | None = None,
+    checks_labels: bool = False,
     batch: BatchRule | None = None,
 ) -> Measurement:
     """Measure accuracy and loss of `model` with its own classifier.
+
+    A warning is given for labels that are not numbered as the outputs of the model, and for a model
+    without a classifier or with a random one.
 
     Args:
         model: Maps images `[n, c, h, w]` to logits `[n, k]`, or to a dict or tuple that contains
@@ -149,6 +156,8 @@ def measure(
         batches: Iterable of `(images [n, c, h, w], labels [n])`, or of dicts of them as for
             `fastsal.collect`.
         report: Callback with the number of images done and the total, None if unknown.
+        checks_labels: Whether a loss worse than guessing gives a warning too, as it should if the
+            model is not pruned.
         batch: Function from a batch to `(images, labels)`, for batches of another form.
 
     Returns:
@@ -158,16 +167,21 @@ def measure(
         DataError: There are no images, the logits have another shape, or a label is outside
             `0 .. k - 1`.
     """
-    tally = _Tally()
+    tally = _Tally(LossSign() if checks_labels else None)
     total = getattr(batches, "samples", None)
+    check_labels_of(batches, model)
     with evaluating(model) as device, torch.no_grad():
         for images, labels in unpacked(ruled(batches, batch)):
+            if not tally.count and check_classifier(model, "accuracy", images):
+                tally.sign = None  # the loss of features means nothing
             logits = _logits(model, images.to(device))
             tally.add(logits, labels)
             if report:
                 report(tally.count, total)
     if not tally.count:
         raise DataError("batches must hold at least one image")
+    if tally.sign is not None:
+        tally.sign.warn()
     return tally.measurement()
 
 
@@ -181,18 +195,21 @@ def accuracy(model: nn.Module, batches: Iterable[Any], *, batch: BatchRule | Non
 
 @dataclass
 class _Tally:
-    """Running sums over batches."""
+    """Running sums over batches; `sign` compares the loss with that of guessing."""
 
+    sign: LossSign | None = None
     right: int = 0
     count: int = 0
     loss: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> None:
-        scores = logits.double().cpu()
+        scores = in_float64(logits).cpu()
         y = _checked(labels, scores.shape[1])
         finite = torch.isfinite(scores).all(dim=1)
         self.right += int(((scores.argmax(dim=1) == y) & finite).sum())
         losses = F.cross_entropy(scale * scores, y, reduction="none")
+        if self.sign is not None:
+            self.sign.add(losses[finite].tolist(), scores.shape[1])
         self.loss += float(losses.masked_fill(~finite, torch.inf).sum())
         self.count += len(y)
 
