@@ -102,25 +102,6 @@ def test_boolean_tensors_are_read_as_bytes(fisher, weights):
     np.testing.assert_array_equal(*inverses)
 
 
-def test_booleans_of_weight_files_are_read_as_bytes(tmp_path):
-    """A BOOL tensor of another tool, in a buffer of the model."""
-    from safetensors.torch import save_file
-
-    from fastsal.models.weights import load_weights
-
-    class Masked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("there", torch.zeros(D, dtype=torch.bool))
-
-    path = tmp_path / "weights.safetensors"
-    save_file({"there": torch.from_numpy(ODD.copy()).view(torch.bool)}, str(path))
-    assert path.read_bytes().endswith(ODD.tobytes())
-    model = Masked()
-    load_weights(model, path)
-    assert torch.equal(model.there.view(torch.uint8), torch.from_numpy(CLEAN.astype(np.uint8)))
-
-
 def arrays_in(memory, *places):
     """Arrays in the memory of a tensor, from start to stop, that do not know of each other."""
     return [memory[start:stop].numpy() for start, stop in places]

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.utils.atomic import atomic_path
-from fastsal.utils.booleans import boolean
 from fastsal.utils.suggestions import closest, listed
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -140,13 +139,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        state = dict(load_file(str(path)))
+        return dict(load_file(str(path)))
     except SafetensorError as error:
         raise FileFormatError(
             f"weights: {path} is truncated or not a safetensors file ({error})"
         ) from None
-    # Other tools may write bytes other than 0 and 1 for Booleans.
-    return {n: boolean(t) if t.dtype == torch.bool else t for n, t in state.items()}
 
 
 def _fill_aliases(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
