@@ -4,7 +4,7 @@ use fastsal_core::accumulate::{self as core, Sums};
 use fastsal_core::{Isa, Layout};
 use pyo3::prelude::*;
 
-use crate::arrays::{must_be, slice_mut, FloatsMut, Gradients};
+use crate::arrays::{check_apart, must_be, slice_mut, FloatsMut, Gradients};
 use crate::errors::to_python;
 
 /// Length of the packed statistics of a parameter of `d` weights.
@@ -27,8 +27,10 @@ pub fn accumulate<'py>(
     fresh: bool,
 ) -> PyResult<()> {
     let gradients = Gradients::new(rows, dtype)?;
+    check_apart(&gradients, &packed, &sums)?;
     let rows = gradients.rows()?;
     let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
+    let isa = Isa::chosen().map_err(to_python)?;
     let sums = match (&mut packed, &mut sums) {
         (FloatsMut::F32(packed), FloatsMut::F32(sums)) => {
             Sums::F32 { packed: slice_mut("packed", packed)?, sums: slice_mut("sums", sums)? }
@@ -38,7 +40,7 @@ pub fn accumulate<'py>(
         }
         _ => return Err(must_be("sums", "of the type of packed", "another type")),
     };
-    py.detach(|| core::accumulate(Isa::best(), layout, rows, sums, fresh)).map_err(to_python)
+    py.detach(|| core::accumulate(isa, layout, rows, sums, fresh)).map_err(to_python)
 }
 
 /// Raise `NonFiniteRowError` for the first NaN or infinity of rows `[n, d]`.

@@ -1,10 +1,11 @@
 //! Joint compensation.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::{compensate as core, parallel};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, statistics, to_numpy, Parameter};
+use crate::arrays::{check_count, slice, statistics, to_numpy, Array, Mask, Parameter};
 use crate::errors::to_python;
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
@@ -16,26 +17,27 @@ type Compensation<'py> =
 pub fn compensate<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
-    masks: Vec<PyReadonlyArray1<'py, bool>>,
+    weights: Vec<Array<'py, f32>>,
+    masks: Vec<Mask>,
     block_size: usize,
     damping: f64,
 ) -> PyResult<Vec<Compensation<'py>>> {
+    check_count("weights", weights.len(), parameters.len())?;
+    check_count("masks", masks.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(&weights)
         .zip(&masks)
-        .map(|((p, w), m)| {
-            Ok((statistics(p, block_size)?, slice("weights", w)?, slice("masks", m)?))
-        })
+        .map(|((p, w), m)| Ok((statistics(p, block_size)?, slice("weights", w)?, m.as_slice())))
         .collect::<PyResult<Vec<_>>>()?;
     let results = py.detach(|| {
         parallel::map(borrowed, |(statistics, weights, mask)| {
-            let mut weights = weights.to_vec();
+            let mut moved = zeros("weights", weights.len())?;
+            moved.copy_from_slice(weights);
             statistics
                 .damped(damping)
-                .and_then(|damped| core::compensate(damped, &mut weights, mask))
-                .map(|report| (weights, report))
+                .and_then(|damped| core::compensate(damped, &mut moved, mask))
+                .map(|report| (moved, report))
         })
     });
     let wrap = |(weights, report): (Vec<f32>, core::Compensation)| {

@@ -2,7 +2,7 @@
 
 use fastsal_core::Error;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyArithmeticError, PyValueError};
+use pyo3::exceptions::{PyArithmeticError, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 
 create_exception!(
@@ -25,6 +25,10 @@ pub fn to_python(error: Error) -> PyErr {
             NonFiniteRowError::new_err((row, column, value))
         }
         Error::NanScore { array, index } => NanScoreError::new_err((array, index)),
-        Error::Length { .. } | Error::Value { .. } => PyValueError::new_err(error.to_string()),
+        Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
+        Error::Length { .. }
+        | Error::Value { .. }
+        | Error::NonFiniteWeight { .. }
+        | Error::Isa { .. } => PyValueError::new_err(error.to_string()),
     }
 }

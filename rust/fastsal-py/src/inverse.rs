@@ -1,5 +1,6 @@
 //! Blocks, damped blocks, and their inverses.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::statistics::{Damped, Report, Statistics};
 use fastsal_core::{inverse as core, parallel, Result};
 use numpy::PyArray1;
@@ -20,7 +21,7 @@ pub fn inverse_diagonal<'py>(
     damping: f64,
 ) -> PyResult<Vec<Inverse<'py>>> {
     invert(py, &parameters, block_size, damping, |damped| {
-        let mut out = vec![0.0; damped.layout().len()];
+        let mut out = zeros("the diagonals", damped.layout().len())?;
         core::inverse_diagonal(damped, &mut out).map(|report| (out, report))
     })
 }
@@ -34,7 +35,7 @@ pub fn inverse<'py>(
     damping: f64,
 ) -> PyResult<Vec<Inverse<'py>>> {
     invert(py, &parameters, block_size, damping, |damped| {
-        let mut out = vec![0.0; damped.layout().dense_len()];
+        let mut out = zeros("the inverses", damped.layout().dense_len())?;
         core::inverse(damped, &mut out).map(|report| (out, report))
     })
 }
@@ -65,7 +66,7 @@ pub fn blocks<'py>(
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let statistics = statistics(&parameter, block_size)?;
     let out = py.detach(|| {
-        let mut out = vec![0.0; statistics.layout().dense_len()];
+        let mut out = zeros("the blocks", statistics.layout().dense_len())?;
         statistics.blocks(&mut out).map(|()| out)
     });
     out.map(|out| to_numpy(py, out)).map_err(to_python)
@@ -80,7 +81,7 @@ pub fn diagonal<'py>(
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let statistics = statistics(&parameter, block_size)?;
     let out = py.detach(|| {
-        let mut out = vec![0.0; statistics.layout().len()];
+        let mut out = zeros("the diagonal", statistics.layout().len())?;
         statistics.diagonal(&mut out).map(|()| out)
     });
     out.map(|out| to_numpy(py, out)).map_err(to_python)

@@ -15,9 +15,10 @@ from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
-from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.selection import check_finite_weights, check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
+from fastsal.utils.booleans import boolean
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -84,8 +85,9 @@ def score(
         raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
     statistics = None if fisher is None else statistics_of(fisher)
     chosen = _chosen(model, statistics, parameters)
-    kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
-    check_mask_shapes("masks", kept, chosen)
+    given = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
+    check_mask_shapes("masks", given, chosen)
+    kept = {name: boolean(mask.detach().cpu()) for name, mask in given.items()}
     absolute = 1.0  # not used without an inverse
     if entry.needs_damping and statistics is not None:
         absolute = resolve_damping(damping, statistics)
@@ -177,7 +179,5 @@ def _chosen(
 
 
 def _double(name: str, weights: Tensor) -> Tensor:
-    w = weights.detach().cpu().double()
-    if not bool(torch.isfinite(w).all()):
-        raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
-    return w
+    check_finite_weights({name: weights})
+    return weights.detach().cpu().double()
