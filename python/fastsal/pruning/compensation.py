@@ -23,6 +23,7 @@ from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.selection import check_mask_shapes, model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.suggestions import listed
 
 
@@ -100,7 +101,7 @@ def compensate(
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
     moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
         for name, weights in moved.items():
             owned[name].copy_(weights)
     return report

@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use crate::isa::Isa;
+use crate::parallel::checkpoint_at;
 use crate::simd::{dispatch, padded, Kernel, Simd};
 
 /// Vectors of a row that are built at a time.
@@ -214,6 +215,7 @@ impl Kernel<f64> for Cholesky<'_> {
         assert!(a.len() >= size * stride);
         let base = a.as_mut_ptr();
         for start in (0..size).step_by(ROWS) {
+            checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
@@ -270,6 +272,7 @@ impl Kernel<f64> for InvertFactor<'_> {
         m[..size * stride].fill(0.0);
         let (factor, base) = (u.as_ptr(), m.as_mut_ptr());
         for start in (0..size).step_by(ROWS) {
+            checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             let mut done = 0;
             if end - start == ROWS {

@@ -1,11 +1,11 @@
 //! Joint compensation.
 
-use fastsal_core::{compensate as core, parallel};
+use fastsal_core::{compensate as core, parallel, Result};
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, statistics, to_numpy, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{cubes, slice, statistics, to_numpy, Parameter};
+use crate::parallel::call;
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
 type Compensation<'py> =
@@ -29,18 +29,18 @@ pub fn compensate<'py>(
             Ok((statistics(p, block_size)?, slice("weights", w)?, slice("masks", m)?))
         })
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights, mask)| {
             let mut weights = weights.to_vec();
-            statistics
-                .damped(damping)
-                .and_then(|damped| core::compensate(damped, &mut weights, mask))
-                .map(|report| (weights, report))
+            let report = core::compensate(statistics.damped(damping)?, &mut weights, mask)?;
+            Ok((weights, report))
         })
-    });
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+    })?;
     let wrap = |(weights, report): (Vec<f32>, core::Compensation)| {
         let (after, before) = (to_numpy(py, report.increase), to_numpy(py, report.uncompensated));
         (to_numpy(py, weights), after, before, report.failed)
     };
-    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+    Ok(results.into_iter().map(wrap).collect())
 }
