@@ -147,6 +147,8 @@ for block_size in (64, 256):
                 fisher.update(grads)
         except KeyboardInterrupt:
             pass
+        # The interrupt may have come before the first one, or in the middle of it.
+        fisher.update(grads)
         reference = fastsal.BlockFisher(shapes, block_size=block_size)
         for _ in range(fisher.samples // 40):
             reference.update(grads)

@@ -102,6 +102,7 @@ def test_a_fork_while_the_pool_is_built_does_not_hang_the_child(run):
     script = """
 import signal, warnings
 warnings.simplefilter("ignore")
+check()  # what Python imports on first use has a lock of its own
 stop = threading.Event()
 
 def build():

@@ -35,6 +35,7 @@ pub(crate) trait Loop: IndexedParallelIterator {
     }
 
     /// Apply `job` to every item.
+    #[allow(clippy::type_complexity)] // the type of a closure has no name
     fn map<R: Send>(
         self,
         job: impl Fn(Self::Item) -> R + Sync + Send,

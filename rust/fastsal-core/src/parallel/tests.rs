@@ -124,9 +124,12 @@ fn a_call_inside_a_poll_is_its_own() {
 #[test]
 fn panics_pass_through() {
     for work in [0, MUCH] {
-        let job = || (0..3).into_par_iter().for_each(|i| assert!(i < 2, "two"));
-        let job = || catch_unwind(AssertUnwindSafe(|| call(work, never, || Ok(job()))));
-        assert!(job().is_err_and(|payload| !payload.is::<Stopped>()));
+        let job = || {
+            (0..3).into_par_iter().for_each(|i| assert!(i < 2, "two"));
+            Ok(())
+        };
+        let result = catch_unwind(AssertUnwindSafe(|| call(work, never, job)));
+        assert!(result.is_err_and(|payload| !payload.is::<Stopped>()));
     }
 }
 
