@@ -125,6 +125,7 @@ def plan_memory(
             ranks=ranks,
             images=images,
         )
+    options["needs_blocks"] = prunes and (entry.needs_blocks or compensate)
     start = time.perf_counter()
     work = prepare(
         model,

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, first_images
+from fastsal.data.content import SeenImages
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
+from fastsal.models.digest import model_digest
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.history import Round
 from fastsal.pruning.images_use import kept_images
@@ -28,6 +31,7 @@ from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
 
@@ -168,7 +172,8 @@ def prune(
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
-            is removed at the end.
+            is removed at the end. The file of a run with another model, images, labels, loss or
+            other arguments is rejected; the images are read once to compare them.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -264,6 +269,10 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         needs_cap=loss is not cross_entropy,
     )
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
     if given.curvature == "features":
         images, batches = first_images(batches, given.samples)
@@ -286,6 +295,7 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         copies(chosen) if needs_copy else None,
         process,
         Shelf(given.scratch),
+        None if given.checkpoint is None else SeenImages(),
     )
     return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
 
@@ -312,6 +322,7 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:
@@ -343,7 +354,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
     # Invalid fractions are rejected before anything is computed.
     check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
     checkpoint = None
-    if given.checkpoint is not None:
+    if given.checkpoint is not None and (seen := job.seen) is not None:
         asked = {
             "sparsity": given.sparsity,
             "rounds": given.rounds,
@@ -351,8 +362,14 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             **job.recipe.asked(),
             "precision": given.precision,
             "curvature": given.curvature,
+            "loss": identity_of(given.loss),
+            "autocast": given.autocast,
+            "loss_scale": given.loss_scale,
+            "micro_batch": given.micro_batch,
+            "recalibrate": given.recalibrate,
         }
-        checkpoint = job.process.checkpoint(given.checkpoint, asked)
+        rest = model_digest(job.model, without=job.chosen.values())
+        checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
     done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
     return PruneResult(*done)
