@@ -9,6 +9,7 @@ import click
 from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import NUMBER, PATH
+from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,14 @@ if TYPE_CHECKING:
     type=NUMBER,
     metavar="LOSS",
     help="Instead of --sparsity: find the highest sparsity whose increase in mean loss on held-out "
-    "images is at most this much.",
+    "images, capped at --loss-cap, is at most this much.",
+)
+@click.option(
+    "--loss-cap",
+    type=NUMBER,
+    metavar="LOSS",
+    show_default="log of the number of classes, the loss of guessing",
+    help="With --max-loss-increase: upper cap of the loss of an image.",
 )
 @click.option(
     "--confidence",
@@ -106,7 +114,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit, kept_table, run_summary
-    from fastsal.cli.runfolder import check_target, run_facts, write_run
+    from fastsal.cli.runfolder import check_model, check_target, run_facts, write_run
     from fastsal.pruning.limits.limit import summary
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
@@ -119,6 +127,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_model(given["out"], model)
         batches = training_batches(given, model, spec)
         if given["compensate"] is None:
             given["compensate"] = batches is not None
@@ -128,7 +137,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if test:
         check_test(batches, test)
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report)._asdict()
+            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
     with clock.step("prune"):
         masks, history, safety = _pruned(given, ranked, model, batches, held_out)
     if test:
@@ -145,9 +154,9 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "accuracy": accuracy,
         "seconds": clock.rounded(3),
     }
+    picture = _Picture(safety)
     recipe = {"model": given["model"], **ranked}
-    write_run(given["out"], model, masks, recipe, result)
-    has_picture = safety is not None and _draw(safety, given["out"])
+    write_run(given["out"], model, masks, recipe, result, picture.draw)
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
@@ -161,10 +170,9 @@ def _prune(given: dict[str, Any], rank: int) -> None:
             screen.print(
                 f"Prediction and measurement agree up to sparsity {safety.trusted_until:g}"
             )
-        if not has_picture:
+        if not picture.is_drawn:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
-    screen.print(f"\n[bold]{run_summary(result)}[/bold]")
-    screen.print(f"Written to {given['out']}", soft_wrap=True)
+    screen.print(f"\n[bold]{run_summary(result)}[/bold]\nWritten to {given['out']}", soft_wrap=True)
 
 
 def _pruned(
@@ -192,6 +200,7 @@ def _pruned(
         rounds=given["rounds"],
         max_accuracy_drop=given["max_accuracy_drop"],
         max_loss_increase=given["max_loss_increase"],
+        loss_cap=given["loss_cap"],
         confidence=given["confidence"],
         held_out=held_out or None,
         recalibrate=given["recalibrate"],
@@ -202,15 +211,28 @@ def _pruned(
     return result.masks, [entry.as_dict() for entry in result.history], result.safety
 
 
-def _draw(safety: SafetyReport, folder: Path) -> bool:
-    """Draw the tested sparsities into the run's folder; False without matplotlib."""
-    from fastsal.cli.safety_figure import draw
+class _Picture:
+    """The figure of the tested sparsities, where a limit was tested and matplotlib is installed."""
 
-    try:
-        draw(safety, folder / "safety.svg")
-    except ImportError:
-        return False
-    return True
+    def __init__(self, safety: SafetyReport | None) -> None:
+        self._safety = safety
+        self.is_drawn = False
+
+    def draw(self, path: Path) -> None:
+        """Draw it; a figure that fails is a warning, as it is not worth the run."""
+        if self._safety is None:
+            return
+        from fastsal.cli.safety_figure import draw
+
+        try:
+            draw(self._safety, path)
+        except ImportError:
+            return
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            warn_user(f"the figure cannot be drawn ({type(error).__name__}: {error})")
+            return
+        self.is_drawn = True
 
 
 def _curve(safety: SafetyReport) -> Any:
@@ -218,7 +240,9 @@ def _curve(safety: SafetyReport) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss increase"
+    measured = "accuracy drop"
+    if safety.capped_at is not None:
+        measured = f"increase of the loss capped at {safety.capped_at:.4g}"
     bound = f"bound, confidence {safety.limit.confidence:g}"
     for title in ("sparsity", measured, bound, "loss increase", "predicted"):
         table.add_column(title, justify="right")

@@ -50,7 +50,7 @@ def score(**given: Any) -> None:
     )
     from fastsal.cli.output import console, emit
     from fastsal.pruning.damping import resolve_damping
-    from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.atomic import atomic_path, check_writable
     from fastsal.utils.clock import Clock
 
     if given["statistics"] is not None and given["data"] is not None:
@@ -62,6 +62,7 @@ def score(**given: Any) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_writable(given["out"], "out", 4 * sum(p.numel() for p in model.parameters()))
     fisher = None
     with clock.step("statistics"):
         if given["statistics"] is not None:

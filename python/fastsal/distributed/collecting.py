@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.data.batches import Batches, Pair
+from fastsal.data.batches import Batches, Pair, Source
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import ShardedStatistics
 from fastsal.distributed.whole_weights import whole_weights
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher, sums_of
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.groups import join, run
@@ -77,10 +77,13 @@ def collect(
 
     Raises:
         LostRankError: Another process ended.
-        InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.collect`.
+        FailedRankError: Another process failed; if its error is one of fastsal, all raise that.
+        InvalidArgument: `torch.distributed` is not initialized, an argument is not the same in
+            every process, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
-    with whole_weights(model) as inner:
+    with whole_weights(model) as inner, ranks.together("collect"):
+        ranks.check_same(same_arguments(exchange=exchange, **options))
         found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
     assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored
     return found.own.fisher
@@ -100,17 +103,25 @@ def save(
 
     Raises:
         LostRankError: Another process ended.
+        FailedRankError: Another process could not write its file.
         InvalidArgument: `torch.distributed` is not initialized.
     """
     ranks = Ranks(group)
     target = Path(path)
     names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
-    fisher.save(target.parent / names[ranks.rank])
-    ranks.all_gather(None)
-    if ranks.rank == 0:
-        origin = sums_of(fisher).origin
-        write_index(target, names, list(origin.shapes if origin else fisher.shapes))
-    ranks.all_gather(None)
+    with ranks.together("save"):
+        fisher.save(target.parent / names[ranks.rank])
+    with ranks.together("save of the index"):
+        if ranks.rank == 0:
+            origin = sums_of(fisher).origin
+            write_index(target, names, list(origin.shapes if origin else fisher.shapes))
+
+
+def same_arguments(**options: Any) -> dict[str, Any]:
+    """Return the arguments that must be the same in every process."""
+    # Only rank 0 shows progress, and folders may have another path on another machine.
+    own = ("progress", "scratch", "checkpoint")
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def collected(
@@ -167,7 +178,7 @@ def add_samples(
     ranks: Ranks,
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     *,
     progress: bool | Report = False,
     exchange: str = "rows",
@@ -194,8 +205,19 @@ def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Pas
 
     def add(work: Work, sums: ModelSums, number: int, report: Report) -> None:
         add_shared(work.how, sums, groups[number], ranks, work.source(), report)
+        _check_images(ranks, work.source)
 
     return Passes([_own(group[ranks.rank]) for group in groups], add)
+
+
+def _check_images(ranks: Ranks, source: Source) -> None:
+    """Raise DataError unless all ranks iterated over the same images."""
+    seen = ranks.all_gather(None if source.seen is None else source.seen.value())
+    if len(set(seen)) > 1:
+        raise DataError(
+            "batches must be the same on every rank, got other images or another order; shuffle "
+            "with the same seed on every rank"
+        )
 
 
 def _own(parts: Sequence[Part]) -> Parts:

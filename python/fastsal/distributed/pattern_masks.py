@@ -65,14 +65,14 @@ def pattern_masks_of_shards(
     if not wanted.is_whole:
         kept: Mapping[str, Tensor]
         if joint:
-            with ranks.failing_together(statistics):
+            with ranks.together("joint costs"):
                 kept = joint_choice(_in_rows(mine, mine.weights), statistics, wanted, damping)
         else:
             kept = rank(_in_rows(mine, scores), pattern=pattern)
         flat = {key: mask.reshape(-1).numpy() for key, mask in kept.items()}
         return Masks(assembled(flat, mine.shares, mine.shapes, ranks), dict(recipe))
     if joint:
-        with ranks.failing_together(statistics):
+        with ranks.together("joint costs"):
             costs = joint_costs(_in_rows(mine, mine.weights), statistics, wanted, damping)
     else:
         costs = group_scores(_in_rows(mine, scores), wanted.m)
@@ -91,7 +91,7 @@ def pattern_masks_of_shards(
         name: expand_groups(groups[name], torch.Size(shape), wanted.m)
         for name, shape in mine.shapes.items()
     }
-    return Masks(whole, {**groups.recipe, **recipe})
+    return Masks(whole, {**groups.recipe, **recipe}, copy=False)
 
 
 def _in_rows(mine: Mine, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

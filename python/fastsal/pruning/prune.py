@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches
+from fastsal.data.batches import Batches, first_images
+from fastsal.data.content import SeenImages
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import LossFunction, resolve_loss
+from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
+from fastsal.models.digest import model_digest
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.history import Round
+from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.limit import Limit, SafetyReport
 from fastsal.pruning.masks.masks import Masks
@@ -28,6 +31,7 @@ from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
 
@@ -83,6 +87,7 @@ def prune(
     seed: int = 0,
     max_loss_increase: float | None = None,
     max_accuracy_drop: float | None = None,
+    loss_cap: float | None = None,
     confidence: float = 0.95,
     held_out: Batches | None = None,
     recalibrate: bool = False,
@@ -109,8 +114,9 @@ def prune(
         compensate: Whether kept weights are updated to compensate for pruned ones, see
             `fastsal.compensate`.
         damping: `λ` of `A = F + λI`. A positive number; a multiple of the mean diagonal of F in
-            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, and the `λ`
-            with the least loss on them is used. A cross-entropy counts at most what guessing costs.
+            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, at most
+            1,024 samples spread over all, and the `λ` with the least loss on them is used. A
+            cross-entropy counts at most what guessing costs.
             The held-out samples are then added to the statistics; if that increases the held-out
             loss, the model pruned without them is kept. With several rounds, `λ` is chosen once, at
             the final sparsity.
@@ -141,7 +147,8 @@ def prune(
         loss_scale: Factor on the loss that keeps float16 gradients from underflowing; undone before
             gradients are squared. None chooses it.
         memory_budget: Bytes that pruning may add to the memory of the process, or text such as
-            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks and copies.
+            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks, copies and
+            held-out images, which are read again for each use if `batches` can be iterated again.
         scratch: Folder for statistics and copies that exceed the budget. Without it, statistics
             that do not fit are recomputed on each use, which needs no disk but several times as
             long; `fastsal.plan_memory` estimates both.
@@ -149,17 +156,24 @@ def prune(
         progress: Whether a progress bar is shown, or a function `(done, total)` that is called.
         seed: Seed of all random numbers.
         max_loss_increase: Instead of `sparsity`: prune to the highest sparsity at which the mean
-            loss on held-out images rises by at most this much, with a finite-sample guarantee. The
-            loss of an image counts at most what guessing costs. One round, no pattern.
+            loss on held-out images, capped at `loss_cap`, rises by at most this much, with a
+            finite-sample guarantee. One round, no pattern. The sparsities that are tested are those
+            of `fastsal.pruning.prune_to_limit.GRID`, 26 values from 0.1 to 0.99.
         max_accuracy_drop: Instead of `sparsity`: the same for top-1 accuracy, a fraction in (0, 1).
+            The model must return logits `[n, C]`.
+        loss_cap: With `max_loss_increase`: what the loss of an image counts at most. None is
+            `log C`, the loss of guessing, for the cross-entropy; it is required for a function.
         confidence: Confidence of that guarantee, in (0, 1).
-        held_out: Labeled images to test the limit on; None holds out one sample in four. The
-            guarantee is for images like these, so they should not be training images of the model.
+        held_out: Labeled images to test the limit on, in any order; None holds out one sample in
+            four. The guarantee is for images like these, so they should not be training images of
+            the model. Images that can be iterated again are read again for each model rather than
+            kept in memory, with a memory budget or if they take more than 1 GiB.
         recalibrate: Whether the running statistics of batch normalization are averaged over the
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
-            is removed at the end.
+            is removed at the end. The file of a run with another model, images, labels, loss or
+            other arguments is rejected; the images are read once to compare them.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -208,6 +222,7 @@ class Arguments:
     seed: int
     max_loss_increase: float | None
     max_accuracy_drop: float | None
+    loss_cap: float | None
     confidence: float
     held_out: Batches | None
     recalibrate: bool
@@ -245,13 +260,28 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         seed=given.seed,
     )
     recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
+    loss = resolve_loss(given.loss)
+    limit = Limit.of(
+        given.max_loss_increase,
+        given.max_accuracy_drop,
+        given.confidence,
+        given.loss_cap,
+        needs_cap=loss is not cross_entropy,
+    )
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
     if given.curvature == "features":
-        images, batches = _first_images(batches, given.samples)
+        images, batches = first_images(batches, given.samples)
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
-    statistics = _collection(given, recipe, chosen, process)
+    nbytes = 0
+    if given.memory_budget is not None:
+        nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
+    statistics = _collection(given, recipe, chosen, process, nbytes)
     # The model has its dense weights until the second round.
     needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
     job = Job(
@@ -261,19 +291,26 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         recipe,
         chosen,
         statistics,
-        resolve_loss(given.loss),
+        loss,
         copies(chosen) if needs_copy else None,
         process,
         Shelf(given.scratch),
+        None if given.checkpoint is None else SeenImages(),
     )
-    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
     return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
 
 
 def _collection(
-    given: Arguments, recipe: Recipe, chosen: dict[str, nn.Parameter], process: Process
+    given: Arguments,
+    recipe: Recipe,
+    chosen: dict[str, nn.Parameter],
+    process: Process,
+    images: int,
 ) -> dict[str, Any]:
-    """Return the arguments of `collect` except model, batches, samples and seed."""
+    """Return the arguments of `collect` except model, batches, samples and seed.
+
+    `images` is the bytes of held-out images that are kept.
+    """
     statistics: dict[str, Any] = {
         "block_size": recipe.block_size,
         "loss": given.loss,
@@ -285,6 +322,7 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:
@@ -297,6 +335,7 @@ def _collection(
         has_scratch=given.scratch is not None,
         needs_fisher=CRITERIA[recipe.criterion].needs_fisher,
         joins=recipe.is_auto or given.recalibrate,
+        images=images,
     )
     return statistics | {
         "memory_budget": given.memory_budget,
@@ -315,7 +354,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
     # Invalid fractions are rejected before anything is computed.
     check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
     checkpoint = None
-    if given.checkpoint is not None:
+    if given.checkpoint is not None and (seen := job.seen) is not None:
         asked = {
             "sparsity": given.sparsity,
             "rounds": given.rounds,
@@ -323,8 +362,14 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             **job.recipe.asked(),
             "precision": given.precision,
             "curvature": given.curvature,
+            "loss": identity_of(given.loss),
+            "autocast": given.autocast,
+            "loss_scale": given.loss_scale,
+            "micro_batch": given.micro_batch,
+            "recalibrate": given.recalibrate,
         }
-        checkpoint = job.process.checkpoint(given.checkpoint, asked)
+        rest = model_digest(job.model, without=job.chosen.values())
+        checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
     done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
     return PruneResult(*done)
@@ -353,18 +398,3 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
 
 def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in job.chosen.items()}
-
-
-def _first_images(
-    batches: Batches | None, samples: int | None
-) -> tuple[Tensor | None, Batches | None]:
-    """Return the first images, and batches that still include them."""
-    if batches is None:
-        return None, None
-    if isinstance(batches, Iterator):
-        first = list(itertools.islice(batches, 1))
-        batches = itertools.chain(first, batches)
-    else:
-        first = list(itertools.islice(batches, 1))
-    most = None if samples is None else 1
-    return next(as_batches(first, most, "ignored"))[0], batches

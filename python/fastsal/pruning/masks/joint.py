@@ -85,8 +85,8 @@ def rank_pattern(
         costs = joint_costs(owned, statistics, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
         kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
-        return Masks(kept, {**groups.recipe, **recipe})
-    return Masks(joint_choice(owned, statistics, wanted, damping), recipe)
+        return Masks(kept, {**groups.recipe, **recipe}, copy=False)
+    return Masks(joint_choice(owned, statistics, wanted, damping), recipe, copy=False)
 
 
 def joint_costs(

@@ -78,7 +78,7 @@ def rank(
             name: expand_groups(groups[name], values.shape, wanted.m)
             for name, values in scores.items()
         }
-        return Masks(whole, {**groups.recipe, "pattern": str(wanted)})
+        return Masks(whole, {**groups.recipe, "pattern": str(wanted)}, copy=False)
     kept = {}
     if wanted is not None:
         recipe = {"pattern": pattern}
@@ -100,7 +100,7 @@ def rank(
             for name, values in flat.items():
                 kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
     masks_ = {name: torch.from_numpy(mask).reshape(shapes[name]) for name, mask in kept.items()}
-    return Masks(masks_, recipe)
+    return Masks(masks_, recipe, copy=False)
 
 
 def check_ranking(
