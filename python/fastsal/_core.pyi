@@ -7,12 +7,12 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ROWS_PER_STEP",
+    "LargeRowError",
     "NanScoreError",
     "NonFiniteRowError",
     "accumulate",
     "blocks",
     "build_info",
-    "check_finite",
     "compensate",
     "count_keys",
     "diagonal",
@@ -23,6 +23,7 @@ __all__ = [
     "inverse",
     "inverse_diagonal",
     "kth_smallest",
+    "largest",
     "mask_below",
     "n_of_m",
     "n_of_m_joint",
@@ -42,6 +43,7 @@ _Parameter = tuple[_Floats, int, float, NDArray[np.bool_] | None]
 # values, failed blocks, sensitivity of each block
 _Inverse = tuple[NDArray[np.float64], list[int], NDArray[np.float64]]
 
+class LargeRowError(ArithmeticError): ...
 class NonFiniteRowError(ArithmeticError): ...
 class NanScoreError(ArithmeticError): ...
 
@@ -58,7 +60,7 @@ def accumulate(
     sums: _Floats,
     fresh: bool = False,
 ) -> None: ...
-def check_finite(rows: NDArray[np.generic], dtype: str) -> None: ...
+def largest(rows: NDArray[np.generic], dtype: str) -> float: ...
 def blocks(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
 def diagonal(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
 def inverse(

@@ -27,6 +27,7 @@ from fastsal.models.selection import check_finite_weights, check_mask_shapes, mo
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
 from fastsal.utils.booleans import boolean
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.suggestions import listed
 
 
@@ -106,7 +107,7 @@ def compensate(
     check_mask_shapes("before", before or {}, owned)
     check_finite_weights(owned)
     moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
         for name, weights in moved.items():
             owned[name].copy_(weights)
     return report

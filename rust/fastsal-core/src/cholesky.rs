@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use crate::isa::{Isa, Set};
+use crate::parallel::checkpoint_at;
 use crate::simd::{dispatch, padded, Kernel, Simd};
 
 /// Vectors of a row that are built at a time.
@@ -216,6 +217,7 @@ impl Kernel<f64> for Cholesky<'_> {
         let stride = padded(size);
         assert!(a.len() >= size * stride);
         for start in (0..size).step_by(ROWS) {
+            checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
@@ -275,6 +277,7 @@ impl Kernel<f64> for InvertFactor<'_> {
         m[..size * stride].fill(0.0);
         let factor = u.as_ptr();
         for start in (0..size).step_by(ROWS) {
+            checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             let mut done = 0;
             if end - start == ROWS {

@@ -4,7 +4,7 @@
 //! `(θ_Pᵀ A_PP θ_P - rᵀ A_KK⁻¹ r) / 2` with `r = A_KP θ_P`. Weights that were pruned before belong to
 //! neither set.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::cholesky::{cholesky, solve};
 use crate::error::{check_length, check_weights, Result};

@@ -5,14 +5,14 @@
 //! instead of a `[B, B]` one. With `sλI + GGᵀ = UᵀU` the inner diagonal is the column sums of squares of
 //! `U⁻ᵀG`. Everything is computed in double precision.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::cholesky::{cholesky, subtract_row};
 use crate::error::{check_length, check_positive, Error, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
 use crate::memory::{self, reserve};
-use crate::parallel;
+use crate::parallel::{self, checkpoint_at};
 use crate::rows::{with_rows, AnyRows, Element};
 use crate::scratch::{zeros, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
@@ -191,6 +191,7 @@ impl Kernel<f64> for Forward<'_> {
     fn run<S: Simd<T = f64>>(self, simd: S) {
         let (n, stride) = (self.n, padded(self.n));
         for i in 0..n {
+            checkpoint_at(i, n);
             let (done, rest) = self.y.split_at_mut(i * STRIP);
             let row = &mut rest[..STRIP];
             subtract_row(simd, row, done, STRIP, i, &self.u[i..], stride);

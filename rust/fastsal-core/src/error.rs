@@ -57,6 +57,19 @@ pub enum Error {
         /// The names that are accepted.
         available: String,
     },
+    /// The squares of finite gradients are too large for the type of the sums.
+    #[error("squares of gradients must fit the type of the sums, got {value} for sample {row} at position {column}")]
+    Overflow {
+        /// Row: the sample with the largest gradient at this position.
+        row: usize,
+        /// Column: the flat position in the parameter.
+        column: usize,
+        /// The gradient.
+        value: f64,
+    },
+    /// The caller said to stop.
+    #[error("the call must run to its end, got an interrupt")]
+    Interrupted,
     /// A score is NaN.
     #[error("scores must be numbers, got NaN at position {index} of array {array}")]
     NanScore {

@@ -11,12 +11,12 @@
 //! `(w_k - T_kp w_p / T_pp)² / (2 (T_kp² / T_pp - T_kk))`: the price of a pair is a few operations, and
 //! an exchange is two sweeps.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, check_weights, Result};
 use crate::groups::Groups;
 use crate::isa::Isa;
-use crate::parallel;
+use crate::parallel::{self, checkpoint_at};
 use crate::scratch::{room, zeros, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Damped;
@@ -165,6 +165,7 @@ impl Swept<'_> {
     fn sweep(&mut self, j: usize, leaves: bool) -> bool {
         let Self { t, w, column, size, stride } = self;
         let (size, stride) = (*size, *stride);
+        checkpoint_at(0, size);
         for i in 0..j {
             column[i] = t[i * stride + j];
         }

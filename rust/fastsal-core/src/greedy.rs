@@ -7,7 +7,7 @@
 //! steps and `p_s` their pivots. Small and large blocks share everything
 //! except how they compute that column.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, check_weights, Result};
 use crate::greedy_large::Large;

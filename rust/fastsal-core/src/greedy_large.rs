@@ -5,6 +5,7 @@
 use crate::cholesky::subtract_row;
 use crate::greedy_state::{begin, Block, Candidates, Order, MOST_LANES};
 use crate::layout::{row_base, triangle};
+use crate::parallel::checkpoint_at;
 use crate::scratch::Scratch;
 use crate::simd::{padded, Kernel, Simd};
 use crate::syrk::syrk;
@@ -74,6 +75,9 @@ impl<'a> Elimination<'a> {
         let Self { rest, negated, columns, steps, order } = self;
         if order.is_complete() {
             return false;
+        }
+        if *steps == 0 {
+            checkpoint_at(0, order.len());
         }
         let (cost, at) = rest.cheapest(simd);
         rest.candidates.out[at] = f64::INFINITY;

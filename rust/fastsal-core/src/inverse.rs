@@ -1,6 +1,6 @@
 //! Inverses of the damped blocks `A_b = F_b + λ I`, and the diagonals of the inverses.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Result};
 use crate::isa::Isa;

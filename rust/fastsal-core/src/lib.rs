@@ -14,6 +14,8 @@ pub mod compensate;
 pub mod dual;
 pub mod error;
 pub mod exchange;
+pub mod finite;
+mod floats;
 pub mod greedy;
 mod greedy_large;
 mod greedy_small;

@@ -4,7 +4,7 @@
 //! (Optimal Brain Surgeon for several weights; Kurtic et al. 2022, oBERT, eq. 5). The members of a
 //! group may belong to two blocks, between which `A⁻¹` is zero.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, check_weights, Error, Result};
 use crate::exchange;

@@ -8,7 +8,7 @@
 //! ordered by position (first array first, first weight first), so the count is exact and the mask
 //! does not depend on the number of threads.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Error, Result};
 use crate::groups::volume;

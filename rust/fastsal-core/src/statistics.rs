@@ -4,7 +4,7 @@
 //! double precision. Weights that are already pruned take no part: their rows and columns are the
 //! identity.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::cholesky::{cholesky, invert_factor};
 use crate::error::{check_length, check_positive, Result};

@@ -9,6 +9,7 @@
 
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle};
+use crate::parallel::checkpoint_at;
 use crate::rows::RowBytes;
 use crate::simd::{dispatch, padded, prefetch, Kernel, Real, Simd};
 
@@ -128,6 +129,7 @@ fn add_tiles<S: Simd>(_simd: S, block: Syrk<'_, S::T>) {
     // Every strip below is the only one of its shape: each tile is compiled once.
     let mut j = 0;
     while j < size {
+        checkpoint_at(j, size);
         let mut i = 0;
         // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`); `_simd` is
         // the proof of the instruction set.

@@ -104,6 +104,16 @@ impl Mask {
 /// One parameter: (packed sums, d, samples, kept or None).
 pub type Parameter<'py> = (Floats<'py>, usize, f64, Option<Mask>);
 
+/// About how many nanoseconds it takes to factor and invert the blocks of parameters.
+pub fn cubes(parameters: &[Parameter<'_>], block_size: usize) -> u64 {
+    let cube = |(_, d, ..): &Parameter<'_>| {
+        let block = block_size.min(*d) as u64;
+        // Four products in a nanosecond.
+        (*d as u64).saturating_mul(block.saturating_mul(block) / 4 + 8)
+    };
+    parameters.iter().map(cube).fold(0, u64::saturating_add)
+}
+
 /// Borrow the statistics of a parameter.
 pub fn statistics<'a>(parameter: &'a Parameter<'_>, block_size: usize) -> PyResult<Statistics<'a>> {
     let (packed, d, samples, kept) = parameter;

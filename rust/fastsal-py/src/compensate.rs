@@ -1,12 +1,12 @@
 //! Joint compensation.
 
 use fastsal_core::memory::zeros;
-use fastsal_core::{compensate as core, parallel};
+use fastsal_core::{compensate as core, parallel, Result};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{check_count, slice, statistics, to_numpy, Array, Mask, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Mask, Parameter};
+use crate::parallel::call;
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
 type Compensation<'py> =
@@ -30,19 +30,19 @@ pub fn compensate<'py>(
         .zip(&masks)
         .map(|((p, w), m)| Ok((statistics(p, block_size)?, slice("weights", w)?, m.as_slice())))
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights, mask)| {
             let mut moved = zeros("weights", weights.len())?;
             moved.copy_from_slice(weights);
-            statistics
-                .damped(damping)
-                .and_then(|damped| core::compensate(damped, &mut moved, mask))
-                .map(|report| (moved, report))
+            let report = core::compensate(statistics.damped(damping)?, &mut moved, mask)?;
+            Ok((moved, report))
         })
-    });
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+    })?;
     let wrap = |(weights, report): (Vec<f32>, core::Compensation)| {
         let (after, before) = (to_numpy(py, report.increase), to_numpy(py, report.uncompensated));
         (to_numpy(py, weights), after, before, report.failed)
     };
-    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+    Ok(results.into_iter().map(wrap).collect())
 }

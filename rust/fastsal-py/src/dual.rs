@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use crate::arrays::{must_be, to_numpy, Gradients, Mask};
 use crate::errors::to_python;
 use crate::inverse::Inverse;
+use crate::parallel::call;
 
 /// `diag(A⁻¹)` of one parameter `[d]` from its gradients `[n, d]`, float32 or float64.
 #[pyfunction]
@@ -27,11 +28,14 @@ pub fn dual_inverse_diagonal<'py>(
     }
     let rows = gradients.rows()?;
     let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
-    let result = py.detach(|| {
+    // The Gram matrix, and a solution for each column.
+    let n = rows.n() as u64;
+    let work = (rows.d() as u64).saturating_mul(n.saturating_mul(n) / 4 + 8);
+    let result = call(py, work, || {
         let mut out = zeros("the diagonals", layout.len())?;
         dual::inverse_diagonal(layout, rows, samples, kept, damping, &mut out)
             .map(|report| (out, report))
     });
-    let (out, report) = result.map_err(to_python)?;
+    let (out, report) = result?;
     Ok((to_numpy(py, out), report.failed, to_numpy(py, report.sensitivity)))
 }

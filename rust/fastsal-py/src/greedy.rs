@@ -2,12 +2,12 @@
 
 use fastsal_core::memory::zeros;
 use fastsal_core::statistics::Report;
-use fastsal_core::{greedy, parallel};
+use fastsal_core::{greedy, parallel, Result};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{check_count, slice, statistics, to_numpy, Array, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Parameter};
+use crate::parallel::call;
 
 /// Scores, turns, failed blocks, sensitivity of each block.
 type Elimination<'py> =
@@ -28,19 +28,20 @@ pub fn eliminate<'py>(
         .zip(&weights)
         .map(|(p, w)| Ok((statistics(p, block_size)?, slice("weights", w)?)))
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights)| {
             let mut scores = zeros("scores", weights.len())?;
             let mut turns = zeros("turns", weights.len())?;
-            statistics
-                .damped(damping)
-                .and_then(|damped| greedy::eliminate(damped, weights, &mut scores, &mut turns))
-                .map(|report| (scores, turns, report))
+            let damped = statistics.damped(damping)?;
+            let report = greedy::eliminate(damped, weights, &mut scores, &mut turns)?;
+            Ok((scores, turns, report))
         })
-    });
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+    })?;
     let wrap = |(scores, turns, report): (Vec<f32>, Vec<u32>, Report)| {
         let sensitivity = to_numpy(py, report.sensitivity);
         (to_numpy(py, scores), to_numpy(py, turns), report.failed, sensitivity)
     };
-    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+    Ok(results.into_iter().map(wrap).collect())
 }

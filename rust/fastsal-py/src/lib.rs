@@ -27,13 +27,13 @@ mod core {
         crate::isa::check(module.py())
     }
     #[pymodule_export]
-    use crate::accumulate::{accumulate, check_finite, packed_len};
+    use crate::accumulate::{accumulate, largest, packed_len};
     #[pymodule_export]
     use crate::compensate::compensate;
     #[pymodule_export]
     use crate::dual::dual_inverse_diagonal;
     #[pymodule_export]
-    use crate::errors::{NanScoreError, NonFiniteRowError};
+    use crate::errors::{LargeRowError, NanScoreError, NonFiniteRowError};
     #[pymodule_export]
     use crate::greedy::eliminate;
     #[pymodule_export]

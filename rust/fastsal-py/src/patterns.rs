@@ -7,8 +7,8 @@ use fastsal_core::{parallel, patterns, Result};
 use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{check_count, slice, statistics, to_numpy, Array, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Parameter};
+use crate::parallel::call;
 
 /// `[outer, width, inner]` around the axis that is cut.
 type Shape = (usize, usize, usize);
@@ -90,10 +90,11 @@ fn each<R: Send>(
         .zip(shapes)
         .map(|((p, w), shape)| Ok((statistics(p, block_size)?, slice("weights", w)?, shape)))
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    call(py, cubes(parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights, shape)| {
             job(statistics.damped(damping)?, weights, Groups::new(shape, size)?)
         })
-    });
-    results.into_iter().map(|r| r.map_err(to_python)).collect()
+        .into_iter()
+        .collect()
+    })
 }

@@ -6,10 +6,15 @@ use numpy::PyArray1;
 use pyo3::prelude::*;
 
 use crate::arrays::{slice, slices, to_numpy, Array};
-use crate::errors::to_python;
+use crate::parallel::call;
 
 /// Masks of all arrays (true = kept) and the score of the last pruned weight.
 type Cut<'py> = (Vec<Bound<'py, PyArray1<bool>>>, Option<f32>);
+
+/// About how many nanoseconds it takes to select among scores.
+fn passes(arrays: &[&[f32]]) -> u64 {
+    arrays.iter().map(|scores| 2 * scores.len() as u64).sum()
+}
 
 /// The `k`-th smallest score over all arrays, `k >= 1`.
 #[pyfunction]
@@ -19,7 +24,7 @@ pub fn kth_smallest<'py>(
     k: usize,
 ) -> PyResult<Option<f32>> {
     let arrays = slices("scores", &scores)?;
-    let found = py.detach(|| select::smallest(&arrays, k, &[])).map_err(to_python)?;
+    let found = call(py, passes(&arrays), || select::smallest(&arrays, k, &[]))?;
     Ok(found.1)
 }
 
@@ -32,17 +37,15 @@ pub fn prune_smallest<'py>(
     floors: Vec<usize>,
 ) -> PyResult<Cut<'py>> {
     let arrays = slices("scores", &scores)?;
-    let (masks, threshold) = py
-        .detach(|| {
-            let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
-            let write = |(scores, cut): (&&[f32], _)| {
-                let mut kept = zeros("masks", scores.len())?;
-                select::write_mask(scores, cut, &mut kept).map(|()| kept)
-            };
-            let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
-            Ok((masks?, threshold))
-        })
-        .map_err(to_python)?;
+    let (masks, threshold) = call(py, passes(&arrays), || {
+        let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
+        let write = |(scores, cut): (&&[f32], _)| {
+            let mut kept = zeros("masks", scores.len())?;
+            select::write_mask(scores, cut, &mut kept).map(|()| kept)
+        };
+        let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
+        Ok((masks?, threshold))
+    })?;
     Ok((masks.into_iter().map(|m| to_numpy(py, m)).collect(), threshold))
 }
 
@@ -56,7 +59,7 @@ pub fn count_keys<'py>(
     below: u64,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
     let scores = slice("scores", &scores)?;
-    let counts = py.detach(|| keys::count_keys(scores, upper, below)).map_err(to_python)?;
+    let counts = call(py, passes(&[scores]), || keys::count_keys(scores, upper, below))?;
     Ok(to_numpy(py, counts))
 }
 
@@ -70,12 +73,12 @@ pub fn mask_below<'py>(
     ties: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = py.detach(|| {
+    let kept = call(py, passes(&[scores]), || {
         let mut kept = zeros("masks", scores.len())?;
         let cut = select::threshold(scores, key, ties);
         select::write_mask(scores, cut, &mut kept).map(|()| kept)
     });
-    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+    kept.map(|kept| to_numpy(py, kept))
 }
 
 /// The score of a key.
@@ -94,9 +97,9 @@ pub fn n_of_m<'py>(
     m: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = py.detach(|| {
+    let kept = call(py, 8 * passes(&[scores]), || {
         let mut kept = zeros("masks", scores.len())?;
         select::n_of_m(scores, shape, n, m, &mut kept).map(|()| kept)
     });
-    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+    kept.map(|kept| to_numpy(py, kept))
 }

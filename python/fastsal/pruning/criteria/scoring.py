@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.errors import DataError, InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
@@ -70,6 +70,7 @@ def score(
     Raises:
         InvalidArgument: An argument is invalid, statistics are missing or hold no samples, or a
             weight is NaN or infinite.
+        DataError: Scores or statistics are beyond the range of float32; names the parameter.
         UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         MaskError: A mask has another shape than its parameter.
         FactorizationError: A damped block is not positive definite; the message names the parameter
@@ -120,7 +121,8 @@ def score_tensors(
         some = slices(kept, parts) or None
         inputs = Inputs(weights, fisher, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
-            parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+            found = parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+            _check_range(key, found, values.reshape(-1))
         del fisher, weights, inputs  # before sums of the next parts are made
     if statistics is not None:
         warn_imprecise(errors, statistics.precision, damping)
@@ -176,6 +178,16 @@ def _chosen(
     if parameters is not None:
         raise InvalidArgument("parameters must be None with fisher, which defines them")
     return model_parameters(model, statistics.shapes)
+
+
+def _check_range(name: str, scores: Tensor, exact: Tensor) -> None:
+    """Raise DataError if a score `[d]` that is finite in float64 overflows float32."""
+    large = scores.isinf()
+    if bool(large.any()) and bool((large & exact.isfinite()).any()):
+        raise DataError(
+            f"scores of {name!r} must fit float32, got {float(exact[large].max()):.2g}; scale the "
+            "loss down, or the weights"
+        )
 
 
 def _double(name: str, weights: Tensor) -> Tensor:
