@@ -74,7 +74,10 @@ def open_batches(
     from fastsal.models.classifier import class_count
 
     images = load_images(path, labeled=labeled)
-    count = class_count(model) if labeled else None
+    count = None
+    if labeled:
+        first = next(iter(images.batches(spec, 1, samples=1)))[0]
+        count = class_count(model, first)
     if count is not None and int(images.y.max()) >= count:
         raise DataError(
             f"labels of {path} must be in 0 to {count - 1} for a model of {count} classes, got "
@@ -133,7 +136,7 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `fastsal.collect` that were given as options."""
     names = (
         *("block_size", "curvature", "precision", "micro_batch"),
-        *("memory_budget", "scratch", "scratch_budget"),
+        *("memory_budget", "scratch", "scratch_budget", "head"),
     )
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["parameters"]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
-    from fastsal.pruning.masks.masks import Masks
+    from fastsal.pruning.prune import PruneResult
 
 
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
@@ -105,9 +105,8 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.cli.output import console, emit, kept_table, run_summary
-    from fastsal.cli.runfolder import check_target, run_facts, write_run
-    from fastsal.pruning.limits.limit import summary
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.runfolder import check_target, run_facts, selection_facts, write_run
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
@@ -130,18 +129,20 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
             accuracy["before"] = measure(model, test, report=report)._asdict()
     with clock.step("prune"):
-        masks, history, safety = _pruned(given, ranked, model, batches, held_out)
+        done = _pruned(given, ranked, model, batches, held_out)
+    masks, safety = done.masks, done.safety
     if test:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
-    masks.verify(model)
+    masks.check(model)
     if rank:
         return
     result = {
         **run_facts(given, masks),
         "samples": batches.samples if batches else 0,
-        "history": history,
+        "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,
+        **selection_facts(done.left_out, done.in_use),
         "accuracy": accuracy,
         "seconds": clock.rounded(3),
     }
@@ -151,6 +152,16 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
+    _show(done, result, has_picture=has_picture)
+    console().print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> None:
+    """Print a result."""
+    from fastsal.cli.output import console, kept_table, print_selection, run_summary
+    from fastsal.pruning.limits.limit import summary
+
+    masks, safety = done.masks, done.safety
     screen = console()
     screen.print(kept_table(masks.kept, masks.shapes))
     if safety:
@@ -164,7 +175,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         if not has_picture:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
     screen.print(f"\n[bold]{run_summary(result)}[/bold]")
-    screen.print(f"Written to {given['out']}", soft_wrap=True)
+    print_selection(screen, done.left_out, done.in_use)
 
 
 def _pruned(
@@ -173,7 +184,7 @@ def _pruned(
     model: nn.Module,
     batches: ImageBatches | None,
     held_out: ImageBatches | None,
-) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
+) -> PruneResult:
     """Prune `model` in place."""
     import fastsal
     from fastsal.cli.inputs import collect_options
@@ -182,7 +193,7 @@ def _pruned(
     call: Any = fastsal.prune
     if world_size() > 1:
         from fastsal.distributed import prune as call
-    result = call(
+    result: PruneResult = call(
         model,
         batches,
         criterion=given["criterion"],
@@ -199,7 +210,7 @@ def _pruned(
         **ranked,
         **collect_options(given),
     )
-    return result.masks, [entry.as_dict() for entry in result.history], result.safety
+    return result
 
 
 def _draw(safety: SafetyReport, folder: Path) -> bool:

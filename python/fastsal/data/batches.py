@@ -99,6 +99,16 @@ def as_batches(
         )
 
 
+def first_images(batches: Batches | None) -> tuple[Tensor | None, Batches | None]:
+    """Return the images of the first batch, and batches that still include them."""
+    if batches is None:
+        return None, None
+    first = list(itertools.islice(batches, 1))
+    images = next(as_batches(first, None, "ignored"))[0]
+    again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
+    return images, again
+
+
 def check_samples(samples: int | None) -> int | None:
     """Return `samples` as an `int` of at least 1, or None for all samples."""
     return None if samples is None else whole("samples", samples, 1)
@@ -172,6 +182,24 @@ def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pa
             rest = _slice(rest, wanted, None) if len(rest[0]) > wanted else None
     if rest is not None:
         yield rest
+
+
+def without_single_images(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Join a batch of one image to the batch before it, if that has more than one.
+
+    Batch normalization in training mode has no variance of a single image to normalize by.
+    """
+    waiting: Pair | None = None
+    for pair in pairs:
+        joined: Pair | None = None
+        if waiting is not None:
+            is_single = len(pair[0]) == 1 < len(waiting[0])
+            joined = _joined(waiting, pair) if is_single else None
+            if joined is None:
+                yield waiting
+        waiting = pair if joined is None else joined
+    if waiting is not None:
+        yield waiting
 
 
 def _slice(pair: Pair, start: int, stop: int | None) -> Pair:

@@ -25,6 +25,7 @@ from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.gradients.losses import LossFunction
+from fastsal.models.input_axis import layer_axes
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
@@ -116,6 +117,7 @@ class RankProcess(Process):
             goal,
             damping,
             self._ranks,
+            axes=layer_axes(model, mine.shapes),
             joint=recipe.joins_groups,
             **recipe.ranking,
         )

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches
+from fastsal.data.batches import Batches, first_images
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, resolve_loss
+from fastsal.gradients.weights_in_use import indirect, warn_if_computed
+from fastsal.models.classifier import using_head
+from fastsal.models.input_axis import layer_axes
+from fastsal.models.left_out import LeftOut, left_out
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.limit import Limit, SafetyReport
+from fastsal.pruning.masks.in_use import InUse
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import check_ranking
 from fastsal.pruning.process import Process
@@ -41,18 +45,29 @@ class PruneResult:
         scores: Name to scores of the last round, float32.
         history: One entry for each round.
         safety: With `max_loss_increase` or `max_accuracy_drop`: the report of the test.
+        left_out: The parameters that were not to be pruned, and their share of the model.
+        in_use: Zeros of the weights in use, where layers compute them from parameters; None if that
+            is not known.
     """
 
     masks: Masks
     scores: dict[str, Tensor]
     history: list[Round] = field(default_factory=list)
     safety: SafetyReport | None = None
+    left_out: LeftOut | None = None
+    in_use: InUse | None = None
+
+    @property
+    def effective_sparsity(self) -> float:
+        """Fraction of zeros of the weights in use; that of the masks if it is not known."""
+        return self.masks.sparsity if self.in_use is None else self.in_use.sparsity
 
     def __repr__(self) -> str:
         rounds = f"{len(self.history)} round{'s' if len(self.history) != 1 else ''}"
         last = f", last {self.history[-1]!r}" if self.history else ""
         safety = f", safety={self.safety!r}" if self.safety is not None else ""
-        return f"PruneResult({self.masks!r}, {rounds}{last}{safety})"
+        rest = "" if self.left_out is None else f", {self.left_out}"
+        return f"PruneResult({self.masks!r}, {rounds}{last}{safety}{rest})"
 
 
 def prune(
@@ -87,6 +102,7 @@ def prune(
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -133,7 +149,7 @@ def prune(
             named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
             `[F]`; an image counts at most what the mean feature costs.
         parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
-            None prunes the weights of `nn.Linear` and `nn.ConvNd`.
+            None prunes those that `fastsal.select_parameters` selects by default.
         precision: Type in which F is accumulated.
         micro_batch: Samples of one forward and backward pass; None chooses it.
         autocast: Type of the passes under `torch.autocast`, such as `torch.bfloat16`; None disables
@@ -160,6 +176,8 @@ def prune(
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end.
+        head: Name of the classifier's layer, or several; None finds it. Only
+            `curvature="features"` uses it: features are its input.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -212,6 +230,7 @@ class Arguments:
     held_out: Batches | None
     recalibrate: bool
     checkpoint: str | os.PathLike[str] | None
+    head: str | Sequence[str] | None
 
     def normalized(self) -> Arguments:
         """Return them with numbers of NumPy and PyTorch as plain ones.
@@ -233,7 +252,11 @@ class Arguments:
 
 def prune_with(process: Process, arguments: Arguments) -> PruneResult:
     """Prune as `prune` does, by a process that works alone or with others."""
-    given = arguments.normalized()
+    with using_head(arguments.model, arguments.head):
+        return _prune(process, arguments.normalized())
+
+
+def _prune(process: Process, given: Arguments) -> PruneResult:
     check_choice("curvature", given.curvature, CURVATURES)
     recipe = Recipe.of(
         given.criterion,
@@ -247,8 +270,13 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
     recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
     model, batches = given.model, given.batches
     chosen = select_parameters(model, given.parameters)
+    images: Tensor | None = None
+    is_indirect = bool(indirect(model, chosen))
+    if given.curvature == "features" or is_indirect:
+        images, batches = first_images(batches)
+    if is_indirect:
+        warn_if_computed(model, chosen, lambda: images)
     if given.curvature == "features":
-        images, batches = _first_images(batches, given.samples)
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
     statistics = _collection(given, recipe, chosen, process)
@@ -267,7 +295,9 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         Shelf(given.scratch),
     )
     limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
-    return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    in_use = result.masks.in_use(model, images)
+    return replace(result, left_out=left_out(model, chosen), in_use=in_use)
 
 
 def _collection(
@@ -285,6 +315,7 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "warns": False,  # once, not in every round
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:
@@ -313,7 +344,9 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "held_out must be None without max_loss_increase or max_accuracy_drop"
         )
     # Invalid fractions are rejected before anything is computed.
-    check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
+    shapes = {name: tuple(p.shape) for name, p in job.chosen.items()}
+    axes = None if given.pattern is None else layer_axes(job.model, shapes)
+    check_ranking(shapes, given.sparsity, **job.recipe.ranking, axes=axes)
     checkpoint = None
     if given.checkpoint is not None:
         asked = {
@@ -323,6 +356,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             **job.recipe.asked(),
             "precision": given.precision,
             "curvature": given.curvature,
+            "head": given.head,
         }
         checkpoint = job.process.checkpoint(given.checkpoint, asked)
     goals = rising_goals(given.sparsity, given.rounds)
@@ -345,26 +379,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
             f"max_loss_increase and max_accuracy_drop exclude {named}: they find the sparsity, in "
             "one round and without a pattern"
         )
-    check_ranking(_shapes(job), 0.0, **job.recipe.ranking)
+    check_ranking({n: p.shape for n, p in job.chosen.items()}, 0.0, **job.recipe.ranking)
     if job.batches is None and given.held_out is None:
         raise InvalidArgument("batches must be labeled images to test a limit on, got None")
     return PruneResult(*prune_safely(job, limit, given.held_out))
-
-
-def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in job.chosen.items()}
-
-
-def _first_images(
-    batches: Batches | None, samples: int | None
-) -> tuple[Tensor | None, Batches | None]:
-    """Return the first images, and batches that still include them."""
-    if batches is None:
-        return None, None
-    if isinstance(batches, Iterator):
-        first = list(itertools.islice(batches, 1))
-        batches = itertools.chain(first, batches)
-    else:
-        first = list(itertools.islice(batches, 1))
-    most = None if samples is None else 1
-    return next(as_batches(first, most, "ignored"))[0], batches

@@ -31,6 +31,8 @@ from fastsal.utils.warn import warn_user
 _FORMAT = "fastsal head"
 # Part of every key: heads of another version are not found.
 _VERSION = 1
+# Version of what features are, the input of the layer that produces the output.
+_FEATURES = 2
 
 
 class HeadCache:
@@ -58,7 +60,7 @@ class HeadCache:
             kind: Kind of head, one of `HEAD_KINDS`.
             settings: Settings of this kind.
         """
-        inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
+        inputs = [_VERSION, _FEATURES, model, split_digest(fit), asdict(spec), kind, dict(settings)]
         return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:

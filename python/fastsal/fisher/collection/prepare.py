@@ -22,6 +22,8 @@ from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
+from fastsal.gradients.weights_in_use import warn_if_computed
+from fastsal.models.input_axis import layer_axes
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.sizes import parse_bytes
@@ -47,6 +49,7 @@ def prepare(
     loss_scale: float | None = None,
     use: Use | None = None,
     by_rows: bool = False,
+    warns: bool = True,
     is_dry: bool = False,
     share: Share | None = None,
 ) -> Work:
@@ -54,7 +57,8 @@ def prepare(
 
     The other arguments are those of `collect`. `use` gives the memory requirements of what the
     statistics are for, and `share` how they are divided among processes (see `plan_within`).
-    `by_rows` requires parts to end with a row of axis 0; `is_dry` requests only the plan.
+    `by_rows` requires parts to end with whole groups of a pattern; `is_dry` requests only the plan;
+    without `warns` no warning is issued of weights that layers compute from parameters.
 
     Raises:
         InvalidArgument: An argument is invalid, or the memory budget is too small.
@@ -65,6 +69,8 @@ def prepare(
     chosen = select_parameters(model, parameters)
     check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])
+    if warns:
+        warn_if_computed(model, chosen, lambda: source.first()[0])
     if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -72,7 +78,7 @@ def prepare(
     sums = ModelSums.empty(shapes, block_size, precision)
     share = share or Share()
     if by_rows:
-        share = replace(share, unit=row_unit(shapes, block_size))
+        share = replace(share, unit=row_unit(shapes, block_size, layer_axes(model, shapes)))
     size = micro_batch or choose_micro_batch(chosen)
     step = step_rows(chosen, sums.final_nbytes, size, samples)
     how = PassSettings(
