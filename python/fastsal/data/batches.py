@@ -99,11 +99,10 @@ def as_batches(
         )
 
 
-def first_images(batches: Batches | None) -> tuple[Tensor | None, Batches | None]:
+def first_images(batches: Batches) -> tuple[Tensor, Batches]:
     """Return the images of the first batch, and batches that still include them."""
-    if batches is None:
-        return None, None
-    first = list(itertools.islice(batches, 1))
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
+        first = list(itertools.islice(batches, 1))
     images = next(as_batches(first, None, "ignored"))[0]
     again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
     return images, again

@@ -149,8 +149,7 @@ def finetune(
     _check_batches(batches, held_out, epochs, patience)
     first = None
     if not (train_head or head is not None or declares_head(model)):
-        with torch.random.fork_rng(devices=[]):  # a loader draws its order
-            first, batches = first_images(batches)
+        first, batches = first_images(batches)
     with using_head(model, head):
         trained = trained_parameters(
             model,

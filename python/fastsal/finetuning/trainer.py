@@ -159,14 +159,14 @@ class Trainer:
                 else:
                     yield 1, twice(images), twice(labels)
             return
-        for images, labels in without_single_images(self._pairs(self._batches)):
-            if len(images) == 1:
+        for x, y in without_single_images(self._pairs(self._batches)):
+            if len(x) == 1:
                 raise InvalidArgument(
                     "batches must have at least two images each to train batch normalization, got "
                     "one; use a larger batch size, or freeze it (train_normalization=False)"
                 )
-            assert labels is not None  # see `_pairs`
-            yield len(images), images, labels
+            assert y is not None  # see `_pairs`
+            yield len(x), x, y
 
     def _losses(self, out: Any, labels: Tensor, before: int) -> Tensor:
         if self._classify:

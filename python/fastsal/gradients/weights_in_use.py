@@ -81,11 +81,11 @@ def zeros_in_use(
     if not suspects:
         return {}
     first = next(model.parameters())
-    images = example_images(model) if images is None else images
-    pair = to_model(images[:2] if len(images) > 1 else twice(images[:1]), first)
 
     def forward(copies: Mapping[str, Tensor]) -> dict[str, Any]:
-        x = pair.detach().clone()
+        some = example_images(model) if images is None else images
+        pair = some[:2] if len(some) > 1 else twice(some[:1])
+        x = to_model(pair, first).detach().clone()
         if x.is_floating_point():
             x.requires_grad_()
         with _Uses(copies, x) as uses:
@@ -94,7 +94,8 @@ def zeros_in_use(
 
     try:
         with frozen(model), differentiable(), PrivateRandomness(first.device).active(keep=False):
-            return differentiate(model, suspects, forward)  # type: ignore[arg-type]
+            found: Any = differentiate(model, suspects, forward)  # type: ignore[arg-type]
+            return found  # type: ignore[no-any-return]
     except Exception:  # whatever a model raises on images that it does not expect
         return None
 

@@ -140,10 +140,9 @@ def trace_head(model: nn.Module, images: Tensor | None) -> list[nn.Module] | Non
     modules = list(map(id, model.modules()))
     known = _TRACED.get(model)
     if known is None or known[0] != modules:
-        if images is None:
-            images = example_images(model)
         try:
-            known = modules, output_layers(model, images)
+            some = example_images(model) if images is None else images
+            known = modules, output_layers(model, some)
         except Exception:  # whatever a model raises on images that it does not expect
             return None
         _TRACED[model] = known

@@ -74,13 +74,14 @@ def feature_outputs(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _head_input(model: nn.Module, images: Tensor) -> Tensor:
-    layers = chosen_head(model) or trace_head(model, images)
+    layers: list[nn.Module] | None = chosen_head(model) or trace_head(model, images)
     if layers is None:  # the model does not run on these images; its own error follows
-        layers = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        linear: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        layers = linear[-1:]
     name = type(model).__name__
     if not layers:
         raise UnsupportedLayer(
-            f"model: {name} has neither forward_features nor a linear layer that alone produces "
+            f"model: {name} has neither forward_features nor a Linear layer that alone produces "
             "its output, so its features are undefined; define forward_features(images) -> [n, f], "
             "or name the layer whose input they are with head"
         )

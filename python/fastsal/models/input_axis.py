@@ -80,7 +80,7 @@ def known_axes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[st
     owners = _owners(model)
     found = {}
     for name, shape in shapes.items():
-        if len(shape) < 2:
+        if len(shape) < 2 or all(_is_container(m) for m, _ in owners.get(name, [])):
             found[name] = input_axes(shape)
             continue
         said = [_axes_of(module, own, shape) for module, own in owners.get(name, [])]
@@ -115,6 +115,11 @@ def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         for name, p in model.named_parameters(remove_duplicate=False)
         if id(p) in found
     }
+
+
+def _is_container(module: nn.Module) -> bool:
+    """Whether a module has no `forward`, and so no input."""
+    return type(module).forward is nn.Module.forward
 
 
 _Rule = Callable[[nn.Module, Sequence[int]], Axes]

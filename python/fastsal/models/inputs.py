@@ -83,7 +83,7 @@ def input_spec(
 
 def example_images(model: nn.Module) -> Tensor:
     """Return two random images `[2, C, H, W]` as a model expects them, of 224 pixels by default."""
-    spec = input_spec(model)
+    spec = input_spec(model, mean=0.0, std=1.0)  # values that every number of channels has
     height, width = spec.size or (224, 224)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(2, spec.channels, height, width, generator=generator)

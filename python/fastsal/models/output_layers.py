@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ def output_layers(model: nn.Module, images: Tensor) -> list[str]:
         pair = pair.clone()
         if pair.is_floating_point():
             pair.requires_grad_()
-        output = output_tensor(model(pair))
+        # Not through `__call__`: hooks of the user see the passes of the run only.
+        output = output_tensor(model.forward(pair))
         if output is None or output.grad_fn is None:
             return []
         graph = _Graph(pair if pair.is_floating_point() else None)
@@ -74,14 +76,19 @@ def output_tensor(output: Any) -> Tensor | None:
 
 @contextlib.contextmanager
 def _all_trained(model: nn.Module) -> Iterator[None]:
-    """Use evaluation mode with gradients for all parameters, then restore every flag."""
+    """Use evaluation mode with gradients for all parameters and without hooks, then restore all."""
     flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point()]
+    hooks = [(module, module._forward_hooks) for module in model.modules()]
     with evaluating(model):
         try:
             for p, _ in flags:
                 p.requires_grad_(True)
+            for module, _ in hooks:
+                module._forward_hooks = OrderedDict()
             yield
         finally:
+            for module, own in hooks:
+                module._forward_hooks = own
             for p, requires_grad in flags:
                 p.requires_grad_(requires_grad)
 

@@ -272,7 +272,7 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     chosen = select_parameters(model, given.parameters)
     images: Tensor | None = None
     is_indirect = bool(indirect(model, chosen))
-    if given.curvature == "features" or is_indirect:
+    if batches is not None and (given.curvature == "features" or is_indirect):
         images, batches = first_images(batches)
     if is_indirect:
         warn_if_computed(model, chosen, lambda: images)

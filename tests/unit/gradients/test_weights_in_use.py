@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import ScaledStdConv2d, StdConv2d
+from timm.models.resnetv2 import ResNetV2
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -62,7 +63,10 @@ KEPT = {
     "part": Computed(lambda w, more: w[:3], lambda x, w: F.linear(x, w).repeat(1, 2)),
     "quantized": Computed(lambda w, more: Halves.apply(w)),
     "spectral": parametrizations.spectral_norm(nn.Linear(12, 6)),
-    "data": Computed(lambda w, more: w, lambda x, w: F.linear(x @ (x.T @ x), w)),
+    "data": Computed(
+        lambda w, more: w,
+        lambda x, w: F.linear((x[:, :, None] @ (x[:, None] @ x[:, :, None]))[..., 0], w),
+    ),
 }
 
 
@@ -134,7 +138,7 @@ def test_collect_warns_once_before_anything_is_pruned(case):
 
 
 def test_prune_of_a_network_with_standardized_weights():
-    model = timm.create_model("resnetv2_50x1_bit", num_classes=5, layers=(1, 1, 1, 1)).eval()
+    model = ResNetV2([1, 1], [128, 128], num_classes=5, stem_chs=32, stem_type="fixed").eval()
     generator = torch.Generator().manual_seed(0)
     batch = torch.randn(2, 3, 64, 64, generator=generator), torch.arange(2)
     with pytest.warns(UserWarning, match="is computed from its parameter") as seen:

@@ -85,3 +85,11 @@ def test_a_layer_that_does_not_say_it_is_refused():
         layer_axes(model, shapes(model))
     with pytest.raises(InvalidArgument, match="input_axis must be"):
         layer_axes(InOut(2), {"weight": (6, 4)})
+
+
+def test_a_module_without_forward_has_no_other_axis():
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(6, 4))
+    model.more = nn.ParameterList([nn.Parameter(torch.randn(2, 3, 4))])
+    expected = {"w": Axes(6, 4, 1), "more.0": Axes(2, 3, 4)}
+    assert layer_axes(model, {"w": (6, 4), "more.0": (2, 3, 4)}) == expected

@@ -10,6 +10,8 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import InvalidArgument, MaskError
+from fastsal.fisher.parts import Part, row_unit
+from fastsal.models.input_axis import Axes
 from fastsal.pruning.masks.masks import Masks
 
 from ...models.test_input_axis import InOut
@@ -64,7 +66,7 @@ def n_of_m(rows, n, m):
 
 def test_scores_are_ranked_along_the_input_axis():
     model = net()
-    scores = fastsal.score(model, criterion="magnitude", parameters=NAMES)
+    scores = fastsal.score(model, None, criterion="magnitude", parameters=NAMES)
     masks = fastsal.rank(scores, pattern="2:4")
     for name in NAMES:
         expected = n_of_m(by_input(name, scores[name]), 2, 4)
@@ -110,18 +112,17 @@ def test_joint_choice_equals_that_of_the_same_layer_stored_the_other_way():
     assert torch.equal(masks["t"], masks["n"])
 
 
-def test_a_budget_cuts_no_groups(tmp_path):
-    masks = [
-        fastsal.prune(net(), data(), pattern="2:4", parameters=NAMES, damping=1e-3, **how).masks
-        for how in ({}, {"memory_budget": "80MiB", "scratch": tmp_path})
-    ]
-    assert masks[0] == masks[1]
+def test_no_part_cuts_a_group():
+    axes = {"t": Axes(2, 4, 27), "c": Axes(6, 3, 9)}
+    unit = row_unit({"t": (8, 3, 3, 3), "c": (6, 3, 3, 3)}, 36, axes)
+    assert unit(Part("t", 0, 216, 216)) == 108
+    assert unit(Part("c", 0, 162, 162)) == 108
 
 
 def test_verify_counts_along_the_recorded_axis(tmp_path):
     model = net()
     masks = fastsal.rank(
-        fastsal.score(model, criterion="magnitude", parameters=NAMES), pattern="2:4"
+        fastsal.score(model, None, criterion="magnitude", parameters=NAMES), pattern="2:4"
     )
     masks.save(tmp_path / "masks.safetensors")
     masks = Masks.load(tmp_path / "masks.safetensors")
@@ -141,7 +142,7 @@ def test_unknown_layers_are_refused_before_anything_is_computed():
     for call in (
         lambda: fastsal.prune(model, batches, pattern="2:4", parameters=["1.weight", "2.weight"]),
         lambda: fastsal.rank(
-            fastsal.score(model, criterion="magnitude", parameters="2.weight"), pattern="2:4"
+            fastsal.score(model, None, criterion="magnitude", parameters="2.weight"), pattern="2:4"
         ),
     ):
         with pytest.raises(InvalidArgument, match="the input axis of '2.weight' is unknown"):
