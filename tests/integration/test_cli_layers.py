@@ -69,7 +69,8 @@ def test_labels_fit_the_layer_that_produces_the_output(models, tiny_npz, tmp_pat
         after = load_model(spec, weights=tmp_path / name / "model.safetensors").state_dict()
         frozen = {key for key, value in after.items() if torch.equal(value, before[key])}
         still = "embed" if head else "head"
-        assert frozen == {f"{still}.weight", f"{still}.bias"}
+        assert {f"{still}.weight", f"{still}.bias"} <= frozen
+        assert ("head.bias" in frozen) == (not head)
     failed(run(*train, "--head", "haed", "--out", tmp_path / "none"), "head must name a layer")
 
 
@@ -81,19 +82,19 @@ def test_zeros_of_weights_in_use_are_told(models, tiny_npz, tmp_path):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert done.stderr.count("zeros of the parameter are not zeros of the weight in use") == 1
-    assert "left out: 2 parameters, 9 of 189 weights (4.8 %): biases" in done.stdout
+    assert "left out: 1 parameter, 3 of 183 weights (1.6 %): biases" in done.stdout
     assert "weights in use: sparsity 0." in done.stdout
     report = json.loads((out / "report.json").read_text())
     assert report["in_use"]["sparsity"] < 0.3
     assert list(report["in_use"]["computed"]) == ["0.weight"]
-    assert report["left_out"]["names"] == ["0.bias", "4.bias"]
+    assert report["left_out"]["names"] == ["4.bias"]
     weights = ["--weights", out / "model.safetensors", "--masks", out]
     for target in ([out], [spec, *weights]):
         done = run("verify", *target)
         assert done.exit_code == 0, done.output
         assert "weights in use: sparsity 0." in done.stdout
         found = json.loads(run("verify", *target, "--json").stdout)
-        assert found["in_use"] == pytest.approx(report["in_use"])
+        assert found["in_use"] == report["in_use"]
 
 
 def test_patterns_of_files_of_scores_lie_along_the_input_axis(models, tmp_path):
