@@ -15,7 +15,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "parameters", "rounds", "compensate", "damping", "recalibrate",
     ),
     "Accuracy or loss limit": (
-        "max_accuracy_drop", "max_loss_increase", "confidence",
+        "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),
     "Training": (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",

@@ -152,6 +152,8 @@ def _table(plan: MemoryPlan) -> Any:
     else:
         table.add_row("  forward and backward", "?", "only measured with --memory-budget")
     table.add_row("  scores, masks, copies", gib(plan.kept))
+    if plan.images:
+        table.add_row("  held-out images", gib(plan.images))
     disk = f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
     lacks = "[yellow]give --scratch DIR[/yellow]" if plan.disk and plan.scratch is None else ""
     table.add_row("[bold]scratch file[/bold]", disk, lacks)

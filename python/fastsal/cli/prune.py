@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
-    from fastsal.pruning.prune import PruneResult
+    from fastsal.pruning.prune_result import PruneResult
 
 
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
@@ -60,7 +60,14 @@ if TYPE_CHECKING:
     type=NUMBER,
     metavar="LOSS",
     help="Instead of --sparsity: find the highest sparsity whose increase in mean loss on held-out "
-    "images is at most this much.",
+    "images, capped at --loss-cap, is at most this much.",
+)
+@click.option(
+    "--loss-cap",
+    type=NUMBER,
+    metavar="LOSS",
+    show_default="log of the number of classes, the loss of guessing",
+    help="With --max-loss-increase: upper cap of the loss of an image.",
 )
 @click.option(
     "--confidence",
@@ -203,6 +210,7 @@ def _pruned(
         rounds=given["rounds"],
         max_accuracy_drop=given["max_accuracy_drop"],
         max_loss_increase=given["max_loss_increase"],
+        loss_cap=given["loss_cap"],
         confidence=given["confidence"],
         held_out=held_out or None,
         recalibrate=given["recalibrate"],
@@ -229,7 +237,9 @@ def _curve(safety: SafetyReport) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss increase"
+    measured = "accuracy drop"
+    if safety.capped_at is not None:
+        measured = f"increase of the loss capped at {safety.capped_at:.4g}"
     bound = f"bound, confidence {safety.limit.confidence:g}"
     for title in ("sparsity", measured, bound, "loss increase", "predicted"):
         table.add_column(title, justify="right")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from fastsal.data.class_order import class_order_note, in_class_order, largest_size
+from fastsal.data.stream_digest import StreamDigest
 from fastsal.errors import DataError
 from fastsal.utils.numbers import whole
+from fastsal.utils.warn import warn_user
 
 Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `as_batches`
 Pair = tuple[Tensor, Tensor | None]  # images [n, ...] and labels [n], or None
@@ -20,24 +23,35 @@ LabelUse = Literal["required", "optional", "ignored"]
 class Source:
     """Validated batches; every call iterates over them again, if the iterable allows it.
 
+    The first complete pass warns of samples that are the first ones in the order of their classes.
+    Later passes must yield the same images and labels.
+
     Args:
         batches: Iterable of `(images, labels)`, see `as_batches`.
         samples: Number of samples after which iteration stops; None for all.
         labels: Whether labels are required, optional or ignored.
+        name: Name of the argument that `batches` came from, for messages.
 
     Attributes:
         repeats: Whether `batches` can be iterated more than once.
+        seen: Digest of the first complete pass; None before it.
     """
 
     def __init__(
-        self, batches: Batches, samples: int | None, labels: LabelUse = "required"
+        self,
+        batches: Batches,
+        samples: int | None,
+        labels: LabelUse = "required",
+        name: str = "batches",
     ) -> None:
         self._batches = batches
+        self._name = name
         self._samples = samples
         self._labels = labels
         self._first: Pair | None = None
         self._checked: Iterator[Pair] | None = None
         self.repeats = not isinstance(batches, Iterator)
+        self.seen: StreamDigest | None = None
 
     def first(self) -> Pair:
         """Return the first batch; the next call yields it again."""
@@ -49,19 +63,78 @@ class Source:
         return self._first
 
     def __call__(self) -> Iterator[Pair]:
-        """Iterate over all batches."""
+        """Iterate over all batches.
+
+        Raises:
+            DataError: The pass is complete, and its images or labels are not those of the first.
+        """
         if self._checked is not None:
-            return self._checked
-        return as_batches(self._batches, self._samples, self._labels)
+            return self._watched(self._checked)
+        return self._watched(as_batches(self._batches, self._samples, self._labels))
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Iterate over all batches."""
+        return self()
+
+    def _watched(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
+        digest, labels = StreamDigest(), _Labels()
+        for images, targets in pairs:
+            digest.add(images, targets)
+            if self.seen is None and self._samples is not None:
+                labels.add(targets)
+            yield images, targets
+        if self.seen is None:
+            self.seen = digest
+            size = largest_size(self._batches)
+            if self._samples is not None and size is not None and size > self._samples:
+                labels.warn(size, is_real=self._labels != "ignored")
+            return
+        check_again(self.seen.samples, digest.samples, self._name)
+        if digest.value() != self.seen.value():
+            raise _others(self._name, "others on a later pass")
 
 
-def check_again(samples: int, again: int) -> None:
+def check_again(samples: int, again: int, name: str = "batches") -> None:
     """Raise DataError unless a repeated pass yields as many samples as the first one."""
     if again != samples:
-        raise DataError(
-            f"batches must yield the same images on every pass with memory_budget, got {samples} "
-            f"samples, then {again}"
-        )
+        raise _others(name, f"{samples} samples, then {again}")
+
+
+def _others(name: str, got: str) -> DataError:
+    return DataError(
+        f"{name} must yield the same images on every pass over them, got {got}; set shuffle=False, "
+        "or seed the shuffle again for each pass, and turn random augmentation off; or choose "
+        "samples and memory_budget such that one pass is enough"
+    )
+
+
+class _Labels:
+    """The labels of a pass, if all are class numbers `[n]`."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] | None = []
+
+    def add(self, labels: Tensor | None) -> None:
+        """Add the labels of a batch."""
+        if labels is None or labels.dim() != 1 or labels.is_floating_point():
+            self._found = None
+        elif self._found is not None:
+            self._found.append(labels.cpu())
+
+    def warn(self, size: int, *, is_real: bool) -> None:
+        """Warn if they are the first ones of `size` samples in the order of their classes.
+
+        Args:
+            size: Number of samples of the source.
+            is_real: Whether the labels are used. Others may be placeholders, all equal.
+        """
+        labels = torch.cat(self._found).numpy() if self._found else None
+        if labels is None or not in_class_order(labels):
+            return
+        classes = len(set(labels.tolist()))
+        if classes > 1 or is_real:
+            first = f"samples: the first {len(labels):,} of {size:,} samples of batches"
+            warn_user(class_order_note(first, classes))
 
 
 def as_batches(
@@ -99,11 +172,27 @@ def as_batches(
         )
 
 
-def first_images(batches: Batches) -> tuple[Tensor, Batches]:
-    """Return the images of the first batch, and batches that still include them."""
+@overload
+def first_images(batches: Batches, samples: int | None = None) -> tuple[Tensor, Batches]: ...
+
+
+@overload
+def first_images(batches: None, samples: int | None = None) -> tuple[None, None]: ...
+
+
+def first_images(
+    batches: Batches | None, samples: int | None = None
+) -> tuple[Tensor | None, Batches | None]:
+    """Return the images of the first batch, and batches that still include them.
+
+    Only the first image, if a number of samples is given.
+    """
+    if batches is None:
+        return None, None
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
         first = list(itertools.islice(batches, 1))
-    images = next(as_batches(first, None, "ignored"))[0]
+    most = None if samples is None else 1
+    images = next(as_batches(first, most, "ignored"))[0]
     again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
     return images, again
 

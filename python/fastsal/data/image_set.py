@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsal.data.class_order import class_order_note, in_class_order
 from fastsal.data.pixels import decode, prepare, size_text
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.utils.numbers import as_integer, real, whole
 from fastsal.utils.suggestions import did_you_mean, listed
+from fastsal.utils.warn import warn_user
 
 _counter = itertools.count()
 
@@ -197,7 +199,8 @@ class ImageSet:
                 keeps the order.
 
         Returns:
-            An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`.
+            An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`. A warning is
+            issued if they are in the order of their classes and do not have all classes.
 
         Raises:
             DataError: There are fewer than `samples` images after `start`.
@@ -222,7 +225,13 @@ class ImageSet:
             rng = np.random.default_rng(whole("shuffle_seed", shuffle_seed))
             order = rng.permutation(order)
         end = count if samples is None else start + samples
-        return ImageBatches(self, spec, order[start:end], batch_size)
+        chosen = order[start:end]
+        if len(chosen) < count and in_class_order(self.y[chosen]):
+            found = len(np.unique(self.y[chosen]))
+            if found < len(np.unique(self.y)):
+                some = f"samples: the {len(chosen):,} of {count:,} images of {self.source}"
+                warn_user(class_order_note(some, found))
+        return ImageBatches(self, spec, chosen, batch_size)
 
     def _class_number(self, name: str | int) -> int:
         if isinstance(name, str) and name in self.classes:

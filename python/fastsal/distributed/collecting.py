@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.data.batches import Batches, Pair
+from fastsal.data.batches import Batches, Pair, Source
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import ShardedStatistics
 from fastsal.distributed.whole_weights import whole_weights
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher, sums_of
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.groups import join, run
@@ -171,7 +171,7 @@ def add_samples(
     ranks: Ranks,
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     *,
     progress: bool | Report = False,
     exchange: str = "rows",
@@ -198,8 +198,19 @@ def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Pas
 
     def add(work: Work, sums: ModelSums, number: int, report: Report) -> None:
         add_shared(work.how, sums, groups[number], ranks, work.source(), report)
+        _check_images(ranks, work.source)
 
     return Passes([_own(group[ranks.rank]) for group in groups], add)
+
+
+def _check_images(ranks: Ranks, source: Source) -> None:
+    """Raise DataError unless all ranks iterated over the same images."""
+    seen = ranks.all_gather(None if source.seen is None else source.seen.value())
+    if len(set(seen)) > 1:
+        raise DataError(
+            "batches must be the same on every rank, got other images or another order; shuffle "
+            "with the same seed on every rank"
+        )
 
 
 def _own(parts: Sequence[Part]) -> Parts:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.held_out import Repeated
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.pattern_masks import pattern_masks_of_shards
 from fastsal.distributed.ranks import Ranks
@@ -63,7 +64,7 @@ class RankProcess(Process):
         return collected(self._ranks, model, batches, exchange=self._exchange, **options)
 
     def add_samples(
-        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: Iterable[Pair], **options: Any
     ) -> None:
         """Add samples to the statistics of this process's parts, in place."""
         add_samples(self._ranks, fisher, model, batches, exchange=self._exchange, **options)
@@ -154,10 +155,10 @@ class RankProcess(Process):
         return float(sum(self._ranks.all_gather(report.total)))
 
     def held_out(
-        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+        self, batches: Iterable[Pair], prepare: Callable[[Iterable[Pair]], InMicroBatches]
     ) -> Measured:
         """Return held-out micro-batches, of which each process measures some."""
-        return SharedMeasure(prepare(self._ranks.dealt(batches)), self._ranks)
+        return SharedMeasure(prepare(Repeated(lambda: self._ranks.dealt(batches))), self._ranks)
 
     def all_features(self, features: list[Tensor]) -> list[Tensor]:
         """Return the features of the micro-batches of all processes, in order."""
@@ -166,12 +167,14 @@ class RankProcess(Process):
     def examination(
         self,
         model: nn.Module,
-        batches: list[Pair],
+        batches: Iterable[Pair],
         limit: Limit,
         loss: LossFunction,
+        *,
+        seed: int,
     ) -> Examination:
         """Return the test of a limit, in which each process measures some batches."""
-        return SharedExamination(model, batches, limit, loss, ranks=self._ranks)
+        return SharedExamination(model, batches, limit, loss, seed=seed, ranks=self._ranks)
 
     def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of the job, which rank 0 writes."""

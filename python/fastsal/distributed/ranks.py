@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,9 +101,9 @@ class Ranks:
             self.sent[what] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return there.to(tensor.device)
 
-    def dealt(self, items: Sequence[_Item]) -> list[_Item]:
-        """Return the items of this rank, of those that ranks receive in turn; may be empty."""
-        return list(items[self.rank :: self.size])
+    def dealt(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield the items of this rank, of those that ranks receive in turn; may be empty."""
+        return itertools.islice(items, self.rank, None, self.size)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return a small value of every rank, in order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
@@ -63,24 +63,18 @@ class SharedExamination(Examination):
     def __init__(
         self,
         model: nn.Module,
-        images: list[Pair],
+        batches: Iterable[Pair],
         limit: Limit,
         loss: LossFunction,
         *,
+        seed: int,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
-        super().__init__(model, images, limit, loss)
-        self._count = sum(len(x) for x, _ in images)
-        self.cap = ranks.all_gather(self.cap)[0]  # rank 0 has the first batch
+        super().__init__(model, batches, limit, loss, seed=seed)
 
-    def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def _own(self, batches: Iterable[Pair]) -> Iterable[Pair]:
         return self._ranks.dealt(batches)
-
-    @property
-    def images(self) -> int:
-        """Number of test images, of all ranks."""
-        return self._count
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return the increases of all images, in their order."""

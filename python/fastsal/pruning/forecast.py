@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 import fastsal._core as _core
-from fastsal.data.batches import Batches
+from fastsal.data.batches import Batches, first_images
+from fastsal.data.class_order import size_of
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.work import Work
-from fastsal.fisher.memory_plan import MemoryPlan, Share
+from fastsal.fisher.memory_plan import MemoryPlan, Share, Use
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
@@ -32,7 +33,7 @@ from fastsal.models.classifier import using_head
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
 from fastsal.pruning.damping import Damping, Multiple, parse_damping
-from fastsal.pruning.memory_use import use_by_pruning
+from fastsal.pruning.memory_use import tuning_bytes, use_by_pruning
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.mapped_files import FileArrays
@@ -107,7 +108,14 @@ def plan_memory(
     if prunes and (entry.needs_damping or compensate):
         parsed = parse_damping(damping, auto=True)
     is_auto = parsed == "auto"
-    if memory_budget is not None and prunes:
+    images = 0
+    if is_auto and (memory_budget is None or isinstance(batches, Iterator)):
+        first, again = first_images(batches, samples)
+        batches = batches if again is None else again
+        images = 0 if first is None else tuning_bytes(first, samples or size_of(batches))
+    if memory_budget is None:
+        options["use"] = Use(images=images)
+    elif prunes:
         options["use"] = use_by_pruning(
             chosen,
             is_auto=is_auto,
@@ -116,6 +124,7 @@ def plan_memory(
             needs_fisher=entry.needs_fisher,
             joins=is_auto,
             ranks=ranks,
+            images=images,
         )
     with using_head(model, options.pop("head", None)):
         start = time.perf_counter()

@@ -10,7 +10,7 @@ Axes: n images, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,20 +29,22 @@ class HeldOutFeatures:
     """Held-out images and the dense model's features of them.
 
     Attributes:
-        batches: Images `[n, ...]`.
+        batches: Images `[n, ...]`, and labels that are ignored; the same in every iteration.
         targets: Features `[n, F]` of each batch.
         cap: Loss of guessing: the mean loss of predicting the mean feature for every image.
+        samples: Number of images.
     """
 
-    batches: list[Tensor]
+    batches: Iterable[Pair]
     targets: list[Tensor]
     cap: float
+    samples: int
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        batches: Sequence[Pair],
+        batches: Iterable[Pair],
         of_all: Callable[[list[Tensor]], list[Tensor]] = lambda features: features,
     ) -> HeldOutFeatures:
         """Compute the features of held-out images; labels are ignored.
@@ -52,21 +54,15 @@ class HeldOutFeatures:
             batches: Images that this process measures; may be empty.
             of_all: Returns the features of the batches of all processes, from those of `batches`.
         """
-        images = [pair[0] for pair in batches]
-        targets = [_features(model, x) for x in images]
+        targets = [_features(model, images) for images, _ in batches]
         variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
         # With constant features (of a single image, say) the loss of guessing is undefined.
-        return cls(images, targets, float(variance) / 2 or math.inf)
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-        return sum(len(x) for x in self.batches)
+        return cls(batches, targets, float(variance) / 2 or math.inf, sum(map(len, targets)))
 
     def losses(self, model: nn.Module) -> list[float]:
         """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, at most `cap` per image."""
         found = []
-        for images, target in zip(self.batches, self.targets, strict=True):
+        for (images, _), target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
             each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
             found.append(float(each.double().sum()))
@@ -86,33 +82,31 @@ class HeldOut:
     """Held-out images and their targets.
 
     Attributes:
-        batches: Pairs `(images, labels or None)`.
+        batches: Pairs `(images, labels or None)`, the same in every iteration.
         targets: For each batch without labels, the dense model's class probabilities.
         loss: `(outputs, labels)` to losses `[n]`.
+        samples: Number of images.
     """
 
-    batches: list[tuple[Tensor, Tensor | None]]
+    batches: Iterable[Pair]
     targets: list[Tensor | None]
     loss: LossFunction
+    samples: int
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        batches: list[tuple[Tensor, Tensor | None]],
+        batches: Iterable[Pair],
         loss: LossFunction,
     ) -> HeldOut:
         """Set the targets of held-out images: labels, or else the dense model's own outputs."""
-        targets = [
-            None if labels is not None else outputs(model, images).softmax(1)
-            for images, labels in batches
-        ]
-        return cls(batches, targets, loss)
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-        return sum(images.shape[0] for images, _ in self.batches)
+        targets: list[Tensor | None] = []
+        samples = 0
+        for images, labels in batches:
+            targets.append(None if labels is not None else outputs(model, images).softmax(1))
+            samples += images.shape[0]
+        return cls(batches, targets, loss, samples)
 
     def losses(self, model: nn.Module) -> list[float]:
         """Return the loss of a model on each batch, summed over its images.

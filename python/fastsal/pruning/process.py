@@ -41,7 +41,7 @@ class Process:
         return collected(model, batches, **options)
 
     def add_samples(
-        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: Iterable[Pair], **options: Any
     ) -> None:
         """Add samples to statistics that were collected within a memory budget, in place."""
         add_samples(fisher, model, batches, **options)
@@ -103,12 +103,12 @@ class Process:
         return report.total
 
     def held_out(
-        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+        self, batches: Iterable[Pair], prepare: Callable[[Iterable[Pair]], InMicroBatches]
     ) -> Measured:
         """Return held-out micro-batches that models are measured on.
 
         Args:
-            batches: Micro-batches of the whole job.
+            batches: Micro-batches of the whole job, the same in every iteration.
             prepare: Computes the targets of the micro-batches that this process measures.
         """
         return prepare(batches)
@@ -118,10 +118,16 @@ class Process:
         return features
 
     def examination(
-        self, model: nn.Module, batches: list[Pair], limit: Limit, loss: LossFunction
+        self,
+        model: nn.Module,
+        batches: Iterable[Pair],
+        limit: Limit,
+        loss: LossFunction,
+        *,
+        seed: int,
     ) -> Examination:
         """Return the test of a limit."""
-        return Examination(model, batches, limit, loss)
+        return Examination(model, batches, limit, loss, seed=seed)
 
     def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
         """Return the checkpoint of a run."""

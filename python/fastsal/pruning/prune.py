@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,19 +14,18 @@ from fastsal.data.batches import Batches, first_images
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import LossFunction, resolve_loss
+from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
 from fastsal.gradients.weights_in_use import indirect, warn_if_computed
 from fastsal.models.classifier import using_head
 from fastsal.models.input_axis import layer_axes
-from fastsal.models.left_out import LeftOut, left_out
+from fastsal.models.left_out import left_out
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.history import Round
+from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
-from fastsal.pruning.limits.limit import Limit, SafetyReport
-from fastsal.pruning.masks.in_use import InUse
-from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.ranking import check_ranking
 from fastsal.pruning.process import Process
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
@@ -34,40 +33,6 @@ from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """The result of `prune`.
-
-    Attributes:
-        masks: True = kept; all other weights of the model are zero.
-        scores: Name to scores of the last round, float32.
-        history: One entry for each round.
-        safety: With `max_loss_increase` or `max_accuracy_drop`: the report of the test.
-        left_out: The parameters that were not to be pruned, and their share of the model.
-        in_use: Zeros of the weights in use, where layers compute them from parameters; None if that
-            is not known.
-    """
-
-    masks: Masks
-    scores: dict[str, Tensor]
-    history: list[Round] = field(default_factory=list)
-    safety: SafetyReport | None = None
-    left_out: LeftOut | None = None
-    in_use: InUse | None = None
-
-    @property
-    def effective_sparsity(self) -> float:
-        """Fraction of zeros of the weights in use; that of the masks if it is not known."""
-        return self.masks.sparsity if self.in_use is None else self.in_use.sparsity
-
-    def __repr__(self) -> str:
-        rounds = f"{len(self.history)} round{'s' if len(self.history) != 1 else ''}"
-        last = f", last {self.history[-1]!r}" if self.history else ""
-        safety = f", safety={self.safety!r}" if self.safety is not None else ""
-        rest = "" if self.left_out is None else f", {self.left_out}"
-        return f"PruneResult({self.masks!r}, {rounds}{last}{safety}{rest})"
 
 
 def prune(
@@ -98,6 +63,7 @@ def prune(
     seed: int = 0,
     max_loss_increase: float | None = None,
     max_accuracy_drop: float | None = None,
+    loss_cap: float | None = None,
     confidence: float = 0.95,
     held_out: Batches | None = None,
     recalibrate: bool = False,
@@ -125,8 +91,9 @@ def prune(
         compensate: Whether kept weights are updated to compensate for pruned ones, see
             `fastsal.compensate`.
         damping: `λ` of `A = F + λI`. A positive number; a multiple of the mean diagonal of F in
-            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, and the `λ`
-            with the least loss on them is used. A cross-entropy counts at most what guessing costs.
+            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, at most
+            1,024 samples spread over all, and the `λ` with the least loss on them is used. A
+            cross-entropy counts at most what guessing costs.
             The held-out samples are then added to the statistics; if that increases the held-out
             loss, the model pruned without them is kept. With several rounds, `λ` is chosen once, at
             the final sparsity.
@@ -157,7 +124,8 @@ def prune(
         loss_scale: Factor on the loss that keeps float16 gradients from underflowing; undone before
             gradients are squared. None chooses it.
         memory_budget: Bytes that pruning may add to the memory of the process, or text such as
-            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks and copies.
+            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks, copies and
+            held-out images, which are read again for each use if `batches` can be iterated again.
         scratch: Folder for statistics and copies that exceed the budget. Without it, statistics
             that do not fit are recomputed on each use, which needs no disk but several times as
             long; `fastsal.plan_memory` estimates both.
@@ -165,12 +133,18 @@ def prune(
         progress: Whether a progress bar is shown, or a function `(done, total)` that is called.
         seed: Seed of all random numbers.
         max_loss_increase: Instead of `sparsity`: prune to the highest sparsity at which the mean
-            loss on held-out images rises by at most this much, with a finite-sample guarantee. The
-            loss of an image counts at most what guessing costs. One round, no pattern.
+            loss on held-out images, capped at `loss_cap`, rises by at most this much, with a
+            finite-sample guarantee. One round, no pattern. The sparsities that are tested are those
+            of `fastsal.pruning.prune_to_limit.GRID`, 26 values from 0.1 to 0.99.
         max_accuracy_drop: Instead of `sparsity`: the same for top-1 accuracy, a fraction in (0, 1).
+            The model must return logits `[n, C]`.
+        loss_cap: With `max_loss_increase`: what the loss of an image counts at most. None is
+            `log C`, the loss of guessing, for the cross-entropy; it is required for a function.
         confidence: Confidence of that guarantee, in (0, 1).
-        held_out: Labeled images to test the limit on; None holds out one sample in four. The
-            guarantee is for images like these, so they should not be training images of the model.
+        held_out: Labeled images to test the limit on, in any order; None holds out one sample in
+            four. The guarantee is for images like these, so they should not be training images of
+            the model. Images that can be iterated again are read again for each model rather than
+            kept in memory, with a memory budget or if they take more than 1 GiB.
         recalibrate: Whether the running statistics of batch normalization are averaged over the
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
             eight is held out for it.
@@ -226,6 +200,7 @@ class Arguments:
     seed: int
     max_loss_increase: float | None
     max_accuracy_drop: float | None
+    loss_cap: float | None
     confidence: float
     held_out: Batches | None
     recalibrate: bool
@@ -268,6 +243,14 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         seed=given.seed,
     )
     recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
+    loss = resolve_loss(given.loss)
+    limit = Limit.of(
+        given.max_loss_increase,
+        given.max_accuracy_drop,
+        given.confidence,
+        given.loss_cap,
+        needs_cap=loss is not cross_entropy,
+    )
     model, batches = given.model, given.batches
     chosen = select_parameters(model, given.parameters)
     images: Tensor | None = None
@@ -279,7 +262,10 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     if given.curvature == "features":
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
-    statistics = _collection(given, recipe, chosen, process)
+    nbytes = 0
+    if given.memory_budget is not None:
+        nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
+    statistics = _collection(given, recipe, chosen, process, nbytes)
     # The model has its dense weights until the second round.
     needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
     job = Job(
@@ -289,21 +275,27 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         recipe,
         chosen,
         statistics,
-        resolve_loss(given.loss),
+        loss,
         copies(chosen) if needs_copy else None,
         process,
         Shelf(given.scratch),
     )
-    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
     result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
     in_use = result.masks.in_use(model, images)
     return replace(result, left_out=left_out(model, chosen), in_use=in_use)
 
 
 def _collection(
-    given: Arguments, recipe: Recipe, chosen: dict[str, nn.Parameter], process: Process
+    given: Arguments,
+    recipe: Recipe,
+    chosen: dict[str, nn.Parameter],
+    process: Process,
+    images: int,
 ) -> dict[str, Any]:
-    """Return the arguments of `collect` except model, batches, samples and seed."""
+    """Return the arguments of `collect` except model, batches, samples and seed.
+
+    `images` is the bytes of held-out images that are kept.
+    """
     statistics: dict[str, Any] = {
         "block_size": recipe.block_size,
         "loss": given.loss,
@@ -328,6 +320,7 @@ def _collection(
         has_scratch=given.scratch is not None,
         needs_fisher=CRITERIA[recipe.criterion].needs_fisher,
         joins=recipe.is_auto or given.recalibrate,
+        images=images,
     )
     return statistics | {
         "memory_budget": given.memory_budget,

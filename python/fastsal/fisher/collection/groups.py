@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,7 @@ def run(work: Work, passes: Passes, progress: bool | Report) -> Statistics:
 def add_samples(
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     *,
     progress: bool | Report = False,
     **options: Any,
@@ -82,7 +82,7 @@ def add_samples(
 def join(
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     passes: Callable[[Work], Passes],
     progress: bool | Report,
     **options: Any,
@@ -92,7 +92,7 @@ def join(
     Args:
         statistics: They are changed in place.
         model: The model, with the same weights.
-        batches: The samples.
+        batches: The samples, the same in every iteration.
         passes: Divides the collection into passes that fit in `work.plan.spare` bytes.
         progress: How to report progress.
         options: Those of `prepare`; the memory budget is that of the statistics.

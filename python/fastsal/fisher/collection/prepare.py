@@ -87,7 +87,7 @@ def prepare(
     if memory_budget is None:
         if scratch is not None or scratch_budget is not None:
             raise InvalidArgument("scratch and scratch_budget must be None without memory_budget")
-        return Work(how, unlimited(how, sums, share), sums, source)
+        return Work(how, unlimited(how, sums, share, use.images if use else 0), sums, source)
     plan = plan_within(
         parse_bytes(memory_budget),
         how,
