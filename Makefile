@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install build lint test bench clean
+.PHONY: help install build lint test bench sweep clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ test:  ## Run all Rust and Python tests
 bench:  ## Run the Rust and Python benchmarks
 	cargo bench --quiet -p fastsal-core
 	$(BIN)/python -m pytest benches/python -q
+
+sweep:  ## Compare gradients with autograd for every family of timm; rerun to resume
+	$(BIN)/python -m benches.families
 
 clean:  ## Remove build output and .venv
 	rm -rf target $(VENV)

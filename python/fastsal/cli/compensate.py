@@ -37,7 +37,7 @@ def compensate(**given: Any) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit
-    from fastsal.cli.runfolder import masks_file
+    from fastsal.cli.runfolder import check_model, masks_file
     from fastsal.errors import InvalidArgument
     from fastsal.models.left_out import left_out
     from fastsal.models.weights import save_weights
@@ -49,6 +49,7 @@ def compensate(**given: Any) -> None:
     refuse_overwrite(given["out"], given["force"])
     set_threads(given["threads"])
     model, spec = open_model(given)
+    check_model(given["out"], model)
     masks = fastsal.Masks.load(masks_file(given["masks"]))
     if given["statistics"] is not None:
         fisher = fastsal.BlockFisher.load(given["statistics"])

@@ -112,7 +112,13 @@ def finetune(**given: Any) -> None:
     """
     from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, print_selection, run_summary
-    from fastsal.cli.runfolder import check_target, run_facts, selection_facts, write_run
+    from fastsal.cli.runfolder import (
+        check_model,
+        check_target,
+        run_facts,
+        selection_facts,
+        write_run,
+    )
     from fastsal.models.left_out import left_out
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
@@ -123,6 +129,7 @@ def finetune(**given: Any) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_model(given["out"], model)
         masks = _fitting_masks(given, model)
         batches = open_batches(
             given, model, spec, given["data"], samples=given["samples"], shuffle=True

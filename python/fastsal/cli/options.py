@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 import click
 
-from fastsal.cli.types import COUNT, INTEGER, NUMBER, PATH, choice, parse_numbers, parse_size
+from fastsal.cli.types import (
+    COUNT,
+    INTEGER,
+    NUMBER,
+    PATH,
+    Registered,
+    choice,
+    parse_numbers,
+    parse_size,
+)
 from fastsal.utils.choices import CRITERION_NAMES, CURVATURES, PRECISIONS, SCOPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -65,7 +74,16 @@ architecture_options: Callable[[F], F] = together(
 model_options: Callable[[F], F] = together(
     click.argument("model"), weights_option, architecture_options
 )
+class_map_option = click.option(
+    "--class-map",
+    metavar="FILE|imagenet|natural",
+    show_default="class folders in the order of their names",
+    help="Which output of the model each class belongs to: a FILE with the name and the index of "
+    "each class, or the names in the order of the outputs, as text or JSON; imagenet for WordNet "
+    "ids; or natural, which sorts class2 before class10.",
+)
 input_options: Callable[[F], F] = together(
+    class_map_option,
     click.option(
         "--size",
         metavar="PIXELS",
@@ -177,10 +195,10 @@ def criterion_option(default: str) -> Callable[[F], F]:
     """Return `--criterion`."""
     return click.option(
         "--criterion",
-        type=choice(CRITERION_NAMES),
+        type=Registered(list(CRITERION_NAMES)),
         default=default,
         show_default=True,
-        help="Saliency criterion that scores the weights.",
+        help="Saliency criterion that scores the weights, or one that the file of MODEL registers.",
     )
 
 

@@ -9,6 +9,7 @@ import click
 from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import NUMBER, PATH
+from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -113,7 +114,13 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit
-    from fastsal.cli.runfolder import check_target, run_facts, selection_facts, write_run
+    from fastsal.cli.runfolder import (
+        check_model,
+        check_target,
+        run_facts,
+        selection_facts,
+        write_run,
+    )
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
@@ -125,6 +132,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_model(given["out"], model)
         batches = training_batches(given, model, spec)
         if given["compensate"] is None:
             given["compensate"] = batches is not None
@@ -134,7 +142,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if test:
         check_test(batches, test)
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report)._asdict()
+            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
     with clock.step("prune"):
         done = _pruned(given, ranked, model, batches, held_out)
     masks, safety = done.masks, done.safety
@@ -153,13 +161,13 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "accuracy": accuracy,
         "seconds": clock.rounded(3),
     }
+    picture = _Picture(safety)
     recipe = {"model": given["model"], **ranked}
-    write_run(given["out"], model, masks, recipe, result)
-    has_picture = safety is not None and _draw(safety, given["out"])
+    write_run(given["out"], model, masks, recipe, result, picture.draw)
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
-    _show(done, result, has_picture=has_picture)
+    _show(done, result, has_picture=picture.is_drawn)
     console().print(f"Written to {given['out']}", soft_wrap=True)
 
 
@@ -221,15 +229,28 @@ def _pruned(
     return result
 
 
-def _draw(safety: SafetyReport, folder: Path) -> bool:
-    """Draw the tested sparsities into the run's folder; False without matplotlib."""
-    from fastsal.cli.safety_figure import draw
+class _Picture:
+    """The figure of the tested sparsities, where a limit was tested and matplotlib is installed."""
 
-    try:
-        draw(safety, folder / "safety.svg")
-    except ImportError:
-        return False
-    return True
+    def __init__(self, safety: SafetyReport | None) -> None:
+        self._safety = safety
+        self.is_drawn = False
+
+    def draw(self, path: Path) -> None:
+        """Draw it; a figure that fails is a warning, as it is not worth the run."""
+        if self._safety is None:
+            return
+        from fastsal.cli.safety_figure import draw
+
+        try:
+            draw(self._safety, path)
+        except ImportError:
+            return
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            warn_user(f"the figure cannot be drawn ({type(error).__name__}: {error})")
+            return
+        self.is_drawn = True
 
 
 def _curve(safety: SafetyReport) -> Any:

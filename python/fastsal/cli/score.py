@@ -54,7 +54,7 @@ def score(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.models.left_out import left_out
     from fastsal.pruning.damping import resolve_damping
-    from fastsal.utils.atomic import atomic_path
+    from fastsal.utils.atomic import atomic_path, check_writable
     from fastsal.utils.clock import Clock
 
     if given["statistics"] is not None and given["data"] is not None:
@@ -66,6 +66,7 @@ def score(**given: Any) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_writable(given["out"], "out", 4 * sum(p.numel() for p in model.parameters()))
     fisher = None
     with clock.step("statistics"):
         if given["statistics"] is not None:
@@ -114,10 +115,9 @@ def score(**given: Any) -> None:
     seconds = sum(clock.seconds.values())
     console().print(
         f"{count:,} weights of {len(scores)} parameters scored by {given['criterion']} in "
-        f"{seconds:.1f} s; written to {given['out']}",
+        f"{seconds:.1f} s; written to {given['out']}\n{rest}",
         soft_wrap=True,
     )
-    console().print(str(rest), soft_wrap=True)
 
 
 def _axes(scores: WithAxes) -> dict[str, Any]:

@@ -255,21 +255,21 @@ def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pa
         size: Samples of a micro-batch.
         step: Samples of a step of accumulation.
     """
-    total = 0
-    rest: Pair | None = None
+    total = held = 0
+    rest: list[Pair] = []  # joined once, not at every batch: batches may be of single images
     for pair in pairs:
-        joined = pair if rest is None else _joined(rest, pair)
-        if joined is None and rest is not None:
-            yield rest
-            total += len(rest[0])
-            joined = pair
-        rest = joined
-        while rest is not None and len(rest[0]) >= (wanted := min(size, step - total % step)):
-            yield _slice(rest, 0, wanted)
-            total += wanted
-            rest = _slice(rest, wanted, None) if len(rest[0]) > wanted else None
-    if rest is not None:
-        yield rest
+        if rest and not _can_join(rest[0], pair):
+            yield _joined(rest)
+            total, held, rest = total + held, 0, []
+        rest.append(pair)
+        held += len(pair[0])
+        while held >= (wanted := min(size, step - total % step)):
+            joined = _joined(rest)
+            yield _slice(joined, 0, wanted)
+            total, held = total + wanted, held - wanted
+            rest = [_slice(joined, wanted, None)] if held else []
+    if rest:
+        yield _joined(rest)
 
 
 def without_single_images(pairs: Iterable[Pair]) -> Iterator[Pair]:
@@ -295,13 +295,21 @@ def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
     return images[start:stop], None if labels is None else labels[start:stop]
 
 
-def _joined(first: Pair, second: Pair) -> Pair | None:
-    """Return the concatenation of two batches, or None if they cannot be joined."""
-    (a, x), (b, y) = first, second
-    if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
-        return None
-    if x is None or y is None:
-        return None if x is not y else (torch.cat([a, b]), None)
-    if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype or x.device != y.device:
-        return None
-    return torch.cat([a, b]), torch.cat([x, y])
+def _can_join(first: Pair, second: Pair) -> bool:
+    """Whether two batches have the same form."""
+    return all(
+        a is b if a is None or b is None else _form(a) == _form(b)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape[1:], tensor.dtype, tensor.device
+
+
+def _joined(pairs: list[Pair]) -> Pair:
+    """Return the concatenation of batches of the same form."""
+    if len(pairs) == 1:
+        return pairs[0]
+    labels = [labels for _, labels in pairs if labels is not None]
+    return torch.cat([images for images, _ in pairs]), torch.cat(labels) if labels else None

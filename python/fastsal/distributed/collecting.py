@@ -79,10 +79,18 @@ def collect(
 
     Raises:
         LostRankError: Another process ended.
-        InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.collect`.
+        FailedRankError: Another process failed; if its error is one of fastsal, all raise that.
+        InvalidArgument: `torch.distributed` is not initialized, an argument is not the same in
+            every process, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
-    with whole_weights(model) as inner, using_head(inner, options.pop("head", None)):
+    head = options.pop("head", None)
+    with (
+        whole_weights(model) as inner,
+        using_head(inner, head),
+        ranks.together("collect"),
+    ):
+        ranks.check_same(same_arguments(exchange=exchange, head=head, **options))
         found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
     assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored
     return found.own.fisher
@@ -102,17 +110,25 @@ def save(
 
     Raises:
         LostRankError: Another process ended.
+        FailedRankError: Another process could not write its file.
         InvalidArgument: `torch.distributed` is not initialized.
     """
     ranks = Ranks(group)
     target = Path(path)
     names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
-    fisher.save(target.parent / names[ranks.rank])
-    ranks.all_gather(None)
-    if ranks.rank == 0:
-        origin = sums_of(fisher).origin
-        write_index(target, names, list(origin.shapes if origin else fisher.shapes))
-    ranks.all_gather(None)
+    with ranks.together("save"):
+        fisher.save(target.parent / names[ranks.rank])
+    with ranks.together("save of the index"):
+        if ranks.rank == 0:
+            origin = sums_of(fisher).origin
+            write_index(target, names, list(origin.shapes if origin else fisher.shapes))
+
+
+def same_arguments(**options: Any) -> dict[str, Any]:
+    """Return the arguments that must be the same in every process."""
+    # Only rank 0 shows progress, and folders may have another path on another machine.
+    own = ("progress", "scratch", "checkpoint")
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def collected(

@@ -69,14 +69,14 @@ def pattern_masks_of_shards(
     if not wanted.is_whole:
         kept: Mapping[str, Tensor]
         if joint:
-            with ranks.failing_together(statistics):
+            with ranks.together("joint costs"):
                 kept = joint_choice(mine.weights, inside, statistics, wanted, damping)
         else:
             kept = rank(WithAxes(scores, inside), pattern=pattern)
         flat = {key: mask.reshape(-1).numpy() for key, mask in kept.items()}
         return Masks(assembled(flat, mine.shares, mine.shapes, ranks), dict(recipe))
     if joint:
-        with ranks.failing_together(statistics):
+        with ranks.together("joint costs"):
             costs = joint_costs(mine.weights, inside, statistics, wanted, damping)
     else:
         costs = group_scores(scores, wanted.m, inside)
@@ -95,7 +95,7 @@ def pattern_masks_of_shards(
         name: expand_groups(groups[name], shape, wanted.m, axes[name])
         for name, shape in mine.shapes.items()
     }
-    return Masks(whole, {**groups.recipe, **recipe})
+    return Masks(whole, {**groups.recipe, **recipe}, copy=False)
 
 
 def _of_groups(part: Part, axes: Axes, m: int) -> Part:

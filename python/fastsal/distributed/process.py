@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.data.held_out import Repeated
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.pattern_masks import pattern_masks_of_shards
@@ -26,6 +27,7 @@ from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.precision import row_dtype
 from fastsal.models.input_axis import layer_axes
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
@@ -89,7 +91,7 @@ class RankProcess(Process):
         entry = CRITERIA[recipe.criterion]
         if entry.needs_fisher:
             before = slices(masks or {}, mine.parts)
-            with self._ranks.failing_together(fisher):
+            with self._ranks.together("scores"):
                 return score_tensors(mine.weights, fisher, entry, damping, before, recipe.seed)
         kept = {name: masks[name] for name in mine.shapes if name in masks} if masks else {}
         every = score_tensors(mine.parameters, None, entry, damping, kept, recipe.seed)
@@ -135,7 +137,7 @@ class RankProcess(Process):
     ) -> float:
         """Update the kept weights of this process's parts, and copy those of the others."""
         mine = Mine.of(model, fisher, self._ranks)
-        with self._ranks.failing_together(fisher):
+        with self._ranks.together("compensation"):
             moved, report = moves(
                 mine.weights,
                 fisher,
@@ -146,11 +148,13 @@ class RankProcess(Process):
             )
         for owner, share in enumerate(mine.shares):
             for part in share:
+                whole = mine.parameters[part.name]
                 is_own = owner == self._ranks.rank
-                values = moved[part.key].reshape(-1) if is_own else torch.empty(len(part))
+                there = torch.empty(0 if is_own else len(part), dtype=row_dtype(whole))
+                values = moved[part.key].reshape(-1) if is_own else there
                 values = self._ranks.broadcast(values, owner, "weights")
                 with torch.no_grad():
-                    part.of(mine.parameters[part.name]).copy_(values)
+                    part.of(whole).copy_(values)
                 shelf.release()
         return float(sum(self._ranks.all_gather(report.total)))
 
@@ -176,9 +180,11 @@ class RankProcess(Process):
         """Return the test of a limit, in which each process measures some batches."""
         return SharedExamination(model, batches, limit, loss, seed=seed, ranks=self._ranks)
 
-    def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
+    def checkpoint(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], rest: str, seen: SeenImages
+    ) -> Checkpoint:
         """Return the checkpoint of the job, which rank 0 writes."""
-        return SharedCheckpoint(path, asked, ranks=self._ranks)
+        return SharedCheckpoint(path, asked, rest, seen, ranks=self._ranks)
 
     def memory_use(self, chosen: Mapping[str, nn.Parameter], **how: Any) -> Use:
         """Return the memory that this process uses in addition to the statistics."""

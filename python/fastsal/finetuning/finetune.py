@@ -7,6 +7,7 @@ backbone is trained, so that its features can be evaluated with the frozen heads
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,15 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, first_images
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
 from fastsal.models.classifier import declares_head, using_head
+from fastsal.models.classifier_signs import check_classifier, lacks_classifier
+from fastsal.models.digest import structure_digest
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
 from fastsal.utils.choices import Schedule
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.progress import Report, reporter
 
@@ -123,7 +128,9 @@ def finetune(
         autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16` (with a scaled
             loss), or None.
         checkpoint: File for the state after every epoch. The same call with the same batches
-            resumes from it, with bit-identical results on the CPU. Deleted at the end.
+            resumes from it, with bit-identical results on the CPU. Deleted at the end. The file of
+            a run with another model, images, labels, loss or other arguments is rejected; images
+            that change on every pass, as augmented ones do, cannot be compared.
         progress: True shows a progress bar; a function is called with the numbers of samples done
             and in total.
         seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
@@ -147,6 +154,11 @@ def finetune(
     seed = whole("seed", seed, None)
     check_autocast(autocast)
     _check_batches(batches, held_out, epochs, patience)
+    if loss == "cross-entropy":
+        check_labels_of(batches, model)
+        check_labels_of(held_out, model)
+        if lacks_classifier(model) or not train_head:
+            check_classifier(model, "training")
     first = None
     if not (train_head or head is not None or declares_head(model)):
         first, batches = first_images(batches)
@@ -174,27 +186,30 @@ def finetune(
         training_only(model, trained, train_normalization=train_normalization),
         reporter(progress, "fine-tuning") as report,
     ):
-        trainer = Trainer(model, batches, loss=loss, **how)
+        records = checkpoint is not None
+        trainer = Trainer(model, batches, loss=loss, records=records, **how)
         keeper = None
         if checkpoint is not None:
             asked = {
                 **how,
                 "patience": patience,
                 "held_out": held_out is not None,
+                "number of batches": operator.length_hint(batches),
                 "frozen": frozen,
                 "head": head,
                 "train_head": train_head,
                 "train_normalization": train_normalization,
-                "loss": loss if isinstance(loss, str) else "a function",
+                "loss": identity_of(loss),
             }
             start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
-            keeper = TrainingCheckpoint(checkpoint, asked, start)
+            structure = structure_digest(model)
+            keeper = TrainingCheckpoint(checkpoint, asked, start, structure, trainer.seen)
         # If all masked parameters are frozen, no optimizer can change their zeros.
         moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
         with masks.hold(model, trainer.optimizer if moved else None):
             course = _train(trainer, tensors, held_out, epochs, patience, keeper, report)
-    if keeper is not None:
-        keeper.remove()
+        if keeper is not None:
+            keeper.remove()
     return FinetuneResult(course.history, course.kept_epoch, course.before)
 
 
@@ -208,7 +223,7 @@ def _train(
     report: Report,
 ) -> _Course:
     """Train all epochs, or those after the checkpoint if there is one, and keep the best."""
-    saved = keeper.load() if keeper is not None else None
+    saved = keeper.load(trainer.passes(held_out)) if keeper is not None else None
     if saved is not None:
         restore(tensors, saved["tensors"])
         trainer.load_state_dict(saved["trainer"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.classifier import find_head
-from fastsal.models.evaluating import modes_restored
+from fastsal.models.evaluating import modes_restored, set_modes
 from fastsal.models.normalization import normalization_layers
 from fastsal.utils.suggestions import did_you_mean
 
@@ -75,7 +75,7 @@ def training_only(
     chosen = set(trained.values())
     with modes_restored(model):
         try:
-            model.train()
+            set_modes(model, True)
             for layer in normalization_layers(model):
                 own = list(layer.parameters())
                 if not train_normalization or (own and chosen.isdisjoint(own)):

@@ -206,6 +206,10 @@ def _index(path: Path) -> dict[str, Any] | None:
     if index.get("format") != _INDEX or index.get("version") != VERSION or not index["shards"]:
         raise FileFormatError(f"path: {os.fspath(path)!r} is not an index of {FORMAT}")
     for name in index["shards"]:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise FileFormatError(
+                f"path: {os.fspath(path)!r} must list shards in its own folder, got {name!r}"
+            )
         if not (path.parent / name).is_file():
             raise FileFormatError(
                 f"path: {os.fspath(path)!r} lists the shard {name}, which is missing"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument, NonFiniteGradient, UnknownParameter
+from fastsal.fisher.block_memory import check_memory_of_block
 from fastsal.fisher.checks import quoted
 from fastsal.fisher.parts import (
     Part,
@@ -253,7 +254,7 @@ class ModelSums:
 
         Raises:
             UnknownParameter: There is no such parameter.
-            InvalidArgument: There are no samples.
+            InvalidArgument: There are no samples, or a block exceeds the memory of this machine.
         """
         if name not in self.parameters:
             raise UnknownParameter(f"name must be one of {quoted(self.parameters)}, got {name!r}")
@@ -261,6 +262,7 @@ class ModelSums:
         p = self.parameters[name]
         if p.packed is not None:
             return p
+        check_memory_of_block(name, p.block_size, self.itemsize)
         folded = ParameterSums(p.shape, p.block_size, p.dtype, p.sums.copy(), None, p.rows)
         folded.fold()
         return folded

@@ -28,6 +28,14 @@ class Lender(Protocol):
         """Return contiguous memory `[n, *shape]` in the parameter's `row_dtype`, or None."""
 
 
+@runtime_checkable
+class Skipper(Protocol):
+    """A sink that is told ahead of the backward pass which parameters have rows of zeros."""
+
+    def skip(self, name: str) -> None:
+        """Receive rows of zeros of a parameter that the forward pass did not use."""
+
+
 class Record:
     """One call of an operation on a tracked weight, stored until its output gradient is known."""
 
@@ -131,6 +139,7 @@ class Pass:
         self._fired = dict.fromkeys(parameters, 0)
         self._sums: dict[str, Tensor] = {}
         self._lender = sink if isinstance(sink, Lender) else None
+        self._skipper = sink if isinstance(sink, Skipper) else None
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
         """Attach the gradient hook to the output of a call."""
@@ -160,6 +169,7 @@ class Pass:
         If the smallest scale overflows, the gradients are passed on as they are; the sink reports
         the parameter and the sample.
         """
+        self._skip_unused()
         if not self._scale.is_active:
             torch.autograd.backward(total)
             return
@@ -170,6 +180,14 @@ class Pass:
                 break
             if not self._scale.back_off():
                 break
+
+    def _skip_unused(self) -> None:
+        """Tell a sink that asks for it which parameters were not called."""
+        if self._skipper is None:
+            return
+        for name in [name for name, calls in self._calls.items() if calls == 0]:
+            del self._calls[name]
+            self._skipper.skip(name)
 
     def _arrive(self, record: Record, grad_output: Tensor) -> None:
         name = record.name

@@ -119,6 +119,7 @@ class GradientEngine:
         self._classes: int | None = None
         self._outputs: tuple[int, ...] | None = None
         self._operations: dict[str, str] = {}
+        self._order: list[str] = []
         self._samples_last: set[str] = set()
         self._checkpointed = False
         self.samples_seen = 0
@@ -148,6 +149,11 @@ class GradientEngine:
         return self._micro_batch
 
     @property
+    def outputs(self) -> int | None:
+        """Number of logits of the model; None before the first run, or if they are not used."""
+        return self._classes
+
+    @property
     def scratch_nbytes(self) -> int:
         """Size in bytes of the scratch memory of the rules."""
         return self._workspace.nbytes
@@ -167,6 +173,13 @@ class GradientEngine:
                 if self._fallback.looped is not None:
                     found[name] += f" (one sample at a time, after {self._fallback.looped})"
         return found
+
+    @property
+    def order(self) -> list[str]:
+        """Names in the order in which rows reach the sink, of a batch like that of `prepare`."""
+        served = [name for name in self._order if name in self._fast]
+        rest = self._fallback.reasons if self._fallback is not None else {}
+        return list(dict.fromkeys([*served, *self._fast, *rest, *self._parameters]))
 
     def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
         """Pass the per-sample gradients of a batch to a sink.
@@ -299,6 +312,7 @@ class GradientEngine:
             coarse=self._autocast is not None,
         )
         self._operations, reasons = found.operations, found.reasons
+        self._order = found.order
         self._scale.value = max(self._scale.value, found.loss_scale)
         self._samples_last, self._checkpointed = found.samples_last, found.checkpointed
         self._fast = {name: self._parameters[name] for name in found.operations}

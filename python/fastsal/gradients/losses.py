@@ -174,7 +174,7 @@ def check_finite(losses: Tensor, offset: int) -> None:
 def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a label per sample from the softmax of the logits, by inversion of `uniforms` `[n]`."""
     # On the CPU in float64, so that labels do not depend on the device.
-    cumulative = outputs.detach().to("cpu", torch.float64).softmax(dim=1).cumsum(dim=1)
+    cumulative = outputs.detach().cpu().to(torch.float64).softmax(dim=1).cumsum(dim=1)
     drawn = (cumulative <= uniforms.unsqueeze(1)).sum(dim=1)
     return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastsal.gradients.fallback import differentiate
-from fastsal.gradients.state import PrivateRandomness, frozen
+from fastsal.gradients.state import PrivateRandomness, frozen, replaced
 from fastsal.models.evaluating import differentiable, to_model, twice
 from fastsal.models.inputs import example_images
 from fastsal.utils.warn import warn_user
@@ -82,20 +81,23 @@ def zeros_in_use(
         return {}
     first = next(model.parameters())
 
-    def forward(copies: Mapping[str, Tensor]) -> dict[str, Any]:
-        some = example_images(model) if images is None else images
-        pair = some[:2] if len(some) > 1 else twice(some[:1])
-        x = to_model(pair, first).detach().clone()
-        if x.is_floating_point():
-            x.requires_grad_()
-        with _Uses(copies, x) as uses:
-            model(x)
-        return dict(uses.found)
-
+    own = dict(model.named_parameters(remove_duplicate=False))
+    copies = {name: values.detach().requires_grad_() for name, values in suspects.items()}
     try:
-        with frozen(model), differentiable(), PrivateRandomness(first.device).active(keep=False):
-            found: Any = differentiate(model, suspects, forward)  # type: ignore[arg-type]
-            return found  # type: ignore[no-any-return]
+        with (
+            frozen(model),
+            differentiable(),
+            PrivateRandomness(first.device).active(keep=False),
+            replaced(model, {name: own[name] for name in copies}, copies),
+        ):
+            some = example_images(model) if images is None else images
+            pair = some[:2] if len(some) > 1 else twice(some[:1])
+            x = to_model(pair, first).detach().clone()
+            if x.is_floating_point():
+                x.requires_grad_()
+            with _Uses(copies, x) as uses:
+                model.forward(x)  # hooks of the user see the passes of the run only
+            return dict(uses.found)
     except Exception:  # whatever a model raises on images that it does not expect
         return None
 

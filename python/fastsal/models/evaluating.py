@@ -1,4 +1,9 @@
-"""Run a model in evaluation mode and restore its modes afterwards."""
+"""Run a model in evaluation mode and restore its modes afterwards.
+
+Modes are changed by the flags `training`, never by `train()` and `eval()`: these may do more than
+set flags. Adapter layers, for example, merge their weights in `eval()` and unmerge them in
+`train()`, which would change weights, and masks would then apply to others.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +24,34 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            _set_mode(module, mode)
+
+
+def set_modes(model: nn.Module, training: bool) -> None:
+    """Set the training flag of every module, without calling `train()` or `eval()`."""
+    for module in model.modules():
+        _set_mode(module, training)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if training and not module.training:
+        # Values of the present weights that evaluation has kept, such as the attention biases of
+        # timm's LeViT, which its `train()` would drop.
+        for name, value in vars(module).items():
+            if name.endswith("_cache") and isinstance(value, dict):
+                value.clear()
+    module.training = training
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Put every module in evaluation mode for the block, then restore its training flag.
 
-    The flags are set directly: `eval()` and `train()` of a model may do more than set them.
-
     Yields:
         The device of the model's first parameter.
     """
     with modes_restored(model):
-        for module in model.modules():
-            module.training = False
+        set_modes(model, False)
         yield next((p.device for p in model.parameters()), torch.device("cpu"))
 
 

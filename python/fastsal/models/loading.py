@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,10 +17,15 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.classifier_signs import record_fresh
+from fastsal.models.evaluating import set_modes
 from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.digests import Digest
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import as_integer, whole
 from fastsal.utils.suggestions import did_you_mean, listed
+
+# Held while a model is built: other threads would draw from the same random numbers.
+_building = threading.RLock()
 
 
 def load_model(
@@ -36,7 +42,9 @@ def load_model(
         spec: A timm model name, or `path/file.py:function`, a function that returns a module.
         weights: None for random weights, "pretrained" for those of timm, or the path of a
             `.safetensors`, `.pth` or `.pt` file.
-        num_classes: Number of classes; None uses the default of the model.
+        num_classes: Number of classes; None uses the default of the model. If pretrained weights
+            have another number, the classifier is random, and using it before it is trained gives
+            a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
 
@@ -68,13 +76,29 @@ def load_model(
             model = _from_timm(spec, pretrained, chosen)
     if weights is not None and not pretrained:
         load_weights(model, weights)
-    return model.eval()
+    if pretrained:
+        _record_fresh_classifier(model)
+    # Not `eval()`: it may merge weights of adapters, which would then be merged again when the
+    # weights of this model are saved and loaded.
+    set_modes(model, False)
+    return model
+
+
+def _record_fresh_classifier(model: nn.Module) -> None:
+    """Record a classifier that the pretrained weights do not have, which timm leaves random."""
+    count = as_integer(getattr(model, "num_classes", None))
+    stored = as_integer((getattr(model, "pretrained_cfg", None) or {}).get("num_classes"))
+    if count and stored is not None and count != stored:
+        record_fresh(model, f"the pretrained weights have {stored} classes, not {count}")
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU generator for the block, then restore its state."""
-    with torch.random.fork_rng(devices=[]):
+    """Seed PyTorch's CPU generator for the block, then restore its state.
+
+    The generator is that of the whole process, so that models are built one after the other.
+    """
+    with _building, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -134,6 +158,20 @@ def _import_file(path: Path) -> ModuleType:
         with contextlib.suppress(ValueError):
             sys.path.remove(folder)
     return module
+
+
+def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
+    """Import the file of a model, if there is one, as it may register a criterion.
+
+    Args:
+        spec: As for `load_model`.
+        folder: Folder that the path of the file is relative to.
+    """
+    file, _ = _split_spec(spec) or ("", "")
+    path = Path(folder) / Path(file).expanduser()
+    if file and path.is_file():
+        with _building:
+            _import_file(path)
 
 
 def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> dict[str, int]:

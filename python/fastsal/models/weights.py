@@ -1,4 +1,4 @@
-"""Load and save the weights of a model."""
+"""Load the weights of a model."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.utils.atomic import atomic_path
+from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.utils.suggestions import closest, listed
+
+__all__ = ["check_weights_path", "load_weights", "read_pickle", "read_weights", "save_weights"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
@@ -30,7 +32,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             model.
     """
     state = read_weights(path)
-    own = model.state_dict()
+    own = tensors_in(model.state_dict())
     _fill_aliases(state, own)
     problems = _misfits(state, own)
     if problems:
@@ -41,7 +43,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, _ in model.named_parameters():
         if not bool(torch.isfinite(state[name]).all()):
             raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({**state, **other_state(model, path)}, strict=True)
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -105,21 +107,6 @@ def read_pickle(path: Path, argument: str, advice: str) -> Any:
         raise FileFormatError(
             f"{argument}: {path} cannot be read as plain tensors ({why}); {advice}"
         ) from None
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state dict of `model` as a safetensors file under its ordinary names.
-
-    A tensor with several names is written once; `load_weights` restores the other names. The file
-    is written atomically.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    from safetensors.torch import save_model
-
-    with atomic_path(path) as temporary:
-        save_model(model, str(temporary), metadata={"format": "pt"})
 
 
 def check_weights_path(path: Path) -> None:

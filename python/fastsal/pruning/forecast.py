@@ -126,6 +126,7 @@ def plan_memory(
             ranks=ranks,
             images=images,
         )
+    options["needs_blocks"] = prunes and (entry.needs_blocks or compensate)
     with using_head(model, options.pop("head", None)):
         start = time.perf_counter()
         work = prepare(

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, Pair, Source, in_micro_batches
+from fastsal.data.batches import Batches, LabelUse, Pair, Source, in_micro_batches
 from fastsal.data.class_order import size_of
+from fastsal.data.content import RecordedSource, SeenImages
 from fastsal.data.held_out import HELD_OUT_EVERY, HELD_OUT_MOST, HeldOutSamples, Repeated
 from fastsal.data.image_set import ImageBatches
 from fastsal.fisher.statistics import Statistics
@@ -43,6 +44,7 @@ class Job:
             where the model has them.
         process: Computes statistics, scores, masks and weights.
         shelf: Where copies of weights and scores are stored.
+        seen: Records the images that passes see, for a checkpoint; None without one.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Job:
     dense: Mapping[str, Tensor] | None = None
     process: Process = field(default_factory=Process)
     shelf: Shelf = field(default_factory=Shelf)
+    seen: SeenImages | None = None
 
     @property
     def step(self) -> Step:
@@ -68,10 +71,23 @@ class Job:
         return budget is None or isinstance(self.batches, Iterator)
 
     def source(self) -> Iterable[Pair]:
-        """Return the validated images, the same in every iteration; empty without images."""
+        """Return the validated images, the same in every iteration; empty without images.
+
+        `seen` records what complete iterations see.
+        """
+        if self.batches is None or self.seen is None:
+            return self.images()
+        return RecordedSource(self.batches, self.samples, self._label_use, self.seen)
+
+    def images(self) -> Iterable[Pair]:
+        """Return the validated images, which are not recorded; empty without images."""
         if self.batches is None:
             return ()
-        return Source(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
+        return Source(self.batches, self.samples, self._label_use)
+
+    @property
+    def _label_use(self) -> LabelUse:
+        return LABEL_USE[self.statistics["curvature"]]
 
     @property
     def total(self) -> int | None:
@@ -153,7 +169,10 @@ class Job:
 
     def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
         """Return the arguments of `collect` except model and images."""
-        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
+        # Later rounds are at pruned weights, whose loss says nothing about the labels.
+        is_first = seed == self.recipe.seed and not quiet
+        options = {**self.statistics, "seed": seed, "checks_labels": is_first}
+        return options | ({"progress": False} if quiet else {})
 
     def joining(self, fisher: Statistics, held: Iterable[Pair], seed: int) -> Callable[[], None]:
         """Return a function that adds held-out images to statistics, in place.

@@ -22,6 +22,7 @@ from fastsal.data.batches import Pair
 from fastsal.gradients.losses import LossFunction, cross_entropy
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
+from fastsal.utils.float64 import in_float64
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class HeldOutFeatures:
             of_all: Returns the features of the batches of all processes, from those of `batches`.
         """
         targets = [_features(model, images) for images, _ in batches]
-        variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
+        variance = in_float64(torch.cat(of_all(targets))).var(dim=0, correction=0).mean()
         # With constant features (of a single image, say) the loss of guessing is undefined.
         return cls(batches, targets, float(variance) / 2 or math.inf, sum(map(len, targets)))
 
@@ -65,7 +66,7 @@ class HeldOutFeatures:
         for (images, _), target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
             each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
-            found.append(float(each.double().sum()))
+            found.append(float(in_float64(each).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:
@@ -122,7 +123,7 @@ class HeldOut:
                 losses = F.cross_entropy(out, target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
-            found.append(float(losses.double().sum()))
+            found.append(float(in_float64(losses).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.statistics import Statistics
@@ -129,9 +130,11 @@ class Process:
         """Return the test of a limit."""
         return Examination(model, batches, limit, loss, seed=seed)
 
-    def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
-        """Return the checkpoint of a run."""
-        return Checkpoint(path, asked)
+    def checkpoint(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], rest: str, seen: SeenImages
+    ) -> Checkpoint:
+        """Return the checkpoint of a run, with the arguments of `Checkpoint`."""
+        return Checkpoint(path, asked, rest, seen)
 
     def memory_use(self, chosen: Mapping[str, nn.Parameter], **how: Any) -> Use:
         """Return the memory that pruning uses in addition to the statistics."""

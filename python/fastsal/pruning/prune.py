@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, first_images
+from fastsal.data.content import SeenImages
+from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
 from fastsal.gradients.weights_in_use import indirect, warn_if_computed
 from fastsal.models.classifier import using_head
+from fastsal.models.digest import model_digest
 from fastsal.models.input_axis import layer_axes
 from fastsal.models.left_out import left_out
 from fastsal.pruning.criteria import CRITERIA
@@ -31,6 +34,7 @@ from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
 
@@ -149,7 +153,8 @@ def prune(
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
-            is removed at the end.
+            is removed at the end. The file of a run with another model, images, labels, loss or
+            other arguments is rejected; the images are read once to compare them.
         head: Name of the classifier's layer, or several; None finds it. Only
             `curvature="features"` uses it: features are its input.
 
@@ -252,6 +257,10 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         needs_cap=loss is not cross_entropy,
     )
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
     images: Tensor | None = None
     is_indirect = bool(indirect(model, chosen))
@@ -279,6 +288,7 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         copies(chosen) if needs_copy else None,
         process,
         Shelf(given.scratch),
+        None if given.checkpoint is None else SeenImages(),
     )
     result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
     in_use = result.masks.in_use(model, images)
@@ -308,6 +318,7 @@ def _collection(
         "progress": given.progress,
         "by_rows": given.pattern is not None,
         "warns": False,  # once, not in every round
+        "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:
@@ -341,7 +352,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
     axes = None if given.pattern is None else layer_axes(job.model, shapes)
     check_ranking(shapes, given.sparsity, **job.recipe.ranking, axes=axes)
     checkpoint = None
-    if given.checkpoint is not None:
+    if given.checkpoint is not None and (seen := job.seen) is not None:
         asked = {
             "sparsity": given.sparsity,
             "rounds": given.rounds,
@@ -350,8 +361,14 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "precision": given.precision,
             "curvature": given.curvature,
             "head": given.head,
+            "loss": identity_of(given.loss),
+            "autocast": given.autocast,
+            "loss_scale": given.loss_scale,
+            "micro_batch": given.micro_batch,
+            "recalibrate": given.recalibrate,
         }
-        checkpoint = job.process.checkpoint(given.checkpoint, asked)
+        rest = model_digest(job.model, without=job.chosen.values())
+        checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
     done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
     return PruneResult(*done)

@@ -18,7 +18,7 @@ from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import Measured
-from fastsal.pruning.recalibration import recalibrate_if_better
+from fastsal.pruning.recalibration import moments_kept_on_error, recalibrate_if_better
 from fastsal.pruning.shelf import restore
 from fastsal.pruning.step import Attempt
 from fastsal.utils.clock import Clock
@@ -106,9 +106,9 @@ def prune_in_rounds(
     history: list[Round] = []
     scores: dict[str, Tensor] = {}
     found = RoundStatistics()
-    with job.all_or_nothing():
+    with job.all_or_nothing(), moments_kept_on_error(model):
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.chosen)
+            masks, history = checkpoint.resume(job.chosen, job.images)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = recipe.is_auto and not history
@@ -145,11 +145,11 @@ def prune_in_rounds(
             clock.lap("recalibration")
             seconds = history[-1].seconds | clock.seconds
             history[-1] = replace(history[-1], recalibration=effect, seconds=seconds)
-    if masks is None:
-        raise InvalidArgument("rounds must be at least 1, got 0")
-    recipe.sign(masks, history)
-    if checkpoint is not None:
-        checkpoint.remove()
+        if masks is None:
+            raise InvalidArgument("rounds must be at least 1, got 0")
+        recipe.sign(masks, history)
+        if checkpoint is not None:
+            checkpoint.remove()
     return masks, scores, history
 
 

@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.numbering import LossSign, check_labels_of
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.classifier import using_head
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 
 
@@ -140,13 +143,19 @@ def measure(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     report: Report | None = None,
+    checks_labels: bool = False,
 ) -> Measurement:
     """Measure accuracy and loss of `model` with its own classifier.
+
+    A warning is given for labels that are not numbered as the outputs of the model, and for a model
+    without a classifier or with a random one.
 
     Args:
         model: Maps images `[n, c, h, w]` to logits `[n, k]`; it is not changed.
         batches: Iterable of `(images [n, c, h, w], labels [n])`.
         report: Callback with the number of images done and the total, None if unknown.
+        checks_labels: Whether a loss worse than guessing gives a warning too, as it should if the
+            model is not pruned.
 
     Returns:
         Accuracy, loss and number of images. Images with non-finite logits count as wrong.
@@ -155,10 +164,13 @@ def measure(
         DataError: There are no images, the logits have another shape, or a label is outside
             `0 .. k - 1`.
     """
-    tally = _Tally()
+    tally = _Tally(LossSign() if checks_labels else None)
     total = getattr(batches, "samples", None)
+    check_labels_of(batches, model)
     with evaluating(model) as device, torch.no_grad():
         for images, labels in batches:
+            if not tally.count and check_classifier(model, "accuracy", images):
+                tally.sign = None  # the loss of features means nothing
             logits = _logits(model, images.to(device))
             if len(logits) != len(labels):
                 raise DataError(
@@ -170,6 +182,8 @@ def measure(
                 report(tally.count, total)
     if not tally.count:
         raise DataError("batches must hold at least one image")
+    if tally.sign is not None:
+        tally.sign.warn()
     return tally.measurement()
 
 
@@ -183,18 +197,21 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
 
 @dataclass
 class _Tally:
-    """Running sums over batches."""
+    """Running sums over batches; `sign` compares the loss with that of guessing."""
 
+    sign: LossSign | None = None
     right: int = 0
     count: int = 0
     loss: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> None:
-        scores = logits.double().cpu()
+        scores = in_float64(logits).cpu()
         y = _checked(labels, scores.shape[1])
         finite = torch.isfinite(scores).all(dim=1)
         self.right += int(((scores.argmax(dim=1) == y) & finite).sum())
         losses = F.cross_entropy(scale * scores, y, reduction="none")
+        if self.sign is not None:
+            self.sign.add(losses[finite].tolist(), scores.shape[1])
         self.loss += float(losses.masked_fill(~finite, torch.inf).sum())
         self.count += len(y)
 

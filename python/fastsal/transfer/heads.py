@@ -28,6 +28,7 @@ from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
 from fastsal.utils.choices import HEAD_KINDS, HeadKind
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
+from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
     from fastsal.transfer.head_cache import HeadCache
@@ -121,6 +122,9 @@ def fit_heads(
         InvalidArgument: A number is out of range, the kind is unknown, or two tasks have one name.
         DataError: A class has no images to fit on, or features are not finite.
         FactorizationError: The normal equations are singular (`ridge` of 0).
+
+    Warns:
+        UserWarning: A head cannot be stored in `cache`, or a file there is damaged.
     """
     from fastsal.transfer.head_cache import HeadCache, model_digest
 
@@ -165,8 +169,16 @@ def fit_heads(
             x, y, classes = _collect(model, task, spec, batch_size)
         heads[task.name] = solvers[kind](task.name, x, y, classes, spec)
         if cache is not None:
-            cache.put(key, heads[task.name])
+            _store(cache, key, heads[task.name])
     return heads
+
+
+def _store(cache: HeadCache, key: str, head: AnyHead) -> None:
+    """Store a fitted head; a failure is a warning, as the head is there."""
+    try:
+        cache.put(key, head)
+    except OSError as error:
+        warn_user(f"cache: the head of {head.task!r} is not stored in {cache.folder} ({error})")
 
 
 def _collect(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.evaluating import modes_restored
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.numbers import whole
 
 # measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
@@ -110,7 +111,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
     if t in (0.0, 1.0) or not a.is_floating_point():
         return a if t < 0.5 else b
-    return torch.lerp(a.double(), b.to(a.device).double(), t)
+    return torch.lerp(in_float64(a), in_float64(b.to(a.device)), t)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.tasks import Task
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import listed
 
 Columns = Mapping[str, int] | Sequence[str]
@@ -65,7 +67,7 @@ class OwnHead:
                 f"columns must be given: task {self.task!r} has {len(self.classes)} classes and "
                 f"the model {n} logits"
             )
-        return (logits if wanted is None else logits[:, list(wanted)]).double()
+        return in_float64(logits if wanted is None else logits[:, list(wanted)])
 
     def to(self, _device: torch.device) -> OwnHead:
         """Return the head itself, which has no tensors."""
@@ -99,6 +101,7 @@ def own_head(
         )
     images = task.test if isinstance(task.test, ImageSet) else task.fit
     classes = images.classes if isinstance(images, ImageSet) else ()
+    check_classifier(model, "accuracy")
     if columns is None:
         return OwnHead(task.name, classes, spec, _columns_by_default(task.name, classes, n))
     if isinstance(columns, str):

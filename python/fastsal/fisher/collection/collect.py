@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsal.data.batches import Batches
+from fastsal.data.numbering import check_labels_of
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
 from fastsal.fisher.statistics import Collected
@@ -39,7 +40,9 @@ def collect(
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
-    The model runs in evaluation mode, and its state is restored afterwards.
+    The model runs in evaluation mode, and its state is restored afterwards. A warning is given if
+    labels or logits do not look right: labels that are not numbered as the outputs of the model, a
+    loss worse than guessing, a model without a classifier or with a random one.
 
     With `curvature="features"` neither labels nor a classifier is needed. The features `f_θ(x)`
     `[F]`, which are the input of the classifier, are treated as the mean of a Gaussian. A target
@@ -101,6 +104,8 @@ def collect(
         UnknownParameter: `parameters` matches nothing.
         UnsupportedLayer: The per-sample gradient of a weight cannot be formed.
     """
+    if curvature == "empirical":
+        check_labels_of(batches, model)
     with using_head(model, head):
         statistics = collected(
             model,

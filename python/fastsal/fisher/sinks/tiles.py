@@ -7,9 +7,7 @@ which moves more data. Squares are packed once, when they are copied to main mem
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from fastsal.errors import NonFiniteGradient
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.rows import flat_rows
+from fastsal.gradients.precision import full_float32
 
 
 @dataclass
@@ -79,7 +78,7 @@ class DeviceTiles:
         if missing:
             flat = torch.nn.functional.pad(flat, (0, missing))
         blocks = flat.view(-1, count, block).transpose(0, 1)  # [K, n, B]
-        with _full_float32():
+        with full_float32():
             tile.squares.baddbmm_(blocks.transpose(1, 2), blocks)
 
     def end_micro_batch(self, n: int) -> None:
@@ -118,14 +117,3 @@ def _packed(squares: Tensor, d: int) -> Tensor:
             row, column = torch.triu_indices(size, size, device=squares.device)
             parts.append(part[:, row, column].reshape(-1))
     return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def _full_float32() -> Iterator[None]:
-    """Disable TF32, whose ten bits of mantissa would change inverses."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

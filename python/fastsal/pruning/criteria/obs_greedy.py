@@ -10,7 +10,7 @@ from fastsal.fisher.inverses import error_bound, raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
 
 
-@criterion("obs-greedy", needs_fisher=True, needs_damping=True)
+@criterion("obs-greedy", needs_fisher=True, needs_damping=True, needs_blocks=True)
 def obs_greedy(inputs: Inputs) -> Scores:
     """Return the running maximum of the elimination costs in each block.
 

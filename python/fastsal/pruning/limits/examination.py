@@ -12,13 +12,16 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.data.held_out import Repeated
+from fastsal.data.numbering import LossSign
 from fastsal.data.stream_digest import StreamDigest
 from fastsal.errors import DataError, InvalidArgument
-from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.losses import LossFunction, cross_entropy
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import outputs
 from fastsal.pruning.limits.bound import is_below, upper_bound
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.limits.values import capped, check_measurable, is_right, losses_of
+from fastsal.utils.float64 import in_float64
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,14 @@ class Examination:
         self._loss = loss
         self._seen: StreamDigest | None = StreamDigest()
         self._batches = batches
+        self._sign = LossSign() if loss is cross_entropy else None
         self.dense = self._values(model)
         digest, self._seen = self._seen, None
         if not digest.samples:
             raise InvalidArgument("samples leaves no images to test the limit on; increase it")
+        if self._sign is not None:
+            self._sign.warn()
+        self._sign = None
         self.images = digest.samples
         self.seed = _seed_of(seed, digest)
 
@@ -100,8 +107,13 @@ class Examination:
             if self._seen is not None:
                 check_measurable(limit, self._loss, out, labels)
             losses = losses_of(self._loss, out, labels)
+            if self._sign is not None:  # wrong labels: then no drop of the accuracy is large
+                if not found and check_classifier(model, "accuracy", images):
+                    self._sign = None
+                else:
+                    self._sign.add(losses.tolist(), out.shape[1])
             if limit.kind == "accuracy":
-                limited = 1 - is_right(out, labels).double()
+                limited = 1 - in_float64(is_right(out, labels))
             else:
                 assert limit.cap is not None  # see `Limit.with_cap`
                 limited = capped(losses, limit.cap)
@@ -112,7 +124,7 @@ class Examination:
         """Return for each batch the increase and the loss increase of its images."""
         pairs = zip(self._values(model), self.dense, strict=True)
         return [
-            (now.limited - dense.limited, (now.losses - dense.losses).double())
+            (now.limited - dense.limited, in_float64(now.losses - dense.losses))
             for now, dense in pairs
         ]
 

@@ -21,6 +21,7 @@ from fastsal.gradients.losses import (
 )
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.measured import loss_of_guessing
+from fastsal.utils.float64 import in_float64
 
 
 def losses_of(loss: LossFunction, outputs: Any, labels: Tensor) -> Tensor:
@@ -33,7 +34,7 @@ def losses_of(loss: LossFunction, outputs: Any, labels: Tensor) -> Tensor:
 
 def capped(losses: Tensor, cap: float) -> Tensor:
     """Return losses `[n]` in [0, cap], float64; NaN counts as the cap."""
-    each = torch.nan_to_num(losses.double(), nan=cap, posinf=cap, neginf=cap)
+    each = torch.nan_to_num(in_float64(losses), nan=cap, posinf=cap, neginf=cap)
     return each.clamp(min=0.0, max=cap)
 
 

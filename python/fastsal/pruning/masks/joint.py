@@ -91,8 +91,8 @@ def rank_pattern(
             name: expand_groups(groups[name], p.shape, wanted.m, axes[name])
             for name, p in owned.items()
         }
-        return Masks(kept, {**groups.recipe, **recipe})
-    return Masks(joint_choice(owned, axes, statistics, wanted, damping), recipe)
+        return Masks(kept, {**groups.recipe, **recipe}, copy=False)
+    return Masks(joint_choice(owned, axes, statistics, wanted, damping), recipe, copy=False)
 
 
 def joint_costs(

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class Masks(Mapping[str, Tensor]):
         masks: Name to mask of the parameter's shape: boolean, or numbers with zero for pruned
             weights. Masks are copied to the CPU.
         recipe: How the masks were made, as values that JSON can hold. It is stored with them.
+        copy: Whether boolean masks on the CPU are copied too. False shares their memory, for masks
+            that nothing else changes.
 
     Attributes:
         recipe: As above.
@@ -50,15 +53,22 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, masks: Mapping[str, Tensor], recipe: Mapping[str, Any] | None = None
+        self,
+        masks: Mapping[str, Tensor],
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        copy: bool = True,
     ) -> None:
         if not masks:
             raise InvalidArgument("masks must hold at least one parameter, got none")
-        self._masks = {n: torch.as_tensor(m).detach().cpu().bool() for n, m in masks.items()}
+        self._masks = {
+            n: torch.as_tensor(m).detach().to("cpu", torch.bool, copy=copy)
+            for n, m in masks.items()
+        }
         empty = [name for name, m in self._masks.items() if m.numel() == 0]
         if empty:
             raise InvalidArgument(f"masks must not be empty, got {empty[0]!r} without elements")
-        self.recipe: dict[str, Any] = dict(recipe or {})
+        self.recipe: dict[str, Any] = deepcopy(dict(recipe or {}))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -257,7 +267,7 @@ class Masks(Mapping[str, Tensor]):
             "version": _VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             # In the form in which it is read back, of which the digest is.
-            "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})})),
+            "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})}, default=_number)),
         }
         header["digest"] = _digest(header, bits)
         with atomic_path(path) as temporary:
@@ -297,7 +307,14 @@ class Masks(Mapping[str, Tensor]):
         for name, shape in shapes.items():
             flat = np.unpackbits(bits[name], count=math.prod(shape))
             masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
-        return cls(masks, header["recipe"])
+        return cls(masks, header["recipe"], copy=False)
+
+
+def _number(value: Any) -> Any:
+    """Return a scalar of NumPy or PyTorch as a number, for JSON."""
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"recipe must hold values that JSON can hold, got {type(value).__name__}")
 
 
 def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:

@@ -92,7 +92,7 @@ def rank(
             for name, values in scores.items()
         }
         recipe = {**groups.recipe, "pattern": str(wanted)}
-        return Masks(whole, {**recipe, **recorded_axes(shapes, axes)})
+        return Masks(whole, {**recipe, **recorded_axes(shapes, axes)}, copy=False)
     kept = {}
     if wanted is not None:
         recipe = {"pattern": pattern, **recorded_axes(shapes, axes)}
@@ -113,7 +113,7 @@ def rank(
             for name, values in flat.items():
                 kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
     masks_ = {name: torch.from_numpy(mask).reshape(shapes[name]) for name, mask in kept.items()}
-    return Masks(masks_, recipe)
+    return Masks(masks_, recipe, copy=False)
 
 
 def check_ranking(
