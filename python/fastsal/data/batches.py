@@ -282,7 +282,7 @@ def without_single_images(pairs: Iterable[Pair]) -> Iterator[Pair]:
         joined: Pair | None = None
         if waiting is not None:
             is_single = len(pair[0]) == 1 < len(waiting[0])
-            joined = _joined([waiting, pair]) if is_single else None
+            joined = _joined([waiting, pair]) if is_single and _can_join(waiting, pair) else None
             if joined is None:
                 yield waiting
         waiting = pair if joined is None else joined
