@@ -157,10 +157,16 @@ statistics_options: Callable[[F], F] = together(
         "model's own features, without labels (features).",
     ),
     click.option(
+        "--head",
+        metavar="NAME",
+        show_default="found",
+        help="Name of the classifier's layer, whose input is the features of --curvature features.",
+    ),
+    click.option(
         "--parameters",
         multiple=True,
         metavar="PATTERN",
-        show_default="weights of Linear and ConvNd layers",
+        show_default="weights of Linear, ConvNd and attention layers",
         help="Name or wildcard pattern of weights to prune; a leading ! excludes; may be repeated.",
     ),
     click.option(
@@ -242,7 +248,10 @@ seed_option = click.option(
     help="Seed of random weights, random draws and shuffling.",
 )
 threads_option = click.option(
-    "--threads", type=COUNT, show_default="all cores", help="Number of CPU threads."
+    "--threads",
+    type=COUNT,
+    show_default="OMP_NUM_THREADS, else all cores",
+    help="Number of CPU threads.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."

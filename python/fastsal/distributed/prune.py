@@ -16,8 +16,9 @@ from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.history import RankTraffic
-from fastsal.pruning.prune import PruneResult, prune_with
 from fastsal.pruning.prune import prune as prune_alone
+from fastsal.pruning.prune import prune_with
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.suggestions import check_choice
 

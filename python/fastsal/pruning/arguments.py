@@ -53,6 +53,7 @@ class Arguments:
     recalibrate: bool
     checkpoint: str | os.PathLike[str] | None
     batch: BatchRule | None = None
+    head: str | Sequence[str] | None = None
 
     def normalized(self) -> Arguments:
         """Return them with plain numbers, the unwrapped model, and batches by the rule.

@@ -35,6 +35,8 @@ __all__ = ["HeadCache", "load_head", "model_digest", "save_head", "split_digest"
 _FORMAT = "fastsal head"
 # Part of every key: heads of another version are not found.
 _VERSION = 1
+# Version of what features are, the input of the layer that produces the output.
+_FEATURES = 2
 
 
 class HeadCache:
@@ -69,7 +71,8 @@ class HeadCache:
             settings: Settings of this kind.
             batch: Function from a batch of `fit` to `(images, labels)`, if it is no `ImageSet`.
         """
-        inputs = [_VERSION, model, split_digest(fit, batch), asdict(spec), kind, dict(settings)]
+        images = split_digest(fit, batch)
+        inputs = [_VERSION, _FEATURES, model, images, asdict(spec), kind, dict(settings)]
         return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:
