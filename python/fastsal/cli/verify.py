@@ -109,8 +109,8 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if is_run and folder:
         in_use = recorded_in_use(folder)
     elif model is not None and not failures:
-        found = masks.in_use(model)
-        in_use = found.as_dict() if found else None
+        use = masks.in_use(model)
+        in_use = use.as_dict() if use else None
     return failures, {
         "parameters": len(masks),
         "weights": sum(mask.numel() for mask in masks.values()),

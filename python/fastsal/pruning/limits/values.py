@@ -42,7 +42,8 @@ def capped(losses: Tensor, cap: float) -> Tensor:
 def is_right(outputs: Any, labels: Tensor) -> Tensor:
     """Return whether each image is classified correctly, `[n]`; with NaN outputs it is not."""
     outputs = output_tensor(outputs)
-    return (outputs.argmax(dim=1) == labels) & ~outputs.isnan().any(dim=1)
+    right: Tensor = (outputs.argmax(dim=1) == labels) & ~outputs.isnan().any(dim=1)
+    return right
 
 
 def settled(limit: Limit, loss: LossFunction, outputs: Any, labels: Tensor) -> Limit:
