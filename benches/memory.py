@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,25 @@ def child(args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo")
         prune = fastsal.distributed.prune
     torch.manual_seed(0)
-    model = timm.create_model(args.model)
-    images = torch.randn(args.samples, 3, args.size, args.size)
-    labels = torch.randint(0, 1000, (args.samples,))
-    batches = [(images[i : i + 8], labels[i : i + 8]) for i in range(0, args.samples, 8)]
+    model = fastsal.load_model(args.model) if ":" in args.model else timm.create_model(args.model)
+    batches: Any = Columns(args.samples, args.size, 1)
+    if not args.streamed:
+        images = torch.randn(args.samples, 3, args.size, args.size)
+        labels = torch.randint(0, 1000, (args.samples,))
+        batches = list(zip(images.split(8), labels.split(8), strict=True))
     with torch.no_grad():  # one-time allocations of the libraries
-        model.eval()(images[:2])
+        model.eval()(next(iter(batches))[0][:2])
     damping = args.damping if args.damping == "auto" else float(args.damping)
     more: dict[str, Any] = {}
     if args.budget:
         more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch or None}
+    if args.held_out:
+        more |= {"held_out": Columns(args.held_out, args.size, 2), "max_loss_increase": 0.5}
+    else:
+        more["sparsity"] = 0.7
     say("begin")
     start = time.perf_counter()
-    result = prune(model, batches, 0.7, damping=damping, rounds=args.rounds, **more)
+    result = prune(model, batches, damping=damping, rounds=args.rounds, **more)
     seconds = time.perf_counter() - start
     say("end")
     time.sleep(1)  # until the parent has read it: later memory is not part of the run
@@ -67,6 +74,31 @@ def child(args: argparse.Namespace) -> None:
     say("told", json.dumps(told))
     if args.ranks > 1:
         torch.distributed.destroy_process_group()
+
+
+class Columns:
+    """Batches of images with random columns, which are drawn again on every pass.
+
+    Args:
+        samples: Number of images.
+        size: Height and width in pixels.
+        seed: Seed of the images.
+    """
+
+    def __init__(self, samples: int, size: int, seed: int) -> None:
+        self.samples = samples
+        self._size = size
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        import torch
+
+        generator = torch.Generator().manual_seed(self._seed)
+        for start in range(0, self.samples, 8):
+            n = min(8, self.samples - start)
+            columns = torch.randn(n, 3, 1, self._size, generator=generator)
+            images = columns.expand(-1, -1, self._size, -1).contiguous()
+            yield images, torch.randint(0, 1000, (n,), generator=generator)
 
 
 def say(*words: str) -> None:
@@ -125,7 +157,9 @@ def watched(command: list[str], ranks: int) -> dict[str, Any]:
 def main() -> None:
     """Run all budgets, print a table and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="resnet50", help="name of a timm model")
+    parser.add_argument(
+        "--model", default="resnet50", help="name of a timm model, or file.py:function"
+    )
     parser.add_argument(
         "--budgets",
         type=float,
@@ -136,6 +170,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="number of random images")
     parser.add_argument("--size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--damping", default="1e-6", help="λ, or auto")
+    parser.add_argument(
+        "--streamed", action="store_true", help="draw the images on every pass; none is in memory"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=int,
+        default=0,
+        help="number of images that a limit on the loss is tested on; 0 prunes to 0.7",
+    )
     parser.add_argument("--rounds", type=int, default=1, help="number of rounds")
     parser.add_argument(
         "--ranks", type=int, default=1, help="number of processes; each has the budget"
@@ -159,8 +202,10 @@ def main() -> None:
         if args.ranks > 1:
             command += ["-m", "torch.distributed.run", f"--nproc-per-node={args.ranks}"]
         command += ["-m", "benches.memory", "--budget", str(budget)]
-        for name in ("model", "samples", "size", "damping", "rounds", "scratch", "ranks"):
-            command += [f"--{name}", str(getattr(args, name))]
+        names = ("model", "samples", "size", "damping", "rounds", "scratch", "ranks", "held_out")
+        for name in names:
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        command += ["--streamed"] if args.streamed else []
         row = {
             "model": args.model,
             "ranks": args.ranks,

@@ -30,6 +30,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0.02, help="largest drop in accuracy")
     parser.add_argument("--confidence", type=float, default=0.9, help="confidence of the limit")
     parser.add_argument("--damping", type=float, help="λ; by default chosen in each draw")
+    parser.add_argument(
+        "--by-class", action="store_true", help="sort the held-out images by class, as folders are"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
     model, train, test = load(given.data)
@@ -39,6 +42,9 @@ def main() -> None:
         some = torch.randperm(len(train[1]), generator=generator)[: given.samples]
         halves = torch.randperm(len(test[1]), generator=generator).chunk(2)
         held, judged = ((test[0][half], test[1][half]) for half in halves)
+        if given.by_class:
+            order = held[1].argsort(stable=True)
+            held = held[0][order], held[1][order]
         images = (train[0][some], train[1][some])
         pruned = copy.deepcopy(model)
         result = fastsal.prune(

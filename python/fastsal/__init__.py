@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         FactorizationError,
         FastsalError,
         FileFormatError,
+        GradientOverflow,
         InvalidArgument,
         MaskError,
         NonFiniteGradient,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.joint import rank_pattern
     from fastsal.pruning.masks.masks import Masks
     from fastsal.pruning.masks.ranking import rank
-    from fastsal.pruning.prune import PruneResult, prune
+    from fastsal.pruning.prune import prune
+    from fastsal.pruning.prune_result import PruneResult
     from fastsal.pruning.refit.refit import RefitResult, refit
     from fastsal.pruning.refit.settings import Refit
     from fastsal.study import Study, load_study, run_study
@@ -74,6 +76,7 @@ _HOME = {
     "FactorizationError": "errors",
     "FastsalError": "errors",
     "FileFormatError": "errors",
+    "GradientOverflow": "errors",
     "InvalidArgument": "errors",
     "MaskError": "errors",
     "NonFiniteGradient": "errors",
@@ -91,7 +94,7 @@ _HOME = {
     "MemoryPlan": "fisher.memory_plan",
     "merge_files": "fisher.merging",
     "plan_memory": "pruning.forecast",
-    "PruneResult": "pruning.prune",
+    "PruneResult": "pruning.prune_result",
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
@@ -122,6 +125,7 @@ __all__ = [
     "FastsalError",
     "FileFormatError",
     "FinetuneResult",
+    "GradientOverflow",
     "ImageSet",
     "InvalidArgument",
     "MaskError",

@@ -465,3 +465,171 @@ def test_paths_may_be_strings_and_the_summary_is_short(study_file, tmp_path):
     done = run_study(load_study(str(study_file), root=str(tmp_path)), str(tmp_path / "out"))
     assert repr(done).startswith("Summary(cells=3, done=3, failed=0, rows=6, warned=0, seconds=")
     assert run_study(load_study(study_file, root=tmp_path), tmp_path / "out").done == 0
+
+
+FAULTS = {
+    "model": ("def tiny", "def tiny(num_classes=3):\n    raise KeyError('deep')\n\n\ndef _tiny"),
+    "pass": ("return torch.relu", "x.no_such_thing()\n        return torch.relu"),
+    "memory": ("return torch.relu", "raise MemoryError('no room')\n        return torch.relu"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_cell_that_raises_anything_is_recorded(name, study_file, tmp_path):
+    """Of two models one fails in its own code; the cells of the other are done."""
+    old, new = FAULTS[name]
+    whole = (tmp_path / "tiny.py").read_text()
+    (tmp_path / "faulty.py").write_text(whole.replace(old, new, 1))
+    edited(
+        study_file,
+        ("[[models]]", '[[models]]\nname = "faulty"\nmodel = "faulty.py:tiny"\n\n[[models]]'),
+        ("[0.0, 0.5, 0.75]", "[0.5]"),
+        ("[0, 1]", "[0]"),
+    )
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--quiet")
+    assert result.exit_code == 1, result.output
+    rows = rows_of(out)
+    assert {r["model"] for r in rows if r["status"] == "failed"} == {"faulty"}
+    assert {r["model"] for r in rows if r["status"] == "done"} == {"tiny"}
+    kinds = {"model": "KeyError", "pass": "AttributeError", "memory": "MemoryError"}
+    assert all(r["error"].startswith(kinds[name]) for r in rows if r["status"] == "failed")
+    (first, *_) = [p for p in (out / "cells").iterdir() if p.name.startswith("faulty")]
+    assert "faulty.py" in "".join(json.loads(first.read_text())["traceback"])
+    (tmp_path / "faulty.py").write_text(whole)
+    done = run_study(load_study(study_file), out)  # another file of the model: other cells
+    assert (done.done, done.failed) == (3, {})
+
+
+def test_a_cell_whose_files_cannot_be_written_is_recorded(study_file, tmp_path, monkeypatch):
+    import fastsal.study.runner as runner
+
+    edited(study_file, ('name = "tiny"', 'save = "models"\nname = "tiny"'))
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    save, calls = runner.save_weights, []
+
+    def once(model, path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise PermissionError(13, "Permission denied", str(path))
+        save(model, path)
+
+    monkeypatch.setattr(runner, "save_weights", once)
+    done = run_study(load_study(study_file), tmp_path / "out")
+    assert (done.cells, len(done.failed)) == (3, 1)
+    assert run_study(load_study(study_file), tmp_path / "out", retry=True).failed == {}
+
+
+def test_two_sweeps_of_one_folder_do_not_run_at_once(study_file, tmp_path, monkeypatch):
+    import fastsal.study.runner as runner
+
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    out, compute, said = tmp_path / "out", runner._result, []
+
+    def meanwhile(store, source, cell):
+        if not said:
+            said.append(run("sweep", study_file, "--out", out, "--quiet"))
+        return compute(store, source, cell)
+
+    monkeypatch.setattr(runner, "_result", meanwhile)
+    done = run_study(load_study(study_file), out)
+    assert (done.done, done.failed) == (3, {})
+    failed(said[0], f"out: {out} is in use by another run (process {os.getpid()} on ")
+    assert not list(out.glob(".*"))
+    assert run_study(load_study(study_file), out).done == 0
+
+
+def write_folder(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    for i in range(60):
+        name = folder / "ab"[i % 2] / f"{i:02}.bmp"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 90, (8, 8, 3))
+        pixels[:, :, i % 2] += 100
+        Image.fromarray(pixels.astype(np.uint8)).save(name)
+
+
+def test_cells_of_images_with_other_content_are_computed_again(study_file, tmp_path):
+    write_folder(tmp_path / "bars")
+    edited(study_file, ('"bars.npz"', '"bars"'), ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    out = tmp_path / "out"
+    assert run_study(load_study(study_file), out).done == 3
+    assert run_study(load_study(study_file), out).done == 0
+    file = tmp_path / "bars" / "a" / "04.bmp"
+    status = file.stat()
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert run_study(load_study(study_file), out).done == 3
+
+
+CRITERION = """
+
+from fastsal.pruning.criteria import criterion
+
+
+@criterion("{0}", needs_fisher=False)
+def mine(inputs):
+    return {{name: {1} * weights.abs() for name, weights in inputs.weights.items()}}
+"""
+
+
+@pytest.fixture
+def own_criterion(tmp_path, tiny_file):
+    """A file of a model that registers a criterion."""
+    names = []
+
+    def write(factor=1):
+        names.append("mine")
+        (tmp_path / "own.py").write_text(tiny_file.read_text() + CRITERION.format("mine", factor))
+        return f"{tmp_path / 'own.py'}:tiny"
+
+    yield write
+    for name in names:
+        fastsal.CRITERIA.pop(name, None)
+
+
+def test_a_criterion_of_the_model_file(own_criterion, tiny_npz, tmp_path):
+    spec = own_criterion()
+    common = ["--sparsity", 0.5, "--quiet", "--criterion", "mine"]
+    result = run("prune", spec, *common, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    by_size = run("prune", spec, *common[:-1], "magnitude", "--out", tmp_path / "by-size")
+    assert by_size.exit_code == 0, by_size.output
+    masks = [fastsal.Masks.load(tmp_path / f / "masks.safetensors") for f in ("run", "by-size")]
+    assert masks[0] == masks[1]
+    result = run("prune", spec, *common, "--data", tiny_npz, "--out", tmp_path / "compensated")
+    assert result.exit_code == 0, result.output
+    scores = tmp_path / "scores.safetensors"
+    result = run("score", spec, "--criterion", "mine", "--quiet", "--out", scores)
+    assert result.exit_code == 0, result.output
+    result = run("plan", spec, "--criterion", "mine", "--samples", 8, "--size", 8)
+    assert result.exit_code == 0, result.output
+
+
+def test_unknown_criteria_are_told(own_criterion, tmp_path):
+    spec = own_criterion()
+    common = ["--sparsity", 0.5, "--criterion", "min", "--out", tmp_path / "run"]
+    failed(run("prune", spec, *common, "--quiet"), "--criterion must be one of magnitude, ")
+    result = run("prune", "test_resnet", *common)
+    failed(result, "--criterion must be one of magnitude, ")
+    assert "weights are random" not in result.stderr  # before the model is built
+
+
+def test_studies_with_a_criterion_of_the_model_file(own_criterion, study_file, tmp_path):
+    own_criterion()
+    fastsal.CRITERIA.pop("mine", None)
+    edited(
+        study_file,
+        ('criterion = "magnitude"', 'criterion = "mine"'),
+        ('"tiny.py:tiny"', '"own.py:tiny"'),
+        ("[0.0, 0.5, 0.75]", "[0.5]"),
+        ("[0, 1]", "[0]"),
+    )
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "mine" in {r["criterion"] for r in rows_of(out)}
+    edited(study_file, ('criterion = "mine"', 'criterion = "min"'))
+    said = "'obs-greedy' or 'mine', got 'min'; did you mean 'mine'"
+    failed(run("sweep", study_file, "--out", tmp_path / "other", "--quiet"), said)

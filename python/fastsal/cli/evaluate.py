@@ -35,7 +35,7 @@ def evaluate(**given: Any) -> None:
         given, model, spec, given["data"], samples=given["samples"], shuffle=True
     )
     with reporter(not given["quiet"], "accuracy") as report:
-        result = measure(model, batches, report=report)
+        result = measure(model, batches, report=report, checks_labels=True)
     if given["as_json"]:
         emit(result._asdict())
         return

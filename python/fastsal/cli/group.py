@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import warnings
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from fastsal.errors import FastsalError
+from fastsal.utils.atomic import recording_writes
+from fastsal.utils.plain_text import plain_line
 
 STATUS_ERROR = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
@@ -33,10 +37,18 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command.
 
-        An invalid option, a `FastsalError`, or a file that cannot be opened or written exits with
-        2; Ctrl-C with 130. With `--debug`, and for any other exception, the traceback is shown.
+        An invalid option, a `FastsalError`, a core that cannot be imported, or a file that cannot
+        be opened or written exits with 2; Ctrl-C with 130. With `--debug`, and for any other
+        exception, the traceback is shown.
         """
-        warnings.showwarning = _show_warning
+        before, warnings.showwarning = warnings.showwarning, _show_warning
+        with contextlib.ExitStack() as stack:
+            # A process that calls the command from Python keeps its own.
+            stack.callback(setattr, warnings, "showwarning", before)
+            written = stack.enter_context(recording_writes())
+            return self._invoked(ctx, written)
+
+    def _invoked(self, ctx: click.Context, written: list[Path]) -> Any:
         try:
             return super().invoke(ctx)
         except click.UsageError as error:
@@ -44,12 +56,26 @@ class Group(click.Group):
         except (FastsalError, OSError) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            if isinstance(error, OSError) and error.filename is None:
+            if not isinstance(error, FastsalError) and error.filename is None:
+                raise
+            _exit_with(ctx, one_line(error))
+        except ImportError as error:
+            # The compiled core: it is missing, or refuses the instruction set that was asked for.
+            if ctx.params.get("debug") or error.name != "fastsal._core":
                 raise
             _exit_with(ctx, one_line(error))
         except KeyboardInterrupt:
-            click.echo("interrupted: nothing was written", err=True)
+            click.echo(f"interrupted: {_written(written)}", err=True)
             ctx.exit(STATUS_INTERRUPTED)
+
+
+def _written(paths: list[Path]) -> str:
+    """Return which files of an interrupted command exist."""
+    there = list(dict.fromkeys(str(path) for path in paths if path.exists()))
+    if not there:
+        return "nothing was written"
+    others = f" and {len(there) - 1} more" if len(there) > 1 else ""
+    return f"{there[-1]}{others} written before"
 
 
 def usage_line(error: click.UsageError) -> str:
@@ -66,10 +92,10 @@ def usage_line(error: click.UsageError) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of `error` without line breaks."""
+    """Return the message of `error` without line breaks and escape codes."""
     if isinstance(error, OSError) and not isinstance(error, FastsalError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return plain_line(error, None) or type(error).__name__
 
 
 def _option(param: click.Parameter) -> str:
@@ -86,4 +112,4 @@ def _exit_with(ctx: click.Context, message: str) -> NoReturn:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     """Write a warning in one line, without its place in the code."""
-    click.echo(f"warning: {' '.join(str(message).split())}", err=True)
+    click.echo(f"warning: {plain_line(message, None)}", err=True)

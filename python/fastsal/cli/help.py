@@ -8,20 +8,23 @@ import click
 
 # Name of an option's parameter -> heading, headings in the order of the page.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("weights", "masks", "num_classes", "in_chans", "meta"),
-    "Tasks": ("tasks", "tests", "classes", "sources", "head"),
+    "Model": ("weights", "weights_key", "masks", "num_classes", "in_chans", "meta"),
+    "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
         "parameters", "rounds", "compensate", "damping", "recalibrate",
     ),
     "Accuracy or loss limit": (
-        "max_accuracy_drop", "max_loss_increase", "confidence",
+        "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),
     "Training": (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
         "train_head", "train_normalization", "autocast",
     ),
-    "Data": ("data", "held_out", "test", "samples", "seeds", "size", "mean", "std", "batch_size"),
+    "Data": (
+        "data", "held_out", "test", "class_map", "samples", "seeds", "size", "mean", "std",
+        "batch_size",
+    ),
     "Statistics": (
         "curvature", "block_size", "micro_batch", "precision", "statistics", "save_statistics",
     ),

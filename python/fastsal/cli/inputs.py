@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.atomic import check_writable
+from fastsal.utils.choices import CRITERION_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,6 +40,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     from fastsal.models.inputs import input_spec
     from fastsal.models.loading import load_model
 
+    _check_criterion(given, is_loaded=False)
     weights = given["weights"]
     if weights is None and not given.get("meta"):
         click.echo("note: --weights is not given; the weights are random", err=True)
@@ -48,12 +51,25 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
         model = load_model(
             given["model"],
             weights=weights,
+            weights_key=given["weights_key"],
             num_classes=given["num_classes"],
             in_chans=given["in_chans"],
             seed=given["seed"],
         )
+    _check_criterion(given, is_loaded=True)
     spec = input_spec(model, size=given.get("size"), mean=given.get("mean"), std=given.get("std"))
     return model, spec
+
+
+def _check_criterion(given: dict[str, Any], *, is_loaded: bool) -> None:
+    """Check `--criterion`; a criterion of the user is registered when the model is loaded."""
+    from fastsal.pruning.criteria import CRITERIA
+
+    name = given.get("criterion")
+    if name is None or name in CRITERIA or (not is_loaded and ".py" in given["model"]):
+        return
+    names = dict.fromkeys((*CRITERION_NAMES, *CRITERIA))
+    raise InvalidArgument(f"--criterion must be one of {', '.join(names)}, got {name!r}")
 
 
 def open_batches(
@@ -68,18 +84,30 @@ def open_batches(
 ) -> ImageBatches:
     """Open labeled images and check that the model has a class for each label.
 
-    Without `labeled` the images need no labels, and existing labels are ignored.
+    Labels that do not look like the model's outputs are noted. Without `labeled` the images need no
+    labels, and existing labels are ignored.
     """
+    from fastsal.data.class_map import IMAGENET, imagenet_map
     from fastsal.data.folders import load_images
+    from fastsal.data.numbering import check_numbering
     from fastsal.models.classifier import class_count
 
-    images = load_images(path, labeled=labeled)
-    count = class_count(model) if labeled else None
-    if count is not None and int(images.y.max()) >= count:
+    class_map = given["class_map"] if labeled else None
+    if class_map == IMAGENET:
+        class_map = imagenet_map(class_count(model))
+    images = load_images(path, labeled=labeled, class_map=class_map)
+    count = None
+    if labeled:
+        first = next(iter(images.batches(spec, 1, samples=1)))[0]
+        count = class_count(model, first)
+    is_mapped = images.numbering == "map"
+    if count is not None and not is_mapped and int(images.y.max()) >= count:
         raise DataError(
             f"labels of {path} must be in 0 to {count - 1} for a model of {count} classes, got "
             f"{int(images.y.max())}"
         )
+    if labeled:
+        check_numbering(images, count)
     # An unsorted .npz keeps its order, so that the first N images do not depend on a seed.
     seed = given["seed"] if shuffle and images.is_sorted_by_class else None
     return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
@@ -118,7 +146,9 @@ def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test"
     """
     if data is None:
         return
-    is_labeled = len(data.images.classes) > 1
+    # Images whose labels are not used have no class map.
+    is_mapped = (data.images.numbering == "map", test.images.numbering == "map")
+    is_labeled = len(data.images.classes) > 1 and len(set(is_mapped)) == 1
     if is_labeled and data.images.classes != test.images.classes:
         raise DataError(
             f"{name} must have the classes of --data ({_shortened(data.images.classes)}), got "
@@ -133,7 +163,7 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `fastsal.collect` that were given as options."""
     names = (
         *("block_size", "curvature", "precision", "micro_batch"),
-        *("memory_budget", "scratch", "scratch_budget"),
+        *("memory_budget", "scratch", "scratch_budget", "head"),
     )
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["parameters"]:
@@ -167,11 +197,17 @@ def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) ->
 
 
 def refuse_overwrite(path: Path, force: bool) -> None:
-    """Raise InvalidArgument if the file `path` exists and `--force` is not given."""
+    """Check before the work that a file can be written.
+
+    Raises:
+        InvalidArgument: `path` is a folder, it exists and `force` is not given, or it cannot be
+            written.
+    """
     if path.is_dir():
         raise InvalidArgument(f"out must be a file, got the folder {path}")
     if path.exists() and not force:
         raise InvalidArgument(f"out: {path} already exists; give --force to overwrite it")
+    check_writable(path, "out")
 
 
 def _shortened(names: tuple[str, ...]) -> str:

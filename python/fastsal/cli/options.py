@@ -8,7 +8,16 @@ from typing import Any, TypeVar
 
 import click
 
-from fastsal.cli.types import COUNT, INTEGER, NUMBER, PATH, choice, parse_numbers, parse_size
+from fastsal.cli.types import (
+    COUNT,
+    INTEGER,
+    NUMBER,
+    PATH,
+    Registered,
+    choice,
+    parse_numbers,
+    parse_size,
+)
 from fastsal.utils.choices import CRITERION_NAMES, CURVATURES, PRECISIONS, SCOPES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,9 +54,17 @@ weights_option = click.option(
     "--weights",
     metavar="FILE|DIR|pretrained",
     show_default="random weights",
-    help="Weights to load: a .safetensors or .pth file, the folder of a run, or timm's "
-    "pretrained weights.",
+    help="Weights to load: a file (.safetensors, .pth, .pt, .pth.tar, .ckpt, .bin), the folder of "
+    "a run, or timm's pretrained weights.",
 )
+weights_key_option = click.option(
+    "--weights-key",
+    metavar="KEY",
+    show_default="an average if there is one",
+    help="Key of the state dict in the file of --weights, such as state_dict_ema, with dots "
+    "between nested keys; or the prefix of the names to load.",
+)
+weights_options: Callable[[F], F] = together(weights_option, weights_key_option)
 architecture_options: Callable[[F], F] = together(
     click.option(
         "--num-classes",
@@ -63,9 +80,18 @@ architecture_options: Callable[[F], F] = together(
     ),
 )
 model_options: Callable[[F], F] = together(
-    click.argument("model"), weights_option, architecture_options
+    click.argument("model"), weights_options, architecture_options
+)
+class_map_option = click.option(
+    "--class-map",
+    metavar="FILE|imagenet|natural",
+    show_default="class folders in the order of their names",
+    help="Which output of the model each class belongs to: a FILE with the name and the index of "
+    "each class, or the names in the order of the outputs, as text or JSON; imagenet for WordNet "
+    "ids; or natural, which sorts class2 before class10.",
 )
 input_options: Callable[[F], F] = together(
+    class_map_option,
     click.option(
         "--size",
         metavar="PIXELS",
@@ -131,10 +157,16 @@ statistics_options: Callable[[F], F] = together(
         "model's own features, without labels (features).",
     ),
     click.option(
+        "--head",
+        metavar="NAME",
+        show_default="found",
+        help="Name of the classifier's layer, whose input is the features of --curvature features.",
+    ),
+    click.option(
         "--parameters",
         multiple=True,
         metavar="PATTERN",
-        show_default="weights of Linear and ConvNd layers",
+        show_default="weights of Linear, ConvNd and attention layers",
         help="Name or wildcard pattern of weights to prune; a leading ! excludes; may be repeated.",
     ),
     click.option(
@@ -171,10 +203,10 @@ def criterion_option(default: str) -> Callable[[F], F]:
     """Return `--criterion`."""
     return click.option(
         "--criterion",
-        type=choice(CRITERION_NAMES),
+        type=Registered(list(CRITERION_NAMES)),
         default=default,
         show_default=True,
-        help="Saliency criterion that scores the weights.",
+        help="Saliency criterion that scores the weights, or one that the file of MODEL registers.",
     )
 
 
@@ -216,7 +248,10 @@ seed_option = click.option(
     help="Seed of random weights, random draws and shuffling.",
 )
 threads_option = click.option(
-    "--threads", type=COUNT, show_default="all cores", help="Number of CPU threads."
+    "--threads",
+    type=COUNT,
+    show_default="OMP_NUM_THREADS, else all cores",
+    help="Number of CPU threads.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."

@@ -9,6 +9,7 @@ import click
 from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import NUMBER, PATH
+from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
-    from fastsal.pruning.masks.masks import Masks
+    from fastsal.pruning.prune_result import PruneResult
 
 
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
@@ -60,7 +61,14 @@ if TYPE_CHECKING:
     type=NUMBER,
     metavar="LOSS",
     help="Instead of --sparsity: find the highest sparsity whose increase in mean loss on held-out "
-    "images is at most this much.",
+    "images, capped at --loss-cap, is at most this much.",
+)
+@click.option(
+    "--loss-cap",
+    type=NUMBER,
+    metavar="LOSS",
+    show_default="log of the number of classes, the loss of guessing",
+    help="With --max-loss-increase: upper cap of the loss of an image.",
 )
 @click.option(
     "--confidence",
@@ -105,9 +113,14 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.cli.output import console, emit, kept_table, run_summary
-    from fastsal.cli.runfolder import check_target, run_facts, write_run
-    from fastsal.pruning.limits.limit import summary
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.runfolder import (
+        check_model,
+        check_target,
+        run_facts,
+        selection_facts,
+        write_run,
+    )
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
@@ -119,6 +132,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     clock = Clock()
     with clock.step("load"):
         model, spec = open_model(given)
+        check_model(given["out"], model)
         batches = training_batches(given, model, spec)
         if given["compensate"] is None:
             given["compensate"] = batches is not None
@@ -128,29 +142,41 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if test:
         check_test(batches, test)
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report)._asdict()
+            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
     with clock.step("prune"):
-        masks, history, safety = _pruned(given, ranked, model, batches, held_out)
+        done = _pruned(given, ranked, model, batches, held_out)
+    masks, safety = done.masks, done.safety
     if test:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
-    masks.verify(model)
+    masks.check(model)
     if rank:
         return
     result = {
         **run_facts(given, masks),
         "samples": batches.samples if batches else 0,
-        "history": history,
+        "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,
+        **selection_facts(done.left_out, done.in_use),
         "accuracy": accuracy,
         "seconds": clock.rounded(3),
     }
+    picture = _Picture(safety)
     recipe = {"model": given["model"], **ranked}
-    write_run(given["out"], model, masks, recipe, result)
-    has_picture = safety is not None and _draw(safety, given["out"])
+    write_run(given["out"], model, masks, recipe, result, picture.draw)
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
+    _show(done, result, has_picture=picture.is_drawn)
+    console().print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> None:
+    """Print a result."""
+    from fastsal.cli.output import console, kept_table, print_selection, run_summary
+    from fastsal.pruning.limits.limit import summary
+
+    masks, safety = done.masks, done.safety
     screen = console()
     screen.print(kept_table(masks.kept, masks.shapes))
     if safety:
@@ -164,7 +190,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         if not has_picture:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
     screen.print(f"\n[bold]{run_summary(result)}[/bold]")
-    screen.print(f"Written to {given['out']}", soft_wrap=True)
+    print_selection(screen, done.left_out, done.in_use)
 
 
 def _pruned(
@@ -173,7 +199,7 @@ def _pruned(
     model: nn.Module,
     batches: ImageBatches | None,
     held_out: ImageBatches | None,
-) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
+) -> PruneResult:
     """Prune `model` in place."""
     import fastsal
     from fastsal.cli.inputs import collect_options
@@ -182,7 +208,7 @@ def _pruned(
     call: Any = fastsal.prune
     if world_size() > 1:
         from fastsal.distributed import prune as call
-    result = call(
+    result: PruneResult = call(
         model,
         batches,
         criterion=given["criterion"],
@@ -192,6 +218,7 @@ def _pruned(
         rounds=given["rounds"],
         max_accuracy_drop=given["max_accuracy_drop"],
         max_loss_increase=given["max_loss_increase"],
+        loss_cap=given["loss_cap"],
         confidence=given["confidence"],
         held_out=held_out or None,
         recalibrate=given["recalibrate"],
@@ -199,18 +226,31 @@ def _pruned(
         **ranked,
         **collect_options(given),
     )
-    return result.masks, [entry.as_dict() for entry in result.history], result.safety
+    return result
 
 
-def _draw(safety: SafetyReport, folder: Path) -> bool:
-    """Draw the tested sparsities into the run's folder; False without matplotlib."""
-    from fastsal.cli.safety_figure import draw
+class _Picture:
+    """The figure of the tested sparsities, where a limit was tested and matplotlib is installed."""
 
-    try:
-        draw(safety, folder / "safety.svg")
-    except ImportError:
-        return False
-    return True
+    def __init__(self, safety: SafetyReport | None) -> None:
+        self._safety = safety
+        self.is_drawn = False
+
+    def draw(self, path: Path) -> None:
+        """Draw it; a figure that fails is a warning, as it is not worth the run."""
+        if self._safety is None:
+            return
+        from fastsal.cli.safety_figure import draw
+
+        try:
+            draw(self._safety, path)
+        except ImportError:
+            return
+        except Exception as error:
+            path.unlink(missing_ok=True)
+            warn_user(f"the figure cannot be drawn ({type(error).__name__}: {error})")
+            return
+        self.is_drawn = True
 
 
 def _curve(safety: SafetyReport) -> Any:
@@ -218,7 +258,9 @@ def _curve(safety: SafetyReport) -> Any:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    measured = "accuracy drop" if safety.limit.kind == "accuracy" else "capped loss increase"
+    measured = "accuracy drop"
+    if safety.capped_at is not None:
+        measured = f"increase of the loss capped at {safety.capped_at:.4g}"
     bound = f"bound, confidence {safety.limit.confidence:g}"
     for title in ("sparsity", measured, bound, "loss increase", "predicted"):
         table.add_column(title, justify="right")

@@ -63,7 +63,7 @@ def report(**given: Any) -> None:
     from fastsal.study.report.findings import sections
     from fastsal.study.report.overview import write_pictures
     from fastsal.study.report.results import read_results
-    from fastsal.utils.atomic import write_text
+    from fastsal.utils.atomic import check_writable, write_text
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
     results = read_results(folder)
@@ -77,6 +77,7 @@ def report(**given: Any) -> None:
         raise InvalidArgument(f"out must be a file, got the folder {out}")
     if out.exists() and not given["force"]:
         raise InvalidArgument(f"out: {out} already exists; give --force to overwrite it")
+    check_writable(out, "out")
     pictures = {}
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])

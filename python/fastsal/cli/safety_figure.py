@@ -88,7 +88,11 @@ def _limit(axes: Any, report: SafetyReport) -> None:
     """Draw the limited quantity, its confidence bound, and the limit."""
     curve, limit = report.curve, report.limit
     x = [100 * point["sparsity"] for point in curve]
-    what = "Drop of top-1 accuracy" if limit.kind == "accuracy" else "Increase of the capped loss"
+    what = "Drop of top-1 accuracy"
+    if limit.kind == "loss":
+        what = "Increase of the capped loss"
+    if report.capped_at is not None:
+        what = f"Increase of the mean loss, capped at {report.capped_at:.4g}"
     axes.fill_between(
         x,
         [point["increase"] for point in curve],

@@ -17,7 +17,7 @@ def world_size() -> int:
 def joined() -> Iterator[int]:
     """Join the process group of the job inside the block and yield the rank; 0 for one process.
 
-    Only rank 0 prints to stdout.
+    Only rank 0 prints to stdout. An error of one rank is raised on all.
     """
     if world_size() == 1:
         yield 0
@@ -30,8 +30,14 @@ def joined() -> Iterator[int]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         backend = "nccl"
     dist.init_process_group(backend)
-    rank = dist.get_rank()
+    from fastsal.distributed.ranks import Ranks
+
+    ranks = Ranks()
+    rank = ranks.rank
     with contextlib.ExitStack() as stack:
+        # Also before and after the model is pruned: a file may be missing on one machine, and only
+        # rank 0 writes the result.
+        stack.enter_context(ranks.together("the command"))
         if rank:
             silent = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(silent))

@@ -11,7 +11,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
-from fastsal.cli.types import COUNT, NUMBER, PATH, Integer, choice, parse_numbers
+from fastsal.cli.types import COUNT, NUMBER, PATH, Integer, Registered, choice, parse_numbers
 from fastsal.errors import InvalidArgument
 from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
 
@@ -43,6 +43,16 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     help="Classes of a task to use, by name or number; may be repeated.",
 )
 @click.option(
+    "--class-map",
+    "class_maps",
+    multiple=True,
+    metavar="NAME=FILE|imagenet|natural",
+    show_default="classes in their order",
+    help="For --head own: which output of the model each class of a task belongs to: a FILE with "
+    "the name and the index of each class, imagenet for WordNet ids, or natural order; may be "
+    "repeated.",
+)
+@click.option(
     "--source",
     "sources",
     multiple=True,
@@ -54,10 +64,10 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     "--criterion",
     "criteria",
     multiple=True,
-    type=choice(CRITERION_NAMES),
+    type=Registered(list(CRITERION_NAMES)),
     default=("obs-greedy", "magnitude"),
     show_default=True,
-    help="Saliency criterion to compare; may be repeated.",
+    help="Saliency criterion to compare, or one that the file of MODEL registers; may be repeated.",
 )
 @click.option(
     "--sparsity",
@@ -174,7 +184,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options as the table of a study file."""
     data = _pairs(given["tasks"], "task")
     tests, classes = _pairs(given["tests"], "test"), _pairs(given["classes"], "classes")
-    for option, pairs in (("test", tests), ("classes", classes)):
+    class_maps = _pairs(given["class_maps"], "class-map")
+    for option, pairs in (("test", tests), ("classes", classes), ("class-map", class_maps)):
         for name in pairs:
             if name not in data:
                 raise InvalidArgument(
@@ -185,12 +196,15 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         tasks.append({"name": name, "data": path})
         if name in tests:
             tasks[-1]["test"] = tests[name]
+        if name in class_maps:
+            tasks[-1]["class_map"] = class_maps[name]
         if name in classes:
             tasks[-1]["classes"] = [
                 int(c) if c.isdigit() else c for c in classes[name].split(",") if c
             ]
     model = {"name": Path(given["model"].rpartition(":")[0] or given["model"]).stem}
-    model |= {k: given[k] for k in ("model", "weights", "num_classes", "in_chans", "size")}
+    names = ("model", "weights", "weights_key", "num_classes", "in_chans", "size")
+    model |= {k: given[k] for k in names}
     table: dict[str, Any] = {
         "name": model["name"],
         "models": [{k: v for k, v in model.items() if v is not None}],

@@ -64,6 +64,14 @@ class Choice(click.Choice):  # type: ignore[type-arg]
             self.fail(f"must be one of {', '.join(self.choices)}, got {value!r}", param, ctx)
 
 
+class Registered(Choice):
+    """One of a few names, or another one that the file of the model may define."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value`; unknown names are checked once the model is loaded."""
+        return super().convert(value, param, ctx) if value in self.choices else str(value)
+
+
 def choice(names: Sequence[str]) -> Choice:
     """Return the type of an option that takes one of `names`."""
     return Choice(list(names))

@@ -4,40 +4,54 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
+from fastsal.data.class_order import class_order_note, in_class_order, largest_size
+from fastsal.data.stream_digest import StreamDigest
+from fastsal.data.unpacking import LabelUse, unpack
 from fastsal.errors import DataError
 from fastsal.utils.numbers import whole
+from fastsal.utils.warn import warn_user
 
-Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `as_batches`
+Batches = Iterable[Any]  # of (images [n, ...], labels [n]), see `unpacking.unpack`
 Pair = tuple[Tensor, Tensor | None]  # images [n, ...] and labels [n], or None
-LabelUse = Literal["required", "optional", "ignored"]
 
 
 class Source:
     """Validated batches; every call iterates over them again, if the iterable allows it.
 
+    The first complete pass warns of samples that are the first ones in the order of their classes.
+    Later passes must yield the same images and labels.
+
     Args:
         batches: Iterable of `(images, labels)`, see `as_batches`.
         samples: Number of samples after which iteration stops; None for all.
         labels: Whether labels are required, optional or ignored.
+        name: Name of the argument that `batches` came from, for messages.
 
     Attributes:
         repeats: Whether `batches` can be iterated more than once.
+        seen: Digest of the first complete pass; None before it.
     """
 
     def __init__(
-        self, batches: Batches, samples: int | None, labels: LabelUse = "required"
+        self,
+        batches: Batches,
+        samples: int | None,
+        labels: LabelUse = "required",
+        name: str = "batches",
     ) -> None:
         self._batches = batches
+        self._name = name
         self._samples = samples
         self._labels = labels
         self._first: Pair | None = None
         self._checked: Iterator[Pair] | None = None
         self.repeats = not isinstance(batches, Iterator)
+        self.seen: StreamDigest | None = None
 
     def first(self) -> Pair:
         """Return the first batch; the next call yields it again."""
@@ -49,19 +63,78 @@ class Source:
         return self._first
 
     def __call__(self) -> Iterator[Pair]:
-        """Iterate over all batches."""
+        """Iterate over all batches.
+
+        Raises:
+            DataError: The pass is complete, and its images or labels are not those of the first.
+        """
         if self._checked is not None:
-            return self._checked
-        return as_batches(self._batches, self._samples, self._labels)
+            return self._watched(self._checked)
+        return self._watched(as_batches(self._batches, self._samples, self._labels))
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Iterate over all batches."""
+        return self()
+
+    def _watched(self, pairs: Iterator[Pair]) -> Iterator[Pair]:
+        digest, labels = StreamDigest(), _Labels()
+        for images, targets in pairs:
+            digest.add(images, targets)
+            if self.seen is None and self._samples is not None:
+                labels.add(targets)
+            yield images, targets
+        if self.seen is None:
+            self.seen = digest
+            size = largest_size(self._batches)
+            if self._samples is not None and size is not None and size > self._samples:
+                labels.warn(size, is_real=self._labels != "ignored")
+            return
+        check_again(self.seen.samples, digest.samples, self._name)
+        if digest.value() != self.seen.value():
+            raise _others(self._name, "others on a later pass")
 
 
-def check_again(samples: int, again: int) -> None:
+def check_again(samples: int, again: int, name: str = "batches") -> None:
     """Raise DataError unless a repeated pass yields as many samples as the first one."""
     if again != samples:
-        raise DataError(
-            f"batches must yield the same images on every pass with memory_budget, got {samples} "
-            f"samples, then {again}"
-        )
+        raise _others(name, f"{samples} samples, then {again}")
+
+
+def _others(name: str, got: str) -> DataError:
+    return DataError(
+        f"{name} must yield the same images on every pass over them, got {got}; set shuffle=False, "
+        "or seed the shuffle again for each pass, and turn random augmentation off; or choose "
+        "samples and memory_budget such that one pass is enough"
+    )
+
+
+class _Labels:
+    """The labels of a pass, if all are class numbers `[n]`."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] | None = []
+
+    def add(self, labels: Tensor | None) -> None:
+        """Add the labels of a batch."""
+        if labels is None or labels.dim() != 1 or labels.is_floating_point():
+            self._found = None
+        elif self._found is not None:
+            self._found.append(labels.cpu())
+
+    def warn(self, size: int, *, is_real: bool) -> None:
+        """Warn if they are the first ones of `size` samples in the order of their classes.
+
+        Args:
+            size: Number of samples of the source.
+            is_real: Whether the labels are used. Others may be placeholders, all equal.
+        """
+        labels = torch.cat(self._found).numpy() if self._found else None
+        if labels is None or not in_class_order(labels):
+            return
+        classes = len(set(labels.tolist()))
+        if classes > 1 or is_real:
+            first = f"samples: the first {len(labels):,} of {size:,} samples of batches"
+            warn_user(class_order_note(first, classes))
 
 
 def as_batches(
@@ -70,7 +143,8 @@ def as_batches(
     """Validate batches and stop after `samples`.
 
     Args:
-        batches: Iterable of `(images, labels)`; of images alone, unless labels are required.
+        batches: Iterable of `(images, labels)`; of images alone, unless labels are required; or of
+            dicts, see `unpacking.unpack`.
         samples: Number of samples to yield; the last batch is cut. None for all.
         labels: Whether labels are required, optional or ignored.
 
@@ -83,7 +157,7 @@ def as_batches(
     """
     total = 0
     for number, batch in enumerate(batches):
-        images, targets = _unpack(batch, number, labels)
+        images, targets = unpack(batch, number, labels)
         if samples is not None and total + images.shape[0] > samples:
             images = images[: samples - total]
             targets = None if targets is None else targets[: samples - total]
@@ -99,51 +173,34 @@ def as_batches(
         )
 
 
+@overload
+def first_images(batches: Batches, samples: int | None = None) -> tuple[Tensor, Batches]: ...
+
+
+@overload
+def first_images(batches: None, samples: int | None = None) -> tuple[None, None]: ...
+
+
+def first_images(
+    batches: Batches | None, samples: int | None = None
+) -> tuple[Tensor | None, Batches | None]:
+    """Return the images of the first batch, and batches that still include them.
+
+    Only the first image, if a number of samples is given.
+    """
+    if batches is None:
+        return None, None
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
+        first = list(itertools.islice(batches, 1))
+    most = None if samples is None else 1
+    images = next(as_batches(first, most, "ignored"))[0]
+    again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
+    return images, again
+
+
 def check_samples(samples: int | None) -> int | None:
     """Return `samples` as an `int` of at least 1, or None for all samples."""
     return None if samples is None else whole("samples", samples, 1)
-
-
-def _unpack(batch: Any, number: int, labels: LabelUse) -> tuple[Tensor, Tensor | None]:
-    if labels != "required":
-        if isinstance(batch, Tensor):
-            batch = (batch, None)
-        elif isinstance(batch, (tuple, list)) and len(batch) == 1:  # as of a TensorDataset
-            batch = (batch[0], None)
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        raise DataError(
-            f"batches: batch {number} must be a pair (images, labels), got {_shown(batch)}"
-        )
-    images, targets = batch
-    if not isinstance(images, Tensor) or images.dim() < 1 or images.shape[0] == 0:
-        raise DataError(
-            f"batches: batch {number} must have a tensor of images [n, C, H, W], or of token ids "
-            f"[n, L], with n >= 1, got {_shown(images)}"
-        )
-    if labels == "ignored" and not isinstance(targets, Tensor):
-        targets = None  # unused, so that any object is accepted
-    if targets is not None:
-        try:
-            targets = torch.as_tensor(targets)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(
-                f"labels: batch {number} must have a tensor of labels, got {_shown(targets)} "
-                f"({error})"
-            ) from error
-        if targets.dim() == 0 or targets.shape[0] != images.shape[0]:
-            raise DataError(
-                f"labels: batch {number} must have one label per image, got labels "
-                f"{list(targets.shape)} for {images.shape[0]} images"
-            )
-    return images, targets
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} of length {len(value)}"
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    return type(value).__name__
 
 
 def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pair]:
@@ -157,21 +214,39 @@ def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pa
         size: Samples of a micro-batch.
         step: Samples of a step of accumulation.
     """
-    total = 0
-    rest: Pair | None = None
+    total = held = 0
+    rest: list[Pair] = []  # joined once, not at every batch: batches may be of single images
     for pair in pairs:
-        joined = pair if rest is None else _joined(rest, pair)
-        if joined is None and rest is not None:
-            yield rest
-            total += len(rest[0])
-            joined = pair
-        rest = joined
-        while rest is not None and len(rest[0]) >= (wanted := min(size, step - total % step)):
-            yield _slice(rest, 0, wanted)
-            total += wanted
-            rest = _slice(rest, wanted, None) if len(rest[0]) > wanted else None
-    if rest is not None:
-        yield rest
+        if rest and not _can_join(rest[0], pair):
+            yield _joined(rest)
+            total, held, rest = total + held, 0, []
+        rest.append(pair)
+        held += len(pair[0])
+        while held >= (wanted := min(size, step - total % step)):
+            joined = _joined(rest)
+            yield _slice(joined, 0, wanted)
+            total, held = total + wanted, held - wanted
+            rest = [_slice(joined, wanted, None)] if held else []
+    if rest:
+        yield _joined(rest)
+
+
+def without_single_images(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Join a batch of one image to the batch before it, if that has more than one.
+
+    Batch normalization in training mode has no variance of a single image to normalize by.
+    """
+    waiting: Pair | None = None
+    for pair in pairs:
+        joined: Pair | None = None
+        if waiting is not None:
+            is_single = len(pair[0]) == 1 < len(waiting[0])
+            joined = _joined([waiting, pair]) if is_single and _can_join(waiting, pair) else None
+            if joined is None:
+                yield waiting
+        waiting = pair if joined is None else joined
+    if waiting is not None:
+        yield waiting
 
 
 def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
@@ -179,13 +254,21 @@ def _slice(pair: Pair, start: int, stop: int | None) -> Pair:
     return images[start:stop], None if labels is None else labels[start:stop]
 
 
-def _joined(first: Pair, second: Pair) -> Pair | None:
-    """Return the concatenation of two batches, or None if they cannot be joined."""
-    (a, x), (b, y) = first, second
-    if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
-        return None
-    if x is None or y is None:
-        return None if x is not y else (torch.cat([a, b]), None)
-    if x.shape[1:] != y.shape[1:] or x.dtype != y.dtype or x.device != y.device:
-        return None
-    return torch.cat([a, b]), torch.cat([x, y])
+def _can_join(first: Pair, second: Pair) -> bool:
+    """Whether two batches have the same form."""
+    return all(
+        a is b if a is None or b is None else _form(a) == _form(b)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape[1:], tensor.dtype, tensor.device
+
+
+def _joined(pairs: list[Pair]) -> Pair:
+    """Return the concatenation of batches of the same form."""
+    if len(pairs) == 1:
+        return pairs[0]
+    labels = [labels for _, labels in pairs if labels is not None]
+    return torch.cat([images for images, _ in pairs]), torch.cat(labels) if labels else None

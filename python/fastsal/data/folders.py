@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fastsal.data.class_map import ClassMap
 from fastsal.data.image_set import ImageSet
-from fastsal.errors import DataError, FileFormatError
+from fastsal.errors import DataError, FileFormatError, InvalidArgument
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -22,6 +23,7 @@ def load_images(
     *,
     classes: Sequence[str | int] | None = None,
     labeled: bool = True,
+    class_map: ClassMap | None = None,
 ) -> ImageSet:
     """Open labeled images from a folder or an `.npz` file.
 
@@ -32,6 +34,12 @@ def load_images(
         classes: Names or numbers of the classes to keep, relabeled in this order.
         labeled: False also accepts images without labels, as one class: an `.npz` without `y`, or
             a folder that contains images itself or has one subfolder only.
+        class_map: Which output of the model each class belongs to; labels are then indices of
+            outputs. None numbers the folders in the order of their names. "imagenet" numbers
+            WordNet ids as ImageNet's 1,000 classes are ("imagenet-22k" and so on: timm's larger
+            sets), "natural" sorts numbers in names by value (class2 before class10). Otherwise
+            `{name: index}`, names in the order of the outputs, or a file of either: JSON, or text
+            with a name and an index, or a name, on each line.
 
     Returns:
         The images. Image files of a folder are read when a batch needs them.
@@ -39,8 +47,10 @@ def load_images(
     Raises:
         DataError: There are no images, a class is empty, there is only one class, or shapes, types
             or labels are invalid.
-        FileFormatError: The `.npz` file is damaged.
+        FileFormatError: The `.npz` file or the file of the class map is damaged.
+        InvalidArgument: The class map lacks a class, or has one index for two.
     """
+    check_class_arguments(classes, class_map)
     path = Path(path)
     if path.is_dir():
         images = _open_folder(path) if labeled or _has_classes(path) else _open_flat(path)
@@ -52,7 +62,18 @@ def load_images(
         raise DataError(f"data must be a folder of class folders or an .npz file, got {path}")
     if len(images.classes) < 2 and labeled:
         raise DataError(f"data: {path} must have at least 2 classes, got {images.classes[0]} only")
+    if class_map is not None and labeled:
+        images = images.map_classes(class_map)
     return images if classes is None else images.select_classes(classes)
+
+
+def check_class_arguments(classes: object, class_map: object) -> None:
+    """Raise InvalidArgument if both `classes` and `class_map` are given."""
+    if classes is not None and class_map is not None:
+        raise InvalidArgument(
+            "class_map must be None with classes, which are numbered in their order; for both call "
+            "images.select_classes(...).map_classes(...)"
+        )
 
 
 def _open_npz(path: Path, *, labeled: bool) -> ImageSet:
@@ -103,7 +124,8 @@ def _open_folder(path: Path) -> ImageSet:
         files.extend(found)
         labels.extend([label] * len(found))
     names = tuple(folder.name for folder in folders)
-    return ImageSet(tuple(files), np.array(labels, np.int64), names, str(path.resolve()))
+    y = np.array(labels, np.int64)
+    return ImageSet(tuple(files), y, names, str(path.resolve()), numbering="sorted")
 
 
 def _open_flat(path: Path) -> ImageSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastsal.data.image_set import ImageSet
 from fastsal.data.items import stack_items
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.plain_text import first_line
 from fastsal.utils.suggestions import did_you_mean
 
 _KEYS = ("split", "image", "label", "config", "revision", "download")
@@ -75,32 +77,57 @@ def _load(library: Any, name: DataName, split: str | None) -> tuple[Any, str]:
         with contextlib.nullcontext() if name.may_download else _offline(library):
             return library.load_dataset(name.name, split=split, **options), name.name
     except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         hint = "" if name.may_download or is_path else (
             " (nothing is downloaded without download=true)"
         )  # fmt: skip
-        raise DataError(f"data: {name.spec!r} cannot be opened: {lines[0]}{hint}") from error
+        raise DataError(
+            f"data: {name.spec!r} cannot be opened: {first_line(error)}{hint}"
+        ) from error
 
 
-@contextlib.contextmanager
-def _offline(library: Any) -> Iterator[None]:
-    """Disable network access of the library for the block."""
-    places = [getattr(library, "config", None)]
+class _Offline:
+    """Switches off the network access of the libraries, for as long as any thread needs it.
+
+    The switches are those of the whole process, as the libraries have no others. With blocks that
+    overlap, the first one sets them and the last one restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, str, Any]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, library: Any) -> Iterator[None]:
+        """Disable network access for the block."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = _switches(library)
+                for place, attribute, _ in self._before:
+                    setattr(place, attribute, True)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    for place, attribute, value in self._before:
+                        setattr(place, attribute, value)
+
+
+_offline = _Offline()
+
+
+def _switches(library: Any) -> list[tuple[Any, str, Any]]:
+    """Return the places, names and values of the switches of a library and of the hub."""
     hub = sys.modules.get("huggingface_hub")
-    places.append(getattr(hub, "constants", None))
-    before = [
+    return [
         (place, attribute, getattr(place, attribute))
-        for place in places
+        for place in (getattr(library, "config", None), getattr(hub, "constants", None))
         for attribute in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
         if hasattr(place, attribute)
     ]
-    for place, attribute, _ in before:
-        setattr(place, attribute, True)
-    try:
-        yield
-    finally:
-        for place, attribute, value in before:
-            setattr(place, attribute, value)
 
 
 def _columns(found: Any, name: DataName) -> tuple[str, str]:

@@ -8,25 +8,32 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsal.data.class_map import NATURAL, ClassMap, apply_class_map
+from fastsal.data.class_order import class_order_note, in_class_order
 from fastsal.data.pixels import decode, prepare, size_text
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.utils.numbers import as_integer, real, whole
 from fastsal.utils.suggestions import did_you_mean, listed
+from fastsal.utils.warn import warn_user
 
 _counter = itertools.count()
 
 # transform(pixels uint8 [h, w, c], index of the image in its source) -> pixels uint8 [h, w, c]
 Transform = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
+
+# Where the numbers of the classes come from: the data, the sorted names of the classes, the same in
+# natural order, a selection of classes, or a class map.
+Numbering = Literal["data", "sorted", "natural", "selection", "map"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +47,10 @@ class ImageSet:
         source: Name of the source of the images; with `index` it identifies every image.
         index: Position of each image in its source, int64 `[n]`.
         transform: Function of the pixels and the `index` of a file, applied whenever it is read.
+        numbering: Where the numbers of the classes come from: "data", "sorted" (the order of the
+            names), "natural" (that order with class2 before class10), "selection" (see
+            `select_classes`) or "map".
+        class_map: Relabels `y` with the index of each class, see `load_images`; not stored.
     """
 
     x: npt.NDArray[np.uint8] | tuple[Path, ...]
@@ -48,8 +59,10 @@ class ImageSet:
     source: str = ""
     index: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     transform: Transform | None = None
+    numbering: Numbering = "data"
+    class_map: InitVar[ClassMap | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, class_map: ClassMap | None) -> None:
         source = self.source or f"array {next(_counter)}"
         x = self.x if isinstance(self.x, tuple) else _check_images(self.x, source)
         if self.transform is not None and not isinstance(x, tuple):
@@ -67,9 +80,14 @@ class ImageSet:
             )
         if len(set(classes)) != len(classes):
             raise DataError(f"classes must be distinct, got a duplicate in {source}")
+        numbering = self.numbering
+        if class_map is not None:
+            y, classes = apply_class_map(class_map, y, classes, source)
+            numbering = "natural" if class_map == NATURAL else "map"
         index = self.index if len(self.index) else np.arange(len(x), dtype=np.int64)
         for name, value in (
-            ("x", x), ("y", y), ("classes", classes), ("source", source), ("index", index)
+            ("x", x), ("y", y), ("classes", classes), ("source", source), ("index", index),
+            ("numbering", numbering),
         ):  # fmt: skip
             object.__setattr__(self, name, value)
 
@@ -120,7 +138,28 @@ class ImageSet:
             raise InvalidArgument(f"classes: {self.source} contains no image of {list(classes)}")
         x = tuple(self.x[i] for i in chosen) if isinstance(self.x, tuple) else self.x[chosen]
         names = tuple(self.classes[k] for k in numbers)
-        return replace(self, x=x, y=y[chosen], classes=names, index=self.index[chosen])
+        return replace(
+            self,
+            x=x,
+            y=y[chosen],
+            classes=names,
+            index=self.index[chosen],
+            numbering="selection",
+        )
+
+    def map_classes(self, class_map: ClassMap) -> ImageSet:
+        """Return the images with the indices of a class map as labels.
+
+        Args:
+            class_map: "imagenet", "natural", a file, `{name: index}`, or names in the order of the
+                outputs; see `load_images`.
+
+        Raises:
+            InvalidArgument: The map is invalid, lacks a class that has images, or has one index for
+                two of them.
+            FileFormatError: The file of the map cannot be read.
+        """
+        return replace(self, class_map=class_map)
 
     def transformed(self, transform: Transform) -> ImageSet:
         """Apply a transform to every image: now to images in memory, on reading to files.
@@ -161,6 +200,8 @@ class ImageSet:
         parts: list[list[npt.NDArray[np.int64]]] = [[] for _ in fractions]
         for k, name in enumerate(self.classes):
             members = rng.permutation(np.flatnonzero(self.y == k))
+            if not len(members):  # an output of the model without images, by a class map
+                continue
             cuts = np.rint(np.cumsum(fractions) * len(members)).astype(int)[:-1]
             for part, piece in zip(parts, np.split(members, cuts), strict=True):
                 if not len(piece):
@@ -173,8 +214,9 @@ class ImageSet:
 
     @property
     def is_sorted_by_class(self) -> bool:
-        """Whether the images are sorted by class, as those of class folders are."""
-        return bool((np.diff(self.y) >= 0).all())
+        """Whether the images of each class are together, as those of class folders are."""
+        changes = int((np.diff(self.y) != 0).sum())
+        return changes == len(np.unique(self.y)) - 1
 
     def batches(
         self,
@@ -197,7 +239,8 @@ class ImageSet:
                 keeps the order.
 
         Returns:
-            An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`.
+            An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`. A warning is
+            issued if they are in the order of their classes and do not have all classes.
 
         Raises:
             DataError: There are fewer than `samples` images after `start`.
@@ -222,7 +265,13 @@ class ImageSet:
             rng = np.random.default_rng(whole("shuffle_seed", shuffle_seed))
             order = rng.permutation(order)
         end = count if samples is None else start + samples
-        return ImageBatches(self, spec, order[start:end], batch_size)
+        chosen = order[start:end]
+        if len(chosen) < count and in_class_order(self.y[chosen]):
+            found = len(np.unique(self.y[chosen]))
+            if found < len(np.unique(self.y)):
+                some = f"samples: the {len(chosen):,} of {count:,} images of {self.source}"
+                warn_user(class_order_note(some, found))
+        return ImageBatches(self, spec, chosen, batch_size)
 
     def _class_number(self, name: str | int) -> int:
         if isinstance(name, str) and name in self.classes:

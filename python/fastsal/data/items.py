@@ -51,7 +51,8 @@ def stack_items(
     if x is None or len(labels) != n:
         raise DataError(f"data: {source} must have {max(n, 1)} images, got {len(labels)}")
     y, names = numbered(labels, classes, source)
-    return ImageSet(x, y, tuple(names), source)
+    is_sorted = isinstance(labels[0], str)
+    return ImageSet(x, y, tuple(names), source, numbering="sorted" if is_sorted else "data")
 
 
 def numbered(

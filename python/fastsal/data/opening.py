@@ -10,7 +10,8 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from fastsal.data.folders import load_images
+from fastsal.data.class_map import ClassMap
+from fastsal.data.folders import check_class_arguments, load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
@@ -27,6 +28,7 @@ def open_images(
     classes: Sequence[str | int] | None = None,
     root: str | os.PathLike[str] | None = None,
     train: bool | None = None,
+    class_map: ClassMap | None = None,
 ) -> ImageSet:
     """Open labeled images by path or by the name of a data set.
 
@@ -48,6 +50,8 @@ def open_images(
         root: Folder that relative paths refer to; None for the current folder.
         train: Whether to open the training split (True) or the test split (False) of a data set
             whose `spec` names no split; None for the default of the library.
+        class_map: Which output of the model each class belongs to, as for `load_images`; not with
+            `classes`.
 
     Returns:
         The images. Images stored as files are read when a batch needs them.
@@ -58,6 +62,7 @@ def open_images(
         InvalidArgument: The library, a key or a class is unknown.
         FastsalError: The library is not installed.
     """
+    check_class_arguments(classes, class_map)
     text = os.fspath(spec)
     base = Path(root) if root is not None else Path()
     found = re.match(r"([A-Za-z][A-Za-z-]+):", text)
@@ -68,10 +73,14 @@ def open_images(
                 raise InvalidArgument(f"data must be {_VALID}, got {text!r}")
         else:
             name = _parse(text, library, base)
-            return _select(_LIBRARIES[library](name, train), classes)
+            images = _LIBRARIES[library](name, train)
+            if class_map is not None:
+                return images.map_classes(class_map)
+            return _select(images, classes)
     if train is not None:
         raise InvalidArgument(f"train must be None for {text}, which has no splits, got {train}")
-    return load_images(base / Path(text).expanduser(), classes=classes)
+    path = base / Path(text).expanduser()
+    return load_images(path, classes=classes, class_map=class_map)
 
 
 def _parse(text: str, library: str, root: Path) -> DataName:

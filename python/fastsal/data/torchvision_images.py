@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastsal.data.image_set import ImageSet
+from fastsal.data.image_set import ImageSet, Numbering
 from fastsal.data.items import numbered, pixels_of, stack_items
 from fastsal.data.names import DataName, missing
 from fastsal.errors import DataError, InvalidArgument
@@ -42,10 +42,12 @@ def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
             f"data: {source} must have a length; streamed data sets are not supported"
         ) from None
     classes = _class_names(dataset)
+    numbering: Numbering = "sorted" if isinstance(dataset, library.DatasetFolder) else "data"
     files = _files(dataset, n)
     if files is not None:
         y, classes = numbered([label for _, label in files], classes, source)
-        return ImageSet(tuple(path for path, _ in files), y, tuple(classes), source)
+        paths = tuple(path for path, _ in files)
+        return ImageSet(paths, y, tuple(classes), source, numbering=numbering)
     return stack_items((_pair(dataset[i], i, source) for i in range(n)), n, classes, source)
 
 

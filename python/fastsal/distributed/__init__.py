@@ -9,7 +9,8 @@ ranks get the same masks and the same weights.
 """
 
 from fastsal.distributed.collecting import collect, save
+from fastsal.distributed.failures import FailedRankError, LostRankError
 from fastsal.distributed.prune import prune
 from fastsal.distributed.ranks import Ranks
 
-__all__ = ["Ranks", "collect", "prune", "save"]
+__all__ = ["FailedRankError", "LostRankError", "Ranks", "collect", "prune", "save"]

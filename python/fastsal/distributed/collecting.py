@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from fastsal.data.batches import Batches, Pair
+from fastsal.data.batches import Batches, Pair, Source
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.distributed.exchange import add_sharded_pass, add_summed_pass
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.sharding import ShardedStatistics
 from fastsal.distributed.whole_weights import whole_weights
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 from fastsal.fisher.block_fisher import BlockFisher, sums_of
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.groups import join, run
@@ -31,6 +32,8 @@ from fastsal.fisher.model_sums import ModelSums, Origin
 from fastsal.fisher.parts import Part, Parts, by_key, row_unit
 from fastsal.fisher.shares import regrouped, shares
 from fastsal.fisher.statistics import Collected, Statistics
+from fastsal.models.classifier import using_head
+from fastsal.models.input_axis import layer_axes
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
@@ -46,6 +49,7 @@ def collect(
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = "rows",
     progress: bool | Report = False,
+    batch: BatchRule | None = None,
     **options: Any,
 ) -> BlockFisher:
     """Collect the statistics of a model by several processes, each those of its own parts.
@@ -68,6 +72,7 @@ def collect(
             - `"auto"`: the one of fewer bytes, if `samples` is given: sums from more than
               `(block_size + 1) / 2` samples per process on. The choice is logged.
         progress: Whether rank 0 shows a progress bar, or a function `(done, total)`.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
         options: Other arguments of `fastsal.collect`. A memory budget is that of each process, and
             a scratch folder may be on a disk of its own machine.
 
@@ -77,10 +82,19 @@ def collect(
 
     Raises:
         LostRankError: Another process ended.
-        InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.collect`.
+        FailedRankError: Another process failed; if its error is one of fastsal, all raise that.
+        InvalidArgument: `torch.distributed` is not initialized, an argument is not the same in
+            every process, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
-    with whole_weights(model) as inner:
+    batches = ruled(batches, batch)
+    head = options.pop("head", None)
+    with (
+        whole_weights(model) as inner,
+        using_head(inner, head),
+        ranks.together("collect"),
+    ):
+        ranks.check_same(same_arguments(exchange=exchange, head=head, **options))
         found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
     assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored
     return found.own.fisher
@@ -100,17 +114,25 @@ def save(
 
     Raises:
         LostRankError: Another process ended.
+        FailedRankError: Another process could not write its file.
         InvalidArgument: `torch.distributed` is not initialized.
     """
     ranks = Ranks(group)
     target = Path(path)
     names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
-    fisher.save(target.parent / names[ranks.rank])
-    ranks.all_gather(None)
-    if ranks.rank == 0:
-        origin = sums_of(fisher).origin
-        write_index(target, names, list(origin.shapes if origin else fisher.shapes))
-    ranks.all_gather(None)
+    with ranks.together("save"):
+        fisher.save(target.parent / names[ranks.rank])
+    with ranks.together("save of the index"):
+        if ranks.rank == 0:
+            origin = sums_of(fisher).origin
+            write_index(target, names, list(origin.shapes if origin else fisher.shapes))
+
+
+def same_arguments(**options: Any) -> dict[str, Any]:
+    """Return the arguments that must be the same in every process."""
+    # Only rank 0 shows progress, and folders may have another path on another machine.
+    own = ("progress", "scratch", "checkpoint")
+    return {name: value for name, value in options.items() if name not in own}
 
 
 def collected(
@@ -146,7 +168,9 @@ def collected(
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
     whole, plan = work.sums, work.plan
     most = share.longest(work.how.micro_batch, whole.block_size, plan.budget)
-    unit = row_unit(whole.shapes, whole.block_size) if by_rows else None
+    unit = None
+    if by_rows:
+        unit = row_unit(whole.shapes, whole.block_size, layer_axes(model, whole.shapes))
     groups = [
         shares(group, whole.block_size, ranks.size, unit=unit, most=most) for group in plan.groups
     ]
@@ -167,7 +191,7 @@ def add_samples(
     ranks: Ranks,
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     *,
     progress: bool | Report = False,
     exchange: str = "rows",
@@ -194,8 +218,19 @@ def _together(groups: Sequence[list[list[Part]]], ranks: Ranks, way: str) -> Pas
 
     def add(work: Work, sums: ModelSums, number: int, report: Report) -> None:
         add_shared(work.how, sums, groups[number], ranks, work.source(), report)
+        _check_images(ranks, work.source)
 
     return Passes([_own(group[ranks.rank]) for group in groups], add)
+
+
+def _check_images(ranks: Ranks, source: Source) -> None:
+    """Raise DataError unless all ranks iterated over the same images."""
+    seen = ranks.all_gather(None if source.seen is None else source.seen.value())
+    if len(set(seen)) > 1:
+        raise DataError(
+            "batches must be the same on every rank, got other images or another order; shuffle "
+            "with the same seed on every rank"
+        )
 
 
 def _own(parts: Sequence[Part]) -> Parts:

@@ -5,23 +5,32 @@ By default rows (gradients of single samples) are sent. Rows are `4 d` bytes per
 But then a rank holds sums of the whole model, which is `ranks` times the memory, and sums round
 differently from those of one process; with rows the masks are equal bit for bit. To that end a
 micro-batch is never split, as kernels of PyTorch round differently for another number of samples.
+
+All ranks exchange the rows of a round, one micro-batch each, in one order: that in which gradients
+arrive for the first two images. Where they arrive otherwise, as a model may use other layers for
+other images, rows wait for their turn; layers that a micro-batch does not use send zeros at theirs.
+A rank that fails in a round sends zeros to its end, and tells the others when they meet ahead of
+the next one.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fastsal.data.batches import Pair, in_micro_batches
+from fastsal.distributed.failures import is_told
 from fastsal.distributed.ranks import Ranks
-from fastsal.errors import DataError
+from fastsal.errors import DataError, FastsalError
 from fastsal.fisher.collection.passes import PassSettings, add_pass
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, shapes_of
 from fastsal.fisher.rows import flat_rows
+from fastsal.gradients.precision import row_dtype
 from fastsal.utils.progress import Report
 
 
@@ -38,14 +47,18 @@ class StepSums:
         self._sums = sums
         self._step = step
         self._expected = expected
-        self._rest: dict[str, Tensor] = {}
+        self._rest: dict[str, list[Tensor]] = {}
         self._waiting = 0
 
     def add(self, key: str, rows: Tensor) -> None:
         """Add the rows `[n, d]` of a part, once per micro-batch."""
-        rest = self._rest.pop(key, None)
-        if rest is not None:
-            rows = torch.cat([rest, rows])
+        rest = self._rest.setdefault(key, [])
+        if sum(map(len, rest)) + len(rows) < self._step:
+            rest.append(rows.clone())
+            return
+        # Joined once a step: at every micro-batch, rows would be copied again and again.
+        rows = torch.cat([*rest, rows]) if rest else rows
+        rest.clear()
         seen = self._sums.rows_seen
         steps = len(rows) // self._step * self._step
         for start in range(0, steps, self._step):
@@ -53,7 +66,7 @@ class StepSums:
             self._sums.add(key, rows[start : start + self._step], self._expected)
         self._sums.rows_seen = seen
         if len(rows) > steps:
-            self._rest[key] = rows[steps:].clone()
+            rest.append(rows[steps:].clone())
 
     def end_micro_batch(self, n: int) -> None:
         """Count `n` samples, after the rows of all parts were added."""
@@ -65,7 +78,8 @@ class StepSums:
     def flush(self) -> None:
         """Add the rows of an incomplete step."""
         for key, rows in self._rest.items():
-            self._sums.add(key, rows, self._expected)
+            if rows:
+                self._sums.add(key, torch.cat(rows), self._expected)
         self._rest.clear()
         if self._waiting:
             self._sums.count(self._waiting)
@@ -79,39 +93,99 @@ class OwnerSink:
         sink: Takes rows of this rank's parts.
         shares: Parts of every rank.
         ranks: The processes.
+        parameters: Name to parameter, of all parts.
+        order: Names in the order in which all ranks send them.
     """
 
-    def __init__(self, sink: StepSums, shares: Sequence[Sequence[Part]], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        sink: StepSums,
+        shares: Sequence[Sequence[Part]],
+        ranks: Ranks,
+        parameters: Mapping[str, Tensor],
+        order: Iterable[str],
+    ) -> None:
         self._sink = sink
         self._ranks = ranks
-        self._owned: dict[str, list[tuple[int, Part]]] = {}
+        self._parameters = parameters
+        owned: dict[str, list[tuple[int, Part]]] = {name: [] for name in order}
         for owner, share in enumerate(shares):
             for part in share:
-                self._owned.setdefault(part.name, []).append((owner, part))
+                owned[part.name].append((owner, part))
+        self._turns = [turn for turns in owned.values() for turn in turns]
+        self._next = len(self._turns)
+        # Rows that arrived ahead of their turn; None for zeros.
+        self._early: dict[str, Tensor | None] = {}
         self._counts = [0] * ranks.size
         self._most = 0
+        self._drops = False
 
     def begin(self, counts: Sequence[int]) -> None:
-        """Set the number of samples of each rank in the next micro-batches."""
+        """Set the number of samples of each rank in the next round."""
         self._counts = list(counts)
         self._most = max(counts)
+        self._next = 0
+        self._early.clear()
 
     def __call__(self, name: str, rows: Tensor) -> None:
-        """Send this rank's rows `[n, *shape]` of a parameter."""
+        """Send this rank's rows `[n, *shape]` of a parameter, or keep them until their turn."""
         flat = flat_rows(rows)
-        missing = self._most - flat.shape[0]
-        for owner, part in self._owned[name]:
-            piece = flat[:, part.start : part.stop]
-            if missing > 0:
-                piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))
-            found = self._ranks.gather(piece[: self._most], owner)
-            if found is not None:
+        if self._is_next(name):
+            self._send(name, flat)
+            self._send_early()
+        else:
+            self._early[name] = flat.clone()  # its memory is reused after this call
+
+    def skip(self, name: str) -> None:
+        """Send rows of zeros of a parameter that this rank's micro-batch does not use."""
+        self._early[name] = None
+        self._send_early()
+
+    def _is_next(self, name: str) -> bool:
+        return self._next < len(self._turns) and self._turns[self._next][1].name == name
+
+    def _send_early(self) -> None:
+        while self._next < len(self._turns):
+            name = self._turns[self._next][1].name
+            if name not in self._early:
+                return
+            self._send(name, self._early.pop(name))
+
+    def _send(self, name: str, flat: Tensor | None) -> None:
+        """Send the rows `[n, d]` of a parameter whose turn it is; None for zeros."""
+        while self._is_next(name):
+            owner, part = self._turns[self._next]
+            found = self._ranks.gather(self._piece(part, flat), owner)
+            self._next += 1  # before sums can fail, so that `abandon` begins with what is not sent
+            if found is not None and not self._drops:
                 joined = torch.cat([p[:n] for p, n in zip(found, self._counts, strict=True)])
                 self._sink.add(part.key, joined.cpu())
 
-    def end_micro_batches(self) -> None:
-        """Count the samples of the micro-batches, after the rows of all parameters were sent."""
+    def _piece(self, part: Part, flat: Tensor | None) -> Tensor:
+        """Return the rows of a part, as many as the rank with the most samples has."""
+        if flat is None:
+            p = self._parameters[part.name]
+            return torch.zeros(self._most, len(part), dtype=row_dtype(p), device=p.device)
+        missing = self._most - flat.shape[0]
+        piece = flat[:, part.start : part.stop]
+        if missing > 0:
+            piece = torch.nn.functional.pad(piece, (0, 0, 0, missing))
+        return piece[: self._most]
+
+    def end_round(self) -> None:
+        """Count the samples of the round, after the rows of all parameters were sent."""
+        if self._next < len(self._turns):
+            name = self._turns[self._next][1].name
+            self.abandon()
+            raise FastsalError(f"{name}: no rows were formed")  # an internal error
         self._sink.end_micro_batch(sum(self._counts))
+
+    def abandon(self) -> None:
+        """Take part in the rest of a round that fails on this rank, whose rows are dropped."""
+        self._drops = True
+        self._early.clear()
+        while self._next < len(self._turns):
+            self._send(self._turns[self._next][1].name, None)
 
     def flush(self) -> None:
         """Add the rows of an incomplete step."""
@@ -140,32 +214,65 @@ def add_sharded_pass(
         DataError: Ranks have different numbers of samples.
     """
     steps = StepSums(sums, settings.step, settings.samples)
-    sink = OwnerSink(steps, shares, ranks)
+    sink: OwnerSink | None = None
     total = 0
     with settings.engine(part.name for share in shares for part in share) as engine:
         micro_batches = in_micro_batches(pairs, settings.micro_batch, settings.step)
         while dealt := list(itertools.islice(micro_batches, ranks.size)):
-            if total == 0:
+            if sink is None:
                 engine.prepare(*dealt[0])
-            counts = [len(images) for images, _ in dealt] + [0] * (ranks.size - len(dealt))
-            total += sum(counts)
-            sink.begin(counts)
+                order = ranks.all_gather(engine.order)[0]
+                sink = OwnerSink(steps, shares, ranks, settings.chosen, order)
+            counts = [len(images) for images, _ in dealt]
+            _check_same(ranks, total, dealt)
+            sink.begin(counts + [0] * (ranks.size - len(dealt)))
+            # All ranks must take part: one without a micro-batch runs the last, and drops it.
+            mine = min(ranks.rank, len(dealt) - 1)
             with engine.rewinding():
                 engine.skip(sum(counts[: ranks.rank]))
-                # All ranks must take part: one without a micro-batch runs the last, and drops it.
-                engine.run(*dealt[min(ranks.rank, len(dealt) - 1)], sink)
+                engine.samples_seen = total + sum(counts[:mine])  # so that an error names the image
+                try:
+                    engine.run(*dealt[mine], sink)
+                except BaseException as error:
+                    if not is_told(error):
+                        sink.abandon()
+                    raise
             engine.skip(sum(counts))
-            sink.end_micro_batches()
+            sink.end_round()
+            total += sum(counts)
             report(total, settings.samples)
-        sink.flush()
-    _check_same(ranks, total)
+        if sink is not None:
+            sink.flush()
+    _check_same(ranks, total, [])
 
 
-def _check_same(ranks: Ranks, samples: int) -> None:
-    """Raise DataError unless all ranks have the same number of samples."""
-    seen = ranks.all_gather(samples)
-    if len(set(seen)) > 1:
-        raise DataError(f"batches must be the same on every rank, got {seen} samples")
+def _check_same(ranks: Ranks, done: int, dealt: Sequence[Pair]) -> None:
+    """Raise DataError unless all ranks have the same samples next, as far as their labels tell.
+
+    Args:
+        ranks: The processes, which meet here ahead of every round.
+        done: Number of samples of all earlier rounds.
+        dealt: Micro-batches of the round; empty at the end of the batches.
+    """
+    total = done + sum(len(images) for images, _ in dealt)
+    seen = ranks.all_gather((total, len(dealt), _labels_digest(dealt)))
+    if len({count for count, _, _ in seen}) > 1 or len({len_ for _, len_, _ in seen}) > 1:
+        counts = [count for count, _, _ in seen]
+        raise DataError(f"batches must be the same on every rank, got {counts} samples")
+    if len({digest for _, _, digest in seen}) > 1:
+        raise DataError(
+            f"batches must be the same on every rank, in the same order, but samples {done} to "
+            f"{total - 1} have other labels; seed the generator of a DataLoader that shuffles"
+        )
+
+
+def _labels_digest(dealt: Iterable[Pair]) -> int:
+    """Return a digest of integer labels; others may be rounded differently on another machine."""
+    digest = 0
+    for _, labels in dealt:
+        if labels is not None and not (labels.is_floating_point() or labels.is_complex()):
+            digest = zlib.crc32(labels.detach().cpu().contiguous().numpy().tobytes(), digest)
+    return digest
 
 
 def add_summed_pass(
@@ -198,6 +305,7 @@ def add_summed_pass(
         nonlocal total
         size = settings.micro_batch * ranks.size
         for images, labels in in_micro_batches(pairs, size, size):
+            _check_same(ranks, total, [(images, labels)])
             total += len(images)
             some = slice(ranks.rank, None, ranks.size)
             if len(images[some]):
@@ -212,5 +320,5 @@ def add_summed_pass(
             if owner == ranks.rank:
                 sums.parameters[part.key].add_sums(packed.numpy(), plain.numpy())
             found.clear()
-    _check_same(ranks, total)
+    _check_same(ranks, total, [])
     sums.count(total)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
+from fastsal.data.held_out import Repeated
 from fastsal.distributed.collecting import add_samples, collected
 from fastsal.distributed.pattern_masks import pattern_masks_of_shards
 from fastsal.distributed.ranks import Ranks
@@ -25,6 +27,8 @@ from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.gradients.losses import LossFunction
+from fastsal.gradients.precision import row_dtype
+from fastsal.models.input_axis import layer_axes
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
@@ -62,7 +66,7 @@ class RankProcess(Process):
         return collected(self._ranks, model, batches, exchange=self._exchange, **options)
 
     def add_samples(
-        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: Iterable[Pair], **options: Any
     ) -> None:
         """Add samples to the statistics of this process's parts, in place."""
         add_samples(self._ranks, fisher, model, batches, exchange=self._exchange, **options)
@@ -87,7 +91,7 @@ class RankProcess(Process):
         entry = CRITERIA[recipe.criterion]
         if entry.needs_fisher:
             before = slices(masks or {}, mine.parts)
-            with self._ranks.failing_together(fisher):
+            with self._ranks.together("scores"):
                 return score_tensors(mine.weights, fisher, entry, damping, before, recipe.seed)
         kept = {name: masks[name] for name in mine.shapes if name in masks} if masks else {}
         every = score_tensors(mine.parameters, None, entry, damping, kept, recipe.seed)
@@ -116,6 +120,7 @@ class RankProcess(Process):
             goal,
             damping,
             self._ranks,
+            axes=layer_axes(model, mine.shapes),
             joint=recipe.joins_groups,
             **recipe.ranking,
         )
@@ -132,7 +137,7 @@ class RankProcess(Process):
     ) -> float:
         """Update the kept weights of this process's parts, and copy those of the others."""
         mine = Mine.of(model, fisher, self._ranks)
-        with self._ranks.failing_together(fisher):
+        with self._ranks.together("compensation"):
             moved, report = moves(
                 mine.weights,
                 fisher,
@@ -143,19 +148,21 @@ class RankProcess(Process):
             )
         for owner, share in enumerate(mine.shares):
             for part in share:
+                whole = mine.parameters[part.name]
                 is_own = owner == self._ranks.rank
-                values = moved[part.key].reshape(-1) if is_own else torch.empty(len(part))
+                there = torch.empty(0 if is_own else len(part), dtype=row_dtype(whole))
+                values = moved[part.key].reshape(-1) if is_own else there
                 values = self._ranks.broadcast(values, owner, "weights")
                 with torch.no_grad():
-                    part.of(mine.parameters[part.name]).copy_(values)
+                    part.of(whole).copy_(values)
                 shelf.release()
         return float(sum(self._ranks.all_gather(report.total)))
 
     def held_out(
-        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+        self, batches: Iterable[Pair], prepare: Callable[[Iterable[Pair]], InMicroBatches]
     ) -> Measured:
         """Return held-out micro-batches, of which each process measures some."""
-        return SharedMeasure(prepare(self._ranks.dealt(batches)), self._ranks)
+        return SharedMeasure(prepare(Repeated(lambda: self._ranks.dealt(batches))), self._ranks)
 
     def all_features(self, features: list[Tensor]) -> list[Tensor]:
         """Return the features of the micro-batches of all processes, in order."""
@@ -164,16 +171,20 @@ class RankProcess(Process):
     def examination(
         self,
         model: nn.Module,
-        batches: list[Pair],
+        batches: Iterable[Pair],
         limit: Limit,
         loss: LossFunction,
+        *,
+        seed: int,
     ) -> Examination:
         """Return the test of a limit, in which each process measures some batches."""
-        return SharedExamination(model, batches, limit, loss, ranks=self._ranks)
+        return SharedExamination(model, batches, limit, loss, seed=seed, ranks=self._ranks)
 
-    def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
+    def checkpoint(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], rest: str, seen: SeenImages
+    ) -> Checkpoint:
         """Return the checkpoint of the job, which rank 0 writes."""
-        return SharedCheckpoint(path, asked, ranks=self._ranks)
+        return SharedCheckpoint(path, asked, rest, seen, ranks=self._ranks)
 
     def memory_use(self, chosen: Mapping[str, nn.Parameter], **how: Any) -> Use:
         """Return the memory that this process uses in addition to the statistics."""

@@ -10,12 +10,15 @@ import torch.distributed as dist
 from torch import nn
 
 from fastsal.data.batches import Batches
+from fastsal.distributed.collecting import same_arguments
 from fastsal.distributed.process import RankProcess
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
+from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.history import RankTraffic
-from fastsal.pruning.prune import Arguments, PruneResult, prune_with
 from fastsal.pruning.prune import prune as prune_alone
+from fastsal.pruning.prune import prune_with
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.suggestions import check_choice
 
@@ -55,14 +58,18 @@ def prune(
 
     Raises:
         LostRankError: Another process ended; rerun the same call with a checkpoint to resume.
-        InvalidArgument: `torch.distributed` is not initialized, or as `fastsal.prune`.
+        FailedRankError: Another process failed; if its error is one of fastsal, all raise that. The
+            model has its original weights in every process.
+        InvalidArgument: `torch.distributed` is not initialized, an argument is not the same in
+            every process, or as `fastsal.prune`.
     """
     check_choice("exchange", exchange, EXCHANGES)
     ranks = Ranks(group)
     if ranks.rank:
         options["progress"] = False
     process = RankProcess(ranks, exchange, gathered_bytes(model))
-    with whole_weights(model) as inner:
+    with whole_weights(model) as inner, ranks.together("prune"):
+        ranks.check_same(same_arguments(sparsity=sparsity, exchange=exchange, **options))
         call = inspect.signature(prune_alone).bind(inner, batches, sparsity, **options)
         call.apply_defaults()
         result = prune_with(process, Arguments(**call.arguments))

@@ -1,10 +1,20 @@
-"""The processes of a job and their communication, of which every byte is counted."""
+"""The processes of a job and their communication, of which every byte is counted.
+
+Ranks meet ahead of every exchange except that of rows: each says what it is about to exchange, or
+that it has failed. So a rank that fails ends all ranks at their next exchange, and ranks that make
+different calls get an error instead of each other's data. Rows are exchanged in rounds of a fixed
+order (`exchange.py`), with a meeting ahead of each round.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import pickle
+import threading
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,14 +23,25 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsal.errors import FactorizationError, FastsalError, InvalidArgument
-from fastsal.fisher.statistics import Statistics
+from fastsal.distributed.failures import (
+    FailedRankError,
+    LostRankError,
+    decoded,
+    encoded,
+    is_loss,
+    is_told,
+    mark_told,
+    name_rank,
+)
+from fastsal.errors import InvalidArgument
+
+__all__ = ["FailedRankError", "LostRankError", "Ranks"]
 
 _Item = TypeVar("_Item")
-
-
-class LostRankError(FastsalError, ConnectionError):
-    """Another process of the job ended or cannot be reached."""
+# Longest name of an exchange that is told where ranks differ.
+_MOST_NAME = 200
+# How many blocks of `Ranks.together` are active in a thread.
+_blocks = threading.local()
 
 
 class Ranks:
@@ -57,7 +78,10 @@ class Ranks:
         return f"Ranks(rank={self.rank}, size={self.size})"
 
     def gather(self, rows: Tensor, owner: int) -> list[Tensor] | None:
-        """Return the rows of every rank to their owner, None to others. All have the same shape."""
+        """Return the rows of every rank to their owner, None to others. All have the same shape.
+
+        All ranks must call it in the same order, as they do not meet ahead of it.
+        """
         mine = rows.to(self._device).contiguous()
         there = [torch.empty_like(mine) for _ in range(self.size)] if owner == self.rank else None
         with self._reporting_loss():
@@ -71,6 +95,7 @@ class Ranks:
     def all_reduce(self, counts: NDArray[np.uint64]) -> NDArray[np.uint64]:
         """Return the sum of counts over all ranks."""
         mine = torch.from_numpy(counts.astype(np.int64)).to(self._device)
+        self._meet("counts")
         with self._reporting_loss():
             dist.all_reduce(mine, group=self._group)
         self.sent["counts"] += self._reduced(mine)
@@ -79,6 +104,7 @@ class Ranks:
     def reduce(self, values: Tensor, owner: int) -> Tensor:
         """Return the sum over all ranks to its owner; others get their own values back."""
         mine = values.to(self._device).clone()
+        self._meet(f"sums of rank {owner}")
         with self._reporting_loss():
             dist.reduce(mine, self._global(owner), group=self._group)
         if owner != self.rank:
@@ -94,43 +120,113 @@ class Ranks:
             what: Kind of data, for `sent`.
         """
         there = tensor.to(self._device).contiguous()
+        self._meet(f"{what} of rank {owner}")
         with self._reporting_loss():
             dist.broadcast(there, self._global(owner), group=self._group)
         if owner == self.rank:
             self.sent[what] += tensor.numel() * tensor.element_size() * (self.size - 1)
         return there.to(tensor.device)
 
-    def dealt(self, items: Sequence[_Item]) -> list[_Item]:
-        """Return the items of this rank, of those that ranks receive in turn; may be empty."""
-        return list(items[self.rank :: self.size])
+    def dealt(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield the items of this rank, of those that ranks receive in turn; may be empty."""
+        return itertools.islice(items, self.rank, None, self.size)
 
     def all_gather(self, value: Any) -> list[Any]:
         """Return a small value of every rank, in order."""
-        values = [None] * self.size
-        with self._reporting_loss():
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+        return [pickle.loads(said) for said in self._meet("values", pickle.dumps(value))]
 
-    @contextlib.contextmanager
-    def failing_together(self, statistics: Statistics) -> Iterator[None]:
-        """Raise FactorizationError on all ranks if one raises it in the block.
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Raise InvalidArgument unless all ranks pass the same values, by the names of arguments.
 
         Args:
-            statistics: The statistics that the block uses.
+            values: Name to a plain value. Any others cannot be compared and are left out.
+        """
+        plain = (str, int, float, bool, type(None))
+        mine = {name: value for name, value in values.items() if isinstance(value, plain)}
+        found = self.all_gather(mine)
+        for name in sorted(set().union(*found)):
+            given = [of_rank.get(name) for of_rank in found]
+            if len(set(map(repr, given))) > 1:
+                raise InvalidArgument(f"{name} must be the same on every rank, got {given}")
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Raise an error in the block on all ranks if it is raised on one.
+
+        Errors of fastsal have the same type on all ranks; any other is a FailedRankError on those
+        that did not fail. After an error that all ranks know of, they can go on to exchange data.
+
+        Args:
+            what: What the block does, for the message to a rank that does something else.
 
         Raises:
-            FactorizationError: One rank raised it.
+            LostRankError: Another process ended.
+            FailedRankError: Another rank failed, or made a different call.
         """
-        failure: FactorizationError | None = None
+        depth = getattr(_blocks, "depth", 0)
+        _blocks.depth = depth + 1
         try:
             yield
-        except FactorizationError as error:
-            failure = error
-        if failure is not None:
-            statistics.finish()
-        said = [text for text in self.all_gather(str(failure) if failure else None) if text]
-        if said:
-            raise failure or FactorizationError(said[0])
+        except BaseException as error:
+            if not is_told(error):
+                mark_told(error)
+                # The reason why this rank fails is its own error, even if another is lost.
+                with contextlib.suppress(LostRankError):
+                    self._meet(what, failure=error)
+            if depth == 0:
+                mark_told(error, is_told=False)  # the same object may be raised again
+            raise
+        finally:
+            _blocks.depth = depth
+        self._meet(f"the end of {what}")
+
+    def _meet(
+        self, what: str, payload: bytes = b"", failure: BaseException | None = None
+    ) -> list[bytes]:
+        """Wait for all ranks ahead of an exchange; returns the payload of each.
+
+        If a rank has failed, the others raise its error, and a rank that has failed returns.
+        """
+        said = payload if failure is None else encoded(failure)
+        header = [int(failure is not None), zlib.crc32(what.encode()), len(said)]
+        headers = [h.tolist() for h in self._gathered(torch.tensor(header))]
+        failed = [rank for rank, (is_failed, _, _) in enumerate(headers) if is_failed]
+        if failed:
+            texts = self._texts(said, [size if bad else 0 for bad, _, size in headers])
+            if failure is None:
+                raise mark_told(decoded(texts[failed[0]], failed[0], self.size))
+            if len(set(texts)) > 1:
+                name_rank(failure, self.rank, self.size)
+            return texts
+        if len({tag for _, tag, _ in headers}) > 1:
+            name = what.encode()[:_MOST_NAME].ljust(_MOST_NAME)
+            names = [text.decode().strip() for text in self._texts(name, [_MOST_NAME] * self.size)]
+            raise mark_told(
+                FailedRankError(
+                    "ranks must make the same calls with the same arguments, but they exchange "
+                    + ", ".join(f"{name!r} (rank {rank})" for rank, name in enumerate(names))
+                )
+            )
+        return self._texts(said, [size for _, _, size in headers])
+
+    def _texts(self, mine: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Return the bytes of every rank, of known sizes; a size of zero sends nothing."""
+        most = max(sizes)
+        if most == 0:
+            return [b""] * len(sizes)
+        padded = torch.zeros(most, dtype=torch.uint8)
+        own = sizes[self.rank]
+        padded[:own] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)[:own] if own else 0
+        found = self._gathered(padded)
+        return [bytes(f[:n].numpy()) for f, n in zip(found, sizes, strict=True)]
+
+    def _gathered(self, mine: Tensor) -> list[Tensor]:
+        """Return a small tensor of every rank, all of the same shape."""
+        here = mine.to(self._device)
+        found = [torch.empty_like(here) for _ in range(self.size)]
+        with self._reporting_loss():
+            dist.all_gather(found, here, group=self._group)
+        return [tensor.cpu() for tensor in found]
 
     def _reduced(self, tensor: Tensor) -> int:
         # In a ring, every rank sends all but its share, twice.
@@ -141,13 +237,21 @@ class Ranks:
 
     @contextlib.contextmanager
     def _reporting_loss(self) -> Iterator[None]:
+        """Turn the error of a collective that lost a peer into LostRankError.
+
+        Other ranks cannot be told of either, as they wait in the collective that failed.
+        """
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if not is_loss(error):
+                mark_told(error)
                 raise
-            line = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-            raise LostRankError(
-                f"rank {self.rank} of {self.size}: another rank ended or cannot be reached "
-                f"({line}); rerun the same command, which resumes from its checkpoint if it has one"
-            ) from None
+            line = next(iter(str(error).strip().splitlines()), "no reason given")
+            raise mark_told(
+                LostRankError(
+                    f"rank {self.rank} of {self.size}: another rank ended or cannot be reached "
+                    f"({line}); rerun the same command, which resumes from its checkpoint if it "
+                    "has one"
+                )
+            ) from error

@@ -52,10 +52,6 @@ class ShardedStatistics:
         """Yield the statistics of groups of this rank's parts."""
         return self.own.groups(cuts=cuts)
 
-    def finish(self) -> None:
-        """Complete a use that failed, in which other ranks take part."""
-        self.own.finish()
-
     def merge(self, other: ShardedStatistics) -> None:
         """Add more samples, collected in the same way at the same weights."""
         self.own.merge(other.own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import LossFunction
@@ -63,24 +64,18 @@ class SharedExamination(Examination):
     def __init__(
         self,
         model: nn.Module,
-        images: list[Pair],
+        batches: Iterable[Pair],
         limit: Limit,
         loss: LossFunction,
         *,
+        seed: int,
         ranks: Ranks,
     ) -> None:
         self._ranks = ranks
-        super().__init__(model, images, limit, loss)
-        self._count = sum(len(x) for x, _ in images)
-        self.cap = ranks.all_gather(self.cap)[0]  # rank 0 has the first batch
+        super().__init__(model, batches, limit, loss, seed=seed)
 
-    def _own(self, batches: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def _own(self, batches: Iterable[Pair]) -> Iterable[Pair]:
         return self._ranks.dealt(batches)
-
-    @property
-    def images(self) -> int:
-        """Number of test images, of all ranks."""
-        return self._count
 
     def measured(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return the increases of all images, in their order."""
@@ -93,13 +88,21 @@ class SharedCheckpoint(Checkpoint):
     Args:
         path: The file, which all ranks must share.
         asked: Arguments of the run, as JSON values.
+        rest: Digest of what the model has besides the weights that are pruned.
+        seen: The images, as passes over them see them.
         ranks: The processes.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], asked: Mapping[str, Any], *, ranks: Ranks
+        self,
+        path: str | os.PathLike[str],
+        asked: Mapping[str, Any],
+        rest: str,
+        seen: SeenImages,
+        *,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(path, asked)
+        super().__init__(path, asked, rest, seen, writes=ranks.rank == 0)
         self._ranks = ranks
 
     def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
@@ -108,13 +111,17 @@ class SharedCheckpoint(Checkpoint):
             super().save(weights, masks, history)
         self._ranks.all_gather(None)
 
-    def resume(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Masks | None, list[Round]]:
+    def resume(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        passes: Callable[[], Iterable[Pair]] = tuple,
+    ) -> tuple[Masks | None, list[Round]]:
         """Restore the state of the file, if it exists.
 
         Raises:
             InvalidArgument: Not all ranks can read it.
         """
-        masks, history = super().resume(parameters)
+        masks, history = super().resume(parameters, passes)
         seen = self._ranks.all_gather(len(history))
         if len(set(seen)) > 1:
             raise InvalidArgument(

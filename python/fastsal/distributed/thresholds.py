@@ -83,7 +83,7 @@ def masks_of_shards(
             cut = _find(mine, by_name[name], count, ranks, {})
             cuts |= _divided(mine, by_name[name], cut, ranks, {})
     kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
-    return Masks(assembled(kept, shares, shapes, ranks), recipe)
+    return Masks(assembled(kept, shares, shapes, ranks), recipe, copy=False)
 
 
 def _find(

@@ -15,95 +15,100 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import UnsupportedLayer
+from fastsal.models.wrappers import unwrapped
 
 
 @contextlib.contextmanager
 def whole_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the model inside a wrapper, with all weights on every rank.
 
-    Weights may be changed in place inside the block. Sharded weights get the changes after it.
+    Weights may be changed in place inside the block. Sharded weights get the changes after it. The
+    settings of FSDP are unchanged, and weights that it had gathered are gathered again.
 
     Raises:
         UnsupportedLayer: Weights are sharded in an unsupported way.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
+    model = unwrapped(model)
+    gathered = _resharded(model)
     sharded = {n: p for n, p in model.named_parameters() if _is_sharded(p)}
     if not sharded:
         yield model
         return
-    gather = _fully_sharded_as_whole if _fully_sharded(model) else _tensor_parallel_as_whole
-    changed: dict[str, Tensor] = {}
-    with gather(model):
-        left = [name for name, p in model.named_parameters() if _is_sharded(p)]
-        if left:
+    for name, p in sharded.items():
+        if _shards(p) > 1:
             raise UnsupportedLayer(
                 "model must use at most one of DistributedDataParallel, fully_shard and tensor "
-                f"parallelism; {left[0]!r} is sharded in two ways"
+                f"parallelism; {name!r} is sharded in two ways"
             )
+    changed: dict[str, Tensor] = {}
+    with _plain(model):
         yield model
         changed.update((name, p.detach()) for name, p in model.named_parameters())
     _write(sharded, changed)
+    for module in gathered:
+        module.unshard()
 
 
 def gathered_bytes(model: nn.Module) -> int:
     """Return the bytes of memory that `whole_weights` uses in each process."""
-    sharded = {n: p for n, p in model.named_parameters() if _is_sharded(p)}
-    # FSDP keeps the gathered weights in addition to the copies.
-    copies = 2 if _fully_sharded(model) else 1
-    return copies * sum(p.numel() * p.element_size() for p in sharded.values())
+    sharded = [p for p in model.parameters() if _is_sharded(p)]
+    return sum(p.numel() * p.element_size() for p in sharded)
+
+
+def _resharded(model: nn.Module) -> list[Any]:
+    """Shard the weights that FSDP has gathered; returns the modules whose weights these are.
+
+    After a forward pass the weights of the outermost module are gathered, by default, until the
+    backward pass. What is written to gathered weights is lost when they are sharded.
+    """
+    found = []
+    for module in _fully_sharded(model):
+        before = list(module.parameters())
+        module.reshard()
+        after = list(module.parameters())
+        if any(a is not b for a, b in zip(before, after, strict=True)):
+            found.append(module)
+    return found
 
 
 @contextlib.contextmanager
-def _fully_sharded_as_whole(model: nn.Module) -> Iterator[None]:
-    """Gather what `fully_shard` shards."""
-    modules = _fully_sharded(model)
-    for module in modules:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.set_reshard_after_backward(False, recurse=False)
-        module.unshard()
-    # FSDP frees the memory of gathered weights, so the model must use copies.
-    gathered = {name: p.data for name, p in model.named_parameters()}
-    for p in model.parameters():
-        p.data = p.data.clone()
+def _plain(model: nn.Module) -> Iterator[None]:
+    """Replace sharded weights by whole ones, and remove the hooks of PyTorch that act on shards."""
+    weights = [
+        (module, name, p)
+        for module in model.modules()
+        for name, p in module._parameters.items()
+        if p is not None and _is_sharded(p)
+    ]
+    tables = [table for module in model.modules() for table in _tables(module)]
+    before = [dict(table) for table in tables]
+    ours = [{key for key, hook in table.items() if _acts_on_shards(hook)} for table in tables]
+    made = {id(p): nn.Parameter(_whole(p), requires_grad=p.requires_grad) for _, _, p in weights}
     try:
-        yield
-    finally:
-        for name, p in model.named_parameters():
-            p.data = gathered[name]
-        gathered.clear()
-        for module in modules:
-            module.reshard()
-            module.set_reshard_after_forward(True, recurse=False)
-            module.set_reshard_after_backward(True, recurse=False)
-
-
-@contextlib.contextmanager
-def _tensor_parallel_as_whole(model: nn.Module) -> Iterator[None]:
-    """Replace the weights of `parallelize_module` by whole ones, and remove its hooks."""
-    weights: list[tuple[nn.Module, str, nn.Parameter]] = []
-    hooks: list[tuple[dict[int, Any], int, Any]] = []
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None and _is_sharded(p):
-                weights.append((module, name, p))
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in table.items():
-                if getattr(hook, "__module__", "").startswith("torch.distributed.tensor"):
-                    hooks.append((table, key, hook))
-    made = {id(p): nn.Parameter(_whole(p), requires_grad=False) for _, _, p in weights}
-    for table, key, _ in hooks:
-        del table[key]
-    try:
+        for table, keys in zip(tables, ours, strict=True):
+            for key in keys:
+                del table[key]
         for module, name, p in weights:
-            made[id(p)].requires_grad_(p.requires_grad)
             module._parameters[name] = made[id(p)]
         yield
     finally:
         for module, name, p in weights:
             module._parameters[name] = p
-        for table, key, hook in hooks:
-            table[key] = hook
+        for table, entries, keys in zip(tables, before, ours, strict=True):
+            here = {**entries, **table}  # in the order of before, as hooks run in it
+            kept = {key: hook for key, hook in here.items() if key in keys or key in table}
+            table.clear()
+            table.update(kept)
+
+
+def _tables(module: nn.Module) -> list[dict[Any, Any]]:
+    """Return what holds functions that run ahead of or after the forward pass of a module."""
+    return [module._forward_pre_hooks, module._forward_hooks]
+
+
+def _acts_on_shards(hook: Any) -> bool:
+    parts = ("torch.distributed.tensor", "torch.distributed.fsdp")
+    return str(getattr(hook, "__module__", "")).startswith(parts)
 
 
 def _write(sharded: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
@@ -120,8 +125,20 @@ def _whole(parameter: Tensor) -> Tensor:
     """Return a whole copy of a sharded parameter."""
     from torch.distributed.tensor import DTensor
 
+    data: Any = parameter.data
+    assert isinstance(data, DTensor)
+    device = data.device_mesh.device_type  # shards may be offloaded to main memory
+    on_device: Any = data.to(device)
+    whole: Tensor = on_device.full_tensor().clone()
+    return whole
+
+
+def _shards(parameter: Tensor) -> int:
+    """Return the number of axes of the device mesh that a parameter is sharded along."""
+    from torch.distributed.tensor import DTensor
+
     assert isinstance(parameter.data, DTensor)
-    return parameter.data.full_tensor().clone()
+    return sum(not placement.is_replicate() for placement in parameter.data.placements)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.errors import FileFormatError
-from fastsal.models.weights import read_pickle
-from fastsal.utils.atomic import atomic_path
-from fastsal.utils.digests import tensors_digest
-from fastsal.utils.resuming import as_asked, check_origin
+from fastsal.models.pickles import read_pickle
+from fastsal.utils.atomic import atomic_path, check_writable
+from fastsal.utils.digests import Digest, tensors_digest
+from fastsal.utils.resuming import as_asked, check_origin, remove_finished
 
 _FORMAT = "fastsal.epoch"
 
@@ -26,26 +28,45 @@ class TrainingCheckpoint:
         path: The file. It is written atomically.
         asked: Arguments of the run, JSON values. A file of a run with other arguments is rejected.
         start: Name to tensor at the start of the run. A file with another start is rejected.
+        structure: Digest of the architecture of the model.
+        seen: Name to the images of that name, as passes over them see them.
+
+    Raises:
+        InvalidArgument: The file cannot be written.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], asked: Mapping[str, Any], start: Mapping[str, Tensor]
+        self,
+        path: str | os.PathLike[str],
+        asked: Mapping[str, Any],
+        start: Mapping[str, Tensor],
+        structure: str = "",
+        seen: Mapping[str, SeenImages] | None = None,
     ) -> None:
         self._path = Path(path)
         self._asked = as_asked(asked)
-        self._start = tensors_digest(start)
+        self._start = Digest().text(structure).text(tensors_digest(start)).hexdigest()
+        self._seen = dict(seen or {})
+        check_writable(self._path, "checkpoint")
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state of tensors, numbers and containers of them."""
-        header = {"format": _FORMAT, "asked": self._asked, "start": self._start}
+        data = {name: seen.recorded() for name, seen in self._seen.items()}
+        header = {"format": _FORMAT, "asked": self._asked, "start": self._start, "data": data}
         with atomic_path(self._path) as temporary:
             torch.save({**header, "state": dict(state)}, temporary)
 
-    def load(self) -> dict[str, Any] | None:
+    def load(
+        self, passes: Mapping[str, Callable[[], Iterable[Pair]]] | None = None
+    ) -> dict[str, Any] | None:
         """Return the saved state, on the CPU, or None if there is no file.
 
+        Args:
+            passes: Name to a function that starts a pass over the images of that name, which are
+                compared with those of the file.
+
         Raises:
-            FileFormatError: The file is damaged, or belongs to another run or model.
+            FileFormatError: The file is damaged, or belongs to another run, model or data.
         """
         if not self._path.exists():
             return None
@@ -53,8 +74,10 @@ class TrainingCheckpoint:
         if not isinstance(found, dict):
             raise FileFormatError(f"checkpoint: {self._path} is not a checkpoint of finetune")
         check_origin(self._path, "finetune", found, _FORMAT, self._start, self._asked)
+        for name, start_pass in (passes or {}).items():
+            self._seen[name].check(found.get("data", {}).get(name), start_pass)
         return dict(found["state"])
 
     def remove(self) -> None:
         """Delete the file."""
-        self._path.unlink(missing_ok=True)
+        remove_finished(self._path)

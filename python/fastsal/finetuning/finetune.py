@@ -7,6 +7,7 @@ backbone is trained, so that its features can be evaluated with the frozen heads
 from __future__ import annotations
 
 import math
+import operator
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches
+from fastsal.data.batches import Batches, first_images
+from fastsal.data.numbering import check_labels_of
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
+from fastsal.models.classifier import declares_head, using_head
+from fastsal.models.classifier_signs import check_classifier, lacks_classifier
+from fastsal.models.digest import structure_digest
+from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
 from fastsal.utils.choices import Schedule
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.progress import Report, reporter
 
@@ -83,20 +91,24 @@ def finetune(
     frozen: str | Sequence[str] = (),
     train_head: bool = False,
     train_normalization: bool = False,
+    head: str | Sequence[str] | None = None,
     loss: str | LossFunction = "cross-entropy",
     autocast: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Report = False,
     seed: int = 0,
+    batch: BatchRule | None = None,
 ) -> FinetuneResult:
     """Fine-tune the kept weights of a model in place; pruned weights remain zero.
 
     On any error the weights, buffers, modes and flags of the model are restored.
 
     Args:
-        model: Any module. Its modes and `requires_grad` flags are restored at the end.
-        batches: Iterable of `(images [n, ...], labels [n])`, iterated once per epoch. The order may
-            change between epochs, as with a `DataLoader` with `shuffle=True`.
+        model: Any module, or a wrapper of it, whose forward is trained. Its modes and
+            `requires_grad` flags are restored at the end.
+        batches: Iterable of `(images [n, ...], labels [n])`, or of dicts of them as for
+            `fastsal.collect`, iterated once per epoch; see also `batch`. The order may change
+            between epochs, as with a `DataLoader` with `shuffle=True`.
         masks: Masks, True = kept; applied to the model first, see `Masks.hold`.
         epochs: Number of passes over `batches`, at least 1.
         lr: Initial learning rate.
@@ -112,18 +124,23 @@ def finetune(
             stops; None for all epochs.
         frozen: Names or `fnmatch` patterns of further parameters to freeze.
         train_head: Whether to train the classifier: the layers of `get_classifier()`, as timm's
-            models have it, else the last `Linear`.
+            models have it, else the linear layer that produces the output.
         train_normalization: Whether to train normalization layers. Otherwise their running
             statistics are frozen too.
-        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`; the mean
-            over a batch is minimized.
+        head: Name of the classifier's layer, or several; None finds it.
+        loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`, where
+            `outputs` is what the model returns; the mean over a batch is minimized.
         autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16` (with a scaled
             loss), or None.
         checkpoint: File for the state after every epoch. The same call with the same batches
-            resumes from it, with bit-identical results on the CPU. Deleted at the end.
+            resumes from it, with bit-identical results on the CPU. Deleted at the end. The file of
+            a run with another model, images, labels, loss or other arguments is rejected; images
+            that change on every pass, as augmented ones do, cannot be compared.
         progress: True shows a progress bar; a function is called with the numbers of samples done
             and in total.
         seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
+        batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
+            another form.
 
     Returns:
         The history of the epochs, and which epoch was kept.
@@ -144,9 +161,23 @@ def finetune(
     seed = whole("seed", seed, None)
     check_autocast(autocast)
     _check_batches(batches, held_out, epochs, patience)
-    trained = trained_parameters(
-        model, frozen, train_head=train_head, train_normalization=train_normalization
-    )
+    if loss == "cross-entropy":
+        check_labels_of(batches, model)
+        check_labels_of(held_out, model)
+        if lacks_classifier(model) or not train_head:
+            check_classifier(model, "training")
+    batches, held_out = ruled(batches, batch), ruled(held_out, batch)
+    first = None
+    if not (train_head or head is not None or declares_head(model)):
+        first, batches = first_images(batches)
+    with using_head(model, head):
+        trained = trained_parameters(
+            model,
+            frozen,
+            train_head=train_head,
+            train_normalization=train_normalization,
+            images=first,
+        )
     how: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -157,32 +188,37 @@ def finetune(
         "autocast": autocast,
         "seed": seed,
     }
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    inner = unwrapped(model)
+    tensors = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     with (
         all_or_nothing(tensors) as original,
         training_only(model, trained, train_normalization=train_normalization),
         reporter(progress, "fine-tuning") as report,
     ):
-        trainer = Trainer(model, batches, loss=loss, **how)
+        records = checkpoint is not None
+        trainer = Trainer(model, batches, loss=loss, records=records, **how)
         keeper = None
         if checkpoint is not None:
             asked = {
                 **how,
                 "patience": patience,
                 "held_out": held_out is not None,
+                "number of batches": operator.length_hint(batches),
                 "frozen": frozen,
+                "head": head,
                 "train_head": train_head,
                 "train_normalization": train_normalization,
-                "loss": loss if isinstance(loss, str) else "a function",
+                "loss": identity_of(loss),
             }
             start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
-            keeper = TrainingCheckpoint(checkpoint, asked, start)
+            structure = structure_digest(model)
+            keeper = TrainingCheckpoint(checkpoint, asked, start, structure, trainer.seen)
         # If all masked parameters are frozen, no optimizer can change their zeros.
         moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
         with masks.hold(model, trainer.optimizer if moved else None):
             course = _train(trainer, tensors, held_out, epochs, patience, keeper, report)
-    if keeper is not None:
-        keeper.remove()
+        if keeper is not None:
+            keeper.remove()
     return FinetuneResult(course.history, course.kept_epoch, course.before)
 
 
@@ -196,7 +232,7 @@ def _train(
     report: Report,
 ) -> _Course:
     """Train all epochs, or those after the checkpoint if there is one, and keep the best."""
-    saved = keeper.load() if keeper is not None else None
+    saved = keeper.load(trainer.passes(held_out)) if keeper is not None else None
     if saved is not None:
         restore(tensors, saved["tensors"])
         trainer.load_state_dict(saved["trainer"])

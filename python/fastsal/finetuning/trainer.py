@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches
+from fastsal.data.batches import Batches, Pair, as_batches, without_single_images
+from fastsal.data.content import SeenImages
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
-from fastsal.models.evaluating import outputs, to_model
+from fastsal.models.evaluating import outputs, to_model, twice
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import SCHEDULES, Schedule
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import check_choice, did_you_mean
 
 # Arguments of timm's factory, the same in all of its versions.
@@ -42,6 +46,10 @@ class Trainer:
         loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`.
         autocast: dtype for `torch.autocast`, or None; with `torch.float16` the loss is scaled.
         seed: Epoch e uses the random numbers of seed + e.
+        records: Whether the images that passes see are recorded, for a checkpoint.
+
+    Attributes:
+        seen: With `records`, `"batches"` and `"held_out"` to what was seen of them.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class Trainer:
         loss: str | checks.LossFunction,
         autocast: torch.dtype | None,
         seed: int,
+        records: bool = False,
     ) -> None:
         first = next(model.parameters())
         self._model, self._first, self._device = model, first, first.device
@@ -69,6 +78,8 @@ class Trainer:
         self._loss, self._classify = checks.resolve_loss(loss), loss == "cross-entropy"
         self._autocast = autocast
         self._seed = seed
+        names = ("batches", "held_out") if records else ()
+        self.seen = {name: SeenImages(name) for name in names}
 
     @property
     def samples(self) -> int | None:
@@ -88,6 +99,7 @@ class Trainer:
 
         Raises:
             DataError: Images or labels are invalid.
+            InvalidArgument: A batch has a single image, and a layer normalizes by its batch.
             NonFiniteLoss: A loss or a trained weight is NaN or infinite.
         """
         done = (number - 1) * self._updates
@@ -96,17 +108,17 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         total, samples = 0.0, 0
         with _private_randomness(self._seed + number, self._device), torch.enable_grad():
-            for images, labels in self._pairs(self._batches):
+            for n, images, labels in self._training_batches():
                 with torch.autocast(
                     self._device.type, dtype=self._autocast, enabled=self._autocast is not None
                 ):
                     out = self._model(to_model(images, self._first))
-                    mean = self._losses(out, labels, samples).mean()
+                    mean = self._losses(out, labels, samples)[:n].mean()
                 value = float(mean.detach())
                 if not math.isfinite(value):
                     raise NonFiniteLoss(
                         f"epoch {number}: the mean loss of samples {samples} to "
-                        f"{samples + len(images) - 1} must be finite, got {value}; use a lower lr "
+                        f"{samples + n - 1} must be finite, got {value}; use a lower lr "
                         f"than {lr:g}, or check these images"
                     )
                 self.optimizer.zero_grad()
@@ -115,8 +127,8 @@ class Trainer:
                 self._scaler.update()
                 done += 1
                 self._schedule.step_update(done)
-                total += value * len(images)
-                samples += len(images)
+                total += value * n
+                samples += n
                 report(samples)
         self._check_weights(number, lr)
         return {"loss": total / samples, "lr": lr, "samples": samples}
@@ -124,9 +136,9 @@ class Trainer:
     def mean_loss(self, held_out: Batches) -> float:
         """Return the mean loss of images in evaluation mode, in the precision of the model."""
         total, samples = 0.0, 0
-        for images, labels in self._pairs(held_out):
+        for images, labels in self._pairs(held_out, "held_out"):
             losses = self._losses(outputs(self._model, images), labels, samples)
-            total += float(losses.double().sum())
+            total += float(in_float64(losses).sum())
             samples += len(images)
         return total / samples
 
@@ -139,12 +151,50 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
 
-    def _pairs(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in as_batches(batches, None):
+    def passes(self, held_out: Batches | None) -> dict[str, Callable[[], Iterator[Pair]]]:
+        """Return functions that start a pass over images, by the names of `seen`."""
+        numbers = itertools.count(1)
+
+        def epoch() -> Iterator[Pair]:
+            # With other random numbers in every pass, as in epochs.
+            with _private_randomness(self._seed + next(numbers), self._device):
+                yield from as_batches(self._batches, None)
+
+        found: dict[str, Callable[[], Iterator[Pair]]] = {"batches": epoch}
+        if held_out is not None:
+            found["held_out"] = lambda: as_batches(held_out, None)
+        return found
+
+    def _pairs(self, batches: Batches, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        pairs: Iterable[Pair] = as_batches(batches, None)
+        if name in self.seen:
+            pairs = self.seen[name].watch(pairs)
+        for images, labels in pairs:
             checks.check_images(images)
             checks.check_labels(labels, len(images))
             assert labels is not None  # see check_labels
             yield images, labels
+
+    def _training_batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield a number of images and, after them, no others or the copy of a single one.
+
+        Where a layer normalizes by its batch, single images are joined to other batches instead.
+        """
+        if not any(map(_normalizes_by_batch, self._model.modules())):
+            for images, labels in self._pairs(self._batches, "batches"):
+                if len(images) > 1:
+                    yield len(images), images, labels
+                else:
+                    yield 1, twice(images), twice(labels)
+            return
+        for x, y in without_single_images(self._pairs(self._batches, "batches")):
+            if len(x) == 1:
+                raise InvalidArgument(
+                    "batches must have at least two images each to train batch normalization, got "
+                    "one; use a larger batch size, or freeze it (train_normalization=False)"
+                )
+            assert y is not None  # see `_pairs`
+            yield len(x), x, y
 
     def _losses(self, out: Any, labels: Tensor, before: int) -> Tensor:
         if self._classify:
@@ -162,6 +212,12 @@ class Trainer:
                 )
 
 
+def _normalizes_by_batch(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
+
+
 def _make_optimizer(
     model: nn.Module, name: str, lr: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
@@ -176,7 +232,7 @@ def _make_optimizer(
         )
     try:
         made: torch.optim.Optimizer = factory.create_optimizer_v2(
-            model, opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
+            unwrapped(model), opt=name, lr=lr, momentum=momentum, weight_decay=weight_decay
         )
     except ValueError as error:
         raise InvalidArgument(f"optimizer: {name!r} rejects its arguments: {error}") from None

@@ -7,6 +7,7 @@ and a JSON index that lists them.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -206,6 +207,10 @@ def _index(path: Path) -> dict[str, Any] | None:
     if index.get("format") != _INDEX or index.get("version") != VERSION or not index["shards"]:
         raise FileFormatError(f"path: {os.fspath(path)!r} is not an index of {FORMAT}")
     for name in index["shards"]:
+        if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+            raise FileFormatError(
+                f"path: {os.fspath(path)!r} must list shards in its own folder, got {name!r}"
+            )
         if not (path.parent / name).is_file():
             raise FileFormatError(
                 f"path: {os.fspath(path)!r} lists the shard {name}, which is missing"
@@ -219,8 +224,12 @@ def _read_file(path: str | os.PathLike[str], *, verify: bool) -> ModelSums:
     if verify:
         _verify(path, header, arrays, digest)
     check_shapes(header["shapes"])
-    block_size, precision = check_block_size(header["block_size"]), header["precision"]
-    sums = ModelSums.empty(header["shapes"], block_size, check_precision(precision))
+    block_size = check_block_size(header["block_size"])
+    precision = check_precision(header["precision"])
+    for name, shape in header["shapes"].items():
+        # Before memory of the size that the header names is allocated.
+        _expect(arrays, f"sums:{name}", (math.prod(shape),), np.dtype(precision))
+    sums = ModelSums.empty(header["shapes"], block_size, precision)
     for name, p in sums.parameters.items():
         p.sums = np.array(_expect(arrays, f"sums:{name}", (p.d,), p.dtype))
         if f"packed:{name}" in arrays:

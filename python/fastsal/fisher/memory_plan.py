@@ -23,6 +23,7 @@ class Use:
     Attributes:
         kept: Bytes held beside the sums while weights are scored and compensated.
         kept_collecting: Bytes held while sums are accumulated.
+        images: Bytes of held-out images, held all the time.
         joins: Whether more samples are added later, whose sums need memory.
         again: Whether statistics may be recomputed on each use, as the model has the same weights
             then.
@@ -30,6 +31,7 @@ class Use:
 
     kept: int = 0
     kept_collecting: int = 0
+    images: int = 0
     joins: bool = False
     again: bool = False
 
@@ -96,6 +98,7 @@ class MemoryPlan:
             compensated.
         kept_collecting: Bytes of these that are held while sums are accumulated.
         view: Bytes of sums that are worked on at a time.
+        images: Bytes of held-out images that are kept in memory.
         spare: Bytes left for the sums of samples that are added later.
         scratch: The scratch folder, if one is used.
         ranks: Number of processes; all other numbers are those of one of them.
@@ -116,6 +119,7 @@ class MemoryPlan:
     kept: int
     kept_collecting: int
     view: int
+    images: int = 0
     spare: int = 0
     scratch: str | None = None
     ranks: int = 1
@@ -132,7 +136,7 @@ class MemoryPlan:
         """Peak of the bytes added to the process."""
         collecting = self.kept_collecting + self.group + self.rows + self.activations
         held = {"memory": self.statistics, "file": 0, "recomputed": self.group}[self.place]
-        return max(collecting, self.kept + held + VIEW_COPIES * self.view)
+        return self.images + max(collecting, self.kept + held + VIEW_COPIES * self.view)
 
     @property
     def disk(self) -> int:
@@ -164,6 +168,7 @@ class MemoryPlan:
             "activations": self.activations,
             "kept": self.kept,
             "kept_collecting": self.kept_collecting,
+            "images": self.images,
             "ranks": self.ranks,
             "sent_bytes": self.sent,
             "seconds": self.seconds,

@@ -44,9 +44,6 @@ class Statistics(Protocol):
                 two blocks.
         """
 
-    def finish(self) -> None:
-        """Complete a use that failed, in which other processes take part."""
-
     def merge(self, other: Self) -> None:
         """Add more samples, collected in the same way at the same weights."""
 
@@ -87,9 +84,6 @@ class Collected:
         """Yield the statistics of groups of parts; they share memory with the sums."""
         # `map` keeps no reference to a group that the caller has dropped.
         yield from map(_as_fisher, self.sums.views(cuts=cuts))
-
-    def finish(self) -> None:
-        """Do nothing: stored sums are read by one process alone."""
 
     def merge(self, other: Collected) -> None:
         """Add the sums of more samples."""

@@ -28,6 +28,14 @@ class Lender(Protocol):
         """Return contiguous memory `[n, *shape]` in the parameter's `row_dtype`, or None."""
 
 
+@runtime_checkable
+class Skipper(Protocol):
+    """A sink that is told ahead of the backward pass which parameters have rows of zeros."""
+
+    def skip(self, name: str) -> None:
+        """Receive rows of zeros of a parameter that the forward pass did not use."""
+
+
 class Record:
     """One call of an operation on a tracked weight, stored until its output gradient is known."""
 
@@ -49,7 +57,12 @@ class Record:
             )
 
     def fill(
-        self, grad_output: Tensor, out: Tensor, workspace: Workspace, scale: LossScale
+        self,
+        grad_output: Tensor,
+        out: Tensor,
+        workspace: Workspace,
+        scale: LossScale,
+        ran: int | None = None,
     ) -> None:
         """Write the rows `[n, *shape]` of this call to `out`.
 
@@ -58,6 +71,7 @@ class Record:
             out: Float32 or wider, so that unscaling is exact.
             workspace: Scratch memory.
             scale: Loss scale.
+            ran: Samples of the pass, of which rows of the first n are written; None if n.
 
         Raises:
             UnsupportedLayer: The input was modified in place, or its first axis is not the sample
@@ -66,15 +80,25 @@ class Record:
         self.check_input()
         x = self.call.input
         axes = self.output_shape[:1] if self.call.samples_first else self.output_shape[:-1]
-        leading = math.prod(axes)
-        if leading % out.shape[0]:
+        n, ran = out.shape[0], ran or out.shape[0]
+        if math.prod(axes) % ran:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call, {list(x.shape)}, "
-                f"does not contain {out.shape[0]} samples as in the first batch"
+                f"does not contain {ran} samples as in the first batch"
             )
+        dy = grad_output.reshape(self.output_shape)
+        if n < ran:
+            features = 1 if x.is_floating_point() else 0  # token ids have no axis of features
+            x, dy = self._first(x, n, ran, features), self._first(dy, n, ran, 1)
         call = replace(self.call, input=x.to(out.dtype) if x.is_floating_point() else x)
-        dy = scale.undone(grad_output.reshape(self.output_shape).to(out.dtype))
-        self.operation.rule(call, dy, out, workspace)
+        self.operation.rule(call, scale.undone(dy.to(out.dtype)), out, workspace)
+
+    def _first(self, values: Tensor, n: int, ran: int, features: int) -> Tensor:
+        """Return the part of the first n of `ran` samples, with the same layout."""
+        if self.call.samples_first:
+            return values[: len(values) // ran * n]
+        last = values.shape[values.dim() - features :]
+        return values.reshape(-1, ran, *last)[:, :n].reshape(-1, *last)
 
 
 class Pass:
@@ -83,12 +107,22 @@ class Pass:
     With a loss scale, output gradients are stored until the end of the backward pass and checked
     for overflow first, because rows cannot be withdrawn from the sink. Gradients and inputs, both
     16-bit, use as much memory as the inputs of a float32 pass.
+
+    Args:
+        parameters: Name to parameter with a rule.
+        n: Samples whose rows are computed, the first ones of the pass.
+        ran: Samples of the pass.
+        sink: Takes the rows.
+        workspace: Scratch memory.
+        scale: Loss scale.
+        samples_last: Names of parameters whose calls have samples as the last leading axis.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         n: int,
+        ran: int,
         sink: Sink,
         workspace: Workspace,
         scale: LossScale,
@@ -96,7 +130,7 @@ class Pass:
     ) -> None:
         self._samples_last = samples_last
         self._parameters = parameters
-        self._n = n
+        self._n, self._ran = n, ran
         self._sink = sink
         self._workspace = workspace
         self._scale = scale
@@ -105,6 +139,7 @@ class Pass:
         self._fired = dict.fromkeys(parameters, 0)
         self._sums: dict[str, Tensor] = {}
         self._lender = sink if isinstance(sink, Lender) else None
+        self._skipper = sink if isinstance(sink, Skipper) else None
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
         """Attach the gradient hook to the output of a call."""
@@ -134,6 +169,7 @@ class Pass:
         If the smallest scale overflows, the gradients are passed on as they are; the sink reports
         the parameter and the sample.
         """
+        self._skip_unused()
         if not self._scale.is_active:
             torch.autograd.backward(total)
             return
@@ -145,6 +181,14 @@ class Pass:
             if not self._scale.back_off():
                 break
 
+    def _skip_unused(self) -> None:
+        """Tell a sink that asks for it which parameters were not called."""
+        if self._skipper is None:
+            return
+        for name in [name for name, calls in self._calls.items() if calls == 0]:
+            del self._calls[name]
+            self._skipper.skip(name)
+
     def _arrive(self, record: Record, grad_output: Tensor) -> None:
         name = record.name
         parameter = self._parameters[name]
@@ -152,15 +196,15 @@ class Pass:
         self._fired[name] += 1
         if self._calls[name] == 1:
             rows = self._room(name, "rows")
-            record.fill(grad_output, rows, self._workspace, self._scale)
+            record.fill(grad_output, rows, self._workspace, self._scale, self._ran)
             self._sink(name, rows)
             return
         if name not in self._sums:
-            self._sums[name] = self._room(name, f"sum {name}")
-            record.fill(grad_output, self._sums[name], self._workspace, self._scale)
+            total = self._sums[name] = self._room(name, f"sum {name}")
+            record.fill(grad_output, total, self._workspace, self._scale, self._ran)
         else:
             rows = self._workspace.take("rows", shape, parameter, row_dtype(parameter))
-            record.fill(grad_output, rows, self._workspace, self._scale)
+            record.fill(grad_output, rows, self._workspace, self._scale, self._ran)
             self._sums[name].add_(rows)
         if self._fired[name] == self._calls[name]:
             self._sink(name, self._sums[name])

@@ -19,12 +19,14 @@ from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.scaling import LossScale
-from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
+from fastsal.gradients.state import PrivateRandomness, frozen
 from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
-from fastsal.models.evaluating import plain_call, to_model
-from fastsal.models.features import feature_outputs
+from fastsal.models.evaluating import differentiable, plain_call, to_model, twice
+from fastsal.models.features import feature_outputs, find_feature_layer
+from fastsal.models.outputs import output_tensor
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -41,7 +43,7 @@ class GradientEngine:
     Both are restored at the end, and `.grad` is not changed.
 
     Args:
-        model: Module whose inputs are images `[n, ...]` or token ids `[n, L]`.
+        model: Module whose inputs are images or token ids `[n, L]`; of a wrapper, that inside.
         parameters: Canonical name to parameter, from `select_parameters`.
         loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`. Its
             outputs are float32 or wider, and it runs outside of autocast.
@@ -56,6 +58,8 @@ class GradientEngine:
             in float32. It is halved when gradients overflow, before rows are passed on. None starts
             at 2¹⁶ if the model or autocast is float16, raises it if gradients are small, and
             disables scaling otherwise.
+        pads: Whether a single sample runs with a copy of itself, whose gradients are dropped (see
+            `twice`). False is for measurements only.
 
     Attributes:
         samples_seen: Number of samples passed on so far.
@@ -72,6 +76,7 @@ class GradientEngine:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
         loss_scale: float | None = None,
+        pads: bool = True,
     ) -> None:
         check_choice("curvature", curvature, CURVATURES)
         if curvature == "features" and loss != "cross-entropy":
@@ -84,6 +89,7 @@ class GradientEngine:
         checks.check_autocast(autocast)
         if not parameters:
             raise InvalidArgument("parameters must contain at least one parameter, got none")
+        model = unwrapped(model)
         owned = dict(model.named_parameters())
         for name, value in parameters.items():
             if owned.get(name) is not value:
@@ -98,13 +104,12 @@ class GradientEngine:
         self._classify = loss == "cross-entropy" and not self._by_features
         first = next(iter(self._parameters.values()))
         self._device = first.device
-        self._loss: LossFunction = checks.in_float32(
-            checks.feature_matching if self._by_features else checks.resolve_loss(loss),
-            first.device,
-        )
+        given = checks.feature_matching if self._by_features else checks.resolve_loss(loss)
+        self._loss: LossFunction = checks.in_float32(given, first.device)
         self._run_model = feature_outputs if self._by_features else plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
+        self._pads = pads
         self._scale = LossScale.of(loss_scale, autocast, model.parameters())
         self._micro_batch = micro_batch or choose_micro_batch(self._parameters)
         self._randomness = PrivateRandomness(self._device)
@@ -115,6 +120,7 @@ class GradientEngine:
         self._classes: int | None = None
         self._outputs: tuple[int, ...] | None = None
         self._operations: dict[str, str] = {}
+        self._order: list[str] = []
         self._samples_last: set[str] = set()
         self._checkpointed = False
         self.samples_seen = 0
@@ -144,6 +150,11 @@ class GradientEngine:
         return self._micro_batch
 
     @property
+    def outputs(self) -> int | None:
+        """Number of logits of the model; None before the first run, or if they are not used."""
+        return self._classes
+
+    @property
     def scratch_nbytes(self) -> int:
         """Size in bytes of the scratch memory of the rules."""
         return self._workspace.nbytes
@@ -163,6 +174,13 @@ class GradientEngine:
                 if self._fallback.looped is not None:
                     found[name] += f" (one sample at a time, after {self._fallback.looped})"
         return found
+
+    @property
+    def order(self) -> list[str]:
+        """Names in the order in which rows reach the sink, of a batch like that of `prepare`."""
+        served = [name for name in self._order if name in self._fast]
+        rest = self._fallback.reasons if self._fallback is not None else {}
+        return list(dict.fromkeys([*served, *self._fast, *rest, *self._parameters]))
 
     def run(self, images: Tensor, labels: Tensor | None, sink: Sink) -> Tensor:
         """Pass the per-sample gradients of a batch to a sink.
@@ -264,8 +282,10 @@ class GradientEngine:
         pair = self._to_model(images[:2])
         targets = None if labels is None else labels[:2].to(self._device)
         if pair.shape[0] == 1:
-            pair = torch.cat([pair, pair])
-            targets = None if targets is None else torch.cat([targets, targets])
+            pair, targets = twice(pair), twice(targets)
+
+        if self._by_features:
+            find_feature_layer(self._model, pair)
 
         def losses(call: Callable[[], object]) -> Tensor:
             outputs = self._forward(call)
@@ -276,7 +296,7 @@ class GradientEngine:
             if self._by_features:
                 target = checks.draw_noise(outputs, torch.Generator().manual_seed(0))
             else:
-                target = outputs.detach().argmax(1) if targets is None else targets
+                target = output_tensor(outputs).detach().argmax(1) if targets is None else targets
             values = self._loss(outputs, target)
             checks.check_losses(values, 2)
             checks.check_finite(values, self.samples_seen)
@@ -293,6 +313,7 @@ class GradientEngine:
             coarse=self._autocast is not None,
         )
         self._operations, reasons = found.operations, found.reasons
+        self._order = found.order
         self._scale.value = max(self._scale.value, found.loss_scale)
         self._samples_last, self._checkpointed = found.samples_last, found.checkpointed
         self._fast = {name: self._parameters[name] for name in found.operations}
@@ -326,8 +347,11 @@ class GradientEngine:
     def _micro(
         self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
     ) -> Tensor:
-        n = images.shape[0]
-        hooks = Pass(self._fast, n, sink, self._workspace, self._scale, self._samples_last)
+        n, real_images = images.shape[0], images
+        if n == 1 and self._pads:
+            images, labels, uniforms = twice(images), twice(labels), twice(uniforms)
+        ran = images.shape[0]
+        hooks = Pass(self._fast, n, ran, sink, self._workspace, self._scale, self._samples_last)
         lookups: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._checkpointed:
             # Recomputed tensors must require gradients as in the forward pass, where the graph
@@ -339,13 +363,15 @@ class GradientEngine:
         with self._randomness.active(keep=True):
             with Capture(self._fast, hooks.on_call), lookups:
                 outputs = self._forward(lambda: self._run_model(self._model, images))
-                self._check_outputs(outputs, n)
+                self._check_outputs(outputs, ran)
                 if self._by_features:
-                    labels = checks.draw_noise(outputs, self._generator)
+                    noise = checks.draw_noise(outputs[:n], self._generator)
+                    labels = noise if n == ran else twice(noise)
                 elif uniforms is not None:
-                    labels = checks.sample_labels(outputs, uniforms)
+                    labels = checks.sample_labels(output_tensor(outputs), uniforms)
                 values = self._loss(outputs, labels)
-            checks.check_losses(values, n)
+            checks.check_losses(values, ran)
+            values = values[:n]
             checks.check_finite(values, self.samples_seen)
             if values.requires_grad:
                 hooks.backward(values.sum())
@@ -356,7 +382,7 @@ class GradientEngine:
         if self._fallback is not None:
             if labels is None:
                 raise DataError(checks.NO_LABELS)
-            self._fallback.rows(images.detach(), labels, sink)
+            self._fallback.rows(real_images.detach(), labels[:n], sink)
         self.samples_seen += n
         return values.float()
 

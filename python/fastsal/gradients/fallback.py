@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.overrides import TorchFunctionMode
 
 from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.precision import at_least_float32, row_dtype
 from fastsal.gradients.scaling import LossScale, all_finite
+from fastsal.gradients.state import replaced
+from fastsal.models.evaluating import twice
 
 # Limit for the rows of all fallback parameters of one chunk of samples.
 _ROW_BYTES = 128 * 2**20
@@ -33,18 +35,6 @@ class _Inert(TorchFunctionMode):
 
 # run_model(model, images) -> outputs
 RunModel = Callable[[nn.Module, Tensor], Any]
-
-
-class _Called(nn.Module):
-    """A module whose forward is a function of a model and of images."""
-
-    def __init__(self, model: nn.Module, run_model: RunModel) -> None:
-        super().__init__()
-        self.model = model
-        self._run_model = run_model
-
-    def forward(self, images: Tensor) -> Any:
-        return self._run_model(self.model, images)
 
 
 class Fallback:
@@ -66,7 +56,7 @@ class Fallback:
         scale: LossScale,
     ) -> None:
         self._model = model
-        self._called = _Called(model, run_model)
+        self._run_model = run_model
         self._parameters = dict(parameters)
         self.reasons = dict(reasons)
         self._losses = losses
@@ -118,9 +108,12 @@ class Fallback:
             ) from error
 
     def _loss(self, parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        swapped = {f"model.{name}": value for name, value in parameters.items()}
-        outputs = functional_call(self._called, swapped, (image.unsqueeze(0),))
+        with replaced(self._model, self._parameters, parameters):
+            outputs = self._called(image.unsqueeze(0))
         return self._scale.scaled(self._losses(outputs, label.unsqueeze(0)).sum())
+
+    def _called(self, images: Tensor) -> Any:
+        return self._run_model(self._model, images)
 
     def _vmapped(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         values = {name: p.detach() for name, p in self._parameters.items()}
@@ -133,12 +126,12 @@ class Fallback:
             name: p.new_zeros((images.shape[0], *p.shape)) for name, p in self._parameters.items()
         }
         for i in range(images.shape[0]):
-            image, label = images[i : i + 1], labels[i : i + 1]
+            image, label = twice(images[i : i + 1]), twice(labels[i : i + 1])
 
             def gradients(
                 copies: Mapping[str, Tensor], image: Tensor = image, label: Tensor = label
             ) -> dict[str, Tensor | None]:
-                loss = self._scale.scaled(self._losses(self._called(image), label).sum())
+                loss = self._scale.scaled(self._losses(self._called(image), label)[:1].sum())
                 if not loss.requires_grad:
                     return dict.fromkeys(copies)
                 found = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)
@@ -154,18 +147,6 @@ class Fallback:
 GradientFunction = Callable[[Mapping[str, Tensor]], dict[str, Tensor | None]]
 
 
-class _Whole(nn.Module):
-    """Runs forward and backward in one call, so that both use the swapped parameters."""
-
-    def __init__(self, model: nn.Module, gradients: GradientFunction) -> None:
-        super().__init__()
-        self.model = model
-        self._gradients = gradients
-
-    def forward(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        return self._gradients(parameters)
-
-
 def differentiate(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], gradients: GradientFunction
 ) -> dict[str, Tensor | None]:
@@ -174,9 +155,8 @@ def differentiate(
     The flags and hooks of the original parameters have no effect.
     """
     copies = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    swapped: dict[str, Tensor] = {f"model.{name}": copy for name, copy in copies.items()}
-    found: dict[str, Tensor | None] = functional_call(_Whole(model, gradients), swapped, (copies,))
-    return found
+    with replaced(model, parameters, copies):
+        return gradients(copies)
 
 
 def as_dense(gradient: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsal.errors import DataError, InvalidArgument, NonFiniteGradient
 from fastsal.gradients.precision import at_least_float32, row_dtype
+from fastsal.models.outputs import output_tensor, with_tensors
 from fastsal.utils.choices import Curvature
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -42,21 +43,22 @@ def resolve_loss(loss: str | LossFunction) -> LossFunction:
 def in_float32(loss: LossFunction, device: torch.device) -> LossFunction:
     """Wrap a loss so that it is computed in float32 or wider, outside of autocast.
 
-    Outputs are converted if they are a tensor, and passed unchanged otherwise.
+    Tensors in the outputs of the model are converted if they are of a narrower type.
     """
 
+    def widened(x: Tensor) -> Tensor:
+        return at_least_float32(x) if x.is_floating_point() else x
+
     def computed(outputs: Any, labels: Any) -> Tensor:
-        if isinstance(outputs, Tensor) and outputs.is_floating_point():
-            outputs = at_least_float32(outputs)
         with torch.autocast(device.type, enabled=False):
-            return loss(outputs, labels)
+            return loss(with_tensors(outputs, widened), labels)
 
     return computed
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Return the cross-entropy of each sample, `[n]`, in float32 or wider."""
-    return F.cross_entropy(at_least_float32(outputs), labels, reduction="none")
+    return F.cross_entropy(at_least_float32(output_tensor(outputs)), labels, reduction="none")
 
 
 def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
@@ -135,12 +137,8 @@ def check_classes(labels: Tensor, classes: int | None, offset: int) -> None:
 
 
 def check_logits(outputs: Any, n: int, why: str) -> int:
-    """Return C of the logits `[n, C]`; raise InvalidArgument for other outputs."""
-    if not isinstance(outputs, Tensor):
-        raise InvalidArgument(
-            f"model must return logits [n, C] for {why}, got {type(outputs).__name__}; pass a "
-            "wrapper that returns the logits, or a loss function of this output"
-        )
+    """Return C of the logits `[n, C]` in the outputs; raise InvalidArgument if there are none."""
+    outputs = output_tensor(outputs, what=f"logits [n, C] for {why}")
     if outputs.dim() != 2 or outputs.shape[0] != n:
         raise InvalidArgument(
             f"model must return logits [{n}, C] for {why}, got {list(outputs.shape)}; for another "
@@ -174,7 +172,7 @@ def check_finite(losses: Tensor, offset: int) -> None:
 def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a label per sample from the softmax of the logits, by inversion of `uniforms` `[n]`."""
     # On the CPU in float64, so that labels do not depend on the device.
-    cumulative = outputs.detach().to("cpu", torch.float64).softmax(dim=1).cumsum(dim=1)
+    cumulative = outputs.detach().cpu().to(torch.float64).softmax(dim=1).cumsum(dim=1)
     drawn = (cumulative <= uniforms.unsqueeze(1)).sum(dim=1)
     return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)
 

@@ -8,6 +8,9 @@ once more.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,3 +23,62 @@ def row_dtype(parameter: Tensor) -> torch.dtype:
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Convert a 16-bit tensor to float32; return any other tensor as it is."""
     return tensor.to(row_dtype(tensor))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Disable TF32 in matrix products on CUDA, whose ten bits of mantissa would change inverses.
+
+    The settings of the process are restored exactly, whether they were made by `allow_tf32` and
+    `set_float32_matmul_precision` or by `fp32_precision` (from PyTorch 2.9 on). Those two must not
+    be mixed: after a setting by one, reading the other may raise.
+    """
+    restore = _disable_tf32()
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _disable_tf32() -> Callable[[], None]:
+    """Disable TF32; returns what restores the settings."""
+    matmul = torch.backends.cuda.matmul
+    try:
+        is_on = matmul.allow_tf32
+    except RuntimeError:
+        return _disable_by_precision()
+    if not is_on:
+        return lambda: None
+    try:
+        name = torch.get_float32_matmul_precision()  # "high" and "medium" allow TF32
+    except RuntimeError:  # where that of the CPU was set by the other names
+        name = "high"
+    cpu = getattr(getattr(torch.backends, "mkldnn", None), "matmul", None)
+    cpu_precision = getattr(cpu, "fp32_precision", None)
+    matmul.allow_tf32 = False
+
+    def restore() -> None:
+        matmul.allow_tf32 = True
+        if name != "high":
+            torch.set_float32_matmul_precision(name)
+            if cpu_precision is not None:  # which the line before has set too
+                cpu.fp32_precision = cpu_precision  # type: ignore[union-attr]
+
+    return restore
+
+
+def _disable_by_precision() -> Callable[[], None]:
+    """Disable TF32 where `fp32_precision` was set, for matrix products or for all operations."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if before in ("ieee", "none"):
+        return lambda: None
+    matmul.fp32_precision = "none"  # then that of all operations applies
+    if matmul.fp32_precision == before:
+        before = "none"
+    matmul.fp32_precision = "ieee"
+
+    def restore() -> None:
+        matmul.fp32_precision = before
+
+    return restore

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsal.models.evaluating import evaluating
 
@@ -24,6 +23,36 @@ def frozen(model: nn.Module) -> Iterator[None]:
         finally:
             for value, requires_grad in flags:
                 value.requires_grad_(requires_grad)
+
+
+@contextlib.contextmanager
+def replaced(
+    model: nn.Module, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Replace parameters by other tensors under all their names, then put them back.
+
+    `torch.func.functional_call` leaves the other tensors in a module that has two names: it swaps
+    them in once for each name, and puts back in the same order.
+
+    Args:
+        model: The model.
+        parameters: Name to parameter of the model.
+        values: Name to tensor.
+    """
+    new = {id(parameters[name]): value for name, value in values.items()}
+    slots = [
+        (module._parameters, key, value)
+        for module in model.modules()
+        for key, value in module._parameters.items()
+        if id(value) in new
+    ]
+    try:
+        for owned, key, value in slots:
+            owned[key] = new[id(value)]  # type: ignore[assignment]
+        yield
+    finally:
+        for owned, key, value in slots:
+            owned[key] = value
 
 
 class PrivateRandomness:
@@ -54,15 +83,3 @@ class PrivateRandomness:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self._device)
-
-
-@contextlib.contextmanager
-def differentiable() -> Iterator[None]:
-    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # only then can anything be compiled
-            # The calls inside a compiled graph cannot be intercepted.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

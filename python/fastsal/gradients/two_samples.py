@@ -60,6 +60,7 @@ class RuleChoice:
         samples_last: Names of parameters whose calls have samples as the last leading axis.
         checkpointed: Whether calls are recomputed in the backward pass.
         loss_scale: Loss scale that suits the gradients of both samples.
+        order: Names of parameters with a call, in the order in which their gradients are complete.
     """
 
     operations: dict[str, str]
@@ -67,6 +68,7 @@ class RuleChoice:
     samples_last: set[str]
     checkpointed: bool
     loss_scale: float
+    order: list[str]
 
 
 @dataclass
@@ -84,6 +86,7 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.seen: list[_Seen] = []
+        self.arrived: list[str] = []  # names under both losses, once for each call
         self.both = False
         self.checkpointed = False
 
@@ -100,6 +103,7 @@ class _Recorder:
                 return
             if self.both:
                 entry.both = grad_output.detach()
+                self.arrived.append(name)
             else:
                 entry.first = grad_output.detach()
 
@@ -191,7 +195,8 @@ def find_rules(
         )
     served = {name: operations[name] for name in parameters if name not in reasons}
     samples_last = {name for name in served if not layouts[name]}
-    return RuleChoice(served, reasons, samples_last, recorder.checkpointed, scale.value)
+    order = list(dict.fromkeys(reversed(recorder.arrived)))[::-1]  # by the last call
+    return RuleChoice(served, reasons, samples_last, recorder.checkpointed, scale.value, order)
 
 
 class _Start:
@@ -244,6 +249,7 @@ def _two_backward_passes(
             recorder.both = False
             first = _grad(scale.scaled(values[0]), [*start.tensors, *edges], retain_graph=True)
             recorder.both = True
+            recorder.arrived.clear()
             both = _grad(
                 scale.scaled(values.sum()),
                 [*start.tensors, *copies.values(), *edges],

@@ -1,13 +1,21 @@
-"""Run a model in evaluation mode and restore its modes afterwards."""
+"""Run a model in evaluation mode and restore its modes afterwards.
+
+Modes are changed by the flags `training`, never by `train()` and `eval()`: these may do more than
+set flags. Adapter layers, for example, merge their weights in `eval()` and unmerge them in
+`train()`, which would change weights, and masks would then apply to others.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+
+from fastsal.models.outputs import with_tensors
 
 
 @contextlib.contextmanager
@@ -18,22 +26,47 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            _set_mode(module, mode)
+
+
+def set_modes(model: nn.Module, training: bool) -> None:
+    """Set the training flag of every module, without calling `train()` or `eval()`."""
+    for module in model.modules():
+        _set_mode(module, training)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if training and not module.training:
+        # Values of the present weights that evaluation has kept, such as the attention biases of
+        # timm's LeViT, which its `train()` would drop.
+        for name, value in vars(module).items():
+            if name.endswith("_cache") and isinstance(value, dict):
+                value.clear()
+    module.training = training
 
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Put every module in evaluation mode for the block, then restore its training flag.
 
-    The flags are set directly: `eval()` and `train()` of a model may do more than set them.
-
     Yields:
         The device of the model's first parameter.
     """
     with modes_restored(model):
-        for module in model.modules():
-            module.training = False
+        set_modes(model, False)
         yield next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # only then can anything be compiled
+            # The calls inside a compiled graph cannot be intercepted.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def plain_call(model: nn.Module, images: Tensor) -> Any:
@@ -42,9 +75,11 @@ def plain_call(model: nn.Module, images: Tensor) -> Any:
 
 
 def outputs(
-    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Tensor] = plain_call
-) -> Tensor:
-    """Return the outputs of a model in evaluation mode, float32, without gradients.
+    model: nn.Module, images: Tensor, call: Callable[[nn.Module, Tensor], Any] = plain_call
+) -> Any:
+    """Return what a model returns in evaluation mode, with tensors in float32, without gradients.
+
+    `outputs.output_tensor` finds the logits in it.
 
     Args:
         model: Any module with parameters; its modes are restored.
@@ -53,7 +88,8 @@ def outputs(
     """
     first = next(model.parameters())
     with evaluating(model), torch.no_grad():
-        return call(model, to_model(images, first)).float()
+        found = call(model, to_model(images, first))
+    return with_tensors(found, lambda x: x.float() if x.is_floating_point() else x)
 
 
 def to_model(images: Tensor, parameter: Tensor) -> Tensor:
@@ -61,3 +97,21 @@ def to_model(images: Tensor, parameter: Tensor) -> Tensor:
     if not images.is_floating_point():
         return images.to(parameter.device)
     return images.to(parameter.device, parameter.dtype)
+
+
+@overload
+def twice(values: Tensor) -> Tensor: ...
+
+
+@overload
+def twice(values: Tensor | None) -> Tensor | None: ...
+
+
+def twice(values: Tensor | None) -> Tensor | None:
+    """Return one sample and its copy `[2, ...]`, of a tensor `[1, ...]`.
+
+    A batch of one has no stride between samples, and kernels of PyTorch guess the memory format
+    from it: the backward pass of `BatchNorm2d` on the CPU returns wrong gradients where input and
+    output gradient look different. Passes that form gradients never run a single sample.
+    """
+    return None if values is None else torch.cat([values, values])

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.numbers import as_integer, real, whole
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -50,7 +52,7 @@ def input_spec(
     The defaults for other models are the mean and std of ImageNet, and images of their own size.
 
     Args:
-        model: Any module.
+        model: Any module, or a wrapper of it.
         channels: Number of channels; None reads it from the first convolution.
         size: Size in pixels: one number, `(height, width)`, or "native" to keep that of the images.
         mean: Per-channel mean for pixels in [0, 1], or one value for all channels.
@@ -60,6 +62,7 @@ def input_spec(
         InvalidArgument: A value is out of range, or `size` differs from the only size that the
             model supports.
     """
+    model = unwrapped(model)
     own_size, own_mean, own_std, interpolation, fixed = _own_config(model)
     channels = _channels(model) if channels is None else whole("channels", channels, 1)
     chosen = _parse_size(size, own_size)
@@ -78,6 +81,14 @@ def input_spec(
     if min(spec.std) <= 0:
         raise InvalidArgument(f"std must be positive, got {min(spec.std)}")
     return spec
+
+
+def example_images(model: nn.Module) -> Tensor:
+    """Return two random images `[2, C, H, W]` as a model expects them, of 224 pixels by default."""
+    spec = input_spec(model, mean=0.0, std=1.0)  # values that every number of channels has
+    height, width = spec.size or (224, 224)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, spec.channels, height, width, generator=generator)
 
 
 _Config = tuple[

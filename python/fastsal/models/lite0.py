@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastsal.errors import FileFormatError
+from fastsal.models.evaluating import set_modes
 
 
 def load_backbone() -> nn.Module:
@@ -26,4 +27,5 @@ def load_backbone() -> nn.Module:
     if shapes != [tuple(value.shape) for value in own.values()]:
         raise FileFormatError(f"weights: {path} does not fit tf_efficientnet_lite0")
     model.load_state_dict(dict(zip(own, state.values(), strict=True)))
-    return model.eval()
+    set_modes(model, False)
+    return model

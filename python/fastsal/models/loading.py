@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -16,16 +17,23 @@ import torch
 from torch import nn
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.classifier_signs import record_fresh
+from fastsal.models.evaluating import set_modes
 from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.digests import Digest
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import as_integer, whole
+from fastsal.utils.plain_text import first_line
 from fastsal.utils.suggestions import did_you_mean, listed
+
+# Held while a model is built: other threads would draw from the same random numbers.
+_building = threading.RLock()
 
 
 def load_model(
     spec: str,
     *,
     weights: str | os.PathLike[str] | None = None,
+    weights_key: str | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
     seed: int = 0,
@@ -33,10 +41,15 @@ def load_model(
     """Build a model and load its weights.
 
     Args:
-        spec: A timm model name, or `path/file.py:function`, a function that returns a module.
+        spec: A timm model name, a model of the Hugging Face Hub in timm's format as
+            `hf-hub:OWNER/NAME`, or `path/file.py:function`, a function that returns a module.
         weights: None for random weights, "pretrained" for those of timm, or the path of a
-            `.safetensors`, `.pth` or `.pt` file.
-        num_classes: Number of classes; None uses the default of the model.
+            file, see `fastsal.models.load_weights`.
+        weights_key: Key of the state dict in the file, with dots between those of nested dicts, or
+            the prefix of its names; None chooses an average if there is one, else the weights.
+        num_classes: Number of classes; None uses the default of the model. If pretrained weights
+            have another number, the classifier is random, and using it before it is trained gives
+            a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
 
@@ -57,6 +70,10 @@ def load_model(
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
         check_weights_path(Path(weights))
+    elif weights_key is not None:
+        raise InvalidArgument(
+            f"weights_key must be None without a weights file, got {weights_key!r}"
+        )
     with _seeded(seed):
         if ".py" in spec and _split_spec(spec):
             if pretrained:
@@ -67,14 +84,30 @@ def load_model(
         else:
             model = _from_timm(spec, pretrained, chosen)
     if weights is not None and not pretrained:
-        load_weights(model, weights)
-    return model.eval()
+        load_weights(model, weights, weights_key=weights_key)
+    if pretrained:
+        _record_fresh_classifier(model)
+    # Not `eval()`: it may merge weights of adapters, which would then be merged again when the
+    # weights of this model are saved and loaded.
+    set_modes(model, False)
+    return model
+
+
+def _record_fresh_classifier(model: nn.Module) -> None:
+    """Record a classifier that the pretrained weights do not have, which timm leaves random."""
+    count = as_integer(getattr(model, "num_classes", None))
+    stored = as_integer((getattr(model, "pretrained_cfg", None) or {}).get("num_classes"))
+    if count and stored is not None and count != stored:
+        record_fresh(model, f"the pretrained weights have {stored} classes, not {count}")
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's CPU generator for the block, then restore its state."""
-    with torch.random.fork_rng(devices=[]):
+    """Seed PyTorch's CPU generator for the block, then restore its state.
+
+    The generator is that of the whole process, so that models are built one after the other.
+    """
+    with _building, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -136,6 +169,20 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
+    """Import the file of a model, if there is one, as it may register a criterion.
+
+    Args:
+        spec: As for `load_model`.
+        folder: Folder that the path of the file is relative to.
+    """
+    file, _ = _split_spec(spec) or ("", "")
+    path = Path(folder) / Path(file).expanduser()
+    if file and path.is_file():
+        with _building:
+            _import_file(path)
+
+
 def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> dict[str, int]:
     parameters = inspect.signature(build).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
@@ -149,34 +196,103 @@ def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> d
     return chosen
 
 
-def _from_timm(name: str, pretrained: bool, chosen: dict[str, int]) -> nn.Module:
+def _from_timm(spec: str, pretrained: bool, chosen: dict[str, int]) -> nn.Module:
     import timm
 
+    name = _timm_name(spec)
+    source = name.rpartition(":")[0]
     try:
         create: Any = timm.create_model  # its keywords are typed for other uses
         model = create(name, pretrained=pretrained, **chosen)
-    except RuntimeError as error:
-        known = timm.list_models()
-        if not timm.is_model(name):
-            raise InvalidArgument(
-                f"model must be a timm name or path/file.py:function, got {name!r}"
-                f"{did_you_mean(name, known)}"
-            ) from None
-        if str(error).startswith(("Invalid pretrained tag", "No pretrained")):
-            raise InvalidArgument(f"model: {name!r}: {error}") from None
-        raise
     except Exception as error:
-        if pretrained and _is_network_error(error):
-            raise FastsalError(
-                f"weights: the pretrained weights of {name!r} cannot be downloaded "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                "check the connection, or pass a .safetensors or .pth file"
-            ) from error
+        if isinstance(error, RuntimeError) and not source:
+            if not timm.is_model(name):
+                raise InvalidArgument(
+                    f"{_kinds(spec)}{did_you_mean(name, timm.list_models())}"
+                ) from None
+            if str(error).startswith(("Invalid pretrained tag", "No pretrained")):
+                raise InvalidArgument(f"model: {spec!r}: {first_line(error)}") from None
+        if source or pretrained:
+            raise _not_loaded(spec, source, error) from error
         raise
     assert isinstance(model, nn.Module)
     return model
 
 
+def _timm_name(spec: str) -> str:
+    """Return a name as `timm.create_model` takes it: of its registry, or with a source.
+
+    The Hub has timm's own models as `timm/NAME`; they are built from the registry, without access
+    to the Hub.
+
+    Raises:
+        InvalidArgument: The source is unknown, or a name or a folder is missing.
+    """
+    import timm
+
+    source, colon, name = spec.partition(":")
+    if not colon:
+        source, name = "", spec
+    source = source.replace("_", "-").lower()
+    own = name.removeprefix("timm/")
+    if own != name and source in ("", "hf-hub") and _is_registered(own):
+        return own
+    if source == "local-dir":
+        if not (Path(name) / "config.json").is_file():
+            raise InvalidArgument(f"model: {spec!r}: there is no folder {name} with a config.json")
+        return spec
+    owner, slash, short = name.partition("/")
+    is_id = bool(owner and slash and short)
+    if source == "hf-hub" and is_id:
+        return f"hf-hub:{name}"
+    if not source and not slash:
+        return name
+    hint = f"; did you mean 'hf-hub:{name}'?" if not source and is_id and owner != "timm" else ""
+    near = did_you_mean(own, timm.list_models()) if own != name else hint
+    raise InvalidArgument(f"{_kinds(spec)}{near}")
+
+
+def _is_registered(name: str) -> bool:
+    """Whether timm's registry has a name, which may have a tag of pretrained weights."""
+    import timm
+
+    model, _, tag = name.partition(".")
+    return bool(timm.is_model(model)) and (not tag or name in timm.list_pretrained(f"{model}.*"))
+
+
+def _kinds(spec: str) -> str:
+    return f"model must be a timm name, hf-hub:OWNER/NAME or path/file.py:function, got {spec!r}"
+
+
+def _not_loaded(spec: str, source: str, error: Exception) -> FastsalError:
+    """Return the error of a model or of weights that cannot be read from the Hub."""
+    kind = type(error).__name__
+    if kind in _ABSENT:
+        return InvalidArgument(
+            f"model: {spec!r}: {_ABSENT[kind]}; pass another name, or a file of weights"
+        )
+    what = f"model: {spec!r}" if source else f"weights: the pretrained weights of {spec!r}"
+    if _is_network_error(error):
+        return FastsalError(
+            f"{what} cannot be downloaded ({kind}: {first_line(error)}); check the connection, or "
+            "pass a .safetensors or .pth file of weights with a timm name"
+        )
+    return FastsalError(f"{what} cannot be loaded ({kind}: {first_line(error)})")
+
+
+# Errors of huggingface_hub by their names, as it may be missing.
+_ABSENT = {
+    "RepositoryNotFoundError": "the Hugging Face Hub has no such model, or it is private (log in "
+    "with `hf auth login`)",
+    "GatedRepoError": "its owner restricts access (ask for it on the Hugging Face Hub, and log in "
+    "with `hf auth login`)",
+    "RevisionNotFoundError": "the Hugging Face Hub has no such revision of it",
+    "RemoteEntryNotFoundError": "it has no configuration or weights in timm's format",
+    "EntryNotFoundError": "it has no configuration or weights in timm's format",
+    "HFValidationError": "the Hugging Face Hub has no such names; they are OWNER/NAME",
+}
+
+
 def _is_network_error(error: BaseException) -> bool:
-    roots = {"huggingface_hub", "httpx", "requests", "urllib3", "urllib", "http"}
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in roots
+    roots = ("huggingface_hub", "httpx", "requests", "urllib3", "urllib", "http", "ssl", "socket")
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith(roots)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastsal.errors import InvalidArgument, MaskError, UnknownParameter
+from fastsal.models.wrappers import plain_name, renamed, unwrapped
 from fastsal.utils.suggestions import did_you_mean
 from fastsal.utils.warn import warn_user
 
 _EMBEDDINGS = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Inputs of `nn.MultiheadAttention`; its output is a `Linear`.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _WILDCARDS = frozenset("*?[")
 
 
@@ -23,12 +27,13 @@ def select_parameters(
     """Select parameters of a model by name.
 
     Args:
-        model: Any module.
-        parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
+        model: Any module, or a wrapper of it, whose segments in names are left out.
+        parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`, and the projections of
+            `nn.MultiheadAttention`. Otherwise one or more
             exact names or `fnmatch` patterns; a leading `!` excludes. An exact name may be that of
             any parameter. A pattern is matched against the default weights first, then against the
             weights of `nn.Embedding`, then against all parameters, and selects from the first of
-            these sets with a match: `"blocks.*"` excludes biases, and `"*.in_proj_weight"` works.
+            these sets with a match: `"blocks.*"` excludes biases, and `"*.pos_embed"` works.
             Exclusions alone start from the default. The weight of an `nn.Embedding` that is also
             the weight of a `Linear`, as in a language model with tied weights, is a default weight;
             `"!wte.weight"` excludes it.
@@ -41,13 +46,15 @@ def select_parameters(
         InvalidArgument: The selection is empty, or a parameter is uninitialized or not real
             floating point.
     """
+    model = unwrapped(model)
     canonical = dict(model.named_parameters())
     default = _default_names(model, canonical)
     if parameters is None:
         chosen = default
         if not chosen:
             raise InvalidArgument(
-                "parameters must be given: the model has no weight of nn.Linear or nn.ConvNd"
+                "parameters must be given: the model has no weight of nn.Linear, nn.ConvNd or "
+                "nn.MultiheadAttention"
             )
     else:
         patterns = [parameters] if isinstance(parameters, str) else list(parameters)
@@ -73,6 +80,9 @@ def select_parameters(
 def _default_names(model: nn.Module, canonical: dict[str, nn.Parameter]) -> set[str]:
     identities: set[int] = set()
     for prefix, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            owned = dict(module.named_parameters(recurse=False))
+            identities |= {id(owned[name]) for name in _PROJECTIONS if name in owned}
         if not isinstance(module, _DEFAULT_LAYERS):
             continue
         weight = None if parametrize.is_parametrized(module, "weight") else module.weight
@@ -110,12 +120,10 @@ def _match(
             )
         exclude = pattern.startswith("!")
         body = pattern[1:] if exclude else pattern
-        if body in names:
-            hits = {names[body]}
-        elif _WILDCARDS.isdisjoint(body):
-            hits = set()
+        if body in names or _WILDCARDS.isdisjoint(body):
+            hits = {names[name] for name in renamed([body], names).values()}
         else:
-            every = {full for name, full in names.items() if fnmatchcase(name, body)}
+            every = _matching(body, names) or _matching(plain_name(body), names)
             hits = every if exclude else (every & default or every & embeddings or every)
         if not hits:
             raise UnknownParameter(
@@ -130,19 +138,26 @@ def _match(
     return (default if only_exclusions else included) - excluded
 
 
+def _matching(pattern: str, names: Mapping[str, str]) -> set[str]:
+    return {full for name, full in names.items() if fnmatchcase(name, pattern)}
+
+
 def model_parameters(
     model: nn.Module, shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, nn.Parameter]:
     """Return the parameters of a model by name, after a check of their shapes.
 
     Args:
-        model: Any module.
-        shapes: Name to expected shape.
+        model: Any module, or a wrapper of it.
+        shapes: Name to expected shape; segments of wrappers in names are ignored where the model
+            has no such name.
 
     Raises:
         UnknownParameter: A parameter is missing, or has another shape.
     """
-    owned = dict(model.named_parameters(remove_duplicate=False))
+    owned = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    own_names = renamed(shapes, owned)
+    owned = {name: owned[own] for name, own in own_names.items()}
     for name, shape in shapes.items():
         if name not in owned:
             raise UnknownParameter(
@@ -156,6 +171,13 @@ def model_parameters(
                 "were computed for"
             )
     return {name: owned[name] for name in shapes}
+
+
+def check_finite_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InvalidArgument if a weight is NaN or infinite; the message names the parameter."""
+    for name, weights in parameters.items():
+        if not bool(torch.isfinite(weights.detach()).all()):
+            raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
 
 
 def check_mask_shapes(

@@ -1,9 +1,8 @@
-"""Load and save the weights of a model."""
+"""Load the weights of a model."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,121 +10,94 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.models.classifier import class_count
-from fastsal.utils.atomic import atomic_path
+from fastsal.models.pickles import read_pickle
+from fastsal.models.saving import other_state, save_weights, tensors_in
+from fastsal.models.state_dicts import choose_state, fitted
+from fastsal.models.wrappers import unwrapped
 from fastsal.utils.suggestions import closest, listed
+from fastsal.utils.warn import warn_user
 
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt")
+__all__ = ["check_weights_path", "load_weights", "read_pickle", "read_weights", "save_weights"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".pth.tar", ".ckpt", ".bin")
+_ADVICE = "where it was made, save model.state_dict() alone with torch.save, and pass that file"
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(
+    model: nn.Module, path: str | os.PathLike[str], *, weights_key: str | None = None
+) -> None:
     """Load the weights of `model` from a file, in place. On error no tensor is changed.
 
+    The file may be what training writes: a state dict, or a dict with one beside other things. An
+    average of the weights (`state_dict_ema`, `model_ema`, ...) is preferred, as in timm, with a
+    warning. Prefixes of wrappers (`module.`, `_orig_mod.`) and of a module that contains the model
+    (`model.` of a Lightning checkpoint) are removed, unless the model itself has them.
+
     Args:
-        model: The module to load into.
-        path: A `.safetensors`, `.pth` or `.pt` file with a state dict, bare or under the key
-            "state_dict" or "model". A "module." prefix is removed. Pickled code is never run.
+        model: The module to load into, or a wrapper of it.
+        path: A file with a suffix in `WEIGHT_SUFFIXES`. Pickled code is never run; beside tensors,
+            numbers and containers it may have `argparse.Namespace` and numbers of NumPy.
+        weights_key: Key of the state dict in the file, with dots between those of nested dicts, or
+            the prefix of its names; None chooses as above.
 
     Raises:
+        InvalidArgument: There is no such file, or no state dict under `weights_key`.
         FileFormatError: The file cannot be read, or its names, shapes or types do not fit the
             model.
     """
-    state = read_weights(path)
-    own = model.state_dict()
+    model = unwrapped(model)
+    state, choice = _read(path, weights_key)
+    own = tensors_in(model.state_dict())
+    state, change = fitted(state, own, path)
+    notes = [note for note in (choice, change) if note]
     _fill_aliases(state, own)
     problems = _misfits(state, own)
     if problems:
-        hint = _class_hint(model, state, own)
+        hint = _class_hint(state, own)
         raise FileFormatError(
-            f"weights: {path} does not fit the model: {'; '.join(problems)}{hint}"
+            f"weights: {path} does not fit the model: {'; '.join([*problems, *notes])}{hint}"
         )
     for name, _ in model.named_parameters():
         if not bool(torch.isfinite(state[name]).all()):
             raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    model.load_state_dict(state, strict=True)
+    model.load_state_dict({**state, **other_state(model, path)}, strict=True)
+    if notes:
+        warn_user(f"weights: {path}: {'; '.join(notes)}")
 
 
-def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from a file, see `load_weights`.
+def read_weights(
+    path: str | os.PathLike[str], *, weights_key: str | None = None
+) -> dict[str, Tensor]:
+    """Read a state dict from a file, under the names that it has there; see `load_weights`.
 
     Returns:
         Name to tensor, on the CPU.
 
     Raises:
-        InvalidArgument: There is no such file, or its suffix is none of `WEIGHT_SUFFIXES`.
+        InvalidArgument: There is no such file, its suffix is none of `WEIGHT_SUFFIXES`, or there is
+            no state dict under `weights_key`.
         FileFormatError: The file is damaged, or contains no state dict.
     """
+    state, note = _read(path, weights_key)
+    if note:
+        warn_user(f"weights: {path}: {note}")
+    return state
+
+
+def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tensor], str]:
+    """Return a state dict of a file, and a note on its choice."""
     path = Path(path)
     check_weights_path(path)
     if path.suffix == ".safetensors":
         loaded: Any = _read_safetensors(path)
     else:
-        loaded = read_pickle(path, "weights", "pass a state dict without other objects")
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if (
-        not isinstance(loaded, dict)
-        or not loaded
-        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
-    ):
-        raise FileFormatError(
-            f"weights: {path} contains no state dict: a dict from names to tensors, bare or under "
-            "'state_dict' or 'model'"
-        )
-    if all(name.startswith("module.") for name in loaded):
-        loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
-    return dict(loaded)
-
-
-def read_pickle(path: Path, argument: str, advice: str) -> Any:
-    """Read a file of `torch.save` that contains tensors, containers and numbers only.
-
-    Args:
-        path: The file.
-        argument: Name of the argument that gave the path, for the message.
-        advice: End of the message, what to do.
-
-    Raises:
-        FileFormatError: The file is missing or damaged, or contains other objects.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        LookupError,
-        ValueError,
-    ) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileFormatError(
-            f"{argument}: {path} cannot be read as plain tensors ({why}); {advice}"
-        ) from None
-
-
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state dict of `model` as a safetensors file under its ordinary names.
-
-    A tensor with several names is written once; `load_weights` restores the other names. The file
-    is written atomically.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    from safetensors.torch import save_model
-
-    with atomic_path(path) as temporary:
-        save_model(model, str(temporary), metadata={"format": "pt"})
+        loaded = read_pickle(path, "weights", _ADVICE)
+    return choose_state(loaded, key, path)
 
 
 def check_weights_path(path: Path) -> None:
     """Raise InvalidArgument unless `path` is an existing file of a type in `WEIGHT_SUFFIXES`."""
-    if path.suffix not in WEIGHT_SUFFIXES:
+    if not path.name.endswith(WEIGHT_SUFFIXES):
         raise InvalidArgument(
             f"weights must be 'pretrained' or a file that ends in {', '.join(WEIGHT_SUFFIXES)}, "
             f"got {str(path)!r}"
@@ -197,13 +169,15 @@ def _similar(name: str, known: list[str]) -> str:
     return f" (similar: {', '.join(near)})" if near else ""
 
 
-def _class_hint(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Suggest `num_classes` if only the classifier differs."""
-    count = class_count(model)
+def _class_hint(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Suggest `num_classes` if only the outputs of one layer differ in number."""
     wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
-    if count is None or not wrong or set(own) != set(state):
+    if not wrong or set(own) != set(state):
         return ""
-    if any(own[n].shape[:1] != (count,) for n in wrong):
+    if any(state[n].shape[1:] != own[n].shape[1:] for n in wrong):
+        return ""
+    counts = {(state[n].shape[:1], own[n].shape[:1]) for n in wrong}
+    if len(counts) > 1 or len({n.rpartition(".")[0] for n in wrong}) > 1:
         return ""
     classes = state[wrong[0]].shape[0]
     return f". The classifier in the file has {classes} classes: pass num_classes={classes}"

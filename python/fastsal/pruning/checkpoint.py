@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.errors import FileFormatError
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
-from fastsal.utils.digests import tensors_digest
-from fastsal.utils.resuming import as_asked, check_origin
+from fastsal.utils.atomic import check_writable
+from fastsal.utils.digests import Digest, tensors_digest
+from fastsal.utils.resuming import as_asked, check_origin, remove_finished
 from fastsal.utils.safetensors_files import Entry, header_of
 
 _FORMAT = "fastsal.round"
@@ -27,11 +31,29 @@ class Checkpoint:
     Args:
         path: The file. It is written atomically, and removed when all rounds are complete.
         asked: Arguments of the run, as JSON values; the file of a run with others is rejected.
+        rest: Digest of what the model has besides the weights that are pruned.
+        seen: The images, as passes over them see them.
+        writes: Whether this process writes the file.
+
+    Raises:
+        InvalidArgument: The file cannot be written.
     """
 
-    def __init__(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        asked: Mapping[str, Any],
+        rest: str = "",
+        seen: SeenImages | None = None,
+        *,
+        writes: bool = True,
+    ) -> None:
         self._path = Path(path)
         self._asked = as_asked(asked)
+        self._rest = rest
+        self._seen = seen or SeenImages()
+        if writes:
+            check_writable(self._path, "checkpoint")
 
     def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
         """Write the state after a round."""
@@ -43,44 +65,58 @@ class Checkpoint:
             "start": self._start,
             "history": [entry.as_dict() for entry in history],
             "recipe": masks.recipe,
+            "data": self._seen.recorded(),
         }
         streamed_files.write(self._path, header, entries)
 
-    def resume(self, parameters: Mapping[str, nn.Parameter]) -> tuple[Masks | None, list[Round]]:
+    def resume(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        passes: Callable[[], Iterable[Pair]] = tuple,
+    ) -> tuple[Masks | None, list[Round]]:
         """Restore the state of the file, if it exists.
 
         Args:
             parameters: Name to parameter, with the weights that the run started from. They are
                 changed in place, some of them possibly also where this raises.
+            passes: Starts a pass over the images, which are compared with those of the file.
 
         Returns:
             Masks and history; None and an empty list if there is no file.
 
         Raises:
-            FileFormatError: The file is damaged, or of another run or model.
+            FileFormatError: The file is damaged, or of another run, model or data.
         """
-        from safetensors import SafetensorError, safe_open
-
-        self._start = tensors_digest(parameters)
+        self._start = Digest().text(self._rest).text(tensors_digest(parameters)).hexdigest()
         if not self._path.exists():
             return None, []
+        with self._opened() as file:
+            header = header_of(file.metadata())
+            check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
+            data = dict(header["data"])
+        self._seen.check(data, passes)  # errors of the images are not those of the file
+        with self._opened() as file, torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(file.get_tensor(f"weight:{name}"))
+            masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
+            history = [Round.from_dict(entry) for entry in header["history"]]
+            return Masks(masks, header["recipe"], copy=False), history
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        """Open the file; errors in the block are those of a damaged file."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(os.fspath(self._path), framework="pt") as file:
-                header = header_of(file.metadata())
-                check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
-                with torch.no_grad():
-                    for name, p in parameters.items():
-                        p.copy_(file.get_tensor(f"weight:{name}"))
-                masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
-                history = [Round.from_dict(entry) for entry in header["history"]]
+                yield file
         except FileFormatError:
             raise
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise FileFormatError(
                 f"checkpoint: {self._path} is truncated or damaged: {error}"
             ) from error
-        return Masks(masks, header["recipe"]), history
 
     def remove(self) -> None:
         """Remove the file, after all rounds are complete."""
-        self._path.unlink(missing_ok=True)
+        remove_finished(self._path)

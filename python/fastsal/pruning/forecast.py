@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,19 +19,22 @@ import torch
 from torch import nn
 
 import fastsal._core as _core
-from fastsal.data.batches import Batches
+from fastsal.data.batches import Batches, first_images
+from fastsal.data.class_order import size_of
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.fisher.collection.budget import sums_nbytes
 from fastsal.fisher.collection.pass_memory import drop, first_samples
 from fastsal.fisher.collection.prepare import prepare
 from fastsal.fisher.collection.work import Work
-from fastsal.fisher.memory_plan import MemoryPlan, Share
+from fastsal.fisher.memory_plan import MemoryPlan, Share, Use
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
+from fastsal.models.classifier import using_head
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
 from fastsal.pruning.damping import Damping, Multiple, parse_damping
-from fastsal.pruning.memory_use import use_by_pruning
+from fastsal.pruning.memory_use import tuning_bytes, use_by_pruning
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.live_memory import trim_heap
 from fastsal.utils.mapped_files import FileArrays
@@ -62,6 +65,7 @@ def plan_memory(
     scratch: str | os.PathLike[str] | None = None,
     ranks: int = 1,
     calibrate: bool = True,
+    batch: BatchRule | None = None,
     **options: Any,
 ) -> MemoryPlan:
     """Estimate memory, disk, passes and time of `collect` or `prune` with the same arguments.
@@ -87,6 +91,7 @@ def plan_memory(
         ranks: Number of processes of a job (`fastsal.distributed`). Memory and time are those of
             one process, with the speed of this machine and without communication.
         calibrate: Whether time is estimated.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
         options: Other arguments of `fastsal.collect`.
 
     Returns:
@@ -98,6 +103,7 @@ def plan_memory(
         DataError: Images or labels are invalid.
         UnsupportedLayer: The gradients of a weight for single samples cannot be computed.
     """
+    batches = ruled(batches, batch)
     ranks, rounds = whole("ranks", ranks, 1), whole("rounds", rounds, 1)
     samples = None if samples is None else whole("samples", samples, 1)
     chosen = select_parameters(model, parameters)
@@ -106,7 +112,14 @@ def plan_memory(
     if prunes and (entry.needs_damping or compensate):
         parsed = parse_damping(damping, auto=True)
     is_auto = parsed == "auto"
-    if memory_budget is not None and prunes:
+    images = 0
+    if is_auto and (memory_budget is None or isinstance(batches, Iterator)):
+        first, again = first_images(batches, samples)
+        batches = batches if again is None else again
+        images = 0 if first is None else tuning_bytes(first, samples or size_of(batches))
+    if memory_budget is None:
+        options["use"] = Use(images=images)
+    elif prunes:
         options["use"] = use_by_pruning(
             chosen,
             is_auto=is_auto,
@@ -115,39 +128,42 @@ def plan_memory(
             needs_fisher=entry.needs_fisher,
             joins=is_auto,
             ranks=ranks,
+            images=images,
         )
-    start = time.perf_counter()
-    work = prepare(
-        model,
-        batches,
-        samples=None if prunes else samples,
-        parameters=parameters,
-        memory_budget=memory_budget,
-        scratch=scratch,
-        is_dry=True,
-        share=Share(ranks),
-        **options,
-    )
-    planning = time.perf_counter() - start
-    count = samples or sum(len(images) for images, _ in work.source())
-    steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
-    times = rounds
-    if work.plan.place == "recomputed":  # for scores, compensation, and the mean diagonal
-        means = rounds if isinstance(parsed, Multiple) else int(is_auto)
-        times = steps * (entry.needs_fisher + compensate) + means
-    if ranks > 1:
-        work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
-    if not calibrate:
-        return work.plan
-    disk = _Disk.of(work.plan)
-    seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
-    if memory_budget is not None:
-        seconds["statistics"] += rounds * planning  # each collection makes its own plan
-    if prunes:
-        each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
-        seconds["prune"] = steps * each / ranks
-    seconds["total"] = sum(seconds.values())
-    return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
+    options["needs_blocks"] = prunes and (entry.needs_blocks or compensate)
+    with using_head(model, options.pop("head", None)):
+        start = time.perf_counter()
+        work = prepare(
+            model,
+            batches,
+            samples=None if prunes else samples,
+            parameters=parameters,
+            memory_budget=memory_budget,
+            scratch=scratch,
+            is_dry=True,
+            share=Share(ranks),
+            **options,
+        )
+        planning = time.perf_counter() - start
+        count = samples or sum(len(images) for images, _ in work.source())
+        steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
+        times = rounds
+        if work.plan.place == "recomputed":  # for scores, compensation, and the mean diagonal
+            means = rounds if isinstance(parsed, Multiple) else int(is_auto)
+            times = steps * (entry.needs_fisher + compensate) + means
+        if ranks > 1:
+            work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
+        if not calibrate:
+            return work.plan
+        disk = _Disk.of(work.plan)
+        seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
+        if memory_budget is not None:
+            seconds["statistics"] += rounds * planning  # each collection makes its own plan
+        if prunes:
+            each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
+            seconds["prune"] = steps * each / ranks
+        seconds["total"] = sum(seconds.values())
+        return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
 
 
 def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:

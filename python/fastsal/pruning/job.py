@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, Pair, as_batches, in_micro_batches
+from fastsal.data.batches import Batches, Pair, Source, in_micro_batches
+from fastsal.data.class_order import size_of
+from fastsal.data.content import RecordedSource, SeenImages
+from fastsal.data.held_out import HELD_OUT_EVERY, HELD_OUT_MOST, HeldOutSamples, Repeated
+from fastsal.data.image_set import ImageBatches
+from fastsal.data.unpacking import LabelUse
 from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE, LossFunction
@@ -38,6 +45,7 @@ class Job:
             where the model has them.
         process: Computes statistics, scores, masks and weights.
         shelf: Where copies of weights and scores are stored.
+        seen: Records the images that passes see, for a checkpoint; None without one.
     """
 
     model: nn.Module
@@ -50,19 +58,75 @@ class Job:
     dense: Mapping[str, Tensor] | None = None
     process: Process = field(default_factory=Process)
     shelf: Shelf = field(default_factory=Shelf)
+    seen: SeenImages | None = None
 
     @property
     def step(self) -> Step:
         """One step of pruning."""
         return Step(self.model, self.chosen, self.recipe, self.process, self.shelf)
 
+    @property
+    def keeps_images(self) -> bool:
+        """Whether held-out images are kept in memory: without a budget, or if they come once."""
+        budget = self.statistics.get("memory_budget")
+        return budget is None or isinstance(self.batches, Iterator)
+
     def source(self) -> Iterable[Pair]:
-        """Return the validated images; empty without images."""
+        """Return the validated images, the same in every iteration; empty without images.
+
+        `seen` records what complete iterations see.
+        """
+        if self.batches is None or self.seen is None:
+            return self.images()
+        return RecordedSource(self.batches, self.samples, self._label_use, self.seen)
+
+    def images(self) -> Iterable[Pair]:
+        """Return the validated images, which are not recorded; empty without images."""
         if self.batches is None:
             return ()
-        return as_batches(self.batches, self.samples, LABEL_USE[self.statistics["curvature"]])
+        return Source(self.batches, self.samples, self._label_use)
 
-    def held_out(self, images: list[Pair], fisher: Statistics | None = None) -> Measured:
+    @property
+    def _label_use(self) -> LabelUse:
+        return LABEL_USE[self.statistics["curvature"]]
+
+    @property
+    def total(self) -> int | None:
+        """Number of images; None if it is unknown before a pass."""
+        return self.samples or (None if self.batches is None else size_of(self.batches))
+
+    def tuning_samples(self, source: Iterable[Pair], total: int | None) -> HeldOutSamples:
+        """Return the samples that are held out for the choice of a damping.
+
+        Args:
+            source: The images that they are held out of.
+            total: Number of these images, if known.
+        """
+        if total is None and not self.keeps_images:
+            total = sum(len(images) for images, _ in source)
+        return HeldOutSamples(
+            source.__iter__,
+            HELD_OUT_EVERY,
+            seed=self.recipe.seed,
+            most=HELD_OUT_MOST,
+            total=total,
+            room=None if self.keeps_images else 0,
+            pick=self.pick(source),
+        )
+
+    def pick(self, source: Iterable[Pair]) -> Callable[[NDArray[np.int64]], Iterable[Pair]] | None:
+        """Return a function that reads the images at some places of a source; None if unknown.
+
+        Args:
+            source: The images of the job, or others.
+        """
+        batches = self.batches
+        if not isinstance(source, Source) or not isinstance(batches, ImageBatches):
+            return None
+        order = batches.order
+        return lambda places: replace(batches, order=order[places])
+
+    def held_out(self, images: Iterable[Pair], fisher: Statistics | None = None) -> Measured:
         """Return held-out images on which the loss of models is measured.
 
         The loss is that of the labels or, with `curvature="features"`, of matching the features of
@@ -71,10 +135,10 @@ class Job:
         """
         asked = self.statistics["micro_batch"]
         size = planned_micro_batch(fisher) or asked or choose_micro_batch(self.chosen)
-        batches = list(in_micro_batches(images, size, size))
+        batches = Repeated(lambda: in_micro_batches(images, size, size))
         return self.process.held_out(batches, self._with_targets)
 
-    def _with_targets(self, batches: list[Pair]) -> InMicroBatches:
+    def _with_targets(self, batches: Iterable[Pair]) -> InMicroBatches:
         if self.statistics["curvature"] != "features":
             return HeldOut.of(self.model, batches, self.loss)
         all_features = self.process.all_features
@@ -88,12 +152,15 @@ class Job:
             restore(self.chosen, present)
 
     def examination(
-        self, images: list[Pair], limit: Limit, fisher: Statistics | None
+        self, images: Iterable[Pair], limit: Limit, fisher: Statistics | None
     ) -> Examination:
         """Return the test of a limit on images."""
+        batches = images
         if size := planned_micro_batch(fisher):
-            images = list(in_micro_batches(images, size, size))
-        return self.process.examination(self.model, images, limit, self.loss)
+            batches = Repeated(lambda: in_micro_batches(images, size, size))
+        return self.process.examination(
+            self.model, batches, limit, self.loss, seed=self.recipe.seed
+        )
 
     def collect(self, source: Iterable[Pair], seed: int, *, quiet: bool = False) -> Statistics:
         """Collect the statistics of images."""
@@ -103,9 +170,12 @@ class Job:
 
     def _options(self, seed: int, *, quiet: bool) -> dict[str, Any]:
         """Return the arguments of `collect` except model and images."""
-        return {**self.statistics, "seed": seed} | ({"progress": False} if quiet else {})
+        # Later rounds are at pruned weights, whose loss says nothing about the labels.
+        is_first = seed == self.recipe.seed and not quiet
+        options = {**self.statistics, "seed": seed, "checks_labels": is_first}
+        return options | ({"progress": False} if quiet else {})
 
-    def joining(self, fisher: Statistics, held: list[Pair], seed: int) -> Callable[[], None]:
+    def joining(self, fisher: Statistics, held: Iterable[Pair], seed: int) -> Callable[[], None]:
         """Return a function that adds held-out images to statistics, in place.
 
         Without a memory budget their statistics are collected now, with a budget when the function

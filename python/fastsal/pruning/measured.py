@@ -10,9 +10,9 @@ Axes: n images, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from fastsal.data.batches import Pair
 from fastsal.gradients.losses import LossFunction, cross_entropy
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
+from fastsal.utils.float64 import in_float64
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,22 @@ class HeldOutFeatures:
     """Held-out images and the dense model's features of them.
 
     Attributes:
-        batches: Images `[n, ...]`.
+        batches: Images `[n, ...]`, and labels that are ignored; the same in every iteration.
         targets: Features `[n, F]` of each batch.
         cap: Loss of guessing: the mean loss of predicting the mean feature for every image.
+        samples: Number of images.
     """
 
-    batches: list[Tensor]
+    batches: Iterable[Pair]
     targets: list[Tensor]
     cap: float
+    samples: int
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        batches: Sequence[Pair],
+        batches: Iterable[Pair],
         of_all: Callable[[list[Tensor]], list[Tensor]] = lambda features: features,
     ) -> HeldOutFeatures:
         """Compute the features of held-out images; labels are ignored.
@@ -52,24 +56,18 @@ class HeldOutFeatures:
             batches: Images that this process measures; may be empty.
             of_all: Returns the features of the batches of all processes, from those of `batches`.
         """
-        images = [pair[0] for pair in batches]
-        targets = [_features(model, x) for x in images]
-        variance = torch.cat(of_all(targets)).double().var(dim=0, correction=0).mean()
+        targets = [_features(model, images) for images, _ in batches]
+        variance = in_float64(torch.cat(of_all(targets))).var(dim=0, correction=0).mean()
         # With constant features (of a single image, say) the loss of guessing is undefined.
-        return cls(images, targets, float(variance) / 2 or math.inf)
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-        return sum(len(x) for x in self.batches)
+        return cls(batches, targets, float(variance) / 2 or math.inf, sum(map(len, targets)))
 
     def losses(self, model: nn.Module) -> list[float]:
         """Return the sum of `½ ‖f_θ(x) − f(x)‖² / F` of each batch, at most `cap` per image."""
         found = []
-        for images, target in zip(self.batches, self.targets, strict=True):
+        for (images, _), target in zip(self.batches, self.targets, strict=True):
             error = _features(model, images) - target
             each = (error.square().mean(dim=1) / 2).clamp(max=self.cap)
-            found.append(float(each.double().sum()))
+            found.append(float(in_float64(each).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:
@@ -78,7 +76,8 @@ class HeldOutFeatures:
 
 
 def _features(model: nn.Module, images: Tensor) -> Tensor:
-    return outputs(model, images, feature_outputs)
+    found: Tensor = outputs(model, images, feature_outputs)
+    return found
 
 
 @dataclass(frozen=True)
@@ -86,33 +85,33 @@ class HeldOut:
     """Held-out images and their targets.
 
     Attributes:
-        batches: Pairs `(images, labels or None)`.
+        batches: Pairs `(images, labels or None)`, the same in every iteration.
         targets: For each batch without labels, the dense model's class probabilities.
         loss: `(outputs, labels)` to losses `[n]`.
+        samples: Number of images.
     """
 
-    batches: list[tuple[Tensor, Tensor | None]]
+    batches: Iterable[Pair]
     targets: list[Tensor | None]
     loss: LossFunction
+    samples: int
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        batches: list[tuple[Tensor, Tensor | None]],
+        batches: Iterable[Pair],
         loss: LossFunction,
     ) -> HeldOut:
         """Set the targets of held-out images: labels, or else the dense model's own outputs."""
-        targets = [
-            None if labels is not None else outputs(model, images).softmax(1)
-            for images, labels in batches
-        ]
-        return cls(batches, targets, loss)
-
-    @property
-    def samples(self) -> int:
-        """Number of images."""
-        return sum(images.shape[0] for images, _ in self.batches)
+        targets: list[Tensor | None] = []
+        samples = 0
+        for images, labels in batches:
+            targets.append(
+                None if labels is not None else output_tensor(outputs(model, images)).softmax(1)
+            )
+            samples += images.shape[0]
+        return cls(batches, targets, loss, samples)
 
     def losses(self, model: nn.Module) -> list[float]:
         """Return the loss of a model on each batch, summed over its images.
@@ -123,12 +122,12 @@ class HeldOut:
         for (images, labels), target in zip(self.batches, self.targets, strict=True):
             out = outputs(model, images)
             if labels is not None:
-                losses = self.loss(out, labels.to(out.device))
+                losses = self.loss(out, labels.to(next(model.parameters()).device))
             elif target is not None:
-                losses = F.cross_entropy(out, target, reduction="none")
+                losses = F.cross_entropy(output_tensor(out), target, reduction="none")
             if labels is None or self.loss is cross_entropy:
                 losses = losses.clamp(max=loss_of_guessing(out))
-            found.append(float(losses.double().sum()))
+            found.append(float(in_float64(losses).sum()))
         return found
 
     def mean_loss(self, model: nn.Module) -> float:
@@ -136,9 +135,9 @@ class HeldOut:
         return mean_of(self.losses(model), self.samples)
 
 
-def loss_of_guessing(outputs: Tensor) -> float:
+def loss_of_guessing(outputs: Any) -> float:
     """Return the cross-entropy of equal logits `[n, C]`: `log C`."""
-    return math.log(max(2, outputs.shape[1]))
+    return math.log(max(2, output_tensor(outputs).shape[1]))
 
 
 class Measured(Protocol):

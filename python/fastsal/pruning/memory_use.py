@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
+from fastsal.data.held_out import HELD_OUT_EVERY, HELD_OUT_MOST
 from fastsal.fisher.memory_plan import Use
 
 
@@ -19,6 +20,7 @@ def use_by_pruning(
     joins: bool = False,
     ranks: int = 1,
     gathered: int = 0,
+    images: int = 0,
 ) -> Use:
     """Return the memory that pruning uses in addition to the statistics.
 
@@ -35,6 +37,7 @@ def use_by_pruning(
         joins: Whether held-out samples are added to the statistics.
         ranks: Number of processes, which divide scores and updated weights among themselves.
         gathered: Bytes of weights that are gathered from other processes.
+        images: Bytes of held-out images that are kept.
     """
     weights = sum(p.numel() for p in chosen.values())
     copies = sum(p.numel() * p.element_size() for p in chosen.values())
@@ -48,4 +51,22 @@ def use_by_pruning(
         tries = 2 * copies + 4 * own if is_auto else 0
         kept += copies + 4 * own + tries
         collecting += copies + tries
-    return Use(kept + gathered, collecting + gathered, joins=joins, again=not has_scratch)
+    return Use(
+        kept + gathered, collecting + gathered, images=images, joins=joins, again=not has_scratch
+    )
+
+
+def tuning_bytes(images: Tensor, samples: int | None) -> int:
+    """Return the bytes of the held-out images that a damping is chosen on, if they are kept.
+
+    Args:
+        images: The first images, of the type and shape of all.
+        samples: Number of samples that they are held out of; None if unknown.
+    """
+    most = HELD_OUT_MOST if samples is None else -(-samples // HELD_OUT_EVERY)
+    return min(most, HELD_OUT_MOST) * sample_bytes(images)
+
+
+def sample_bytes(images: Tensor) -> int:
+    """Return the bytes of one of images `[n, ...]`."""
+    return images.nbytes // len(images)

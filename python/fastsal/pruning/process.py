@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
+from fastsal.data.content import SeenImages
 from fastsal.fisher.collection.groups import add_samples, collected
 from fastsal.fisher.memory_plan import Use
 from fastsal.fisher.statistics import Statistics
@@ -41,7 +42,7 @@ class Process:
         return collected(model, batches, **options)
 
     def add_samples(
-        self, fisher: Statistics, model: nn.Module, batches: list[Pair], **options: Any
+        self, fisher: Statistics, model: nn.Module, batches: Iterable[Pair], **options: Any
     ) -> None:
         """Add samples to statistics that were collected within a memory budget, in place."""
         add_samples(fisher, model, batches, **options)
@@ -84,7 +85,7 @@ class Process:
         """
         if fisher is not None and recipe.joins_groups:
             return rank_pattern(model, fisher, sparsity=goal, damping=damping, **recipe.ranking)
-        return rank(scores, goal, **recipe.ranking)
+        return rank(scores, goal, model=model, **recipe.ranking)
 
     def compensate(
         self,
@@ -103,12 +104,12 @@ class Process:
         return report.total
 
     def held_out(
-        self, batches: list[Pair], prepare: Callable[[list[Pair]], InMicroBatches]
+        self, batches: Iterable[Pair], prepare: Callable[[Iterable[Pair]], InMicroBatches]
     ) -> Measured:
         """Return held-out micro-batches that models are measured on.
 
         Args:
-            batches: Micro-batches of the whole job.
+            batches: Micro-batches of the whole job, the same in every iteration.
             prepare: Computes the targets of the micro-batches that this process measures.
         """
         return prepare(batches)
@@ -118,14 +119,22 @@ class Process:
         return features
 
     def examination(
-        self, model: nn.Module, batches: list[Pair], limit: Limit, loss: LossFunction
+        self,
+        model: nn.Module,
+        batches: Iterable[Pair],
+        limit: Limit,
+        loss: LossFunction,
+        *,
+        seed: int,
     ) -> Examination:
         """Return the test of a limit."""
-        return Examination(model, batches, limit, loss)
+        return Examination(model, batches, limit, loss, seed=seed)
 
-    def checkpoint(self, path: str | os.PathLike[str], asked: Mapping[str, Any]) -> Checkpoint:
-        """Return the checkpoint of a run."""
-        return Checkpoint(path, asked)
+    def checkpoint(
+        self, path: str | os.PathLike[str], asked: Mapping[str, Any], rest: str, seen: SeenImages
+    ) -> Checkpoint:
+        """Return the checkpoint of a run, with the arguments of `Checkpoint`."""
+        return Checkpoint(path, asked, rest, seen)
 
     def memory_use(self, chosen: Mapping[str, nn.Parameter], **how: Any) -> Use:
         """Return the memory that pruning uses in addition to the statistics."""

@@ -2,57 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, as_batches
+from fastsal.data.batches import Batches, first_images
+from fastsal.data.content import SeenImages
+from fastsal.data.numbering import check_labels_of
+from fastsal.data.unpacking import BatchRule
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
-from fastsal.gradients.losses import LossFunction, resolve_loss
+from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
+from fastsal.gradients.weights_in_use import indirect, warn_if_computed
+from fastsal.models.classifier import using_head
+from fastsal.models.digest import model_digest
+from fastsal.models.input_axis import layer_axes
+from fastsal.models.left_out import left_out
+from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.history import Round
+from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
-from fastsal.pruning.limits.limit import Limit, SafetyReport
-from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.ranking import check_ranking
 from fastsal.pruning.process import Process
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
-from fastsal.utils.numbers import real, whole
+from fastsal.utils.identity import identity_of
 from fastsal.utils.suggestions import check_choice
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """The result of `prune`.
-
-    Attributes:
-        masks: True = kept; all other weights of the model are zero.
-        scores: Name to scores of the last round, float32.
-        history: One entry for each round.
-        safety: With `max_loss_increase` or `max_accuracy_drop`: the report of the test.
-    """
-
-    masks: Masks
-    scores: dict[str, Tensor]
-    history: list[Round] = field(default_factory=list)
-    safety: SafetyReport | None = None
-
-    def __repr__(self) -> str:
-        rounds = f"{len(self.history)} round{'s' if len(self.history) != 1 else ''}"
-        last = f", last {self.history[-1]!r}" if self.history else ""
-        safety = f", safety={self.safety!r}" if self.safety is not None else ""
-        return f"PruneResult({self.masks!r}, {rounds}{last}{safety})"
 
 
 def prune(
@@ -83,10 +68,13 @@ def prune(
     seed: int = 0,
     max_loss_increase: float | None = None,
     max_accuracy_drop: float | None = None,
+    loss_cap: float | None = None,
     confidence: float = 0.95,
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    head: str | Sequence[str] | None = None,
+    batch: BatchRule | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -97,8 +85,10 @@ def prune(
 
     Args:
         model: Any module; weights of `nn.Linear`, `nn.ConvNd` and `nn.Embedding` layers can be
-            pruned. It runs in evaluation mode; its modes are restored.
-        batches: Pairs `(images [n, ...], labels [n])`. An iterator is enough for one round; several
+            pruned. It runs in evaluation mode; its modes are restored. Of a wrapper
+            (`DistributedDataParallel`, `torch.compile`, an average) the model inside is used.
+        batches: Pairs `(images [n, ...], labels [n])`, or dicts of them, as for `fastsal.collect`;
+            see also `batch`. An iterator is enough for one round; several
             rounds and `recalibrate` need something that can be iterated again, such as a list or a
             DataLoader. None is valid for `"magnitude"` and `"random"` without compensation.
         sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
@@ -109,8 +99,9 @@ def prune(
         compensate: Whether kept weights are updated to compensate for pruned ones, see
             `fastsal.compensate`.
         damping: `λ` of `A = F + λI`. A positive number; a multiple of the mean diagonal of F in
-            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, and the `λ`
-            with the least loss on them is used. A cross-entropy counts at most what guessing costs.
+            each round, such as `"0.1x"`; or `"auto"`: one sample in eight is held out, at most
+            1,024 samples spread over all, and the `λ` with the least loss on them is used. A
+            cross-entropy counts at most what guessing costs.
             The held-out samples are then added to the statistics; if that increases the held-out
             loss, the model pruned without them is kept. With several rounds, `λ` is chosen once, at
             the final sparsity.
@@ -125,7 +116,8 @@ def prune(
             only. With `"block-fisher"` and `"obs-greedy"` and M up to 8, groups are compared by
             joint cost, see `fastsal.rank_pattern`; else by scores.
         floor: Least fraction of any parameter to keep, in `[0, 1]`.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` to losses `[n]`.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` to losses `[n]`; it gets what the
+            model returns.
         curvature: Gradients that F is made of: `"empirical"` (of the loss at the given labels),
             `"sampled"` (at labels drawn from the model; batches need no labels) or `"features"` (of
             matching the features of the dense model; batches need no labels and the model no
@@ -133,7 +125,7 @@ def prune(
             named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
             `[F]`; an image counts at most what the mean feature costs.
         parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
-            None prunes the weights of `nn.Linear` and `nn.ConvNd`.
+            None prunes those that `fastsal.select_parameters` selects by default.
         precision: Type in which F is accumulated.
         micro_batch: Samples of one forward and backward pass; None chooses it.
         autocast: Type of the passes under `torch.autocast`, such as `torch.bfloat16`; None disables
@@ -141,7 +133,8 @@ def prune(
         loss_scale: Factor on the loss that keeps float16 gradients from underflowing; undone before
             gradients are squared. None chooses it.
         memory_budget: Bytes that pruning may add to the memory of the process, or text such as
-            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks and copies.
+            `"8GiB"`; None for no limit. It covers statistics, passes, scores, masks, copies and
+            held-out images, which are read again for each use if `batches` can be iterated again.
         scratch: Folder for statistics and copies that exceed the budget. Without it, statistics
             that do not fit are recomputed on each use, which needs no disk but several times as
             long; `fastsal.plan_memory` estimates both.
@@ -149,17 +142,28 @@ def prune(
         progress: Whether a progress bar is shown, or a function `(done, total)` that is called.
         seed: Seed of all random numbers.
         max_loss_increase: Instead of `sparsity`: prune to the highest sparsity at which the mean
-            loss on held-out images rises by at most this much, with a finite-sample guarantee. The
-            loss of an image counts at most what guessing costs. One round, no pattern.
+            loss on held-out images, capped at `loss_cap`, rises by at most this much, with a
+            finite-sample guarantee. One round, no pattern. The sparsities that are tested are those
+            of `fastsal.pruning.prune_to_limit.GRID`, 26 values from 0.1 to 0.99.
         max_accuracy_drop: Instead of `sparsity`: the same for top-1 accuracy, a fraction in (0, 1).
+            The model must return logits `[n, C]`.
+        loss_cap: With `max_loss_increase`: what the loss of an image counts at most. None is
+            `log C`, the loss of guessing, for the cross-entropy; it is required for a function.
         confidence: Confidence of that guarantee, in (0, 1).
-        held_out: Labeled images to test the limit on; None holds out one sample in four. The
-            guarantee is for images like these, so they should not be training images of the model.
+        held_out: Labeled images to test the limit on, in any order; None holds out one sample in
+            four. The guarantee is for images like these, so they should not be training images of
+            the model. Images that can be iterated again are read again for each model rather than
+            kept in memory, with a memory budget or if they take more than 1 GiB.
         recalibrate: Whether the running statistics of batch normalization are averaged over the
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
             eight is held out for it.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
-            is removed at the end.
+            is removed at the end. The file of a run with another model, images, labels, loss or
+            other arguments is rejected; the images are read once to compare them.
+        head: Name of the classifier's layer, or several; None finds it. Only
+            `curvature="features"` uses it: features are its input.
+        batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
+            another form.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -178,62 +182,13 @@ def prune(
     return prune_with(Process(), Arguments(**locals()))
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of one call of `prune`, whose docstring describes them."""
-
-    model: nn.Module
-    batches: Batches | None
-    sparsity: float | None
-    criterion: CriterionName
-    rounds: int
-    compensate: bool
-    damping: float | str
-    samples: int | None
-    block_size: int | None
-    scope: Scope
-    pattern: str | None
-    floor: float
-    loss: str | LossFunction
-    curvature: Curvature
-    parameters: str | Sequence[str] | None
-    precision: Precision
-    micro_batch: int | None
-    autocast: torch.dtype | None
-    loss_scale: float | None
-    memory_budget: int | str | None
-    scratch: str | os.PathLike[str] | None
-    scratch_budget: int | str | None
-    progress: bool | Callable[[int, int | None], None]
-    seed: int
-    max_loss_increase: float | None
-    max_accuracy_drop: float | None
-    confidence: float
-    held_out: Batches | None
-    recalibrate: bool
-    checkpoint: str | os.PathLike[str] | None
-
-    def normalized(self) -> Arguments:
-        """Return them with numbers of NumPy and PyTorch as plain ones.
-
-        Raises:
-            InvalidArgument: A number is invalid.
-        """
-        sparsity, samples = self.sparsity, self.samples
-        if sparsity is not None:
-            sparsity = real("sparsity", sparsity, least=0, most=1)
-        return replace(
-            self,
-            sparsity=sparsity,
-            rounds=whole("rounds", self.rounds, 1),
-            samples=None if samples is None else whole("samples", samples, 1),
-            floor=real("floor", self.floor, least=0, most=1),
-        )
-
-
 def prune_with(process: Process, arguments: Arguments) -> PruneResult:
     """Prune as `prune` does, by a process that works alone or with others."""
-    given = arguments.normalized()
+    with using_head(arguments.model, arguments.head):
+        return _prune(process, arguments.normalized())
+
+
+def _prune(process: Process, given: Arguments) -> PruneResult:
     check_choice("curvature", given.curvature, CURVATURES)
     recipe = Recipe.of(
         given.criterion,
@@ -245,13 +200,33 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         seed=given.seed,
     )
     recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
+    loss = resolve_loss(given.loss)
+    limit = Limit.of(
+        given.max_loss_increase,
+        given.max_accuracy_drop,
+        given.confidence,
+        given.loss_cap,
+        needs_cap=loss is not cross_entropy,
+    )
     model, batches = given.model, given.batches
+    uses_labels = given.curvature == "empirical" and recipe.needs_fisher
+    if uses_labels or limit is not None:
+        check_labels_of(batches, model)
+        check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
+    images: Tensor | None = None
+    is_indirect = bool(indirect(model, chosen))
+    if batches is not None and (given.curvature == "features" or is_indirect):
+        images, batches = first_images(batches)
+    if is_indirect:
+        warn_if_computed(model, chosen, lambda: images)
     if given.curvature == "features":
-        images, batches = _first_images(batches, given.samples)
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
-    statistics = _collection(given, recipe, chosen, process)
+    nbytes = 0
+    if given.memory_budget is not None:
+        nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
+    statistics = _collection(given, recipe, chosen, process, nbytes)
     # The model has its dense weights until the second round.
     needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
     job = Job(
@@ -261,19 +236,28 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         recipe,
         chosen,
         statistics,
-        resolve_loss(given.loss),
+        loss,
         copies(chosen) if needs_copy else None,
         process,
         Shelf(given.scratch),
+        None if given.checkpoint is None else SeenImages(),
     )
-    limit = Limit.of(given.max_loss_increase, given.max_accuracy_drop, given.confidence)
-    return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    in_use = result.masks.in_use(model, images)
+    return replace(result, left_out=left_out(model, chosen), in_use=in_use)
 
 
 def _collection(
-    given: Arguments, recipe: Recipe, chosen: dict[str, nn.Parameter], process: Process
+    given: Arguments,
+    recipe: Recipe,
+    chosen: dict[str, nn.Parameter],
+    process: Process,
+    images: int,
 ) -> dict[str, Any]:
-    """Return the arguments of `collect` except model, batches, samples and seed."""
+    """Return the arguments of `collect` except model, batches, samples and seed.
+
+    `images` is the bytes of held-out images that are kept.
+    """
     statistics: dict[str, Any] = {
         "block_size": recipe.block_size,
         "loss": given.loss,
@@ -285,6 +269,8 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "warns": False,  # once, not in every round
+        "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
         if given.scratch is not None or given.scratch_budget is not None:
@@ -297,6 +283,7 @@ def _collection(
         has_scratch=given.scratch is not None,
         needs_fisher=CRITERIA[recipe.criterion].needs_fisher,
         joins=recipe.is_auto or given.recalibrate,
+        images=images,
     )
     return statistics | {
         "memory_budget": given.memory_budget,
@@ -313,9 +300,11 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "held_out must be None without max_loss_increase or max_accuracy_drop"
         )
     # Invalid fractions are rejected before anything is computed.
-    check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
+    shapes = {name: tuple(p.shape) for name, p in job.chosen.items()}
+    axes = None if given.pattern is None else layer_axes(job.model, shapes)
+    check_ranking(shapes, given.sparsity, **job.recipe.ranking, axes=axes)
     checkpoint = None
-    if given.checkpoint is not None:
+    if given.checkpoint is not None and (seen := job.seen) is not None:
         asked = {
             "sparsity": given.sparsity,
             "rounds": given.rounds,
@@ -323,8 +312,15 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             **job.recipe.asked(),
             "precision": given.precision,
             "curvature": given.curvature,
+            "head": given.head,
+            "loss": identity_of(given.loss),
+            "autocast": given.autocast,
+            "loss_scale": given.loss_scale,
+            "micro_batch": given.micro_batch,
+            "recalibrate": given.recalibrate,
         }
-        checkpoint = job.process.checkpoint(given.checkpoint, asked)
+        rest = model_digest(job.model, without=job.chosen.values())
+        checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
     done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
     return PruneResult(*done)
@@ -345,26 +341,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
             f"max_loss_increase and max_accuracy_drop exclude {named}: they find the sparsity, in "
             "one round and without a pattern"
         )
-    check_ranking(_shapes(job), 0.0, **job.recipe.ranking)
+    check_ranking({n: p.shape for n, p in job.chosen.items()}, 0.0, **job.recipe.ranking)
     if job.batches is None and given.held_out is None:
         raise InvalidArgument("batches must be labeled images to test a limit on, got None")
     return PruneResult(*prune_safely(job, limit, given.held_out))
-
-
-def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in job.chosen.items()}
-
-
-def _first_images(
-    batches: Batches | None, samples: int | None
-) -> tuple[Tensor | None, Batches | None]:
-    """Return the first images, and batches that still include them."""
-    if batches is None:
-        return None, None
-    if isinstance(batches, Iterator):
-        first = list(itertools.islice(batches, 1))
-        batches = itertools.chain(first, batches)
-    else:
-        first = list(itertools.islice(batches, 1))
-    most = None if samples is None else 1
-    return next(as_batches(first, most, "ignored"))[0], batches

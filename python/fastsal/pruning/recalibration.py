@@ -8,15 +8,21 @@ measure the effect, as `prune(recalibrate=True)` does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.batches import Pair, in_micro_batches, without_single_images
+from fastsal.errors import DataError
 from fastsal.models.evaluating import evaluating, to_model
+from fastsal.pruning.shelf import all_or_nothing, restore
 
+# Images of a batch that are joined if batches have one image each.
+_JOINED = 8
 # Layers that are evaluated with running statistics.
 _Normalization = nn.modules.batchnorm._BatchNorm
 
@@ -36,7 +42,7 @@ class Recalibration:
     kept: bool
 
 
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Pair]) -> int:
     """Set the running statistics of all batch normalizations to their average over images.
 
     Args:
@@ -46,41 +52,61 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
 
     Returns:
         The number of layers that were recalibrated.
+
+    Raises:
+        DataError: There are no images.
+
+        If this or any other error is raised, or the call is interrupted, the model is unchanged.
     """
     layers = tracked(model)
     if not layers:
         return 0
     first = next(model.parameters())
-    with _training_only(model, layers), torch.no_grad():
+    count = 0
+    with moments_kept_on_error(model), _training_only(model, layers), torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
-        for images, _ in batches:
+        for images, _ in _of_several(batches):
             model(to_model(images, first))
+            count += len(images)
+        if not count:
+            raise DataError("batches must contain at least one image to recalibrate on, got none")
     return len(layers)
 
 
+def _of_several(batches: Iterable[Pair]) -> Iterator[Pair]:
+    """Regroup batches so that none has a single image, which has no variance."""
+    pairs = iter(batches)
+    first = list(itertools.islice(pairs, 1))
+    pairs = itertools.chain(first, pairs)
+    if first and len(first[0][0]) == 1:
+        pairs = in_micro_batches(pairs, _JOINED, _JOINED)
+    return without_single_images(pairs)
+
+
 def recalibrate_if_better(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Callable[[], float]
+    model: nn.Module, batches: Iterable[Pair], loss: Callable[[], float]
 ) -> Recalibration | None:
     """Recalibrate a model in place, and undo it unless `loss` is lower.
 
     Returns:
         The two losses and whether the change was kept; None for a model without such layers.
     """
-    layers = tracked(model)
-    if not layers:
+    if not tracked(model):
         return None
-    moments = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
-    before = loss()
-    recalibrate(model, batches)
-    after = loss()
-    kept = after < before  # False for NaN
+    with moments_kept_on_error(model) as moments:
+        before = loss()
+        recalibrate(model, batches)
+        after = loss()
+        kept = after < before  # False for NaN
     if not kept:
-        with torch.no_grad():
-            for layer, saved in zip(layers, moments, strict=True):
-                for name, buffer in layer.named_buffers():
-                    buffer.copy_(saved[name])
+        restore(_moments(model), moments)
     return Recalibration(before, after, kept)
+
+
+def moments_kept_on_error(model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:
+    """Restore the running statistics of a model if the block raises; yields copies of them."""
+    return all_or_nothing(_moments(model))
 
 
 def tracked(model: nn.Module) -> list[_Normalization]:
@@ -88,6 +114,15 @@ def tracked(model: nn.Module) -> list[_Normalization]:
     return [
         m for m in model.modules() if isinstance(m, _Normalization) and m.running_mean is not None
     ]
+
+
+def _moments(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers of the layers that have running statistics, not copied."""
+    return {
+        f"{number}.{name}": buffer
+        for number, layer in enumerate(tracked(model))
+        for name, buffer in layer.named_buffers()
+    }
 
 
 @contextlib.contextmanager

@@ -83,6 +83,11 @@ class Recipe:
         return CRITERIA[self.criterion].needs_damping or self.compensate
 
     @property
+    def needs_blocks(self) -> bool:
+        """Whether the packed blocks of F are needed, also where gradients are kept."""
+        return CRITERIA[self.criterion].needs_blocks or self.compensate or self.joins_groups
+
+    @property
     def is_auto(self) -> bool:
         """Whether `λ` is chosen on held-out images."""
         return self.needs_damping and self.damping == "auto"

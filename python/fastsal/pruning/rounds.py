@@ -9,8 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fastsal.data.batches import Pair
-from fastsal.data.held_out import Holding, Repeated, holding_out, limited
+from fastsal.data.held_out import HeldOutSamples, require_some
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import Measured
-from fastsal.pruning.recalibration import recalibrate_if_better
+from fastsal.pruning.recalibration import moments_kept_on_error, recalibrate_if_better
 from fastsal.pruning.shelf import restore
 from fastsal.pruning.step import Attempt
 from fastsal.utils.clock import Clock
@@ -33,11 +32,13 @@ class RoundStatistics:
         fisher: Statistics of the images that are not held out; None where none are needed.
         joined: Returns the statistics of all images; those of `fisher` where none are held out.
         tuned: The held-out images, on which the loss is measured; None where none are held out.
+        held: These images.
     """
 
     fisher: Statistics | None = None
     joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
+    held: HeldOutSamples | None = None
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
         """Return whether the model is no worse than the best attempt."""
@@ -58,11 +59,11 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> R
         return RoundStatistics()
     seed = recipe.seed + number - 1
     if not holds_out:
-        fisher = job.collect(Repeated(job.source), seed)
+        fisher = job.collect(job.source(), seed)
         return RoundStatistics(fisher, lambda: fisher)
-    held: list[Pair] = []
-    fisher = job.collect(Holding(job.source, held), seed)
-    some = limited(held)
+    held = job.tuning_samples(job.source(), job.total)
+    fisher = job.collect(held.others, seed)
+    require_some(held)
     # Collection validates the held-out images, so it comes before they are used.
     join = job.joining(fisher, held, recipe.seed + rounds + number)
 
@@ -70,7 +71,7 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> R
         join()  # in place: the statistics without them are not needed any more
         return fisher
 
-    return RoundStatistics(fisher, joined, job.held_out(some, fisher))
+    return RoundStatistics(fisher, joined, job.held_out(held, fisher), held)
 
 
 def prune_in_rounds(
@@ -105,9 +106,9 @@ def prune_in_rounds(
     history: list[Round] = []
     scores: dict[str, Tensor] = {}
     found = RoundStatistics()
-    with job.all_or_nothing():
+    with job.all_or_nothing(), moments_kept_on_error(model):
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.chosen)
+            masks, history = checkpoint.resume(job.chosen, job.images)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = recipe.is_auto and not history
@@ -136,19 +137,19 @@ def prune_in_rounds(
             del result, best  # they refer to scores
             if checkpoint is not None and number < len(goals):
                 checkpoint.save(job.chosen, masks, history)
-        if recalibrate and found.tuned is not None:
+        if recalibrate and found.tuned is not None and found.held is not None:
             clock = Clock()
             measured = partial(found.tuned.mean_loss, model)
-            source = holding_out(job.source(), [])
+            source = found.held.without(job.source())
             effect = recalibrate_if_better(model, source, measured)
             clock.lap("recalibration")
             seconds = history[-1].seconds | clock.seconds
             history[-1] = replace(history[-1], recalibration=effect, seconds=seconds)
-    if masks is None:
-        raise InvalidArgument("rounds must be at least 1, got 0")
-    recipe.sign(masks, history)
-    if checkpoint is not None:
-        checkpoint.remove()
+        if masks is None:
+            raise InvalidArgument("rounds must be at least 1, got 0")
+        recipe.sign(masks, history)
+        if checkpoint is not None:
+            checkpoint.remove()
     return masks, scores, history
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from fastsal.pruning.measured import Measured
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, restore
+from fastsal.utils.warn import without_warnings
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ class Step:
         def prune_with(damping: float) -> None:
             nonlocal result
             restore(self.chosen, start, self.shelf)
-            with warnings.catch_warnings():
-                # Issued for the chosen damping only.
-                warnings.simplefilter("ignore", PrecisionWarning)
+            with without_warnings(PrecisionWarning):  # issued for the chosen damping only
                 result = self.run(fisher, masks, goal, damping)
 
         def measure() -> float:

@@ -8,18 +8,22 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from fastsal.data.class_map import IMAGENET, imagenet_map, indices_of
 from fastsal.data.opening import open_images
 from fastsal.errors import InvalidArgument
+from fastsal.models.classifier import class_count
 from fastsal.models.inputs import InputSpec, input_spec
 from fastsal.models.loading import load_model
+from fastsal.models.saving import check_savable
 from fastsal.pruning.shelf import copies
+from fastsal.study.images import class_map_of
 from fastsal.study.settings.schema import ModelSettings, Study, TaskSettings
 from fastsal.transfer.evaluation import Measurement, measure_tasks
 from fastsal.transfer.head_cache import HeadCache
 from fastsal.transfer.headed import backbone_parameters
 from fastsal.transfer.heads import AnyHead, fit_heads
 from fastsal.transfer.linear_head import Head
-from fastsal.transfer.own import OwnHead
+from fastsal.transfer.own import Columns, OwnHead
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import HeadKind
 from fastsal.utils.digests import Digest
@@ -82,9 +86,12 @@ def open_backbone(
     model = load_model(
         model_path(study, settings),
         weights=weights_path(study, settings),
+        weights_key=settings.weights_key,
         num_classes=settings.num_classes,
         in_chans=settings.in_chans,
     )
+    if study.save == "models":
+        check_savable(model)
     spec = input_spec(model, size=settings.size)
     heads: dict[str, AnyHead] = {}
     differentiable: dict[str, Head | OwnHead] = {}
@@ -94,13 +101,12 @@ def open_backbone(
         kind = task.head or study.head
 
         def fit(kind: HeadKind, task: TaskSettings = task) -> AnyHead:
-            # A task may have a subset of the classes; all class names select the logits.
-            is_part = kind == "own" and task.classes is not None
+            columns = _columns(model, study, task) if kind == "own" else None
             found = fit_heads(
                 model,
                 tasks[task.name],
                 kind=kind,
-                columns=open_images(task.data, root=study.root).classes if is_part else None,
+                columns=columns,
                 ridge=study.ridge,
                 spec=spec,
                 batch_size=study.batch_size,
@@ -126,6 +132,20 @@ def open_backbone(
         differentiable=differentiable,
         before=measure_tasks(model, list(tasks.values()), heads),
     )
+
+
+def _columns(model: nn.Module, study: Study, task: TaskSettings) -> Columns | None:
+    """Return which logit of the model each class of a task belongs to; None for the default."""
+    class_map = class_map_of(task, study)
+    if class_map is None and task.classes is None:
+        return None
+    # A task may have a subset of the classes; all class names select the logits.
+    names = open_images(task.data, root=study.root).classes
+    if class_map is None:
+        return names
+    if class_map == IMAGENET:
+        class_map = imagenet_map(class_count(model))
+    return indices_of(class_map, names, names)
 
 
 def model_path(study: Study, settings: ModelSettings) -> str:

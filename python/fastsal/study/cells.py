@@ -11,8 +11,9 @@ from typing import Any
 
 from fastsal.study.folder_format import CELL
 from fastsal.study.settings.schema import CriterionSettings, ModelSettings, SourceSettings, Study
-from fastsal.utils.choices import Curvature
+from fastsal.utils.choices import CRITERION_NAMES, Curvature
 from fastsal.utils.digests import Digest
+from fastsal.utils.identity import identity_of
 
 # Part of every key: results of another version are recomputed, not mixed.
 ENGINE = 1
@@ -64,7 +65,17 @@ def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cel
     common = study.settings()
     for grid in ("name", "models", "sources", "criteria", "sparsities", "seeds", "rounds", "save"):
         del common[grid]
-    base = {"engine": ENGINE, "study": common, "files": dict(digests or {})}
+
+    def base(model: ModelSettings, criterion: CriterionSettings) -> dict[str, Any]:
+        """What the cells of a model and a criterion depend on: not on other models or criteria."""
+        own = {f"model {model.name}", f"criterion {criterion.criterion}"}
+        files = {
+            name: digest
+            for name, digest in (digests or {}).items()
+            if name in own or not name.startswith(("model ", "criterion "))
+        }
+        return {"engine": ENGINE, "study": common, "files": files}
+
     return [
         Cell(model, source, criterion, rounds, seed, sparsity, key)
         for model in study.models
@@ -73,8 +84,20 @@ def cells_of(study: Study, digests: Mapping[str, str] | None = None) -> list[Cel
         for criterion in study.criteria
         for rounds in criterion.rounds or study.rounds
         for sparsity in study.sparsities
-        for key in [_key(base, model, source, criterion, rounds, seed, sparsity)]
+        for key in [_key(base(model, criterion), model, source, criterion, rounds, seed, sparsity)]
     ]
+
+
+def digests_of_criteria(study: Study) -> dict[str, str]:
+    """Return `{criterion: digest}` of the code of criteria that are not built in."""
+    from fastsal.pruning.criteria import CRITERIA
+
+    names = {settings.criterion for settings in study.criteria} - set(CRITERION_NAMES)
+    return {
+        f"criterion {name}": identity_of(CRITERIA[name].compute)
+        for name in sorted(names)
+        if name in CRITERIA
+    }
 
 
 def _key(

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from fastsal.data.class_map import ClassMap, is_keyword
+from fastsal.data.content import content_of
 from fastsal.data.corruptions import corrupt
 from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
@@ -18,7 +20,7 @@ from fastsal.study.folder_format import SPLITS_FILE
 from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import SPLITS, Shares
 from fastsal.transfer.tasks import Split, Task
-from fastsal.utils.digests import Digest
+from fastsal.utils.digests import Digest, file_digest
 from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.suggestions import listed
 
@@ -164,8 +166,26 @@ def images_of(split: Split | None) -> ImageSet:
     return split
 
 
+def class_map_of(settings: TaskSettings, study: Study) -> ClassMap | None:
+    """Return the class map of a task, with the path of a file resolved."""
+    given = settings.class_map
+    if not isinstance(given, str) or is_keyword(given):
+        return given
+    return study.root / given
+
+
+def class_map_digests(study: Study) -> dict[str, str]:
+    """Return `{class map of task: digest}` of the files of class maps."""
+    found = {}
+    for settings in study.tasks:
+        path = class_map_of(settings, study)
+        if isinstance(path, Path) and path.is_file():
+            found[f"class map of {settings.name}"] = file_digest(path)[:16]
+    return found
+
+
 def digests_of(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Return `{task: digest}` of labels, and of pixels or names and sizes of files."""
+    """Return `{task: digest}` of the content of images and labels."""
     return {name: _digest(task) for name, task in tasks.items()}
 
 
@@ -207,11 +227,5 @@ def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
 def _digest(task: Task) -> str:
     digest = Digest()
     for split in SPLITS:
-        images: ImageSet = getattr(task, split)
-        digest.text(f"{split} {images.classes}").array(images.y)
-        if isinstance(images.x, tuple):
-            for path in images.x:
-                digest.text(f"{path.parent.name}/{path.name} {path.stat().st_size}")
-        else:
-            digest.array(images.x)
+        digest.text(f"{split} {content_of(getattr(task, split))}")
     return digest.hexdigest()[:16]

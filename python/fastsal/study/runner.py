@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from fastsal.errors import FastsalError
 from fastsal.models.weights import save_weights
 from fastsal.pruning.shelf import restore
 from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
-from fastsal.study.cells import Cell, cells_of
+from fastsal.study.cells import Cell, cells_of, digests_of_criteria
 from fastsal.study.diagnostics import loss_lines_of, overlaps_of
 from fastsal.study.folder_format import DONE, FAILED
-from fastsal.study.images import digests_of, images_of, open_tasks, source_images
+from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks, source_images
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import SourceSettings, Study
 from fastsal.study.sources import PruningSource
@@ -72,8 +73,12 @@ def run_study(
     """Prune, evaluate, fine-tune and evaluate again, for every cell of a study.
 
     Each cell is stored as soon as it is finished. Rerun an interrupted study with the same
-    arguments to resume it; the tables are the same as without the interruption. A failed cell is
-    recorded and does not stop the others.
+    arguments to resume it; the tables are the same as without the interruption. A cell that raises
+    any exception is recorded as failed and does not stop the others. One run at a time writes to a
+    folder.
+
+    The warnings of a cell are recorded in its file. For this the warning filters of the process are
+    changed while a cell runs, so that other threads should not change them.
 
     Args:
         study: Settings of the study.
@@ -87,7 +92,8 @@ def run_study(
         Summary of the run.
 
     Raises:
-        InvalidArgument: The folder holds other files, or the results of another study.
+        InvalidArgument: The folder holds other files, or the results of another study, or another
+            run writes to it.
         FastsalError: A model or a task cannot be opened.
         OSError: A result cannot be written; finished cells are kept.
     """
@@ -96,9 +102,25 @@ def run_study(
     check_files(study)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
     store = Store(Path(out), identity)
+    with store.locked():
+        return _run_cells(study, store, start, command=command, retry=retry, progress=progress)
+
+
+def _run_cells(
+    study: Study,
+    store: Store,
+    start: float,
+    *,
+    command: str,
+    retry: bool,
+    progress: bool | Report,
+) -> Summary:
+    """Run the unfinished cells of a study, and write its tables; the folder is locked."""
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
+    files |= class_map_digests(study)
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
+    files |= digests_of_criteria(study)
     cells = cells_of(study, files)
     results = {cell.key: store.read(cell.key) for cell in cells}
 
@@ -138,24 +160,24 @@ def run_study(
 
 def _with_sources(
     study: Study, store: Store, tasks: Mapping[str, Task], cells: list[Cell]
-) -> Iterator[tuple[PruningSource | FastsalError, Cell]]:
+) -> Iterator[tuple[PruningSource | Exception, Cell]]:
     """Yield each cell with its source, or with the error that prevented opening it.
 
     Cells of one model share the backbone; cells of one source and seed share statistics.
     """
     for model, of_model in groupby(cells, key=lambda cell: cell.model):
-        backbone: Backbone | FastsalError
+        backbone: Backbone | Exception
         try:
             backbone = open_backbone(study, model, tasks, store.heads)
-        except FastsalError as error:
+        except Exception as error:  # of the user's model too: recorded with its cells
             backbone = error
         for (settings, seed, curvature), group in groupby(
             of_model, key=lambda c: (c.source, c.seed, c.curvature)
         ):
-            source: PruningSource | FastsalError
+            source: PruningSource | Exception
             try:
                 source = _opened(study, backbone, settings, tasks, seed, curvature)
-            except FastsalError as error:
+            except Exception as error:
                 source = error
             for cell in group:
                 yield source, cell
@@ -163,37 +185,39 @@ def _with_sources(
 
 def _opened(
     study: Study,
-    backbone: Backbone | FastsalError,
+    backbone: Backbone | Exception,
     settings: SourceSettings,
     tasks: Mapping[str, Task],
     seed: int,
     curvature: Curvature,
 ) -> PruningSource:
-    if isinstance(backbone, FastsalError):
+    if isinstance(backbone, Exception):
         raise backbone
     images = source_images(settings, tasks, seed)
     return PruningSource(study, settings, backbone, images, seed, curvature)
 
 
-def _result(store: Store, source: PruningSource | FastsalError, cell: Cell) -> dict[str, Any]:
-    """Compute one cell and store its result."""
+def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict[str, Any]:
+    """Compute one cell and store its result, also where it fails."""
     start = time.perf_counter()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            if isinstance(source, FastsalError):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if isinstance(source, Exception):
                 raise source
             result = _run(store, source, cell)
-        result["warnings"] = [" ".join(str(w.message).split()) for w in caught]
-    except FastsalError as error:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        result = {
-            "status": FAILED,
-            "error": message,
-            "facts": {},
-            "tasks": [{"error": message}],
-        }
+        except Exception as error:  # anything at all, so that the other cells are computed
+            message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            result = {
+                "status": FAILED,
+                "error": message,
+                "facts": {},
+                "tasks": [{"error": message}],
+            }
+            if not isinstance(error, FastsalError):
+                result["traceback"] = traceback.format_exception(error)
     result |= {
+        "warnings": [" ".join(str(w.message).split()) for w in caught],
         "model": cell.model.name,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),

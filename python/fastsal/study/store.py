@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study.folder_format import FORMAT, STUDY_FILE
 from fastsal.utils.json_files import plain, read_json, write_json
+from fastsal.utils.locks import LOCK_FILE, locked
 from fastsal.utils.suggestions import listed
 
 
@@ -33,7 +35,7 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise InvalidArgument(f"out must be a folder, got the file {folder}")
         known = self._identity()
-        if known is None and folder.is_dir() and any(folder.iterdir()):
+        if known is None and folder.is_dir() and _others(folder):
             raise InvalidArgument(
                 "out must be an empty folder or the results folder of this study, got "
                 f"{folder} with other files"
@@ -49,6 +51,14 @@ class Store:
         else:
             self._write(STUDY_FILE, {"format": FORMAT, "identity": identity})
         self.cells.mkdir(parents=True, exist_ok=True)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs from writing to the folder inside a `with` block.
+
+        Raises:
+            InvalidArgument: Another run holds the lock.
+        """
+        return locked(self.folder)
 
     def read(self, key: str) -> dict[str, Any] | None:
         """Return the result of a cell; None if it is not finished, or its file is damaged."""
@@ -86,6 +96,11 @@ class Store:
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.folder / name, value)
+
+
+def _others(folder: Path) -> bool:
+    """Whether a folder has files besides the lock of a run, which may be starting."""
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def differences(known: Any, asked: Any, name: str = "") -> list[str]:

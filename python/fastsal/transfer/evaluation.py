@@ -5,9 +5,9 @@ Axes: n images, k classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.numbering import LossSign, check_labels_of
+from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.models.classifier import using_head
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
+from fastsal.models.outputs import output_tensor
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 
 
@@ -46,6 +52,7 @@ def evaluate(
     heads: Mapping[str, AnyHead],
     *,
     batch_size: int = 64,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Measure the accuracy of a backbone on the test images of tasks, through frozen heads.
 
@@ -54,6 +61,7 @@ def evaluate(
         tasks: One or more tasks.
         heads: `{task name: head}` from `fit_heads`.
         batch_size: Images per forward pass.
+        head: As for `fit_heads`.
 
     Returns:
         `{task name: top-1 accuracy, 0 to 1}`. Images with non-finite outputs count as wrong.
@@ -62,7 +70,8 @@ def evaluate(
         InvalidArgument: A task has no head, or a head expects another number of features.
         DataError: A task has no test images, or labels outside the classes of its head.
     """
-    found = measure_tasks(model, tasks, heads, batch_size=batch_size)
+    with using_head(model, head):
+        found = measure_tasks(model, tasks, heads, batch_size=batch_size)
     return {name: measurement.accuracy for name, measurement in found.items()}
 
 
@@ -108,7 +117,8 @@ def measure_tasks(
         for group in groups:
             begin = 0
             first = group[0]
-            for images, given in batches_of(first.test, heads[first.name].spec, batch_size):
+            spec = heads[first.name].spec
+            for images, given in batches_of(first.test, spec, batch_size, first.batch):
                 x = images.to(device)
                 seen: dict[bool, Tensor] = {}
                 for task in group:
@@ -133,16 +143,26 @@ def measure_tasks(
 
 def measure(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     *,
     report: Report | None = None,
+    checks_labels: bool = False,
+    batch: BatchRule | None = None,
 ) -> Measurement:
     """Measure accuracy and loss of `model` with its own classifier.
 
+    A warning is given for labels that are not numbered as the outputs of the model, and for a model
+    without a classifier or with a random one.
+
     Args:
-        model: Maps images `[n, c, h, w]` to logits `[n, k]`; it is not changed.
-        batches: Iterable of `(images [n, c, h, w], labels [n])`.
+        model: Maps images `[n, c, h, w]` to logits `[n, k]`, or to a dict or tuple that contains
+            them; it is not changed.
+        batches: Iterable of `(images [n, c, h, w], labels [n])`, or of dicts of them as for
+            `fastsal.collect`.
         report: Callback with the number of images done and the total, None if unknown.
+        checks_labels: Whether a loss worse than guessing gives a warning too, as it should if the
+            model is not pruned.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
 
     Returns:
         Accuracy, loss and number of images. Images with non-finite logits count as wrong.
@@ -151,46 +171,49 @@ def measure(
         DataError: There are no images, the logits have another shape, or a label is outside
             `0 .. k - 1`.
     """
-    tally = _Tally()
+    tally = _Tally(LossSign() if checks_labels else None)
     total = getattr(batches, "samples", None)
+    check_labels_of(batches, model)
     with evaluating(model) as device, torch.no_grad():
-        for images, labels in batches:
+        for images, labels in unpacked(ruled(batches, batch)):
+            if not tally.count and check_classifier(model, "accuracy", images):
+                tally.sign = None  # the loss of features means nothing
             logits = _logits(model, images.to(device))
-            if len(logits) != len(labels):
-                raise DataError(
-                    f"outputs of the model must be logits [n, classes], got {list(logits.shape)} "
-                    f"for {len(labels)} labels"
-                )
             tally.add(logits, labels)
             if report:
                 report(tally.count, total)
     if not tally.count:
         raise DataError("batches must hold at least one image")
+    if tally.sign is not None:
+        tally.sign.warn()
     return tally.measurement()
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def accuracy(model: nn.Module, batches: Iterable[Any], *, batch: BatchRule | None = None) -> float:
     """Return the top-1 accuracy, 0 to 1, of `model` with its own classifier.
 
     See `measure` for arguments and errors.
     """
-    return measure(model, batches).accuracy
+    return measure(model, batches, batch=batch).accuracy
 
 
 @dataclass
 class _Tally:
-    """Running sums over batches."""
+    """Running sums over batches; `sign` compares the loss with that of guessing."""
 
+    sign: LossSign | None = None
     right: int = 0
     count: int = 0
     loss: float = 0.0
 
     def add(self, logits: Tensor, labels: Tensor, scale: float = 1.0) -> None:
-        scores = logits.double().cpu()
+        scores = in_float64(logits).cpu()
         y = _checked(labels, scores.shape[1])
         finite = torch.isfinite(scores).all(dim=1)
         self.right += int(((scores.argmax(dim=1) == y) & finite).sum())
         losses = F.cross_entropy(scale * scores, y, reduction="none")
+        if self.sign is not None:
+            self.sign.add(losses[finite].tolist(), scores.shape[1])
         self.loss += float(losses.masked_fill(~finite, torch.inf).sum())
         self.count += len(y)
 
@@ -204,7 +227,9 @@ def _groups(tasks: list[Task], heads: Mapping[str, AnyHead]) -> list[list[Task]]
     for task in tasks:
         spec = heads[task.name].spec
         for group in groups:
-            if heads[group[0].name].spec == spec and _is_same(group[0].test, task.test):
+            first = group[0]
+            is_alike = heads[first.name].spec == spec and first.batch is task.batch
+            if is_alike and _is_same(first.test, task.test):
                 group.append(task)
                 break
         else:
@@ -232,11 +257,11 @@ def _total(groups: list[list[Task]]) -> int | None:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    logits = model(images)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
-        came = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    logits = output_tensor(model(images), what="logits [n, classes]")
+    if logits.ndim != 2 or len(logits) != len(images):
         raise DataError(
-            f"outputs of the model must be logits [n, classes], got {came} for {len(images)} labels"
+            f"outputs of the model must be logits [n, classes], got {list(logits.shape)} for "
+            f"{len(images)} labels"
         )
     return logits
 

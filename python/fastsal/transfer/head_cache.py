@@ -1,4 +1,4 @@
-"""Store fitted heads on disk, keyed by model, images and settings.
+"""Store fitted heads on disk, keyed by the content of model and images, and by settings.
 
 A file is safetensors with a digest of its content: a file that is truncated, modified or of another
 version is rejected.
@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastsal.data.content import content_of
 from fastsal.data.image_set import ImageSet
+from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.models.digest import model_digest
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.knn import KnnHead
 from fastsal.transfer.linear_head import Head
@@ -28,9 +30,13 @@ from fastsal.utils.digests import Digest
 from fastsal.utils.safetensors_files import header_of, metadata_of
 from fastsal.utils.warn import warn_user
 
+__all__ = ["HeadCache", "load_head", "model_digest", "save_head", "split_digest"]
+
 _FORMAT = "fastsal head"
 # Part of every key: heads of another version are not found.
 _VERSION = 1
+# Version of what features are, the input of the layer that produces the output.
+_FEATURES = 2
 
 
 class HeadCache:
@@ -47,7 +53,13 @@ class HeadCache:
         return f"HeadCache({str(self.folder)!r})"
 
     def key(
-        self, model: str, fit: Split, spec: InputSpec, kind: str, settings: Mapping[str, Any]
+        self,
+        model: str,
+        fit: Split,
+        spec: InputSpec,
+        kind: str,
+        settings: Mapping[str, Any],
+        batch: BatchRule | None = None,
     ) -> str:
         """Return the SHA-256, in hex, of everything that a head depends on.
 
@@ -57,8 +69,10 @@ class HeadCache:
             spec: Preprocessing of the images.
             kind: Kind of head, one of `HEAD_KINDS`.
             settings: Settings of this kind.
+            batch: Function from a batch of `fit` to `(images, labels)`, if it is no `ImageSet`.
         """
-        inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
+        images = split_digest(fit, batch)
+        inputs = [_VERSION, _FEATURES, model, images, asdict(spec), kind, dict(settings)]
         return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:
@@ -114,48 +128,17 @@ def load_head(path: str | os.PathLike[str]) -> Head | KnnHead:
     return _read(Path(path))[0]
 
 
-def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256, in hex, of the parameters, buffers and modules of a model.
-
-    A module contributes its name, its type and the settings in its repr (strides, slopes), so that
-    equal weights in different architectures have different digests.
-    """
-    digest = Digest()
-    for name, module in model.named_modules():
-        # Memory addresses differ between runs.
-        settings = re.sub(r" at 0x[0-9a-fA-F]+", "", module.extra_repr())
-        kind = type(module).__qualname__
-        digest.text(f"{name}\0{kind}\0{settings}\0")
-    for kind, tensors in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in tensors:
-            digest.tensor(f"{kind} {name}", tensor)
-    return digest.hexdigest()
-
-
-def split_digest(split: Split) -> str:
+def split_digest(split: Split, batch: BatchRule | None = None) -> str:
     """Return the SHA-256, in hex, of the images and labels of a split.
 
-    For image files, the path within the source, the size and the modification time stand for the
-    content.
+    Image files count by their content, not by their names or times.
     """
     digest = Digest()
     if not isinstance(split, ImageSet):
-        for images, labels in split:
+        for images, labels in unpacked(ruled(split, batch)):
             digest.tensor("images", images).tensor("labels", labels)
         return digest.hexdigest()
-    digest.json(split.classes).array(split.y)
-    if isinstance(split.x, tuple):
-        for file in split.x:
-            status = file.stat()
-            inside = file.is_relative_to(split.source)
-            name = file.relative_to(split.source) if inside else Path(file.parent.name, file.name)
-            digest.text(f"{name.as_posix()}\0{status.st_size}\0{status.st_mtime_ns}\0")
-    else:
-        digest.text(f"{split.x.dtype} {split.x.shape}").array(split.x)
-    return digest.hexdigest()
+    return digest.text(content_of(split)).hexdigest()
 
 
 def _write(path: Path, head: Head | KnnHead | OwnHead, note: str) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
-from fastsal.models.classifier import classifier_of
+from fastsal.models.classifier import class_count, classifier_of
+from fastsal.models.evaluating import set_modes
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.own import OwnHead
 
@@ -53,12 +55,17 @@ class Headed(nn.Module):
                     f"{type(head).__name__}"
                 )
         self.is_own = [isinstance(head, OwnHead) for head in heads]
-        self.train(backbone.training)
+        counts = [_outputs(backbone, head) for head in heads]
+        # Number of logits; None if unknown.
+        self.num_classes = None if None in counts else sum(n for n in counts if n is not None)
+        # The backbone keeps its modes, which may differ between its layers.
+        self.training = backbone.training
+        set_modes(self.linear, backbone.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[n, c, h, w]` to the logits of all heads, `[n, k]`."""
         features = None if all(self.is_own) else feature_outputs(self.backbone, images)
-        own: Any = self.backbone(images) if any(self.is_own) else None
+        own: Any = output_tensor(self.backbone(images)) if any(self.is_own) else None
         found = []
         for is_own, columns, layer in zip(self.is_own, self.columns, self.linear, strict=True):
             if not is_own:
@@ -74,6 +81,13 @@ class Headed(nn.Module):
     def get_classifier(self) -> list[nn.Module]:
         """Return the heads and the classifier of the backbone, which fine-tuning freezes."""
         return [*self.linear, *classifier_of(self.backbone)]
+
+
+def _outputs(backbone: nn.Module, head: Head | OwnHead) -> int | None:
+    """Return the number of logits of a head; None if unknown."""
+    if isinstance(head, OwnHead):
+        return class_count(backbone) if head.columns is None else len(head.columns)
+    return head.outputs
 
 
 class SegmentedCrossEntropy:

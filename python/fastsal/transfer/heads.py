@@ -6,7 +6,7 @@ Axes: n images, f features.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.models.classifier import using_head
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.models.inputs import InputSpec, input_spec
@@ -23,10 +24,11 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.logistic import solve_probe
 from fastsal.transfer.own import Columns, OwnHead, own_head
 from fastsal.transfer.ridge import best_scale, solve_ridge
-from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
+from fastsal.transfer.tasks import Task, as_tasks, batches_of
 from fastsal.utils.choices import HEAD_KINDS, HeadKind
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
+from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
     from fastsal.transfer.head_cache import HeadCache
@@ -49,6 +51,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, Head]: ...
 
 
@@ -67,6 +70,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, AnyHead]: ...
 
 
@@ -84,6 +88,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> Mapping[str, AnyHead]:
     """Fit one head per task on the features of the dense backbone.
 
@@ -107,6 +112,8 @@ def fit_heads(
         batch_size: Images per forward pass.
         cache: A folder or a `HeadCache` to load heads from and store them in; None fits each head.
         seed: For `"probe"`: seed of the held-out images.
+        head: Name of the layer of the model whose input is the features; None finds it, see
+            `fastsal.models.features`.
 
     Returns:
         `{task name: head}`.
@@ -115,6 +122,9 @@ def fit_heads(
         InvalidArgument: A number is out of range, the kind is unknown, or two tasks have one name.
         DataError: A class has no images to fit on, or features are not finite.
         FactorizationError: The normal equations are singular (`ridge` of 0).
+
+    Warns:
+        UserWarning: A head cannot be stored in `cache`, or a file there is damaged.
     """
     from fastsal.transfer.head_cache import HeadCache, model_digest
 
@@ -138,6 +148,8 @@ def fit_heads(
         "knn": {"k": k, "temperature": temperature},
         "probe": {"l2": l2, "seed": seed if l2 is None else None},
     }[kind]  # type: ignore[assignment]
+    if head is not None:
+        settings["head"] = [head] if isinstance(head, str) else list(head)
     solvers: dict[str, Callable[[str, Tensor, Tensor, tuple[str, ...], InputSpec], AnyHead]] = {
         "ridge": lambda *given: _ridge(*given, ridge=ridge),
         "knn": lambda *given: fit_knn(*given, k=k, temperature=temperature),
@@ -148,23 +160,32 @@ def fit_heads(
     dense = model_digest(model) if cache is not None else ""
     heads: dict[str, AnyHead] = {}
     for task in found:
-        key = "" if cache is None else cache.key(dense, task.fit, spec, kind, settings)
+        key = "" if cache is None else cache.key(dense, task.fit, spec, kind, settings, task.batch)
         kept = None if cache is None else cache.get(key)
         if kept is not None:
             heads[task.name] = replace(kept, task=task.name)
             continue
-        x, y, classes = _collect(model, task, spec, batch_size)
+        with using_head(model, head):
+            x, y, classes = _collect(model, task, spec, batch_size)
         heads[task.name] = solvers[kind](task.name, x, y, classes, spec)
         if cache is not None:
-            cache.put(key, heads[task.name])
+            _store(cache, key, heads[task.name])
     return heads
+
+
+def _store(cache: HeadCache, key: str, head: AnyHead) -> None:
+    """Store a fitted head; a failure is a warning, as the head is there."""
+    try:
+        cache.put(key, head)
+    except OSError as error:
+        warn_user(f"cache: the head of {head.task!r} is not stored in {cache.folder} ({error})")
 
 
 def _collect(
     model: nn.Module, task: Task, spec: InputSpec, batch_size: int
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Return features float32 `[n, f]`, labels int64 `[n]`, both on the CPU, and class names."""
-    x, y = _rows(model, task.fit, spec, batch_size)
+    x, y = _rows(model, task, spec, batch_size)
     if int(y.min()) < 0:
         raise DataError(f"fit: labels of task {task.name!r} must be at least 0, got {int(y.min())}")
     classes = (
@@ -181,12 +202,10 @@ def _collect(
     return x, y, classes
 
 
-def _rows(
-    model: nn.Module, split: Split, spec: InputSpec, batch_size: int
-) -> tuple[Tensor, Tensor]:
+def _rows(model: nn.Module, task: Task, spec: InputSpec, batch_size: int) -> tuple[Tensor, Tensor]:
     rows, labels = [], []
     with evaluating(model) as device:
-        for images, y in batches_of(split, spec, batch_size):
+        for images, y in batches_of(task.fit, spec, batch_size, task.batch):
             rows.append(features(model, images.to(device)).float().cpu())
             labels.append(y.long().cpu())
     if not rows:

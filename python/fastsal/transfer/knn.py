@@ -20,6 +20,7 @@ from torch import Tensor
 from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.ridge import best_scale
+from fastsal.utils.float64 import in_float64
 
 _CHUNK = 1024  # images whose similarities to all stored images are in memory at once
 _MOST_LEFT_OUT = 4096  # images, evenly spaced, that the scale is fitted on
@@ -90,11 +91,12 @@ class KnnHead:
         k = min(self.k, len(bank) - (exclude is not None))
         nearest, place = similarity.topk(k, dim=1)
         # Relative to the nearest: the shares are equal, and exp does not overflow.
-        weight = ((nearest - nearest[:, :1]).double() / self.temperature).exp()
+        weight = (in_float64(nearest - nearest[:, :1]) / self.temperature).exp()
         votes = weight.new_zeros(len(x), self.outputs)
-        votes.scatter_add_(1, self.labels.to(x.device)[place], weight)
+        votes.scatter_add_(1, self.labels.to(weight.device)[place.to(weight.device)], weight)
         votes /= votes.sum(dim=1, keepdim=True)
-        return votes.masked_fill(~torch.isfinite(x).all(dim=1, keepdim=True), torch.nan)
+        wrong = ~torch.isfinite(x).all(dim=1, keepdim=True)
+        return votes.masked_fill(wrong.to(votes.device), torch.nan)
 
 
 def fit_knn(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.inputs import InputSpec
+from fastsal.utils.float64 import float64_device, in_float64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,10 +58,12 @@ class Head:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map features `[n, f]` to the outputs of the regression, float64 `[n, k]`, not scaled."""
-        return x.double() @ self.weight.to(x.device).T + self.bias.to(x.device)
+        x = in_float64(x)
+        return x @ self.weight.to(x.device).T + self.bias.to(x.device)
 
     def to(self, device: torch.device) -> Head:
         """Return a copy of the head with its tensors on `device`."""
+        device = float64_device(device)
         return replace(self, weight=self.weight.to(device), bias=self.bias.to(device))
 
     def linear(self) -> nn.Linear:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.evaluating import modes_restored
+from fastsal.models.wrappers import unwrapped, with_names_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.numbers import whole
 
 # measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
@@ -70,7 +72,8 @@ def measure_line(
         InvalidArgument: A shape differs from that of the model, or `points` is below 2.
     """
     points = whole("points", points, 2)
-    own = model.state_dict(keep_vars=True)
+    own = unwrapped(model).state_dict(keep_vars=True)
+    start, end = with_names_of(start, own), with_names_of(end, own)
     for what, state in (("start", start), ("end", end)):
         _check(what, state, own)
     lone = sorted(set(start) ^ set(end))
@@ -110,7 +113,7 @@ def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
     if t in (0.0, 1.0) or not a.is_floating_point():
         return a if t < 0.5 else b
-    return torch.lerp(a.double(), b.to(a.device).double(), t)
+    return torch.lerp(in_float64(a), in_float64(b.to(a.device)), t)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
+from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.inputs import InputSpec
+from fastsal.models.wrappers import unwrapped
 from fastsal.transfer.tasks import Task
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import listed
 
 Columns = Mapping[str, int] | Sequence[str]
@@ -65,7 +68,7 @@ class OwnHead:
                 f"columns must be given: task {self.task!r} has {len(self.classes)} classes and "
                 f"the model {n} logits"
             )
-        return (logits if wanted is None else logits[:, list(wanted)]).double()
+        return in_float64(logits if wanted is None else logits[:, list(wanted)])
 
     def to(self, _device: torch.device) -> OwnHead:
         """Return the head itself, which has no tensors."""
@@ -88,7 +91,11 @@ def own_head(
     Raises:
         InvalidArgument: The model has no classifier, or a class has no logit.
     """
-    n = class_count(model)
+    model = unwrapped(model)
+    first = None
+    if isinstance(task.fit, ImageSet):
+        first = next(iter(task.fit.batches(spec, 1, samples=1)))[0]
+    n = class_count(model, first)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument(
             f"model must have a classifier for kind 'own', got a {type(model).__name__} with "
@@ -96,6 +103,7 @@ def own_head(
         )
     images = task.test if isinstance(task.test, ImageSet) else task.fit
     classes = images.classes if isinstance(images, ImageSet) else ()
+    check_classifier(model, "accuracy")
     if columns is None:
         return OwnHead(task.name, classes, spec, _columns_by_default(task.name, classes, n))
     if isinstance(columns, str):

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.unpacking import BatchRule, ruled, unpacked
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.transfer.splits import SPLITS, Shares, check_classes, check_disjoint, cut, pick
 from fastsal.utils.numbers import real
 
-Split = ImageSet | Iterable[tuple[Tensor, Tensor]]
+Split = ImageSet | Iterable[Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Task:
     """A labeled image set, divided into disjoint splits.
 
-    A split is an `ImageSet`, or an iterable of `(images [n, c, h, w], labels [n])` that can be
-    iterated more than once. Image sets are checked to be disjoint; iterables are not.
+    A split is an `ImageSet`, or an iterable of `(images [n, c, h, w], labels [n])`, or of dicts of
+    them as for `fastsal.collect`, that can be iterated more than once. Image sets are checked to
+    be disjoint; iterables are not.
 
     Attributes:
         name: Name of the task.
@@ -29,6 +32,8 @@ class Task:
         test: Images that accuracy is measured on.
         prune: Images for the statistics of pruning; None if the task is never pruned on.
         tune: Images for fine-tuning; None if the task is never fine-tuned on.
+        batch: Function from a batch of a split that is no `ImageSet` to `(images, labels)`, for
+            batches of another form.
 
     Raises:
         DataError: Two splits share an image or have different classes.
@@ -40,6 +45,7 @@ class Task:
     test: Split
     prune: Split | None = None
     tune: Split | None = None
+    batch: BatchRule | None = None
 
     def __post_init__(self) -> None:
         for what, split in self.splits().items():
@@ -73,7 +79,8 @@ class Task:
             DataError: A class is too small for two splits.
         """
         fit = real("fit", fit, above=0, below=1)
-        return cls(name, *images.split(fit, 1 - fit, seed=seed))
+        fitted, test = images.split(fit, 1 - fit, seed=seed)
+        return cls(name, fitted, test)
 
     @classmethod
     def cut(
@@ -202,9 +209,16 @@ def as_tasks(tasks: Task | Iterable[Task]) -> list[Task]:
     return found
 
 
-def batches_of(split: Split, spec: InputSpec, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]:
-    """Return the batches of a split, preprocessed by `spec` if it is an `ImageSet`."""
-    return split.batches(spec, batch_size) if isinstance(split, ImageSet) else split
+def batches_of(
+    split: Split, spec: InputSpec, batch_size: int, batch: BatchRule | None = None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return the batches of a split, preprocessed by `spec` if it is an `ImageSet`.
+
+    Those of other splits are unpacked by `batch`.
+    """
+    if isinstance(split, ImageSet):
+        return split.batches(spec, batch_size)
+    return unpacked(ruled(split, batch))
 
 
 def is_iterator(split: object) -> bool:

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
+
+from fastsal.errors import InvalidArgument
+from fastsal.utils.sizes import gib
+
+_STEM = 40  # characters of the name of the file in a temporary name
+_recorded: ContextVar[list[Path] | None] = ContextVar("recorded", default=None)
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it if the block succeeds.
+
+    The content is on the disk before the new name is. Every call has a name of its own, also among
+    threads, processes and machines that share the folder.
 
     Args:
         path: The file to write; missing parent folders are created.
@@ -24,10 +36,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.part{target.suffix}")
+    temporary = temporary_beside(target)
     try:
         yield temporary
+        sync_file(temporary)
         os.replace(temporary, target)
+        sync_folder(target.parent)
+        note_written(target)
     except OSError as error:
         if error.filename not in (None, str(temporary)) or not error.errno:
             raise
@@ -42,3 +57,78 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def temporary_beside(target: Path) -> Path:
+    """Return an unused hidden path in the folder of `target`, with its suffix."""
+    stem = target.stem[:_STEM]
+    return target.with_name(f".{stem}.{secrets.token_hex(8)}.part{target.suffix}")
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system supports it."""
+    with contextlib.suppress(OSError):  # not on Windows, nor on some network file systems
+        place = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
+
+
+def check_writable(path: str | os.PathLike[str], argument: str, nbytes: int = 0) -> None:
+    """Check that a file or a folder can be written later, without leaving anything behind.
+
+    An existing parent folder is tried by a temporary file. Missing ones are not created.
+
+    Args:
+        path: The file or the folder to write.
+        argument: Name of the argument that gave it, for the message.
+        nbytes: Bytes that will be written.
+
+    Raises:
+        InvalidArgument: A file cannot be created there, or the disk has fewer bytes left.
+    """
+    shown = os.fspath(path)
+    target = Path(path).absolute()
+    parent = target if target.is_dir() else target.parent
+    try:
+        while not parent.exists():
+            parent = parent.parent
+        probe = temporary_beside(parent / "check")
+        with open(probe, "xb"):
+            probe.unlink()
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.strerror else ""
+        raise InvalidArgument(
+            f"{argument}: {shown} cannot be written: {parent} is not writable{reason}"
+        ) from None
+    if free < nbytes:
+        raise InvalidArgument(
+            f"{argument}: {shown} needs {gib(nbytes)} of free disk space, got {gib(free)} in "
+            f"{parent}"
+        )
+
+
+@contextlib.contextmanager
+def recording_writes() -> Iterator[list[Path]]:
+    """Yield a list to which each file is appended that is written within the block."""
+    written: list[Path] = []
+    token = _recorded.set(written)
+    try:
+        yield written
+    finally:
+        _recorded.reset(token)
+
+
+def note_written(path: Path) -> None:
+    """Record a file that was written, see `recording_writes`."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PIECE = 1 << 20  # bytes of a file that are read at a time
+_SETTLED = 3 * 10**9  # nanoseconds; times of files are at most 2 seconds coarse
+_remembered: dict[tuple[str | int, ...], str] = {}
 
 
 class Digest:
@@ -68,5 +71,19 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    return Digest().file(path).hexdigest()
+    """Return the SHA-256 of the content of a file, in hexadecimal.
+
+    It is remembered in this process for as long as the file has the same identity, size and times.
+    A file that changed a moment ago is read again: it may change once more at the same time.
+    """
+    status = path.stat()
+    key = (
+        str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+        status.st_ctime_ns,
+    )  # fmt: skip
+    found = _remembered.get(key)
+    if found is None:
+        found = Digest().file(path).hexdigest()
+        if time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > _SETTLED:
+            _remembered[key] = found
+    return found

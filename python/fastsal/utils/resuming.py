@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FileFormatError
+from fastsal.utils.warn import warn_user
 
 
 def check_origin(
@@ -32,14 +33,24 @@ def check_origin(
         raise FileFormatError(f"checkpoint: {path} is not a checkpoint of {call}")
     if found["start"] != start:
         raise FileFormatError(
-            f"checkpoint: {path} belongs to a run from other weights; pass another path"
+            f"checkpoint: {path} belongs to a run from other weights or of another model; pass "
+            "another path"
         )
     if found["asked"] != asked:
-        other = sorted(k for k, v in asked.items() if found["asked"].get(k) != v)
+        names = {*asked, *found["asked"]}
+        other = sorted(k for k in names if found["asked"].get(k) != asked.get(k))
         raise FileFormatError(
             f"checkpoint: {path} belongs to a run with other values of {', '.join(other)}; "
             "pass the same arguments, or another path"
         )
+
+
+def remove_finished(path: Path) -> None:
+    """Remove the checkpoint of a run that is complete; a failure is a warning."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        warn_user(f"checkpoint: {path} cannot be removed ({error.strerror}); remove it by hand")
 
 
 def as_asked(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,9 +40,11 @@ def parse_bytes(value: int | str, name: str = "memory_budget") -> int:
 
 
 def gib(nbytes: float) -> str:
-    """Format a number of bytes in KiB, MiB or GiB."""
+    """Format a number of bytes in KiB, MiB, GiB or TiB."""
     if nbytes < 2**20:
         return f"{nbytes / 2**10:.0f} KiB"
     if nbytes < 2**30:
         return f"{nbytes / 2**20:.0f} MiB"
-    return f"{nbytes / 2**30:.1f} GiB"
+    if nbytes < 2**40:
+        return f"{nbytes / 2**30:.1f} GiB"
+    return f"{nbytes / 2**40:.1f} TiB"

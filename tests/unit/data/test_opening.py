@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import types
 
 import numpy as np
@@ -360,6 +361,47 @@ def test_hugging_face_is_kept_from_the_network_unless_asked(hub):
         "data: 'hf:planets?split=train' cannot be opened: no data set planets "
         "(nothing is downloaded without download=true)"
     )
+    assert hub.config.HF_HUB_OFFLINE is False
+
+
+def test_threads_that_overlap_remain_offline_until_the_last_ends(hub):
+    """The switch is that of the process: the first one to end must not switch it back."""
+    load, inside = hub.load_dataset, []
+
+    def overlapping(path, split=None, **options):
+        if path == "animals":
+            done = threading.Thread(target=open_images, args=["hf:others?split=train"])
+            done.start()
+            done.join()
+            inside.append(hub.config.HF_HUB_OFFLINE)
+        return load(path, split, **options)
+
+    hub.load_dataset = overlapping
+    hub.there["others"] = {"train": rows(9)}
+    open_images("hf:animals?split=train")
+    assert inside == [True]
+    assert hub.config.HF_HUB_OFFLINE is False
+
+
+def test_threads_that_overlap_the_other_way(hub):
+    load, first, second = hub.load_dataset, threading.Event(), threading.Event()
+
+    def overlapping(path, split=None, **options):
+        if path == "animals":  # begins first and ends first
+            first.set()
+            assert second.wait(60)
+        else:
+            second.set()
+            opening.join()
+        return load(path, split, **options)
+
+    hub.load_dataset = overlapping
+    hub.there["others"] = {"train": rows(9)}
+    opening = threading.Thread(target=open_images, args=["hf:animals?split=train"])
+    opening.start()
+    assert first.wait(60)
+    open_images("hf:others?split=train")
+    assert [call[3] for call in hub.calls] == [True, True]
     assert hub.config.HF_HUB_OFFLINE is False
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -111,7 +113,13 @@ def left_over(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("given", "name"),
-    [({"lr": 0.1}, "lr"), ({"epochs": 9}, "epochs"), ({"frozen": "0.bias"}, "frozen")],
+    [
+        ({"lr": 0.1}, "lr"),
+        ({"epochs": 9}, "epochs"),
+        ({"frozen": "0.bias"}, "frozen"),
+        ({"loss": overflowing}, "loss"),
+        ({"autocast": torch.bfloat16}, "autocast"),
+    ],
 )
 def test_checkpoints_of_other_arguments(given, name, data, left_over):
     with pytest.raises(
@@ -147,3 +155,65 @@ def test_damaged_checkpoints(data, left_over):
             FileFormatError, match="^checkpoint: .* is not a checkpoint of finetune"
         ):
             finetune(net(), data, checkpoint=left_over)
+
+
+def loader(x, y, size=16):
+    return DataLoader(TensorDataset(x, y), batch_size=size, shuffle=True)
+
+
+def test_checkpoints_of_other_data(data, left_over):
+    x, y = examples(1)
+    model = net()
+    before = state(model)
+    for other in ((x + 1e-3, y), (x, y.flip(0)), (x.flip(0), y)):
+        with pytest.raises(FileFormatError, match="^checkpoint: .* with other batches"):
+            finetune(model, loader(*other), checkpoint=left_over)
+        assert_same(model, before)
+    with pytest.raises(FileFormatError, match="other values of number of batches"):
+        finetune(model, loader(x, y, 12), checkpoint=left_over)
+    assert_same(model, before)
+    finetune(model, loader(x, y), checkpoint=left_over)
+    assert not left_over.exists()
+
+
+def test_checkpoints_of_other_held_out_images(data, tmp_path, monkeypatch):
+    path = tmp_path / "epoch.pt"
+    killed(net(), data, path, monkeypatch, held_out=[examples(2)])
+    with pytest.raises(FileFormatError, match="^checkpoint: .* with other held_out"):
+        finetune(net(), data, checkpoint=path, held_out=[examples(3)])
+    finetune(net(), data, checkpoint=path, held_out=[examples(2)])
+
+
+def test_another_architecture_with_the_same_weights(data, left_over):
+    model = net()
+    model[5] = nn.GELU()
+    with pytest.raises(FileFormatError, match="of another model"):
+        finetune(model, data, checkpoint=left_over)
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.randn_like(x) / 10, y
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_augmented_images(number, tmp_path, monkeypatch):
+    """Their random numbers are those of the seed, so that a resumed run has the same bits."""
+    path = tmp_path / "epoch.pt"
+    noisy = DataLoader(Noisy(*examples(1)), batch_size=16, shuffle=True)
+    whole, model = net(), net()
+    finetune(whole, noisy)
+    killed(model, noisy, path, monkeypatch, number)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "batches yield other images on every pass")
+        finetune(model, noisy, checkpoint=path)
+    assert_same(model, state(whole))
+
+
+def test_resuming_leaves_the_random_numbers_of_the_caller(data, left_over):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    finetune(net(), data, checkpoint=left_over)
+    assert torch.equal(torch.rand(3), expected)

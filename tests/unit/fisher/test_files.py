@@ -189,3 +189,20 @@ def test_files_that_do_not_fit_together(tmp_path):
     with pytest.raises(InvalidArgument, match="weight must be .*, got -1"):
         fastsal.merge_files([tmp_path / "a", tmp_path / "a"], tmp_path / "c", weights=[1, -1])
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("name", ["/{0}", "../{0}", "../f/{0}", "sub/../{0}", "..", "", 3])
+def test_shards_are_files_of_the_folder_of_their_index(name, tmp_path):
+    """An index that was downloaded must not read other files of the machine."""
+    folder = tmp_path / "f"
+    (folder / "sub").mkdir(parents=True)
+    statistics().save(folder / "fisher.json", shard_bytes="100KiB")
+    index = json.loads((folder / "fisher.json").read_text())
+    outside = tmp_path / index["shards"][0]
+    outside.write_bytes((folder / index["shards"][0]).read_bytes())
+    if isinstance(name, str):
+        name = name.format(str(outside)[1:] if name.startswith("/") else outside.name)
+    index["shards"][0] = name
+    (folder / "fisher.json").write_text(json.dumps(index))
+    with pytest.raises(FileFormatError, match="^path: .* must list shards in its own folder, got"):
+        BlockFisher.load(folder / "fisher.json")

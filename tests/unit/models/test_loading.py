@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +85,8 @@ def test_a_model_from_a_file(tiny_file):
         ("tiny", {"weights": "nowhere.pth"}, "no file nowhere.pth"),
         (
             "tiny",
-            {"weights": "weights.bin"},
-            "weights must be 'pretrained' or a file that ends in .*, got 'weights.bin'",
+            {"weights": "weights.h5"},
+            "weights must be 'pretrained' or a file that ends in .*, got 'weights.h5'",
         ),
     ],
 )
@@ -203,12 +204,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     save_weights(nn.Linear(2, 2), path)
     before = path.read_bytes()
 
-    def half(model, filename, metadata):
+    def half(tensors, filename, metadata):
         with open(filename, "w") as file:
             file.write("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safetensors.torch.save_model", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         save_weights(nn.Linear(2, 2), path)
     assert path.read_bytes() == before
@@ -313,3 +314,15 @@ def test_what_is_no_integer_is_refused(tiny_file, name, value):
 def test_input_numbers_of_another_type_are_refused(tiny_file, arguments, message):
     with pytest.raises(InvalidArgument, match=message):
         input_spec(load_model(f"{tiny_file}:tiny"), **arguments)
+
+
+def test_threads_build_the_same_weights_and_leave_the_random_numbers():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load_model("test_resnet", seed=1), range(16)))
+    first = models[0].state_dict()
+    for model in models:
+        assert all(torch.equal(v, first[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.rand(4), expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +12,7 @@ from torch import nn
 
 import fastsal
 import fastsal.pruning.step
-from fastsal.errors import FileFormatError
+from fastsal.errors import FileFormatError, InvalidArgument
 
 
 class Killed(Exception):
@@ -81,12 +83,140 @@ def left_over(data, tmp_path, monkeypatch):
     return path
 
 
+def halved(outputs, labels):
+    return nn.functional.cross_entropy(outputs, labels, reduction="none") / 2
+
+
 @pytest.mark.parametrize(
-    ("given", "match"), [({"rounds": 5}, "rounds"), ({"damping": 1e-3}, "damping")]
+    ("given", "name"),
+    [
+        ({"rounds": 5}, "rounds"),
+        ({"damping": 1e-3}, "damping"),
+        ({"loss": halved}, "loss"),
+        ({"autocast": torch.bfloat16}, "autocast"),
+        ({"micro_batch": 8}, "micro_batch"),
+        ({"loss_scale": 2.0}, "loss_scale"),
+        ({"curvature": "sampled"}, "curvature"),
+        ({"recalibrate": True}, "recalibrate"),
+    ],
 )
-def test_other_arguments_are_refused(data, left_over, given, match):
-    with pytest.raises(FileFormatError, match=match):
-        prune(make(), data, left_over, **given)
+def test_other_arguments_are_refused(data, left_over, given, name):
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    said = f"^checkpoint: .* with other values of {name}; pass the same arguments"
+    with pytest.raises(FileFormatError, match=said):
+        prune(model, data, left_over, **given)
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+def test_another_loss_function_is_refused(data, tmp_path, monkeypatch):
+    path = tmp_path / "round.safetensors"
+
+    def scaled(factor):
+        return lambda out, y: factor * nn.functional.cross_entropy(out, y, reduction="none")
+
+    with monkeypatch.context() as patch:
+        kill_in_round(patch, 3)
+        with pytest.raises(Killed):
+            prune(make(), data, path, loss=scaled(1.0))
+    with pytest.raises(FileFormatError, match="with other values of loss"):
+        prune(make(), data, path, loss=scaled(2.0))
+    prune(make(), data, path, loss=scaled(1.0))
+
+
+def other_pixel(x, y):
+    x = x.clone()
+    x[5, 0, 0, 0] += 1e-6
+    return [(x, y)]
+
+
+OTHER_DATA = {
+    "a pixel": other_pixel,
+    "a label": lambda x, y: [(x, torch.cat([(y[:1] + 1) % 4, y[1:]]))],
+    "labels of other images": lambda x, y: [(x, y.roll(1))],
+    "fewer": lambda x, y: [(x[:60], y[:60])],
+    "twice": lambda x, y: [(x, y), (x, y)],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_DATA)
+def test_other_data_is_refused(name, data, left_over):
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(FileFormatError, match="^checkpoint: .* a run with other batches"):
+        prune(model, OTHER_DATA[name](*data[0]), left_over)
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())
+
+
+def test_order_and_size_of_batches_are_not_other_data(data, left_over):
+    x, y = data[0]
+    order = torch.randperm(64)
+    batches = list(zip(x[order].split(10), y[order].split(10)))
+    prune(make(), batches, left_over)
+    assert not left_over.exists()
+
+
+class Augmented:
+    """Other pixels on every pass, as random crops give."""
+
+    def __init__(self, data, seed):
+        self.data = data
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def __iter__(self):
+        for x, y in self.data:
+            yield x + torch.randn(x.shape, generator=self.noise), y
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_images_that_change_on_every_pass_are_resumed(number, data, tmp_path, monkeypatch):
+    path = tmp_path / "round.safetensors"
+    with monkeypatch.context() as patch:
+        kill_in_round(patch, number)
+        with pytest.raises(Killed):
+            prune(make(), Augmented(data, 0), path, damping=1e-3)
+    if number == 2:  # of one pass it is not known that they change
+        with pytest.warns(UserWarning, match="batches yield other images on every pass"):
+            prune(make(), Augmented(data, 1), path, damping=1e-3)
+    else:
+        prune(make(), Augmented(data, 1), path, damping=1e-3)
+    assert not path.exists()
+
+
+def test_another_model_with_the_same_weights_is_refused(data, left_over):
+    other = make()
+    other[2] = nn.GELU()
+    with pytest.raises(FileFormatError, match="of another model"):
+        prune(other, data, left_over)
+    other = make()
+    with torch.no_grad():
+        other[3].bias += 1
+    with pytest.raises(FileFormatError, match="from other weights"):
+        prune(other, data, left_over)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_at_once(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    seen = []
+    with pytest.raises(InvalidArgument, match=r"^checkpoint: .* cannot be written"):
+        prune(make(), data, tmp_path / "file" / "round", progress=lambda *_: seen.append(1))
+    assert seen == []
+
+
+def test_a_checkpoint_that_cannot_be_removed_loses_nothing(data, tmp_path, monkeypatch):
+    path = tmp_path / "round.safetensors"
+
+    def fail(self, missing_ok=False):
+        if self == path:
+            raise PermissionError(1, "Operation not permitted", str(self))
+        return unlink(self, missing_ok)
+
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", fail)
+    model = make()
+    with pytest.warns(UserWarning, match="cannot be removed .Operation not permitted"):
+        result = prune(model, data, path, damping=1e-3)
+    result.masks.verify(model)
 
 
 def test_other_weights_are_refused(data, left_over):

@@ -85,6 +85,39 @@ def test_one_of_several_ranks(budget):
         plan_memory(net(), images(), ranks=0)
 
 
+def test_held_out_images_that_are_kept_are_counted():
+    """Without a budget those of the damping; within one, only where the images come once."""
+    each = 3 * 8 * 8 * 4
+    free = plan_memory(net(), images(), samples=100, calibrate=False)
+    assert free.images == free.as_dict()["images"] == 13 * each
+    assert free.memory == plan_memory(net(), images(), damping=1.0, calibrate=False).memory + (
+        13 * each
+    )
+    assert plan_memory(net(), images(), samples=10**6, calibrate=False).images == 1024 * each
+    assert plan_memory(net(), images(), prunes=False, calibrate=False).images == 0
+    how = {"samples": 48, "memory_budget": "1GiB", "micro_batch": 4}
+    again = plan_memory(net(), images(), calibrate=False, **how)
+    once = plan_memory(net(), iter(images()), calibrate=False, **how)
+    assert (again.images, once.images) == (0, 6 * each)
+    assert once.memory == again.memory + 6 * each
+    done = fastsal.prune(net(), iter(images()), 0.5, **how).history[0].memory_plan
+    assert done["images"] == 6 * each
+    # Twelve for the test of a limit, and one in eight of the others.
+    limit = {"max_loss_increase": 2.0, "confidence": 0.1}
+    done = fastsal.prune(net(), iter(images()), **limit, **how).history[0].memory_plan
+    assert done["images"] == (13 + 5) * each
+
+
+def test_images_that_come_once_need_a_number_within_a_budget():
+    how = {"max_loss_increase": 0.5, "damping": 1e-3, "memory_budget": "1GiB"}
+    with pytest.raises(InvalidArgument, match="samples must be given for a limit with memory_budg"):
+        fastsal.prune(net(), iter(images()), **how)
+    with pytest.raises(InvalidArgument, match="held_out must be .* several times.* an iterator"):
+        fastsal.prune(net(), images(), held_out=iter(images()), **how)
+    with pytest.raises(InvalidArgument, match="memory_budget must be .* for held-out images"):
+        fastsal.prune(net(), iter(images()), 0.5, samples=48, memory_budget="10MiB")
+
+
 def test_time_is_tried(tmp_path):
     plan = plan_memory(net(), images(), samples=1000, scratch=tmp_path, **BUDGET)
     more = plan_memory(net(), images(), samples=100_000, scratch=tmp_path, **BUDGET)

@@ -25,6 +25,8 @@ from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.damping import _MULTIPLES, candidates, choose_damping, mean_diagonal
 from fastsal.pruning.measured import HeldOut
 
+from ..held_out_places import held_out_mask
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -270,9 +272,10 @@ def test_damping_auto_takes_the_least_held_out_loss():
     assert entry.samples == 64
     assert result.masks.recipe["damping"] == [entry.damping]
 
-    # By hand: every eighth image is held out, and joins the statistics afterwards.
+    # By hand: one image in eight is held out, and joins the statistics afterwards.
     images, labels = data()
-    out = torch.arange(64) % 8 == 7
+    out = held_out_mask(64)
+    assert int(out.sum()) == 8
     by_hand = trained().eval()
     fisher = collect(by_hand, [(images[~out], labels[~out])], precision="float64")
     grid = candidates(mean_diagonal(fisher))
@@ -416,6 +419,9 @@ def test_compensation_is_worth_it():
 # Refusals.
 
 
+HELD = int(held_out_mask(64).nonzero()[3])
+
+
 def nan_in(at):
     images, labels = data()
     images[at] = math.nan
@@ -464,14 +470,14 @@ REFUSED = {
     "iterator": ({"batches": iter(BATCHES), "rounds": 2}, InvalidArgument, "^batches must be iter"),
     "too few to hold out": ({"samples": 7}, InvalidArgument, "^damping: .*at least 8 samples"),
     "NaN image": ({"batches": nan_in(20), "damping": 0.1}, NonFiniteGradient, "^sample 20: "),
-    "NaN image held out": ({"batches": nan_in(15)}, NonFiniteGradient, "loss must be finite"),
+    "NaN image held out": ({"batches": nan_in(HELD)}, NonFiniteGradient, "loss must be finite"),
     "label": (
         {"batches": wrong_label(9, 3), "damping": 0.1},
         DataError,
         "^labels must be .*got 3 for sample 9",
     ),
-    "label held out": ({"batches": wrong_label(15, 3)}, DataError, "^labels must be .*got 3"),
-    "label held out below": ({"batches": wrong_label(7, -100)}, DataError, "^labels .*got -100"),
+    "label held out": ({"batches": wrong_label(HELD, 3)}, DataError, "^labels must be .*got 3"),
+    "label held out below": ({"batches": wrong_label(HELD, -100)}, DataError, "^labels .*got -100"),
     "labels missing": ({"batches": [(data()[0], None)]}, DataError, "^labels must be given"),
     "interrupt": ({"batches": interrupted()}, KeyboardInterrupt, None),
 }  # fmt: skip

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import fastsal
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
+from fastsal.pruning import rounds
 from fastsal.pruning.recalibration import recalibrate, recalibrate_if_better
 
 
@@ -70,3 +71,55 @@ def test_bad_arguments(data):
         fastsal.prune(model, [data], 0.5, criterion="magnitude", compensate=False, recalibrate=True)
     with pytest.raises(InvalidArgument, match="iterator"):
         fastsal.prune(model, iter([data]), 0.5, recalibrate=True)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("no memory")])
+def test_an_interrupted_recalibration_leaves_the_moments(data, error):
+    model = make()
+    recalibrate(model, [data])
+    before = {k: v.clone() for k, v in model.named_buffers()}
+
+    def failing():
+        yield data[0] + 1, None
+        raise error
+
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        recalibrate(model, failing())
+    assert all(v.equal(before[k]) for k, v in model.named_buffers())
+    assert model[1].momentum == 0.1
+
+
+def test_no_images_leave_the_moments(data):
+    model = make()
+    recalibrate(model, [data])
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    with pytest.raises(DataError, match="batches must contain at least one image"):
+        recalibrate(model, [])
+    assert all(v.equal(before[k]) for k, v in model.named_buffers())
+
+
+def test_a_loss_that_fails_leaves_the_moments(data):
+    model = make()
+    before = {k: v.clone() for k, v in model.named_buffers()}
+    losses = iter([1.0])
+    with pytest.raises(StopIteration):
+        recalibrate_if_better(model, [data], lambda: next(losses))
+    assert all(v.equal(before[k]) for k, v in model.named_buffers())
+
+
+def test_prune_that_is_interrupted_after_it_leaves_the_model(data, monkeypatch):
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tried = []
+
+    def interrupted(model, batches, _):
+        values = iter((1.0, 0.5))
+        assert recalibrate_if_better(model, batches, lambda: next(values)).kept
+        tried.append(any(not v.equal(before[k]) for k, v in model.named_buffers()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rounds, "recalibrate_if_better", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastsal.prune(model, [data], 0.8, damping=1e-3, recalibrate=True)
+    assert tried == [True]
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastsal.data.corruptions import corrupt
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import InvalidArgument
@@ -220,22 +221,57 @@ def test_own_heads_are_not_written(tmp_path):
         save_head(tmp_path / "x.safetensors", own)
 
 
-def test_files_count_by_name_size_and_time(tmp_path):
-    def write(root):
-        for i, image in enumerate(images().x):
-            folder = root / "abc"[i % 3]
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i:02d}.png")
-            os.utime(folder / f"{i:02d}.png", ns=(0, 10**18))
-        return load_images(root)
+def write_files(root):
+    for i, image in enumerate(images().x):
+        folder = root / "abc"[i % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02d}.bmp")
+    return load_images(root)
 
-    a, b = write(tmp_path / "one"), write(tmp_path / "two")
-    assert split_digest(a) == split_digest(b)  # wherever the folder lies
-    os.utime(b.x[3], ns=(0, 10**18 + 1))
-    assert split_digest(a) != split_digest(b)
-    os.utime(b.x[3], ns=(0, 10**18))
-    os.rename(b.x[3], b.x[3].with_name("0x.png"))
-    assert split_digest(a) != split_digest(load_images(tmp_path / "two"))
+
+def test_files_count_by_their_content(tmp_path):
+    a, b = write_files(tmp_path / "one"), write_files(tmp_path / "two")
+    assert split_digest(a) == split_digest(b)  # wherever the folder lies, and whenever it was made
+    os.rename(b.x[0], b.x[0].with_name("000.bmp"))
+    assert split_digest(load_images(tmp_path / "two")) == split_digest(a)
+    status = b.x[3].stat()
+    whole = b.x[3].read_bytes()
+    b.x[3].write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # of the same size
+    os.utime(b.x[3], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert b.x[3].stat().st_size == status.st_size
+    assert b.x[3].stat().st_mtime_ns == status.st_mtime_ns
+    assert split_digest(load_images(tmp_path / "two")) != split_digest(a)
+
+
+def test_heads_of_files_with_other_content_are_fitted_again(tmp_path, collected):
+    task = Task.split("t", write_files(tmp_path / "one"))
+    fit_heads(Net(), task, spec=SPEC, cache=tmp_path / "heads")
+    fit_heads(Net(), task, spec=SPEC, cache=tmp_path / "heads")
+    assert len(collected) == 1
+    file = task.fit.x[0]
+    status = file.stat()
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    fit_heads(Net(), task, spec=SPEC, cache=tmp_path / "heads")
+    assert len(collected) == 2
+
+
+def test_transforms_of_files_count(tmp_path):
+    files = write_files(tmp_path / "one")
+    found = {
+        split_digest(some)
+        for some in (
+            files,
+            corrupt(files, "contrast", severity=1),
+            corrupt(files, "contrast", severity=5),
+            corrupt(files, "blur", severity=5),
+            files.transformed(lambda pixels, _: pixels // 2),
+            files.transformed(lambda pixels, _: pixels // 4),
+        )
+    }
+    assert len(found) == 6
+    again = corrupt(load_images(tmp_path / "one"), "blur", severity=5)
+    assert split_digest(again) in found
 
 
 def test_batches_count_by_what_they_hold():
@@ -251,3 +287,11 @@ def test_the_digest_of_a_model_does_not_change_between_runs():
     assert model_digest(model) == model_digest(model)
     assert model_digest(Net()) == model_digest(Net().train())
     assert model_digest(Net()) != model_digest(Net().bfloat16())
+
+
+def test_a_cache_that_cannot_be_written_loses_no_head(tmp_path):
+    (tmp_path / "file").write_text("")
+    task = Task.split("t", images())
+    with pytest.warns(UserWarning, match="cache: the head of 't' is not stored in .*file"):
+        head = fit_heads(Net(), task, spec=SPEC, cache=tmp_path / "file" / "heads")["t"]
+    assert_same(head, fit_heads(Net(), task, spec=SPEC)["t"])

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 
 import pytest
 
-from fastsal.utils.atomic import atomic_path, write_text
+from fastsal.errors import InvalidArgument
+from fastsal.utils.atomic import atomic_path, check_writable, recording_writes, write_text
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -52,3 +55,66 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         write_text(tmp_path / "file" / "a.txt", "x")
+
+
+def test_names_of_threads_do_not_collide(tmp_path):
+    path = tmp_path / "a.txt"
+    with atomic_path(path) as one, atomic_path(path) as two:
+        assert one != two
+        one.write_text("one")
+        two.write_text("two")
+    assert path.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_long_names(tmp_path):
+    path = tmp_path / ("x" * 240 + ".json")
+    write_text(path, "{}")
+    assert path.read_text() == "{}"
+
+
+def test_content_is_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    """A crash of the machine leaves the old file or the new one, never an empty one."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(place):
+        kind = "folder" if stat.S_ISDIR(os.fstat(place).st_mode) else "file"
+        events.append((kind, os.fstat(place).st_size if kind == "file" else None))
+        fsync(place)
+
+    def renamed(source, target):
+        events.append(("rename", None))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_text(tmp_path / "a.txt", "four")
+    assert events == [("file", 4), ("rename", None), ("folder", None)]
+
+
+def test_what_cannot_be_written_is_told_beforehand(tmp_path, monkeypatch):
+    check_writable(tmp_path / "deep" / "a.txt", "out")
+    check_writable(tmp_path, "out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidArgument, match=r"^out: .*a\.txt cannot be written: .*file is not"):
+        check_writable(tmp_path / "file" / "a.txt", "out")
+    with pytest.raises(InvalidArgument, match="needs .* GiB of free disk space, got"):
+        check_writable(tmp_path / "a.txt", "out", 2**60)
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("builtins.open", read_only)
+    with pytest.raises(InvalidArgument, match="is not writable .Read-only file system"):
+        check_writable(tmp_path / "a.txt", "checkpoint")
+
+
+def test_written_files_are_recorded(tmp_path):
+    with recording_writes() as written:
+        write_text(tmp_path / "a.txt", "x")
+        with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "b.txt"):
+            raise ZeroDivisionError
+    write_text(tmp_path / "c.txt", "x")
+    assert written == [tmp_path / "a.txt"]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import FastsalError
+from fastsal.models.evaluating import set_modes
 from fastsal.models.inputs import input_spec
 from fastsal.models.lite0 import load_backbone
 from fastsal.transfer.evaluation import evaluate
@@ -238,7 +239,8 @@ def with_head(backbone: nn.Module, head: Head) -> tuple[nn.Module, list[str]]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not model.get_classifier()
     ]
-    return model.eval(), names
+    set_modes(model, False)
+    return model, names
 
 
 def _mean(diagonal: dict[str, Tensor]) -> float:

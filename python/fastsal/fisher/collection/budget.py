@@ -44,7 +44,7 @@ _SMALL, _ACTIVATIONS_OF_SMALL = 4, 0.8
 _JOINED = 0.85
 
 
-def unlimited(how: PassSettings, sums: ModelSums, share: Share) -> MemoryPlan:
+def unlimited(how: PassSettings, sums: ModelSums, share: Share, images: int = 0) -> MemoryPlan:
     """Return the plan without a budget: all sums in memory, in one pass; nothing is measured."""
     parts = uncut(sums.shapes)
     costs = _Costs(how, sums, how.micro_batch, share)
@@ -62,6 +62,7 @@ def unlimited(how: PassSettings, sums: ModelSums, share: Share) -> MemoryPlan:
         kept=0,
         kept_collecting=0,
         view=VIEW_BYTES,
+        images=images,
         ranks=costs.share.ranks,
     )
 
@@ -98,7 +99,7 @@ def plan_within(
     Raises:
         InvalidArgument: The budget is too small, or requires a scratch folder, or more space in it.
     """
-    total = round(_PLANNED * budget)
+    total = round(_PLANNED * budget) - use.images
     view = min(VIEW_BYTES, budget // 16)
     # Stored sums remain in memory while weights are scored; recomputed sums are accumulated then.
     scoring = use.kept + VIEW_COPIES * view
@@ -126,12 +127,13 @@ def plan_within(
         groups = costs.groups(round(joined * room)) if room > 0 else None
     if groups is None or scoring > total:
         block = costs.of(costs.first_unit())
-        least = max(kept_collecting + activations + block, scoring) / _PLANNED
+        least = (use.images + max(kept_collecting + activations + block, scoring)) / _PLANNED
         hint = "; scratch=FOLDER (--scratch) requires less" if place == "recomputed" else ""
         raise InvalidArgument(
             f"memory_budget must be at least {gib(least)}, got {gib(budget)}: "
             f"{gib(activations)} for a pass of {max(size, 2)} samples, {gib(block)} for one block"
-            + _and_kept(use.kept)
+            + _and(use.kept, "scores, masks and copies of weights")
+            + _and(use.images, "held-out images, as batches is an iterator")
             + hint
         )
     plan = MemoryPlan(
@@ -147,6 +149,7 @@ def plan_within(
         kept=use.kept,
         kept_collecting=use.kept_collecting if place == "memory" else kept_collecting,
         view=view,
+        images=use.images,
         ranks=share.ranks,
     )
     if place == "memory":
@@ -278,5 +281,5 @@ def _micro_batch(memory: PassMemory, most: int, planned: int) -> int:
     return size
 
 
-def _and_kept(kept: int) -> str:
-    return f", {gib(kept)} for scores, masks and copies of weights" if kept else ""
+def _and(nbytes: int, what: str) -> str:
+    return f", {gib(nbytes)} for {what}" if nbytes else ""

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from fastsal.data.batches import Batches
+from fastsal.data.numbering import check_labels_of
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
 from fastsal.fisher.statistics import Collected
 from fastsal.gradients.losses import LossFunction
+from fastsal.models.classifier import using_head
 from fastsal.utils.choices import Curvature
 
 
@@ -34,10 +37,14 @@ def collect(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
+    head: str | Sequence[str] | None = None,
+    batch: BatchRule | None = None,
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
-    The model runs in evaluation mode, and its state is restored afterwards.
+    The model runs in evaluation mode, and its state is restored afterwards. A warning is given if
+    labels or logits do not look right: labels that are not numbered as the outputs of the model, a
+    loss worse than guessing, a model without a classifier or with a random one.
 
     With `curvature="features"` neither labels nor a classifier is needed. The features `f_θ(x)`
     `[F]`, which are the input of the classifier, are treated as the mean of a Gaussian. A target
@@ -50,20 +57,24 @@ def collect(
     have the unit of a squared feature.
 
     Args:
-        model: Maps images `[n, C, H, W]` to logits `[n, classes]`, or to what `loss` requires. Its
-            weights may be float16 or bfloat16; gradients and sums are then float32.
+        model: Maps images `[n, C, H, W]` to logits `[n, classes]`, to a dict or tuple that contains
+            them, or to what `loss` requires. Its weights may be float16 or bfloat16; gradients and
+            sums are then float32. Of a wrapper (`DistributedDataParallel`, `torch.compile`, an
+            average) the model inside is used.
         batches: Iterable of `(images, labels)`: `[n, C, H, W]` floating point and normalized, or
             tokens `[n, L]` int64 or int32; and `[n]` integer, or the `[n, ...]` that `loss`
-            requires. With `curvature="sampled"` and `"features"` labels may be missing: None, or
-            images alone.
+            requires. Or of dicts with one of `pixel_values`, `image`, `images`, `x`, `img`, and one
+            of `labels`, `label`, `y`, `target`. With `curvature="sampled"` and `"features"` labels
+            may be missing: None, or images alone; with `"features"` further parts are ignored.
         block_size: Weights of a block; None makes each parameter one block.
         samples: Number of samples to use; None uses all.
-        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. Its
-            outputs are at least float32.
+        loss: `"cross-entropy"`, or a function `(outputs, labels)` that returns losses `[n]`. It
+            gets what the model returns, with tensors in float32 or wider.
         curvature: `"empirical"` uses the given labels (the empirical Fisher); `"sampled"` draws
             labels from the softmax of the model (the true Fisher); `"features"` ignores labels and
             outputs, see above.
-        parameters: Names or patterns; None selects the weights of Linear and ConvNd layers.
+        parameters: Names or patterns; None selects the weights of Linear and ConvNd layers, and the
+            projections of `nn.MultiheadAttention`.
             Embedding tables must be named (see `fastsal.models.selection`). With
             `curvature="features"` the weights of the classifier are excluded unless they are named
             exactly, as features do not depend on them.
@@ -85,6 +96,9 @@ def collect(
         loss_scale: Power of two that losses are multiplied by in the backward pass. Loss scaling
             keeps float16 gradients from underflowing; it is undone in float32 before squaring, and
             halved if gradients overflow. None is 2¹⁶ if the model or autocast is float16, else 1.
+        head: Name of the classifier's layer, or several; None finds it. Only
+            `curvature="features"` uses it: features are its input.
+        batch: Function from a batch to `(images, labels)`, for batches of another form.
 
     Returns:
         The statistics.
@@ -96,23 +110,26 @@ def collect(
         UnknownParameter: `parameters` matches nothing.
         UnsupportedLayer: The per-sample gradient of a weight cannot be formed.
     """
-    statistics = collected(
-        model,
-        batches,
-        block_size=block_size,
-        samples=samples,
-        loss=loss,
-        curvature=curvature,
-        parameters=parameters,
-        memory_budget=memory_budget,
-        scratch=scratch,
-        scratch_budget=scratch_budget,
-        progress=progress,
-        seed=seed,
-        precision=precision,
-        micro_batch=micro_batch,
-        autocast=autocast,
-        loss_scale=loss_scale,
-    )
+    if curvature == "empirical":
+        check_labels_of(batches, model)
+    with using_head(model, head):
+        statistics = collected(
+            model,
+            ruled(batches, batch),
+            block_size=block_size,
+            samples=samples,
+            loss=loss,
+            curvature=curvature,
+            parameters=parameters,
+            memory_budget=memory_budget,
+            scratch=scratch,
+            scratch_budget=scratch_budget,
+            progress=progress,
+            seed=seed,
+            precision=precision,
+            micro_batch=micro_batch,
+            autocast=autocast,
+            loss_scale=loss_scale,
+        )
     assert isinstance(statistics, Collected)  # without a `use`, the sums are always stored
     return statistics.fisher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +62,7 @@ def run(work: Work, passes: Passes, progress: bool | Report) -> Statistics:
 def add_samples(
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     *,
     progress: bool | Report = False,
     **options: Any,
@@ -82,7 +82,7 @@ def add_samples(
 def join(
     statistics: Statistics,
     model: nn.Module,
-    batches: list[Pair],
+    batches: Iterable[Pair],
     passes: Callable[[Work], Passes],
     progress: bool | Report,
     **options: Any,
@@ -92,7 +92,7 @@ def join(
     Args:
         statistics: They are changed in place.
         model: The model, with the same weights.
-        batches: The samples.
+        batches: The samples, the same in every iteration.
         passes: Divides the collection into passes that fit in `work.plan.spare` bytes.
         progress: How to report progress.
         options: Those of `prepare`; the memory budget is that of the statistics.
@@ -101,7 +101,8 @@ def join(
     if plan is None:
         raise InvalidArgument("statistics must be collected within a budget")  # an internal error
     budgets = ("memory_budget", "scratch", "scratch_budget", "use")
-    work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
+    rest = {k: v for k, v in options.items() if k not in budgets}
+    work = prepare(model, batches, **{**rest, "warns": False})
     samples = sum(len(images) for images, _ in batches)
     how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)
     work = replace(work, how=how, plan=plan)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastsal.fisher.collection.passes import PassSettings
 from fastsal.fisher.memory_plan import PassMemory
 from fastsal.gradients.precision import row_dtype
+from fastsal.models.outputs import output_tensor
 from fastsal.utils.live_memory import LiveMemory, trim_heap
 
 
@@ -27,7 +28,7 @@ def measure(
     if how.chosen and next(iter(how.chosen.values())).device.type == "meta":
         return _on_meta(how, names, images)
     peaks = []
-    with replace(how, micro_batch=2).engine(names) as engine, LiveMemory() as live:
+    with replace(how, micro_batch=2).engine(names, pads=False) as engine, LiveMemory() as live:
         engine.prepare(*first_samples(images, labels, 2))
         for n in (1, 2):  # buffers between layers grow with the samples
             live.reset()
@@ -55,7 +56,7 @@ def _on_meta(how: PassSettings, names: set[str], images: Tensor) -> PassMemory:
             for p in tracked.values():
                 p.requires_grad_(True)
             with LiveMemory() as live:
-                outputs = how.model(x.to("meta"))
+                outputs = output_tensor(how.model(x.to("meta")))
                 torch.autograd.grad(outputs.float().sum(), list(tracked.values()))
                 peaks.append(live.peak)
         finally:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsal.data.batches import Pair, in_micro_batches
+from fastsal.fisher.collection.label_checks import LabelChecks
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Parts
 from fastsal.fisher.sinks.choosing import choose_sink
@@ -33,6 +34,7 @@ class PassSettings:
         micro_batch: Samples of one forward and backward pass.
         step: Samples whose rows are gathered before they are added to the sums.
         samples: Total number of samples, or None if unknown.
+        checks: Notes about labels and the classifier; None for none.
     """
 
     model: nn.Module
@@ -45,8 +47,9 @@ class PassSettings:
     micro_batch: int
     step: int
     samples: int | None
+    checks: LabelChecks | None = None
 
-    def engine(self, names: Iterable[str]) -> GradientEngine:
+    def engine(self, names: Iterable[str], *, pads: bool = True) -> GradientEngine:
         """Return the engine of a pass that forms the gradients of some parameters."""
         wanted = set(names)
         return GradientEngine(
@@ -58,6 +61,7 @@ class PassSettings:
             autocast=self.autocast,
             loss_scale=self.loss_scale,
             micro_batch=self.micro_batch,
+            pads=pads,
         )
 
 
@@ -90,10 +94,16 @@ def add_pass(
         for images, targets in in_micro_batches(pairs, settings.micro_batch, settings.step):
             if total == 0:
                 engine.prepare(images, targets)
+                if settings.checks is not None:
+                    settings.checks.begin(images)
             total += images.shape[0]
             if settings.samples is None:
                 sink.expect(total)
-            engine.run(images, targets, sink)
+            losses = engine.run(images, targets, sink)
+            if settings.checks is not None:
+                settings.checks.add(losses, engine.outputs)
             sink.end_micro_batch(images.shape[0])
             report(total, settings.samples)
         sink.flush()
+        if settings.checks is not None:
+            settings.checks.end()

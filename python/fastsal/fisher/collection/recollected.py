@@ -35,7 +35,6 @@ class Recollected:
         self._works = [work]
         self._passes = passes
         self._progress = progress
-        self._next = len(passes.groups)  # first group that a use in progress has not collected
         # This also fills the held-out images of a source that holds some out.
         self._samples = sum(len(images) for images, _ in work.source())
 
@@ -86,7 +85,6 @@ class Recollected:
                     report(before + done, total)
 
                 sums = self._collected(number, so_far)
-                self._next = number + 1
                 for view, inner in sums.views(cuts=cuts):
                     found = [_within(parts[part.name], part) for part in inner.values()]
                     keys = [part.key for part in found]
@@ -95,12 +93,6 @@ class Recollected:
                     view.parameters.clear()
                 sums.parameters.clear()
                 trim_heap()
-
-    def finish(self) -> None:
-        """Run the remaining passes of a use that failed, in which other processes take part."""
-        for number in range(self._next, len(self._passes.groups)):
-            self._collected(number, lambda *_: None)
-        self._next = len(self._passes.groups)
 
     def _collected(self, number: int, report: Report) -> ModelSums:
         parts = self._passes.groups[number]

@@ -53,12 +53,14 @@ class Criterion:
         name: Value of the argument `criterion`.
         needs_fisher: Whether it needs statistics.
         needs_damping: Whether its scores depend on `λ`.
+        needs_blocks: Whether it needs the packed blocks of F, also where gradients are kept.
         compute: Returns name to scores of the parameter's shape, from `Inputs`.
     """
 
     name: str
     needs_fisher: bool
     needs_damping: bool
+    needs_blocks: bool
     compute: Callable[[Inputs], Scores] = field(repr=False)
 
 
@@ -66,12 +68,12 @@ CRITERIA: dict[str, Criterion] = {}
 
 
 def criterion(
-    name: str, *, needs_fisher: bool, needs_damping: bool = False
+    name: str, *, needs_fisher: bool, needs_damping: bool = False, needs_blocks: bool = False
 ) -> Callable[[Callable[[Inputs], Scores]], Callable[[Inputs], Scores]]:
     """Register a function as a criterion."""
 
     def register(compute: Callable[[Inputs], Scores]) -> Callable[[Inputs], Scores]:
-        CRITERIA[name] = Criterion(name, needs_fisher, needs_damping, compute)
+        CRITERIA[name] = Criterion(name, needs_fisher, needs_damping, needs_blocks, compute)
         return compute
 
     return register

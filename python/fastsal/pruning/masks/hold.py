@@ -23,6 +23,16 @@ from torch.optim import Optimizer
 
 from fastsal.errors import InvalidArgument, MaskError
 
+# Attributes of wrappers of optimizers with the optimizer inside: accelerate, Lightning and others;
+# timm and others.
+_INNER = ("optimizer", "_optimizer", "base_optimizer", "_base_optimizer")
+# Attributes of optimizers with the hooks that are used; a wrapper may have some or none of them.
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
 # Parameter to boolean tensor of its shape, on its device, True = pruned.
 Pruned = Mapping[nn.Parameter, Tensor]
 
@@ -101,13 +111,12 @@ def _checked(optimizer: Optimizer | Iterable[Optimizer] | None, pruned: Pruned) 
     several = isinstance(optimizer, Iterable)
     given: list[Any] = list(optimizer) if several else [optimizer]  # type: ignore[arg-type]
     for each in given:
-        if not isinstance(each, Optimizer):
+        if not isinstance(_with_inner(each)[-1], Optimizer):
             raise InvalidArgument(
                 "optimizer must be a torch.optim.Optimizer, several of them, or None, got "
                 f"{type(each).__name__}"
             )
-    # timm's Lookahead never calls hooks; the optimizer that it wraps does, and has its state.
-    stepping: list[Optimizer] = [getattr(each, "_base_optimizer", each) for each in given]
+    stepping = [each for outer in given for each in _with_inner(outer)]
     groups = (group for each in stepping for group in each.param_groups)
     if not any(p in pruned for group in groups for p in group["params"]):
         raise InvalidArgument(
@@ -115,6 +124,25 @@ def _checked(optimizer: Optimizer | Iterable[Optimizer] | None, pruned: Pruned) 
             "holds none of them"
         )
     return stepping
+
+
+def _with_inner(optimizer: Any) -> list[Any]:
+    """Return an optimizer and those inside it, if they call hooks; the innermost one in any case.
+
+    A wrapper may step the optimizer inside by itself (Lookahead of timm, `accelerate`), may be
+    stepped as a whole, or both (sharpness-aware minimization); the state may be of either.
+    """
+    chain = [optimizer]
+    while inner := [
+        each
+        for name in _INNER
+        if isinstance(each := getattr(chain[-1], name, None), Optimizer)
+        and all(each is not known for known in chain)
+    ]:
+        chain.append(inner[0])
+    # Some pass attributes on to the optimizer inside, whose hooks they then seem to have.
+    hooked = [each for each in chain[:-1] if all(name in vars(each) for name in _HOOKS)]
+    return [*hooked, chain[-1]]
 
 
 @contextlib.contextmanager

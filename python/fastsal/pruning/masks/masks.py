@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
+from fastsal.models.wrappers import renamed, unwrapped
 from fastsal.pruning.masks.hold import Pruned, hold
+from fastsal.pruning.masks.in_use import InUse, count_in_use
+from fastsal.pruning.masks.patterns import broken_groups
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.booleans import boolean
 from fastsal.utils.digests import Digest
 from fastsal.utils.safetensors_files import header_of, metadata_of
+from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
-# Prefixes that DistributedDataParallel, averaged models and torch.compile add to names.
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+|(?<=\.)_orig_mod\.")
 
 
 class Masks(Mapping[str, Tensor]):
@@ -38,6 +41,8 @@ class Masks(Mapping[str, Tensor]):
         masks: Name to mask of the parameter's shape: boolean, or numbers with zero for pruned
             weights. Masks are copied to the CPU.
         recipe: How the masks were made, as values that JSON can hold. It is stored with them.
+        copy: Whether boolean masks on the CPU are copied too. False shares their memory, for masks
+            that nothing else changes.
 
     Attributes:
         recipe: As above.
@@ -47,15 +52,19 @@ class Masks(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, masks: Mapping[str, Tensor], recipe: Mapping[str, Any] | None = None
+        self,
+        masks: Mapping[str, Tensor],
+        recipe: Mapping[str, Any] | None = None,
+        *,
+        copy: bool = True,
     ) -> None:
         if not masks:
             raise InvalidArgument("masks must hold at least one parameter, got none")
-        self._masks = {n: torch.as_tensor(m).detach().cpu().bool() for n, m in masks.items()}
+        self._masks = {name: _boolean(mask, copy=copy) for name, mask in masks.items()}
         empty = [name for name, m in self._masks.items() if m.numel() == 0]
         if empty:
             raise InvalidArgument(f"masks must not be empty, got {empty[0]!r} without elements")
-        self.recipe: dict[str, Any] = dict(recipe or {})
+        self.recipe: dict[str, Any] = deepcopy(dict(recipe or {}))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -115,16 +124,54 @@ class Masks(Mapping[str, Tensor]):
                 # Not a product: zero times infinity is not zero.
                 parameter.masked_fill_(~self[name].to(parameter.device), 0)
 
-    def verify(self, model: nn.Module) -> None:
-        """Check that every pruned weight of a model is exactly zero.
+    def verify(self, model: nn.Module, images: Tensor | None = None) -> None:
+        """Check that every pruned weight of a model is exactly zero, and that the pattern holds.
 
         Args:
             model: A model with the masked parameters, or a wrapper of it.
+            images: Images for `in_use`; None makes them up.
 
         Raises:
-            MaskError: Some are not (the message names the parameter and counts them), or the model
-                lacks a parameter or has it in another shape.
+            MaskError: Some are not (the message names the parameter and counts them), groups of
+                the masks break the pattern of the recipe, or the model lacks a parameter or has it
+                in another shape.
+
+        Warns:
+            UserWarning: Layers compute their weights from masked parameters, so that the weights in
+                use have fewer zeros.
         """
+        self.check(model)
+        found = self.in_use(model, images)
+        if found is not None and found.computed:
+            warn_user(f"{found}; the masks have sparsity {self.sparsity:.4f}")
+
+    def in_use(self, model: nn.Module, images: Tensor | None = None) -> InUse | None:
+        """Count the zeros of the weights that layers use, which may differ from the parameters.
+
+        A layer with weight standardization, for one, computes its weight from the parameter. Such
+        layers are found in one forward pass, which runs only if a masked parameter is not simply
+        the weight of a layer of PyTorch.
+
+        Args:
+            model: A model with the masked parameters, or a wrapper of it.
+            images: `[n, ...]` as the model expects them; None makes them up.
+
+        Returns:
+            The sparsity in use and the parameters that it differs for; None if that is not known,
+            as the model does not run on these images.
+        """
+        return count_in_use(self, self.parameters(model), model, images)
+
+    def check(self, model: nn.Module) -> None:
+        """Check zeros and pattern as `verify` does, without a look at the weights in use.
+
+        Raises:
+            MaskError: As `verify`.
+        """
+        for name, count in broken_groups(self, self.recipe).items():
+            raise MaskError(
+                f"masks: {count} groups of {name!r} break the pattern {self.recipe['pattern']!r}"
+            )
         for name, parameter in self.parameters(model).items():
             alive = (parameter.detach() != 0) & ~self[name].to(parameter.device)
             count = int(alive.sum())
@@ -153,7 +200,8 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             model: The model, or a wrapper: `torch.compile`, `DistributedDataParallel`.
-            optimizer: The optimizer or optimizers of the model. None holds only gradients and
+            optimizer: The optimizer or optimizers of the model, or wrappers of them, such as those
+                that `accelerate` and Lightning Fabric return. None holds only gradients and
                 loaded values, which is enough for an optimizer that is created inside the block and
                 updates each weight by its own gradients.
 
@@ -163,7 +211,7 @@ class Masks(Mapping[str, Tensor]):
                 again).
             InvalidArgument: The optimizer holds none of the masked parameters.
         """
-        return hold(self._pruned(model), model, optimizer, lambda: self.verify(model))
+        return hold(self._pruned(model), model, optimizer, lambda: self.check(model))
 
     def _pruned(self, model: nn.Module) -> Pruned:
         """Invert the masks; a parameter with two names is pruned where either mask says so."""
@@ -178,21 +226,21 @@ class Masks(Mapping[str, Tensor]):
 
         Args:
             model: The model, or a wrapper (`torch.compile`, `DistributedDataParallel`, an averaged
-                model): the prefixes `_orig_mod.` and `module.` are ignored where a name is not
-                found with them.
+                model). Segments that wrappers add to names, such as `_orig_mod.` and `module.`, are
+                ignored where the model has no such name.
 
         Raises:
             MaskError: The model lacks a parameter or has it in another shape.
         """
-        owned = dict(model.named_parameters(remove_duplicate=False))
-        plain = {_WRAPPED.sub("", name): p for name, p in owned.items()}
+        owned = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+        names = renamed(self, owned)
         found = {}
         for name, shape in self.shapes.items():
-            parameter = owned.get(name, plain.get(_WRAPPED.sub("", name)))
-            if parameter is None:
+            if name not in names:
                 raise MaskError(
                     f"model has no parameter {name!r}; the masks belong to another model"
                 )
+            parameter = owned[names[name]]
             if tuple(parameter.shape) != shape:
                 raise MaskError(
                     f"model has parameter {name!r} of shape {tuple(parameter.shape)}, its mask has "
@@ -216,7 +264,7 @@ class Masks(Mapping[str, Tensor]):
             "version": _VERSION,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             # In the form in which it is read back, of which the digest is.
-            "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})})),
+            "recipe": json.loads(json.dumps({**self.recipe, **(recipe or {})}, default=_number)),
         }
         header["digest"] = _digest(header, bits)
         with atomic_path(path) as temporary:
@@ -244,6 +292,9 @@ class Masks(Mapping[str, Tensor]):
                     )
                 shapes = header["shapes"]
                 bits = {name: file.get_tensor(name) for name in shapes}
+                # Before memory of the size that the header names is allocated.
+                if any(8 * bits[n].size - math.prod(s) not in range(8) for n, s in shapes.items()):
+                    raise FileFormatError(f"path: {shown} has bits of other shapes than it says")
                 if set(file.keys()) != set(shapes) or _digest(header, bits) != header["digest"]:
                     raise FileFormatError(f"path: {shown} was modified after it was written")
         except FileFormatError:
@@ -256,7 +307,14 @@ class Masks(Mapping[str, Tensor]):
         for name, shape in shapes.items():
             flat = np.unpackbits(bits[name], count=math.prod(shape))
             masks[name] = torch.from_numpy(flat.astype(bool)).reshape(shape)
-        return cls(masks, header["recipe"])
+        return cls(masks, header["recipe"], copy=False)
+
+
+def _number(value: Any) -> Any:
+    """Return a scalar of NumPy or PyTorch as a number, for JSON."""
+    if callable(getattr(value, "item", None)) and getattr(value, "ndim", None) == 0:
+        return value.item()
+    raise TypeError(f"recipe must hold values that JSON can hold, got {type(value).__name__}")
 
 
 def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
@@ -265,3 +323,8 @@ def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
     for name in sorted(bits):
         digest.text(f"{name}\0").array(bits[name])
     return digest.hexdigest()
+
+
+def _boolean(mask: Any, *, copy: bool) -> Tensor:
+    values = torch.as_tensor(mask).detach().cpu()
+    return values if not copy and values.dtype == torch.bool else boolean(values)

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Batches, Pair, as_batches
-from fastsal.data.held_out import Repeated, holding_out, limited
+from fastsal.data.held_out import HELD_OUT_MOST, HeldOutSamples, Repeated, require_some
+from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients.losses import check_autocast
 from fastsal.models.classifier import classifier_of
 from fastsal.models.evaluating import evaluating, plain_call, to_model
 from fastsal.models.features import feature_outputs
+from fastsal.models.outputs import output_tensor
+from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.draws import Draws
 from fastsal.pruning.refit.settings import Refit
@@ -84,6 +87,7 @@ def refit(
     *,
     samples: int | None = None,
     held_out: Batches | None = None,
+    batch: BatchRule | None = None,
     autocast: torch.dtype | None = None,
     progress: bool | Report = False,
     seed: int = 0,
@@ -106,6 +110,8 @@ def refit(
         samples: Number of images to use; None for all.
         held_out: Images that decide which weights are kept; None holds out one image in eight, at
             most 1,024.
+        batch: Function from a batch of another form to `(images, anything)`; None accepts pairs,
+            images and dicts with a usual name for the images.
         autocast: dtype of the passes under `torch.autocast`; None disables it.
         progress: True shows a progress bar; a function is called with the steps done and in total.
         seed: Seed of the order and of the augmentation of the images.
@@ -125,7 +131,9 @@ def refit(
     check_autocast(autocast)
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")
+    model, dense = unwrapped(model), unwrapped(dense)
     _check_same(model, dense)
+    batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     for name, given in (("batches", batches), ("held_out", held_out)):
         if isinstance(given, Iterator):
             raise InvalidArgument(
@@ -134,8 +142,8 @@ def refit(
             )
     start = time.perf_counter()
     names = _windows(model, how)
-    source, held = _images(batches, samples, held_out)
-    matching = Matching(model, dense, names, masks, autocast)
+    source, held = _images(batches, samples, held_out, seed)
+    matching = Matching(model, dense, names, masks, autocast, held[0][0])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with (
         all_or_nothing(tensors),
@@ -159,6 +167,7 @@ class Matching:
         names: Names of the windows.
         masks: Masks; if they prune the classifier, outputs are matched in place of features.
         autocast: dtype for `torch.autocast`, or None.
+        images: `[n, ...]`, of which two run to find the classifier.
     """
 
     def __init__(
@@ -168,10 +177,11 @@ class Matching:
         names: list[str],
         masks: Masks,
         autocast: torch.dtype | None,
+        images: Tensor,
     ) -> None:
         self.model, self.dense = model, dense
         self._names, self._autocast = names, autocast
-        head = {p for layer in classifier_of(model) for p in layer.parameters()}
+        head = {p for layer in classifier_of(model, images) for p in layer.parameters()}
         prunes_head = not head.isdisjoint(masks.parameters(model).values())
         self._call: Callable[[nn.Module, Tensor], Any] = (
             plain_call if prunes_head or not head else feature_outputs
@@ -209,7 +219,7 @@ class Matching:
                 f"windows: {missing[0]!r} must be called by the model and return a tensor; it is "
                 "not called, or returns none"
             )
-        return {**caught, _FINAL: final}
+        return {**caught, _FINAL: output_tensor(final)}
 
 
 class _Run:
@@ -323,16 +333,15 @@ def _windows(model: nn.Module, how: Refit) -> list[str]:
 
 
 def _images(
-    batches: Batches, samples: int | None, held_out: Batches | None
+    batches: Batches, samples: int | None, held_out: Batches | None, seed: int
 ) -> tuple[Repeated, list[Pair]]:
     """Return training images, iterable again, and held-out images."""
+    source = Repeated(lambda: as_batches(batches, samples, "ignored"))
     if held_out is not None:
-        held = list(as_batches(held_out, None, "ignored"))
-        return Repeated(lambda: as_batches(batches, samples, "ignored")), limited(held)
-    held = []
-    for _ in holding_out(as_batches(batches, samples, "ignored"), held):
-        pass
-    return Repeated(lambda: holding_out(as_batches(batches, samples, "ignored"), [])), limited(held)
+        return source, list(as_batches(held_out, None, "ignored"))
+    held = HeldOutSamples(source.__iter__, seed=seed, most=HELD_OUT_MOST)
+    require_some(held)
+    return held.others, list(held)
 
 
 def _check_same(model: nn.Module, dense: nn.Module) -> None:

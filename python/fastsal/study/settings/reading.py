@@ -53,7 +53,9 @@ def load_study(
 
 
 def study_of(
-    top: Reader, folder: Path = Path(), root: str | os.PathLike[str] | None = None
+    top: Reader,
+    folder: str | os.PathLike[str] = "",
+    root: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Validate settings and return them as a study.
 
@@ -70,13 +72,15 @@ def study_of(
         "head", "ridge", "save", "models", "tasks", "sources", "criteria", "split", "finetune",
         "diagnostics",
     )  # fmt: skip
-    own_root = folder / top.text("root", ".")
+    own_root = Path(folder) / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
     samples = top.optional_count("samples")
     sparsities, seeds = top.fractions("sparsities"), top.counts("seeds", [0])
+    models = _named(top, "models", _model)
+    _register_criteria(top, models, folder)
     return Study(
         name=top.text("name"),
-        models=_named(top, "models", _model),
+        models=models,
         tasks=tasks,
         sources=_named(top, "sources", lambda r: _source(r, [t.name for t in tasks], samples)),
         criteria=_named(top, "criteria", _criterion),
@@ -96,8 +100,22 @@ def study_of(
             else None
         ),
         root=Path(root).absolute() if root is not None else own_root,
-        folder=folder,
+        folder=Path(folder),
     )
+
+
+def _register_criteria(
+    top: Reader, models: tuple[ModelSettings, ...], folder: str | os.PathLike[str]
+) -> None:
+    """Import the files of models if a criterion is not known, as they may register it."""
+    from fastsal.models.loading import import_definition
+    from fastsal.pruning.criteria import CRITERIA
+
+    names = [reader.table.get("criterion") for reader in top.tables("criteria")]
+    if all(name in CRITERIA for name in names if isinstance(name, str)):
+        return
+    for settings in models:
+        import_definition(settings.model, folder)
 
 
 def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
@@ -114,12 +132,15 @@ def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
 
 
 def _model(r: Reader) -> ModelSettings:
-    r.only("name", "model", "weights", "num_classes", "in_chans", "size", "parameters")
+    r.only(
+        "name", "model", "weights", "weights_key", "num_classes", "in_chans", "size", "parameters"
+    )
     model = r.text("model")
     return ModelSettings(
         name=r.text("name", model),
         model=model,
         weights=r.optional_text("weights"),
+        weights_key=r.optional_text("weights_key"),
         num_classes=r.optional_count("num_classes"),
         in_chans=r.optional_count("in_chans"),
         size=r.optional_count("size"),
@@ -128,7 +149,7 @@ def _model(r: Reader) -> ModelSettings:
 
 
 def _task(r: Reader) -> TaskSettings:
-    r.only("name", "data", "test", "classes", "head", "images", "test_images")
+    r.only("name", "data", "test", "classes", "head", "images", "test_images", "class_map")
     classes = r.table.get("classes")
     if classes is not None and (
         not isinstance(classes, list)
@@ -137,6 +158,12 @@ def _task(r: Reader) -> TaskSettings:
         or len(set(classes)) != len(classes)
     ):
         raise r.error("classes", f"must be two or more distinct names or indices, got {classes!r}")
+    class_map = r.table.get("class_map")
+    if isinstance(class_map, Mapping):
+        inner = r.within("class_map")
+        class_map = {name: inner.count(name, None, least=0) for name in class_map}
+    elif class_map is not None:
+        class_map = r.text("class_map")
     return TaskSettings(
         name=r.text("name"),
         data=r.text("data"),
@@ -145,6 +172,7 @@ def _task(r: Reader) -> TaskSettings:
         head=r.choice("head", HEAD_KINDS, None) if "head" in r.table else None,
         images=r.optional_count("images"),
         test_images=r.optional_count("test_images"),
+        class_map=class_map,
     )
 
 
@@ -183,14 +211,14 @@ def _source(r: Reader, tasks: list[str], samples: int | None) -> SourceSettings:
 
 
 def _criterion(r: Reader) -> CriterionSettings:
-    from fastsal.pruning.criteria.registry import CRITERIA
+    from fastsal.pruning.criteria import CRITERIA
     from fastsal.pruning.damping import parse_damping
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
         "pattern",
     )  # fmt: skip
-    criterion = r.choice("criterion", CRITERION_NAMES, None)
+    criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
     damping: float | str = "auto"
     if "damping" in r.table:

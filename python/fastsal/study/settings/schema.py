@@ -10,7 +10,6 @@ from typing import Any
 
 from fastsal.utils.choices import (
     CorruptionKind,
-    CriterionName,
     Curvature,
     HeadKind,
     Saved,
@@ -30,6 +29,7 @@ class ModelSettings:
         model: A timm name, or `file.py:function` with a path relative to the study file.
         weights: A weights file relative to `root`, or `"pretrained"`; None uses the weights that
             the function returns.
+        weights_key: Key of the state dict in the weights file, as for `fastsal.load_model`.
         num_classes: Number of classes, as for `fastsal.load_model`; None uses the model's.
         in_chans: Number of image channels, as for `fastsal.load_model`; None uses the model's.
         size: Height and width of the images, in pixels; None uses the model's.
@@ -40,6 +40,7 @@ class ModelSettings:
     name: str
     model: str
     weights: str | None = None
+    weights_key: str | None = None
     num_classes: int | None = None
     in_chans: int | None = None
     size: int | None = None
@@ -56,6 +57,9 @@ class TaskSettings:
         test: Separate test images; None draws a test split from `data`.
         classes: Names or indices of the classes to use; None uses all.
         head: Kind of head, one of `HEAD_KINDS`; None uses the study's.
+        class_map: For the head "own": which output of the model each class belongs to:
+            `"imagenet"`, `"natural"`, a file relative to `root`, or `{name: index}`, as for
+            `fastsal.load_images`. Other heads number classes themselves.
         images: Largest number of images to use of `data`, balanced over classes; None uses all.
         test_images: Largest number of test images, balanced over classes; None uses all.
     """
@@ -67,6 +71,7 @@ class TaskSettings:
     head: HeadKind | None = None
     images: int | None = None
     test_images: int | None = None
+    class_map: str | Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ class CriterionSettings:
 
     Attributes:
         name: Name in tables and figures.
-        criterion: One of `fastsal.CRITERIA`.
+        criterion: One of `fastsal.CRITERIA`, built in or registered.
         compensate: Whether kept weights are updated to compensate for pruned ones.
         damping: λ, a multiple of the mean diagonal of F such as `"0.1x"`, or `"auto"` to select it
             on held-out images.
@@ -119,7 +124,7 @@ class CriterionSettings:
     """
 
     name: str
-    criterion: CriterionName
+    criterion: str
     compensate: bool = True
     damping: float | str = "auto"
     curvature: Curvature | None = None
@@ -255,6 +260,10 @@ class Study:
     root: Path = Path()
     folder: Path = Path()
 
+    def __post_init__(self) -> None:
+        for name in ("root", "folder"):  # a path may be given as a string
+            object.__setattr__(self, name, Path(getattr(self, name)))
+
     def __repr__(self) -> str:
         sizes = ", ".join(
             f"{name}={len(getattr(self, name))}"
@@ -267,6 +276,9 @@ class Study:
         found = dataclasses.asdict(self)
         del found["root"], found["folder"]
         plain: dict[str, Any] = _plain(found)
+        for task in plain["tasks"]:
+            if task["class_map"] is None:  # the same settings as before there were class maps
+                del task["class_map"]
         return plain
 
 

@@ -308,7 +308,7 @@ def bad_batches():
         "empty batch later": ([(images, labels), (images[:0], labels[:0])], "batches: batch 1"),
         "images alone": ([images], "batches: batch 0 must be a pair .*a tensor"),
         "triples": ([(images, labels, labels)], "batches: batch 0 must be a pair .*of length 3"),
-        "dicts": ([{"image": images, "label": labels}], "batches: batch 0 must be a pair .*dict"),
+        "dicts": ([{"a": images, "y": labels}], "batches: batch 0 must have one entry of images"),
         "text": (["ab"], "batches: batch 0 must be a pair .*str"),
         "none": ([None], "batches: batch 0 must be a pair .*NoneType"),
         "arrays": ([(images.numpy(), labels)], "batches: batch 0 must have a tensor"),

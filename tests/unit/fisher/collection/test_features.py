@@ -18,6 +18,8 @@ from fastsal.gradients.losses import draw_noise
 from fastsal.models.features import features
 from fastsal.pruning.measured import HeldOutFeatures
 
+from ...held_out_places import held_out_mask
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEATURES = 5
@@ -296,7 +298,7 @@ def test_a_later_round_is_measured_by_the_dense_features():
     dense = copy.deepcopy(model)
     result = prune(model, [x], 0.5, curvature="features", rounds=2, recalibrate=True)
     report = result.history[1].recalibration
-    held = HeldOutFeatures.of(dense, [(x[7::8], None)])
+    held = HeldOutFeatures.of(dense, [(x[held_out_mask(160)], None)])
     last = report.after if report.kept else report.before
     assert held.mean_loss(model) == pytest.approx(last, rel=1e-5)
     assert last > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -285,3 +286,21 @@ def test_load_foreign_files(tmp_path):
         path.write_bytes(content)
         with pytest.raises(FileFormatError, match="^path(:| must be a masks file) "):
             Masks.load(path)
+
+
+def test_masks_do_not_change_with_what_they_were_made_of():
+    kept, limits = torch.ones(2, 3, dtype=torch.bool), [0.1]
+    masks = Masks({"w": kept}, {"limits": limits})
+    kept[0] = False
+    limits.append(0.2)
+    assert bool(masks["w"].all())
+    assert masks.recipe == {"limits": [0.1]}
+    shared = Masks({"w": kept}, copy=False)
+    assert shared["w"].data_ptr() == kept.data_ptr()
+
+
+def test_recipes_of_numbers_of_libraries_are_saved(tmp_path):
+    recipe = {"damping": np.float32(0.5), "rounds": torch.tensor(2), "at": (1, -math.inf)}
+    Masks({"w": torch.ones(3)}, recipe).save(tmp_path / "m.safetensors")
+    found = Masks.load(tmp_path / "m.safetensors").recipe
+    assert found == {"damping": 0.5, "rounds": 2, "at": [1, -math.inf]}

@@ -1,0 +1,76 @@
+"""The arguments of one call of `prune`, in the form in which it uses them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from fastsal.data.batches import Batches
+from fastsal.data.unpacking import BatchRule, ruled
+from fastsal.gradients.losses import LossFunction
+from fastsal.models.wrappers import unwrapped
+from fastsal.utils.choices import CriterionName, Curvature, Precision, Scope
+from fastsal.utils.numbers import real, whole
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call of `prune`, whose docstring describes them."""
+
+    model: nn.Module
+    batches: Batches | None
+    sparsity: float | None
+    criterion: CriterionName
+    rounds: int
+    compensate: bool
+    damping: float | str
+    samples: int | None
+    block_size: int | None
+    scope: Scope
+    pattern: str | None
+    floor: float
+    loss: str | LossFunction
+    curvature: Curvature
+    parameters: str | Sequence[str] | None
+    precision: Precision
+    micro_batch: int | None
+    autocast: torch.dtype | None
+    loss_scale: float | None
+    memory_budget: int | str | None
+    scratch: str | os.PathLike[str] | None
+    scratch_budget: int | str | None
+    progress: bool | Callable[[int, int | None], None]
+    seed: int
+    max_loss_increase: float | None
+    max_accuracy_drop: float | None
+    loss_cap: float | None
+    confidence: float
+    held_out: Batches | None
+    recalibrate: bool
+    checkpoint: str | os.PathLike[str] | None
+    batch: BatchRule | None = None
+    head: str | Sequence[str] | None = None
+
+    def normalized(self) -> Arguments:
+        """Return them with plain numbers, the unwrapped model, and batches by the rule.
+
+        Raises:
+            InvalidArgument: A number is invalid, or the rule is not a function.
+        """
+        sparsity, samples = self.sparsity, self.samples
+        if sparsity is not None:
+            sparsity = real("sparsity", sparsity, least=0, most=1)
+        return replace(
+            self,
+            model=unwrapped(self.model),
+            batches=ruled(self.batches, self.batch),
+            held_out=ruled(self.held_out, self.batch),
+            sparsity=sparsity,
+            rounds=whole("rounds", self.rounds, 1),
+            samples=None if samples is None else whole("samples", samples, 1),
+            floor=real("floor", self.floor, least=0, most=1),
+        )

@@ -1,0 +1,114 @@
+"""Every public function takes paths as text, as `Path` and as any other `PathLike`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastsal
+from fastsal.models import load_weights, read_weights, save_weights
+from fastsal.study.report.results import read_results
+from fastsal.transfer.head_cache import HeadCache, load_head, save_head
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Place:
+    """A path of another library."""
+
+    def __init__(self, path):
+        self._path = str(path)
+
+    def __fspath__(self):
+        return self._path
+
+
+KINDS = [str, Path, Place]
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def batches():
+    torch.manual_seed(0)
+    return [(torch.randn(24, 3, 8, 8), torch.arange(24) % 3)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_masks_and_statistics(kind, tmp_path):
+    def at(name):
+        return kind(tmp_path / name)
+
+    model = net()
+    save_weights(model, at("w.safetensors"))
+    load_weights(model, at("w.safetensors"))
+    assert set(read_weights(at("w.safetensors"))) == set(model.state_dict())
+    masks = fastsal.rank(fastsal.score(model, None, "magnitude"), 0.5)
+    masks.save(at("m.safetensors"))
+    assert fastsal.Masks.load(at("m.safetensors")) == masks
+    fisher = fastsal.collect(
+        model, batches(), memory_budget="1GiB", scratch=kind(tmp_path), block_size=8
+    )
+    fisher.save(at("f"))
+    fastsal.BlockFisher.load(at("f"))
+    fisher.save(at("s.json"), shard_bytes="8KiB")
+    fastsal.BlockFisher.load(at("s.json"))
+    fastsal.merge_files([at("f"), at("s.json")], at("merged"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs(kind, tmp_path):
+    model = net()
+    how = {"memory_budget": "1GiB", "scratch": kind(tmp_path), "block_size": 8}
+    fastsal.plan_memory(model, batches(), calibrate=False, **how)
+    result = fastsal.prune(
+        model, batches(), 0.5, rounds=2, checkpoint=kind(tmp_path / "round"), **how
+    )
+    fastsal.finetune(
+        model, batches(), result.masks, epochs=1, lr=0.1, checkpoint=kind(tmp_path / "epoch")
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_and_heads(kind, tmp_path, tiny_npz, tiny_file):
+    images = fastsal.load_images(kind(tiny_npz))
+    fastsal.open_images(kind(tiny_npz.name), root=kind(tmp_path))
+    model = fastsal.load_model(f"{tiny_file}:tiny")
+    save_weights(model, tmp_path / "w.safetensors")
+    model = fastsal.load_model(f"{tiny_file}:tiny", weights=kind(tmp_path / "w.safetensors"))
+    task = fastsal.Task.split("t", images)
+    for cache in (kind(tmp_path / "heads"), HeadCache(kind(tmp_path / "heads"))):
+        head = fastsal.fit_heads(model, task, cache=cache)["t"]
+    save_head(kind(tmp_path / "head.safetensors"), head)
+    load_head(kind(tmp_path / "head.safetensors"))
+
+
+STUDY = """
+name = "tiny"
+sparsities = [0.5]
+samples = 8
+block_size = 16
+models = [{ name = "tiny", model = "tiny.py:tiny" }]
+tasks = [{ name = "colors", data = "tiny.npz" }]
+sources = [{ tasks = "colors" }]
+criteria = [{ criterion = "magnitude" }]
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_studies(kind, tmp_path, tiny_npz, tiny_file):
+    (tmp_path / "tiny.toml").write_text(STUDY)
+    study = fastsal.load_study(kind(tmp_path / "tiny.toml"), root=kind(tmp_path))
+    given = {name: getattr(study, name) for name in ("models", "tasks", "sources", "criteria")}
+    by_hand = fastsal.Study(
+        study.name, **given, sparsities=(0.5,), block_size=16,
+        root=kind(tiny_npz.parent), folder=kind(tiny_file.parent),
+    )  # fmt: skip
+    done = fastsal.run_study(by_hand, kind(tmp_path / "out"))
+    assert (done.cells, done.failed) == (1, {})
+    assert read_results(kind(tmp_path / "out")).rows
