@@ -7,21 +7,23 @@ from numpy.typing import NDArray
 
 __all__ = [
     "ROWS_PER_STEP",
+    "LargeRowError",
     "NanScoreError",
     "NonFiniteRowError",
     "accumulate",
     "blocks",
     "build_info",
-    "check_finite",
     "compensate",
     "count_keys",
     "diagonal",
     "dual_inverse_diagonal",
     "eliminate",
     "group_costs",
+    "instruction_sets",
     "inverse",
     "inverse_diagonal",
     "kth_smallest",
+    "largest",
     "mask_below",
     "n_of_m",
     "n_of_m_joint",
@@ -41,10 +43,12 @@ _Parameter = tuple[_Floats, int, float, NDArray[np.bool_] | None]
 # values, failed blocks, sensitivity of each block
 _Inverse = tuple[NDArray[np.float64], list[int], NDArray[np.float64]]
 
+class LargeRowError(ArithmeticError): ...
 class NonFiniteRowError(ArithmeticError): ...
 class NanScoreError(ArithmeticError): ...
 
 def build_info() -> tuple[str, str, bool]: ...
+def instruction_sets() -> list[str]: ...
 def num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def packed_len(d: int, block_size: int) -> int: ...
@@ -56,7 +60,7 @@ def accumulate(
     sums: _Floats,
     fresh: bool = False,
 ) -> None: ...
-def check_finite(rows: NDArray[np.generic], dtype: str) -> None: ...
+def largest(rows: NDArray[np.generic], dtype: str) -> float: ...
 def blocks(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
 def diagonal(parameter: _Parameter, block_size: int) -> NDArray[np.float64]: ...
 def inverse(

@@ -30,6 +30,10 @@ class NonFiniteGradient(FastsalError, ArithmeticError, ValueError):
     """A per-sample loss or gradient is NaN or infinite; statistics are unchanged."""
 
 
+class GradientOverflow(NonFiniteGradient, DataError):
+    """Gradients are finite, but the sums of their squares overflow; statistics are unchanged."""
+
+
 class NonFiniteLoss(FastsalError, ArithmeticError, ValueError):
     """A loss or a weight became NaN or infinite during training; the model is restored."""
 

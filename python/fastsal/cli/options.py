@@ -240,7 +240,10 @@ seed_option = click.option(
     help="Seed of random weights, random draws and shuffling.",
 )
 threads_option = click.option(
-    "--threads", type=COUNT, show_default="all cores", help="Number of CPU threads."
+    "--threads",
+    type=COUNT,
+    show_default="OMP_NUM_THREADS, else all cores",
+    help="Number of CPU threads.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."

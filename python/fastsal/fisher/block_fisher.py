@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 import fastsal._core as _core
-from fastsal.errors import InvalidArgument
+from fastsal.errors import GradientOverflow, InvalidArgument
 from fastsal.fisher import files, inverses
 from fastsal.fisher.checks import (
     check_block_size,
@@ -107,12 +108,12 @@ class BlockFisher:
         Raises:
             UnknownParameter: A name is missing or not one of `names`.
             InvalidArgument: A shape or a type is wrong, or the numbers of samples differ.
-            NonFiniteGradient: NaN or infinity; names parameter and sample. In every case nothing
-                was accumulated.
+            NonFiniteGradient: NaN or infinity; names parameter and sample.
+            GradientOverflow: The sums of squares would overflow; names parameter and sample. In
+                every case nothing was accumulated.
         """
         rows, n = checked_rows(gradients, self.shapes)
-        self._sums.add_rows(rows)
-        self._sums.count(n)
+        self._sums.add_rows(rows, n)
 
     def blocks(self, name: str) -> Tensor:
         """Return `F_b` of all blocks of a parameter, `[n_blocks, B, B]` float64.
@@ -122,13 +123,24 @@ class BlockFisher:
         Raises:
             UnknownParameter: `name` is not one of `names`.
             InvalidArgument: There are no samples.
+            MemoryError: There is no memory for blocks of `block_size`.
         """
         p = self._sums.packed(name)
         size = p.block_size
         dense = _core.blocks(self._sums.for_core(p), size).reshape(-1, size, size)
-        out = torch.from_numpy(dense)
-        missing = (self.block_size or size) - size
-        return torch.nn.functional.pad(out, (0, missing, 0, missing)) if missing else out
+        self._check_finite(name, dense.diagonal(axis1=1, axis2=2))
+        wanted = self.block_size or size
+        if wanted == size:
+            return torch.from_numpy(dense)
+        try:
+            padded = np.zeros((len(dense), wanted, wanted))
+        except (MemoryError, ValueError, OverflowError):
+            raise MemoryError(
+                f"block_size must leave room for blocks of {name!r} that are padded to it, got "
+                f"{wanted} ({8 * len(dense) * wanted**2} bytes)"
+            ) from None
+        padded[:, :size, :size] = dense
+        return torch.from_numpy(padded)
 
     def diagonal(self) -> dict[str, Tensor]:
         """Return the mean squared gradient of every weight, name to the parameter's shape, float64.
@@ -144,9 +156,19 @@ class BlockFisher:
                 flat = np.einsum("nd,nd->d", rows, rows) / self._sums.samples
             else:
                 flat = _core.diagonal(self._sums.for_core(p), p.block_size)
+            self._check_finite(name, flat)
             result[name] = torch.from_numpy(flat).reshape(p.shape)
             self._sums.storage.release()
         return result
+
+    def _check_finite(self, name: str, squares: NDArray[np.float64]) -> None:
+        """Raise GradientOverflow if mean squared gradients, read from a file, are not finite."""
+        if not np.isfinite(squares).all():
+            raise GradientOverflow(
+                f"statistics of {name!r} must be finite, got sums of squared gradients that have "
+                f"overflowed {self.precision}; collect them again with the loss scaled down, or "
+                "with precision='float64'"
+            )
 
     def mean_gradient(self) -> dict[str, Tensor]:
         """Return the mean gradient of every weight, name to the parameter's shape, float64.
@@ -196,6 +218,7 @@ class BlockFisher:
         Raises:
             InvalidArgument: The parameters or block sizes differ, or the weight is not a finite
                 number above zero.
+            GradientOverflow: The sums would overflow; they are unchanged.
         """
         weight = real("weight", weight, above=0)
         check_same_model(self, other)

@@ -33,6 +33,7 @@ def merge_files(
 
     Raises:
         InvalidArgument: The files are of different models, or a weight is not above zero.
+        GradientOverflow: The sums overflow.
         FileFormatError: A file is truncated, modified, or not a file of statistics.
     """
     if not paths or (weights is not None and len(weights) != len(paths)):
@@ -54,6 +55,7 @@ def merge_files(
         p = total.parameters[name]
         found = ParameterSums.empty(p.shape, p.block_size, p.dtype)
         for sums, weight in terms:
+            ModelSums.check_fits(name, found, sums.parameters[name], weight)
             found.merge(sums.parameters[name], weight)
             sums.storage.release()
         return found

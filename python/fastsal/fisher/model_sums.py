@@ -12,7 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fastsal._core as _core
-from fastsal.errors import InvalidArgument, NonFiniteGradient, UnknownParameter
+from fastsal.errors import (
+    GradientOverflow,
+    InvalidArgument,
+    NonFiniteGradient,
+    UnknownParameter,
+)
 from fastsal.fisher.block_memory import check_memory_of_block
 from fastsal.fisher.checks import quoted
 from fastsal.fisher.parts import (
@@ -28,9 +33,13 @@ from fastsal.fisher.parts import (
 from fastsal.fisher.rows import Array, as_rows, widened
 from fastsal.fisher.storage import Storage
 from fastsal.fisher.sums import ParameterSums
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.mapped_files import FileArrays
 
 Shapes = dict[str, tuple[int, ...]]
+
+# How to avoid sums that overflow.
+_CURE = "scale the loss down, or collect with precision='float64'"
 
 # A parameter for the compiled core: packed sums, number of weights, samples, and the mask of the
 # weights that take part, or None for all.
@@ -137,30 +146,39 @@ class ModelSums:
 
         Raises:
             NonFiniteGradient: NaN or infinity; names parameter and sample.
+            GradientOverflow: The sums overflow; names parameter and sample.
         """
         rows, dtype = as_rows(gradients)
         self._naming(name, partial(self.parameters[name].add, rows, dtype, expected=expected))
 
-    def add_rows(self, prepared: Mapping[str, tuple[Array, str]]) -> None:
-        """Add checked rows of all parameters, or nothing if one of them is not finite.
+    def add_rows(self, prepared: Mapping[str, tuple[Array, str]], n: int) -> None:
+        """Add and count checked rows of all parameters, or nothing if an exception is raised.
 
         Args:
             prepared: Name to rows and the name of their type, as `as_rows` returns them.
+            n: Number of rows of each parameter.
 
         Raises:
             NonFiniteGradient: NaN or infinity; names parameter and sample.
+            GradientOverflow: The sums would overflow; names parameter and sample.
         """
-        add = partial(self._each, prepared, ParameterSums.add)
         if not all(p.is_empty for p in self.parameters.values()):
-            self._each(prepared, lambda _, rows, dtype: _core.check_finite(rows, dtype))
-            add()
+            self._each(prepared, ParameterSums.check)
+            # Sums in place cannot be taken back.
+            with uninterrupted():
+                self._each(prepared, partial(ParameterSums.add, is_checked=True))
+                self.count(n)
             return
         # Sums of no samples can be reset, which saves the check beforehand.
+        before = (self.samples, self.rows_seen, self.steps)
         try:
-            add()
-        except NonFiniteGradient:
-            for p in self.parameters.values():
-                p.clear()
+            self._each(prepared, ParameterSums.add)
+            self.count(n)
+        except BaseException:
+            with uninterrupted():
+                for p in self.parameters.values():
+                    p.clear()
+                self.samples, self.rows_seen, self.steps = before
             raise
 
     def count(self, n: int) -> None:
@@ -170,11 +188,28 @@ class ModelSums:
         self.steps += -(-n // _core.ROWS_PER_STEP)
 
     def merge(self, other: ModelSums, weight: float) -> None:
-        """Add the sums of `other` times `weight`; `other` is unchanged."""
+        """Add the sums of `other` times `weight`; `other` is unchanged.
+
+        Raises:
+            GradientOverflow: The sums would overflow; they are unchanged.
+        """
         for name, p in self.parameters.items():
-            p.merge(other.parameters[name], weight)
+            self.check_fits(name, p, other.parameters[name], weight)
             self.storage.release()
-        self.count_merged(other, weight)
+        with uninterrupted():
+            for name, p in self.parameters.items():
+                p.merge(other.parameters[name], weight)
+                self.storage.release()
+            self.count_merged(other, weight)
+
+    @staticmethod
+    def check_fits(name: str, p: ParameterSums, other: ParameterSums, weight: float) -> None:
+        """Raise GradientOverflow if the sums of a parameter cannot take those of another."""
+        if not p.fits(other, weight):
+            raise GradientOverflow(
+                f"sums of squared gradients must fit {p.dtype.name}, those of {name!r} would "
+                f"overflow; nothing was added ({_CURE})"
+            )
 
     def count_merged(self, other: ModelSums, weight: float) -> None:
         """Count the samples of `other`, each `weight` times."""
@@ -204,10 +239,11 @@ class ModelSums:
 
     def scale(self, factor: float, samples: float) -> None:
         """Multiply all sums by `factor`; `samples` is the number of samples that remains."""
-        for p in self.parameters.values():
-            p.scale(factor)
-        self.samples = samples
-        self.steps += 1
+        with uninterrupted():
+            for p in self.parameters.values():
+                p.scale(factor)
+            self.samples = samples
+            self.steps += 1
 
     # Parts of the model.
 
@@ -284,7 +320,8 @@ class ModelSums:
         self.check_samples()
         folded = {name: self.packed(name) for name in self.parameters}
         found = [self.for_core(p, flat_mask(kept, name)) for name, p in folded.items()]
-        return found, self.block_size or max(p.d for p in folded.values())
+        longest = max(p.d for p in folded.values())
+        return found, min(self.block_size or longest, longest)
 
     def _each(
         self,
@@ -304,6 +341,14 @@ class ModelSums:
             raise NonFiniteGradient(
                 f"gradients must be finite, got {value} for {name!r}, sample "
                 f"{self.rows_seen + row}, at {[int(i) for i in at]}; nothing was accumulated"
+            ) from None
+        except _core.LargeRowError as error:
+            row, column, value = error.args
+            at = np.unravel_index(column, self.parameters[name].shape)
+            raise GradientOverflow(
+                f"sums of squared gradients must fit {self.precision}, got a gradient of "
+                f"{value:.2g} for {name!r}, sample {self.rows_seen + row}, at "
+                f"{[int(i) for i in at]}; nothing was accumulated ({_CURE})"
             ) from None
 
 

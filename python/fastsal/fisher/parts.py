@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fastsal._core as _core
 from fastsal.models.input_axis import Axes, input_axes
+from fastsal.utils.booleans import boolean
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_
     """Return the mask of a parameter as an array `[d]`, or None if it has none."""
     if masks is None or name not in masks:
         return None
-    return flat(masks[name]).numpy()
+    return flat(boolean(masks[name])).numpy()
 
 
 # Parts by their keys.

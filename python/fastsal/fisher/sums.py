@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 # Elements added at a time, which bounds temporary arrays.
 _CHUNK = 2**22
+# Sums never overflow from gradients below these, whatever they hold: 2⁴⁰ such squares are less than
+# half a unit in the last place of the largest number, and adding them to it changes nothing.
+HARMLESS = {"float32": 2.0**31, "float64": 2.0**460}
+# The largest part of a type's range that sums may take; sums are rounded.
+_MOST = 0.99
 
 
 @dataclass
@@ -96,20 +101,52 @@ class ParameterSums:
         self.packed, self.rows = None, []
         self.sums[:] = 0
 
-    def add(self, rows: Array, dtype: str, *, expected: int | None = None) -> None:
+    def check(self, rows: Array, dtype: str) -> None:
+        """Check that gradients `[n, d]` can be added.
+
+        Raises:
+            _core.NonFiniteRowError: NaN or infinity.
+            _core.LargeRowError: The sums would overflow.
+        """
+        if _core.largest(rows, dtype) < HARMLESS[self.dtype.name]:
+            return
+        most = _MOST * float(np.finfo(self.dtype).max)
+        before, step = self._squares(), max(1, _CHUNK // len(rows))
+        for start in range(0, self.d, step):
+            some = slice(start, start + step)
+            added = converted_rows(rows[:, some], dtype, np.dtype(np.float64))
+            with np.errstate(over="ignore"):
+                after = before[some] + np.einsum("nd,nd->d", added, added)
+            large = np.flatnonzero(~(after <= most))
+            if len(large):
+                values = added[:, large[0]]
+                row = int(np.abs(values).argmax())
+                raise _core.LargeRowError(row, start + int(large[0]), float(values[row]))
+
+    def add(
+        self,
+        rows: Array,
+        dtype: str,
+        *,
+        expected: int | None = None,
+        is_checked: bool = False,
+    ) -> None:
         """Add gradients `[n, d]`.
 
         Args:
             rows: The gradients, as `as_rows` returns them.
             dtype: Name of their type.
             expected: Total number of samples that will be added, if known.
+            is_checked: Whether `check` has accepted them.
 
         Raises:
             _core.NonFiniteRowError: NaN or infinity; some of the rows may have been added.
+            _core.LargeRowError: The sums overflow; some of the rows may have been added.
         """
         self.own()
         if self.packed is None and max(self._held() + len(rows), expected or 0) <= self.limit:
-            _core.check_finite(rows, dtype)
+            if not is_checked:
+                self.check(rows, dtype)
             # A copy: the memory belongs to the caller.
             self.rows.append(converted_rows(rows, dtype, self.dtype))
             self.sums += self.rows[-1].sum(axis=0, dtype=np.float64).astype(self.dtype)
@@ -138,10 +175,39 @@ class ParameterSums:
         self.rows = []
 
     def _accumulate(self, rows: Array, dtype: str, sums: Array) -> None:
-        fresh = self.packed is None
+        packed, fresh = self.packed, self.packed is None
+        if packed is None:
+            packed = np.empty(_core.packed_len(self.d, self.block_size), self.dtype)
+        _core.accumulate(rows, dtype, self.block_size, packed, sums, fresh)
+        self.packed = packed
+
+    def _squares(self) -> Array:
+        """Return the sums of squares `[d]`, float64."""
         if self.packed is None:
-            self.packed = np.empty(_core.packed_len(self.d, self.block_size), self.dtype)
-        _core.accumulate(rows, dtype, self.block_size, self.packed, sums, fresh)
+            squares = np.zeros(self.d)
+        else:
+            given = (widened(self.packed), self.d, 1.0, None)
+            squares = _core.diagonal(given, self.block_size)
+        for rows in self.rows:
+            squares += np.einsum("nd,nd->d", rows, rows, dtype=np.float64)
+        return squares
+
+    def fits(self, other: ParameterSums, weight: float) -> bool:
+        """Tell whether the sums of `other` times `weight` can be added without overflow.
+
+        Sums that add up to nearly the largest number of the type may be refused, too.
+        """
+        return self._most() + weight * other._most() <= _MOST * float(np.finfo(self.dtype).max)
+
+    def _most(self) -> float:
+        """Return a bound of the sums of squares, and so of every entry; NaN if one is NaN."""
+        most = 0.0
+        if self.packed is not None:
+            for start in range(0, len(self.packed), _CHUNK):
+                most = max(most, float(widened(self.packed[start : start + _CHUNK]).max()))
+        for rows in self.rows:
+            most += len(rows) * float(np.abs(rows).max(initial=0)) ** 2
+        return most
 
     def merge(self, other: ParameterSums, weight: float) -> None:
         """Add the sums of `other` times `weight`; `other` is unchanged."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -163,6 +164,13 @@ def model_parameters(
                 "were computed for"
             )
     return {name: owned[name] for name in shapes}
+
+
+def check_finite_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InvalidArgument if a weight is NaN or infinite; the message names the parameter."""
+    for name, weights in parameters.items():
+        if not bool(torch.isfinite(weights.detach()).all()):
+            raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
 
 
 def check_mask_shapes(

@@ -17,10 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fastsal.errors import DataError, FactorizationError, InvalidArgument
+from fastsal.errors import DataError, FactorizationError, InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.checks import LEAST_DAMPING
 from fastsal.fisher.statistics import Statistics, squared_gradients, statistics_of
 from fastsal.utils.numbers import as_real
+from fastsal.utils.warn import warn_user
 
 # Multiples of the mean squared gradient, which has the unit of `λ`. Half decades, because the loss
 # is flat around its best λ.
@@ -79,8 +81,10 @@ def parse_damping(damping: object, *, auto: bool = False) -> Damping:
                 return Multiple(factor)
     else:
         number = as_real(damping)
-        if number is not None and number > 0:
+        if number is not None and number >= LEAST_DAMPING:
             return number
+        if number is not None and number > 0:
+            raise InvalidArgument(f"damping must be at least {LEAST_DAMPING}, got {number}")
     choice = ", 'auto'" if auto else ""
     raise InvalidArgument(
         f"damping must be a positive number{choice} or a multiple such as '0.1x', got "
@@ -106,9 +110,26 @@ def resolve_damping(damping: object, fisher: BlockFisher | Statistics) -> float:
 
 
 def mean_diagonal(fisher: BlockFisher | Statistics) -> float:
-    """Return the mean diagonal of F: the mean squared gradient over all weights."""
-    total, count = squared_gradients(statistics_of(fisher))
+    """Return the mean diagonal of F: the mean squared gradient over all weights.
+
+    Warns:
+        PrecisionWarning: It is zero although gradients are not: all squares underflow.
+    """
+    statistics = statistics_of(fisher)
+    total, count = squared_gradients(statistics)
+    if total == 0 and _has_gradients(statistics):
+        warn_user(
+            f"the squares of all gradients underflow {statistics.precision}, so that scores depend "
+            "on weights alone; scale the loss up, or collect with precision='float64'",
+            PrecisionWarning,
+        )
     return total / count
+
+
+def _has_gradients(statistics: Statistics) -> bool:
+    """Tell whether any mean gradient is above or below zero."""
+    means = (m for some, _ in statistics.groups() for m in some.mean_gradient().values())
+    return any(bool(mean.any()) for mean in means)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@
 //! tiles. A tile is summed from zero and added once, so rounding grows with
 //! `ROWS_PER_STEP + N / ROWS_PER_STEP` additions rather than with `N`.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Error, Result};
+use crate::finite::check_finite;
 use crate::isa::Isa;
-use crate::layout::{triangle, Layout};
+use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
 use crate::rows::{with_rows, AnyRows, Element, Rows};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd, PADDING};
@@ -50,9 +51,11 @@ pub enum Sums<'a> {
 /// memory to fill it with zeros.
 ///
 /// # Errors
-/// [`Error::Length`] for arrays that do not fit the layout; [`Error::Value`] when the processor lacks
-/// the instruction set; [`Error::NonFiniteGradient`] for the first NaN or infinity, in which case the
-/// sums may hold part of the rows and must be discarded. Call [`check_finite`] first to avoid that.
+/// [`Error::Length`] for arrays that do not fit the layout; [`Error::NonFiniteGradient`] for the first
+/// NaN or infinity, in which case the sums may hold part of the rows and must be discarded;
+/// [`Error::Overflow`] likewise for squares that are too large for the type of the sums. Call
+/// [`check_finite`] first to avoid that. If the caller stops a call with `fresh`, `sums` are as they
+/// were, and `packed` still holds nothing; without, a call runs to its end.
 pub fn accumulate(
     isa: Isa,
     layout: Layout,
@@ -60,21 +63,13 @@ pub fn accumulate(
     sums: Sums<'_>,
     fresh: bool,
 ) -> Result<()> {
-    isa.check()?;
-    let clean = match sums {
-        Sums::F32 { packed, sums } => add(isa, layout, rows, packed, sums, fresh)?,
-        Sums::F64 { packed, sums } => add(isa, layout, rows, packed, sums, fresh)?,
-    };
-    // Rows that are finite but overflow in the precision of the sums are detected later, as a block
-    // that cannot be factored.
-    if clean {
-        Ok(())
-    } else {
-        check_finite(rows)
+    match sums {
+        Sums::F32 { packed, sums } => add(isa, layout, rows, packed, sums, fresh),
+        Sums::F64 { packed, sums } => add(isa, layout, rows, packed, sums, fresh),
     }
 }
 
-/// [`accumulate`] in one precision; whether all gradients were finite.
+/// [`accumulate`] in one precision.
 fn add<T: Real>(
     isa: Isa,
     layout: Layout,
@@ -82,7 +77,7 @@ fn add<T: Real>(
     packed: &mut [T],
     sums: &mut [T],
     fresh: bool,
-) -> Result<bool> {
+) -> Result<()> {
     check_length("rows", rows.d(), layout.len())?;
     check_length("packed", packed.len(), layout.packed_len())?;
     check_length("sums", sums.len(), layout.len())?;
@@ -90,11 +85,38 @@ fn add<T: Real>(
         if fresh {
             packed.fill(T::default());
         }
-        return Ok(true);
+        return Ok(());
     }
+    let clean = if fresh {
+        // A call that is stopped, or fails, leaves `sums` as they were.
+        let mut after = sums.to_vec();
+        let clean = add_rows(isa, layout, rows, packed, &mut after, fresh);
+        if clean {
+            sums.copy_from_slice(&after);
+        }
+        clean
+    } else {
+        add_rows(isa, layout, rows, packed, sums, fresh)
+    };
+    if clean {
+        return Ok(());
+    }
+    check_finite(rows)?;
+    first_overflow(layout, rows, packed).map_or(Ok(()), Err)
+}
+
+/// Add rows; return whether all of them, and all squares, were finite.
+fn add_rows<T: Real>(
+    isa: Isa,
+    layout: Layout,
+    rows: AnyRows<'_>,
+    packed: &mut [T],
+    sums: &mut [T],
+    fresh: bool,
+) -> bool {
     let block = layout.block();
     let group = TASK.div_ceil(block);
-    Ok(parallel::run(|| {
+    parallel::run(|| {
         packed
             .par_chunks_mut(group * triangle(block))
             .zip(sums.par_chunks_mut(group * block))
@@ -104,33 +126,20 @@ fn add<T: Real>(
                 Task { block, rows, first_column, packed, sums, fresh, scratch }.run(isa)
             })
             .reduce(|| true, |a, b| a & b)
-    }))
-}
-
-/// Report the first NaN or infinity of `rows`.
-///
-/// # Errors
-/// [`Error::NonFiniteGradient`] with the least sample, and its least column, that holds one.
-pub fn check_finite(rows: AnyRows<'_>) -> Result<()> {
-    let first = with_rows!(rows, r => first_non_finite(rows.n(), rows.d(), r));
-    first.map_or(Ok(()), Err)
-}
-
-fn first_non_finite<E: Element>(n: usize, d: usize, rows: Rows<'_, E>) -> Option<Error> {
-    const COLUMNS: usize = 1 << 14;
-    let parts = d.div_ceil(COLUMNS);
-    parallel::run(|| {
-        (0..n * parts).into_par_iter().find_map_first(|task| {
-            let (row, from) = (task / parts, task % parts * COLUMNS);
-            let values = rows.row(row, from, (from + COLUMNS).min(d));
-            // A fold without an early exit vectorizes; the search runs only where it found one.
-            if values.iter().fold(true, |clean, v| clean & v.to_f64().finite()) {
-                return None;
-            }
-            let at = values.iter().position(|v| !v.to_f64().finite())?;
-            Some(Error::NonFiniteGradient { row, column: from + at, value: values[at].to_f64() })
-        })
     })
+}
+
+/// Find the first weight whose squares have overflowed, and the sample with its largest gradient.
+fn first_overflow<T: Real>(layout: Layout, rows: AnyRows<'_>, packed: &[T]) -> Option<Error> {
+    let overflows = |b: usize| {
+        let (size, block) = (layout.size(b), &packed[layout.packed_range(b)]);
+        let i = (0..size).find(|i| !block[row_base(size, *i) + i].finite())?;
+        Some(layout.range(b).start + i)
+    };
+    let column = (0..layout.blocks()).find_map(overflows)?;
+    let value = |row: usize| with_rows!(rows, r => r.row(row, column, column + 1)[0].to_f64());
+    let row = (0..rows.n()).max_by(|a, b| value(*a).abs().total_cmp(&value(*b).abs()))?;
+    Some(Error::Overflow { row, column, value: value(row) })
 }
 
 /// A few neighboring blocks, all samples.
@@ -188,12 +197,18 @@ impl<T: Real> Task<'_, T> {
             if item > 0 {
                 let (_, n, start, size) = packing(item - 1);
                 let at = start / block * triangle(block);
-                let packed = &mut packed[at..at + triangle(size)];
+                let places = at..at + triangle(size);
                 let between = packer.as_mut().map(|p| p as &mut dyn Between);
                 // The first samples of every block come before the second ones of any.
                 let fresh = fresh && item <= blocks;
                 let first = Reads::All;
-                dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
+                let to = &mut packed[places.clone()];
+                dispatch(isa, Syrk { panel, n, size, stride, packed: to, first, fresh, between });
+                if item > items - blocks {
+                    // The last samples of the block. No other entry exceeds the diagonal ones.
+                    let packed = &packed[places];
+                    clean &= (0..size).all(|i| packed[row_base(size, i) + i].finite());
+                }
             }
             if let Some(mut packer) = packer {
                 packer.finish();
@@ -288,7 +303,7 @@ struct PackRows<'a, E, T> {
 impl<E: Element, T: Real> Kernel<T> for PackRows<'_, E, T> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = T>>(self) {
+    fn run<S: Simd<T = T>>(self, _simd: S) {
         let Self { rows, count, column, sums, panel, stride } = self;
         let mut row = 0;
         while row < count {

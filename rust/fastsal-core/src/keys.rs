@@ -2,7 +2,7 @@
 //!
 //! A key orders floats as integers, so that halves of it index histograms.
 
-use rayon::prelude::*;
+use crate::parallel::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::isa::Isa;
@@ -76,7 +76,7 @@ pub fn count_keys(scores: &[f32], upper: Option<u32>, below: u64) -> Result<Vec<
 
 /// Count the keys of each bin.
 pub(crate) fn histogram(parts: &[Part<'_>], bin: impl Fn(u32) -> Option<usize> + Sync) -> Vec<u64> {
-    let share = parts.len().div_ceil(4 * rayon::current_num_threads()).max(1);
+    let share = parts.len().div_ceil(4 * parallel::parts()).max(1);
     let counted = parts.par_chunks(share).map(|parts| {
         let mut counts = vec![0u64; BINS];
         for part in parts {
@@ -124,7 +124,7 @@ struct AnyNan<'a> {
 impl Kernel<f32> for AnyNan<'_> {
     type Output = bool;
     #[inline(always)]
-    fn run<S: Simd<T = f32>>(self) -> bool {
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> bool {
         // A fold without an early exit vectorizes.
         self.part.iter().fold(false, |nan, s| nan | s.is_nan())
     }
@@ -132,12 +132,12 @@ impl Kernel<f32> for AnyNan<'_> {
 
 /// Report the first NaN.
 pub(crate) fn check_nan(arrays: &[&[f32]]) -> Result<()> {
-    let isa = Isa::best();
+    let isa = Isa::chosen()?;
     let nan = parallel::run(|| {
         arrays.par_iter().enumerate().find_map_first(|(array, scores)| {
-            let part = scores
-                .par_chunks(SCORES_PER_TASK)
-                .position_first(|part| dispatch(isa, AnyNan { part }))?;
+            let parts = scores.par_chunks(SCORES_PER_TASK).enumerate();
+            let has_nan = |(at, part)| dispatch(isa, AnyNan { part }).then_some(at);
+            let part: usize = parts.find_map_first(has_nan)?;
             let start = part * SCORES_PER_TASK;
             let index = start + scores[start..].iter().position(|s| s.is_nan())?;
             Some(Error::NanScore { array, index })

@@ -19,6 +19,8 @@ impl<'a, E: Element> Rows<'a, E> {
     /// # Errors
     /// [`Error::Length`] when `data` ends before the last row does.
     pub fn new(data: &'a [E], n: usize, d: usize, stride: usize) -> Result<Self> {
+        // Rows without elements are nowhere.
+        let stride = if d == 0 { 0 } else { stride };
         let needed = match n.checked_sub(1) {
             None => Some(0),
             Some(before) => before.checked_mul(stride).and_then(|start| start.checked_add(d)),
@@ -116,7 +118,8 @@ pub(crate) struct RowBytes {
     pub stride: usize,
 }
 
-/// An element type of gradient rows. Conversions are plain arithmetic, so loops over them vectorize.
+/// An element type of gradient rows. Conversions are plain operations, so loops over them vectorize,
+/// and compute with normal numbers alone: no environment of the processor changes their results.
 pub trait Element: Copy + Send + Sync + 'static {
     /// Convert to single precision; exact except from `f64`.
     fn to_f32(self) -> f32;
@@ -157,10 +160,14 @@ impl Element for f16 {
     fn to_f32(self) -> f32 {
         let bits = u32::from(self.to_bits());
         let magnitude = (bits & 0x7fff) << 13;
-        // Shifting the exponent by a multiplication also converts subnormal numbers.
-        let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
-        let special = if magnitude >= 0x7c00 << 13 { 0xff << 23 } else { 0 };
-        f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
+        // The exponents of the two types are 112 apart, those of infinity and NaN twice as much.
+        let is_special = magnitude >= 0x7c00 << 13;
+        let normal = magnitude + (if is_special { 224 } else { 112 } << 23);
+        // A subnormal number is what it adds to the least normal one, 2^-14.
+        let least = 113 << 23;
+        let subnormal = (f32::from_bits(magnitude + least) - f32::from_bits(least)).to_bits();
+        let value = if magnitude < 0x0400 << 13 { subnormal & 0x7fff_ffff } else { normal };
+        f32::from_bits(value | (bits & 0x8000) << 16)
     }
 }
 
@@ -168,18 +175,28 @@ impl Element for f16 {
 mod tests {
     use super::*;
 
+    /// Compare the conversions of all numbers, converted as vectors, with those of `half`.
+    fn check_half(theirs: &[(f32, f32)]) {
+        let ours: Vec<(f32, f32)> = (0..=u16::MAX)
+            .map(|bits| (f16::from_bits(bits).to_f32(), bf16::from_bits(bits).to_f32()))
+            .collect();
+        let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+        for (bits, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            assert!(same(ours.0, theirs.0), "{bits:#x}: {} {}", ours.0, theirs.0);
+            assert!(same(ours.1, theirs.1), "{bits:#x}: {} {}", ours.1, theirs.1);
+        }
+    }
+
     #[test]
     fn half_is_exact() {
-        for bits in 0..=u16::MAX {
-            let (ours, theirs) =
-                (Element::to_f32(f16::from_bits(bits)), f16::from_bits(bits).to_f32());
-            assert!(
-                ours == theirs || ours.is_nan() && theirs.is_nan(),
-                "{bits:#x}: {ours} {theirs}"
-            );
-            let (ours, theirs) =
-                (Element::to_f32(bf16::from_bits(bits)), bf16::from_bits(bits).to_f32());
-            assert!(ours == theirs || ours.is_nan() && theirs.is_nan());
+        let theirs = |bits| {
+            (half::f16::to_f32(f16::from_bits(bits)), half::bf16::to_f32(bf16::from_bits(bits)))
+        };
+        let theirs: Vec<(f32, f32)> = (0..=u16::MAX).map(theirs).collect();
+        check_half(&theirs);
+        for environment in crate::floats::OTHERS {
+            let _theirs = crate::floats::Floats::of_caller(*environment);
+            check_half(&theirs);
         }
     }
 
@@ -190,5 +207,14 @@ mod tests {
         assert!(Rows::new(&[0.0f32; 9], 3, 4, usize::MAX / 2).is_err());
         assert!(Rows::new(&[0.0f32; 9], 2, usize::MAX, 1).is_err());
         assert!(Rows::<f32>::new(&[], 0, 4, 4).is_ok());
+    }
+
+    #[test]
+    fn rows_without_elements_are_empty() {
+        let rows = Rows::<f32>::new(&[], 5, 0, 3).expect("rows");
+        for r in 0..5 {
+            assert!(rows.row(r, 0, 0).is_empty() && rows.from(r).row(0, 0, 0).is_empty());
+        }
+        assert_eq!(AnyRows::from(rows).n(), 5);
     }
 }

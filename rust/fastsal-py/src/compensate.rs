@@ -1,11 +1,12 @@
 //! Joint compensation.
 
-use fastsal_core::{compensate as core, parallel};
-use numpy::{PyArray1, PyReadonlyArray1};
+use fastsal_core::memory::zeros;
+use fastsal_core::{compensate as core, parallel, Result};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, statistics, to_numpy, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Mask, Parameter};
+use crate::parallel::call;
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
 type Compensation<'py> =
@@ -16,31 +17,32 @@ type Compensation<'py> =
 pub fn compensate<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
-    masks: Vec<PyReadonlyArray1<'py, bool>>,
+    weights: Vec<Array<'py, f32>>,
+    masks: Vec<Mask>,
     block_size: usize,
     damping: f64,
 ) -> PyResult<Vec<Compensation<'py>>> {
+    check_count("weights", weights.len(), parameters.len())?;
+    check_count("masks", masks.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(&weights)
         .zip(&masks)
-        .map(|((p, w), m)| {
-            Ok((statistics(p, block_size)?, slice("weights", w)?, slice("masks", m)?))
-        })
+        .map(|((p, w), m)| Ok((statistics(p, block_size)?, slice("weights", w)?, m.as_slice())))
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights, mask)| {
-            let mut weights = weights.to_vec();
-            statistics
-                .damped(damping)
-                .and_then(|damped| core::compensate(damped, &mut weights, mask))
-                .map(|report| (weights, report))
+            let mut moved = zeros("weights", weights.len())?;
+            moved.copy_from_slice(weights);
+            let report = core::compensate(statistics.damped(damping)?, &mut moved, mask)?;
+            Ok((moved, report))
         })
-    });
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+    })?;
     let wrap = |(weights, report): (Vec<f32>, core::Compensation)| {
         let (after, before) = (to_numpy(py, report.increase), to_numpy(py, report.uncompensated));
         (to_numpy(py, weights), after, before, report.failed)
     };
-    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+    Ok(results.into_iter().map(wrap).collect())
 }

@@ -1,12 +1,13 @@
 //! Greedy elimination.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::statistics::Report;
-use fastsal_core::{greedy, parallel};
-use numpy::{PyArray1, PyReadonlyArray1};
+use fastsal_core::{greedy, parallel, Result};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, statistics, to_numpy, Parameter};
-use crate::errors::to_python;
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Parameter};
+use crate::parallel::call;
 
 /// Scores, turns, failed blocks, sensitivity of each block.
 type Elimination<'py> =
@@ -17,27 +18,30 @@ type Elimination<'py> =
 pub fn eliminate<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
+    weights: Vec<Array<'py, f32>>,
     block_size: usize,
     damping: f64,
 ) -> PyResult<Vec<Elimination<'py>>> {
+    check_count("weights", weights.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(&weights)
         .map(|(p, w)| Ok((statistics(p, block_size)?, slice("weights", w)?)))
         .collect::<PyResult<Vec<_>>>()?;
-    let results = py.detach(|| {
+    let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights)| {
-            let (mut scores, mut turns) = (vec![0.0; weights.len()], vec![0; weights.len()]);
-            statistics
-                .damped(damping)
-                .and_then(|damped| greedy::eliminate(damped, weights, &mut scores, &mut turns))
-                .map(|report| (scores, turns, report))
+            let mut scores = zeros("scores", weights.len())?;
+            let mut turns = zeros("turns", weights.len())?;
+            let damped = statistics.damped(damping)?;
+            let report = greedy::eliminate(damped, weights, &mut scores, &mut turns)?;
+            Ok((scores, turns, report))
         })
-    });
+        .into_iter()
+        .collect::<Result<Vec<_>>>()
+    })?;
     let wrap = |(scores, turns, report): (Vec<f32>, Vec<u32>, Report)| {
         let sensitivity = to_numpy(py, report.sensitivity);
         (to_numpy(py, scores), to_numpy(py, turns), report.failed, sensitivity)
     };
-    results.into_iter().map(|r| r.map(wrap).map_err(to_python)).collect()
+    Ok(results.into_iter().map(wrap).collect())
 }

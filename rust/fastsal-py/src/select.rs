@@ -1,24 +1,30 @@
 //! Thresholds and masks.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::{keys, select};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, to_numpy};
-use crate::errors::to_python;
+use crate::arrays::{slice, slices, to_numpy, Array};
+use crate::parallel::call;
 
 /// Masks of all arrays (true = kept) and the score of the last pruned weight.
 type Cut<'py> = (Vec<Bound<'py, PyArray1<bool>>>, Option<f32>);
+
+/// About how many nanoseconds it takes to select among scores.
+fn passes(arrays: &[&[f32]]) -> u64 {
+    arrays.iter().map(|scores| 2 * scores.len() as u64).sum()
+}
 
 /// The `k`-th smallest score over all arrays, `k >= 1`.
 #[pyfunction]
 pub fn kth_smallest<'py>(
     py: Python<'py>,
-    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    scores: Vec<Array<'py, f32>>,
     k: usize,
 ) -> PyResult<Option<f32>> {
-    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
-    let found = py.detach(|| select::smallest(&arrays, k, &[])).map_err(to_python)?;
+    let arrays = slices("scores", &scores)?;
+    let found = call(py, passes(&arrays), || select::smallest(&arrays, k, &[]))?;
     Ok(found.1)
 }
 
@@ -26,22 +32,20 @@ pub fn kth_smallest<'py>(
 #[pyfunction]
 pub fn prune_smallest<'py>(
     py: Python<'py>,
-    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    scores: Vec<Array<'py, f32>>,
     k: usize,
     floors: Vec<usize>,
 ) -> PyResult<Cut<'py>> {
-    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
-    let (masks, threshold) = py
-        .detach(|| {
-            let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
-            let write = |(scores, cut): (&&[f32], _)| {
-                let mut kept = vec![false; scores.len()];
-                select::write_mask(scores, cut, &mut kept).map(|()| kept)
-            };
-            let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
-            Ok((masks?, threshold))
-        })
-        .map_err(to_python)?;
+    let arrays = slices("scores", &scores)?;
+    let (masks, threshold) = call(py, passes(&arrays), || {
+        let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
+        let write = |(scores, cut): (&&[f32], _)| {
+            let mut kept = zeros("masks", scores.len())?;
+            select::write_mask(scores, cut, &mut kept).map(|()| kept)
+        };
+        let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
+        Ok((masks?, threshold))
+    })?;
     Ok((masks.into_iter().map(|m| to_numpy(py, m)).collect(), threshold))
 }
 
@@ -50,12 +54,12 @@ pub fn prune_smallest<'py>(
 #[pyo3(signature = (scores, upper=None, below=u64::MAX))]
 pub fn count_keys<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     upper: Option<u32>,
     below: u64,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
     let scores = slice("scores", &scores)?;
-    let counts = py.detach(|| keys::count_keys(scores, upper, below)).map_err(to_python)?;
+    let counts = call(py, passes(&[scores]), || keys::count_keys(scores, upper, below))?;
     Ok(to_numpy(py, counts))
 }
 
@@ -64,17 +68,17 @@ pub fn count_keys<'py>(
 #[pyfunction]
 pub fn mask_below<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     key: u32,
     ties: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = py.detach(|| {
-        let mut kept = vec![false; scores.len()];
+    let kept = call(py, passes(&[scores]), || {
+        let mut kept = zeros("masks", scores.len())?;
         let cut = select::threshold(scores, key, ties);
         select::write_mask(scores, cut, &mut kept).map(|()| kept)
     });
-    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+    kept.map(|kept| to_numpy(py, kept))
 }
 
 /// The score of a key.
@@ -87,15 +91,15 @@ pub fn score_of_key(key: u32) -> f32 {
 #[pyfunction]
 pub fn n_of_m<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     shape: (usize, usize, usize),
     n: usize,
     m: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = py.detach(|| {
-        let mut kept = vec![false; scores.len()];
+    let kept = call(py, 8 * passes(&[scores]), || {
+        let mut kept = zeros("masks", scores.len())?;
         select::n_of_m(scores, shape, n, m, &mut kept).map(|()| kept)
     });
-    kept.map(|kept| to_numpy(py, kept)).map_err(to_python)
+    kept.map(|kept| to_numpy(py, kept))
 }

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsal.errors import NonFiniteGradient
+from fastsal.errors import GradientOverflow, NonFiniteGradient
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.rows import flat_rows
+from fastsal.fisher.sums import HARMLESS, ParameterSums
 from fastsal.gradients.precision import full_float32
 
 
@@ -53,8 +54,8 @@ class DeviceTiles:
         self._sums = sums
         self._device = device
         self.tiles: dict[str, Tile] = {}
-        # Whether rows are finite, name to a scalar; read once a micro-batch, as reading waits.
-        self._finite: dict[str, Tensor] = {}
+        # Largest magnitude of rows, name to a scalar; read once a micro-batch, as reading waits.
+        self._largest: dict[str, Tensor] = {}
         self._seen = 0
 
     def expect(self, samples: int) -> None:
@@ -71,9 +72,8 @@ class DeviceTiles:
             )
         tile = self.tiles[name]
         flat = flat_rows(rows).float()
-        chunk = flat.sum(0)
-        self._finite[name] = chunk.isfinite().all()
-        tile.total += chunk
+        self._largest[name] = torch.linalg.vector_norm(flat, math.inf)
+        tile.total += flat.sum(0)
         missing = count * block - p.d
         if missing:
             flat = torch.nn.functional.pad(flat, (0, missing))
@@ -86,24 +86,44 @@ class DeviceTiles:
 
         Raises:
             NonFiniteGradient: NaN or infinity in this micro-batch; names the parameter.
+            GradientOverflow: Sums of squares have overflowed; names the parameter.
         """
-        if self._finite:
-            finite = torch.stack(list(self._finite.values())).tolist()
-            for name, fine in zip(self._finite, finite, strict=True):
-                if not fine:
-                    raise NonFiniteGradient(
-                        f"gradients must be finite, got NaN or infinity for {name!r}, in one "
-                        f"of the samples {self._seen} to {self._seen + n - 1}"
-                    )
-            self._finite.clear()
+        if self._largest:
+            found = torch.stack(list(self._largest.values())).tolist()
+            for name, largest in zip(self._largest, found, strict=True):
+                # A comparison with NaN is false.
+                if not largest < HARMLESS["float32"]:
+                    samples = f"in one of the samples {self._seen} to {self._seen + n - 1}"
+                    self._check(name, largest, samples)
+            self._largest.clear()
         self._seen += n
         self._sums.count(n)
 
+    def _check(self, name: str, largest: float, samples: str) -> None:
+        if not math.isfinite(largest):
+            raise NonFiniteGradient(
+                f"gradients must be finite, got NaN or infinity for {name!r}, {samples}"
+            )
+        squares = self.tiles[name].squares.diagonal(dim1=1, dim2=2)
+        if not bool(squares.isfinite().all()):
+            raise GradientOverflow(
+                f"sums of squared gradients must fit float32, got a gradient of {largest:.2g} for "
+                f"{name!r}, {samples}; scale the loss down, or collect with precision='float64'"
+            )
+
     def flush(self) -> None:
-        """Pack the sums of the device and add them to those in main memory."""
+        """Pack the sums of the device and add them to those in main memory.
+
+        Raises:
+            GradientOverflow: Their sum overflows; names the parameter.
+        """
         for name, tile in self.tiles.items():
             p = self._sums.parameters[name]
-            p.add_sums(_packed(tile.squares, p.d).cpu().numpy(), tile.total.cpu().numpy())
+            packed, total = _packed(tile.squares, p.d).cpu().numpy(), tile.total.cpu().numpy()
+            if not p.is_empty:
+                added = ParameterSums(p.shape, p.block_size, p.dtype, total, packed)
+                self._sums.check_fits(name, p, added, 1.0)
+            p.add_sums(packed, total)
         self.tiles.clear()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import fastsal._core as _core
+from fastsal.errors import DataError
 from fastsal.fisher.block_fisher import sums_of
 from fastsal.fisher.inverses import error_bound, raise_failed
 from fastsal.pruning.criteria.registry import Inputs, Scores, criterion
@@ -30,6 +32,11 @@ def obs_greedy(inputs: Inputs) -> Scores:
     scores = {}
     for name, (values, _, failed, sensitivity) in zip(names, results, strict=True):
         raise_failed(name, failed, inputs.damping)
+        if np.isposinf(values).any():
+            raise DataError(
+                f"scores of {name!r} must fit float32, got infinity; scale the loss down, or the "
+                "weights"
+            )
         scores[name] = torch.from_numpy(values).reshape(inputs.weights[name].shape)
         inputs.errors[name] = error_bound(sums, name, sensitivity)
     return scores

@@ -10,15 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.errors import InvalidArgument, PrecisionWarning
+from fastsal.errors import DataError, InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
 from fastsal.models.input_axis import WithAxes, known_axes
-from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.selection import check_finite_weights, check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
+from fastsal.utils.booleans import boolean
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -71,6 +72,7 @@ def score(
     Raises:
         InvalidArgument: An argument is invalid, statistics are missing or hold no samples, or a
             weight is NaN or infinite.
+        DataError: Scores or statistics are beyond the range of float32; names the parameter.
         UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         MaskError: A mask has another shape than its parameter.
         FactorizationError: A damped block is not positive definite; the message names the parameter
@@ -86,8 +88,9 @@ def score(
         raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
     statistics = None if fisher is None else statistics_of(fisher)
     chosen = _chosen(model, statistics, parameters)
-    kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
-    check_mask_shapes("masks", kept, chosen)
+    given = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
+    check_mask_shapes("masks", given, chosen)
+    kept = {name: boolean(mask.detach().cpu()) for name, mask in given.items()}
     absolute = 1.0  # not used without an inverse
     if entry.needs_damping and statistics is not None:
         absolute = resolve_damping(damping, statistics)
@@ -122,7 +125,8 @@ def score_tensors(
         some = slices(kept, parts) or None
         inputs = Inputs(weights, fisher, damping, some, generator, errors)
         for key, values in entry.compute(inputs).items():
-            parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+            found = parts[key].of(scores[parts[key].name]).copy_(values.reshape(-1))
+            _check_range(key, found, values.reshape(-1))
         del fisher, weights, inputs  # before sums of the next parts are made
     if statistics is not None:
         warn_imprecise(errors, statistics.precision, damping)
@@ -180,8 +184,16 @@ def _chosen(
     return model_parameters(model, statistics.shapes)
 
 
+def _check_range(name: str, scores: Tensor, exact: Tensor) -> None:
+    """Raise DataError if a score `[d]` that is finite in float64 overflows float32."""
+    large = scores.isinf()
+    if bool(large.any()) and bool((large & exact.isfinite()).any()):
+        raise DataError(
+            f"scores of {name!r} must fit float32, got {float(exact[large].max()):.2g}; scale the "
+            "loss down, or the weights"
+        )
+
+
 def _double(name: str, weights: Tensor) -> Tensor:
-    w = weights.detach().cpu().double()
-    if not bool(torch.isfinite(w).all()):
-        raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
-    return w
+    check_finite_weights({name: weights})
+    return weights.detach().cpu().double()

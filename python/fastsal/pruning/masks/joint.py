@@ -15,7 +15,7 @@ from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import Part, Parts, flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.models.input_axis import Axes, layer_axes
-from fastsal.models.selection import model_parameters
+from fastsal.models.selection import check_finite_weights, model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
@@ -66,7 +66,8 @@ def rank_pattern(
         The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
-        InvalidArgument: An argument is invalid, or the statistics hold no samples.
+        InvalidArgument: An argument is invalid, the statistics hold no samples, or a weight is NaN
+            or infinite.
         UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         FactorizationError: A damped block is not positive definite.
     """
@@ -81,6 +82,7 @@ def rank_pattern(
     shapes = {name: tuple(p.shape) for name, p in owned.items()}
     axes = layer_axes(model, shapes)
     check_ranking(shapes, sparsity, scope, pattern, floor, axes)
+    check_finite_weights(owned)
     damping = resolve_damping(damping, statistics)
     recipe = {"pattern": str(wanted), "joint": True, "damping": damping}
     recipe |= recorded_axes(shapes, axes)

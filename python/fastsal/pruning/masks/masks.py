@@ -25,6 +25,7 @@ from fastsal.pruning.masks.hold import Pruned, hold
 from fastsal.pruning.masks.in_use import InUse, count_in_use
 from fastsal.pruning.masks.patterns import broken_groups
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.booleans import boolean
 from fastsal.utils.digests import Digest
 from fastsal.utils.safetensors_files import header_of, metadata_of
 from fastsal.utils.warn import warn_user
@@ -61,10 +62,7 @@ class Masks(Mapping[str, Tensor]):
     ) -> None:
         if not masks:
             raise InvalidArgument("masks must hold at least one parameter, got none")
-        self._masks = {
-            n: torch.as_tensor(m).detach().to("cpu", torch.bool, copy=copy)
-            for n, m in masks.items()
-        }
+        self._masks = {name: _boolean(mask, copy=copy) for name, mask in masks.items()}
         empty = [name for name, m in self._masks.items() if m.numel() == 0]
         if empty:
             raise InvalidArgument(f"masks must not be empty, got {empty[0]!r} without elements")
@@ -295,6 +293,9 @@ class Masks(Mapping[str, Tensor]):
                     )
                 shapes = header["shapes"]
                 bits = {name: file.get_tensor(name) for name in shapes}
+                # Before memory of the size that the header names is allocated.
+                if any(8 * bits[n].size - math.prod(s) not in range(8) for n, s in shapes.items()):
+                    raise FileFormatError(f"path: {shown} has bits of other shapes than it says")
                 if set(file.keys()) != set(shapes) or _digest(header, bits) != header["digest"]:
                     raise FileFormatError(f"path: {shown} was modified after it was written")
         except FileFormatError:
@@ -323,3 +324,8 @@ def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
     for name in sorted(bits):
         digest.text(f"{name}\0").array(bits[name])
     return digest.hexdigest()
+
+
+def _boolean(mask: Any, *, copy: bool) -> Tensor:
+    values = torch.as_tensor(mask).detach().cpu()
+    return values if not copy and values.dtype == torch.bool else boolean(values)

@@ -48,15 +48,16 @@ class Pattern:
             InvalidArgument: `text` is not a pattern.
         """
         clean = str(text).strip()
-        match = re.fullmatch(r"(\d+):(\d+)", clean)
+        # Numbers of more digits are longer than any row, and than the integers of the core.
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", clean)
         if match and 0 < int(match[1]) <= int(match[2]):
             return cls(int(match[1]), int(match[2]), False)
-        match = re.fullmatch(r"1[x×](\d+)", clean)
+        match = re.fullmatch(r"1[x×](\d{1,18})", clean)
         if match and int(match[1]) > 0:
             return cls(0, int(match[1]), True)
         raise InvalidArgument(
-            f"pattern must be 'N:M' with 0 < N <= M (such as '2:4') or '1xM' (such as '1x4'), got "
-            f"{text!r}"
+            "pattern must be 'N:M' with 0 < N <= M < 1e18 (such as '2:4') or '1xM' (such as "
+            f"'1x4'), got {text!r:.80}"
         )
 
     def __str__(self) -> str:
@@ -74,6 +75,7 @@ def reduce_groups(values: Tensor, m: int, how: str, axes: Axes | None = None) ->
     The input axis is axis 1, unless `axes` are given.
     """
     outer, width, inner = axes or input_axes(values.shape)
+    m = min(m, width)  # a longer group is the row
     flat = values.reshape(outer, width, inner)
     if how == "first":
         return flat[:, ::m].contiguous()
@@ -85,6 +87,7 @@ def reduce_groups(values: Tensor, m: int, how: str, axes: Axes | None = None) ->
 def expand_groups(groups: Tensor, shape: Sequence[int], m: int, axes: Axes | None = None) -> Tensor:
     """Return a tensor of `shape` in which every member has the value of its group."""
     _, width, _ = axes or input_axes(shape)
+    m = min(m, width)  # a longer group is the row
     return groups.repeat_interleave(m, 1)[:, :width].reshape(tuple(shape)).contiguous()
 
 

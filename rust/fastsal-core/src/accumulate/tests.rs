@@ -122,3 +122,40 @@ fn names_the_first_non_finite_gradient() {
         }
     }
 }
+
+#[test]
+fn names_the_first_square_that_overflows() {
+    let (n, d) = (200, 3000);
+    let layout = Layout::new(d, 64).expect("layout");
+    for (large, at) in [(3e19f32, 2100), (-1.5e18, 70)] {
+        let mut data = vec![1f32; n * d];
+        // One square that is too large, or many whose sum is.
+        for r in 0..n {
+            data[r * d + at] = if large > 0.0 && r != 150 { 2.0 } else { large };
+        }
+        data[9 * d + at] *= 1.001;
+        let rows = Rows::new(&data, n, d, d).expect("rows").into();
+        for fresh in [true, false] {
+            let (mut packed, mut sums) = (vec![0f32; layout.packed_len()], vec![3f32; d]);
+            let to = Sums::F32 { packed: &mut packed, sums: &mut sums };
+            match accumulate(Isa::best(), layout, rows, to, fresh) {
+                Err(Error::Overflow { row, column, value }) => {
+                    let expected = if large > 0.0 { 150 } else { 9 };
+                    assert_eq!((row, column, value), (expected, at, data[row * d + at].into()));
+                }
+                other => panic!("{other:?}"),
+            }
+            assert!(!fresh || sums.iter().all(|s| *s == 3.0));
+            let (mut packed, mut sums) = (vec![0f64; layout.packed_len()], vec![3f64; d]);
+            let to = Sums::F64 { packed: &mut packed, sums: &mut sums };
+            assert_eq!(accumulate(Isa::best(), layout, rows, to, fresh), Ok(()));
+        }
+    }
+    // Larger than the type of the sums itself.
+    let data = vec![1e300; 4];
+    let rows = Rows::new(&data, 2, 2, 2).expect("rows").into();
+    let (mut packed, mut sums) = (vec![0f32; 3], vec![0f32; 2]);
+    let to = Sums::F32 { packed: &mut packed, sums: &mut sums };
+    let result = accumulate(Isa::best(), Layout::new(2, 2).expect("layout"), rows, to, true);
+    assert!(matches!(result, Err(Error::Overflow { row: _, column: 0, .. })), "{result:?}");
+}
