@@ -206,7 +206,6 @@ def test_a_criterion_without_its_data(model, tmp_path):
 
 def test_usage_errors(model, tmp_path):
     for options, message in (
-        (["--criterion", "best"], "--criterion must be one of magnitude, random, taylor"),
         (["--damping", "-1"], "--damping must be a positive number, 'auto' or a multiple"),
         (["--size", "big"], "--size must be pixels as 96, height x width as 64x96, or native"),
         (["--rounds", "0"], "--rounds must be an integer of at least 1, got 0"),
@@ -218,6 +217,9 @@ def test_usage_errors(model, tmp_path):
         result = run("prune", model, *options, "--out", tmp_path / "run")
         failed(result, message)
         failed(result, "(see fastsal prune --help)")
+    # A criterion may be registered by the file of the model.
+    result = run("prune", model, "--criterion", "best", "--sparsity", 0.5, "--out", tmp_path / "r")
+    failed(result, "--criterion must be one of magnitude, random, taylor")
     failed(run("prune", model), "--out is required (see fastsal prune --help)")
     failed(run("prune", "--out", tmp_path / "run"), "MODEL is required")
     failed(run("prun"), "no such command 'prun'")
