@@ -185,9 +185,11 @@ class Two(nn.Module):
 def test_a_failing_block_names_its_parameter(criterion):
     model = Two()
     g = {name: torch.randn(40, *p.shape) for name, p in model.named_parameters()}
-    g["huge"].view(40, 30)[:, 17] = 1e20  # its square is past the float32 range
     fisher = BlockFisher({n: p.shape for n, p in model.named_parameters()}, block_size=8)
     fisher.update(g)
+    # What a file can hold whose sums have overflowed: F_ii of weight 17, the second of its block.
+    sums_of(fisher).parameters["huge"].packed[2 * 36 + 8] = math.inf
+    g["huge"].view(40, 30)[:, 17] = 1e20  # its square is past the float32 range
     result = fisher.inverse_diagonals(1.0)
     assert result["fine"].failed == []
     assert np.isfinite(result["fine"].values).all()

@@ -84,11 +84,11 @@ def test_a_sum_of_squares_that_overflows_is_refused():
     assert fisher.diagonal()["w"].isfinite().all()
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.5])
+@pytest.mark.parametrize("weight", [1.0, 2.0])
 def test_merged_sums_that_overflow_are_refused(weight):
     one, other = (BlockFisher(SHAPES, block_size=16) for _ in range(2))
     one.update(rows(40, (slice(None), 0, 0), 2e18))
-    other.update(rows(3, (slice(None), 0, 0), 1.5e19 / weight**0.5))
+    other.update(rows(1, (0, 0, 0), 1.5e19 / weight**0.5))
     before = state(one)
     with pytest.raises(GradientOverflow, match="those of 'w' would overflow; nothing was added"):
         one.merge(other, weight)
@@ -125,8 +125,8 @@ def test_scores_beyond_float32_are_refused(n, criterion):
     fisher = BlockFisher(SHAPES, block_size=16)
     fisher.update(rows(n, (0, 1, 1), 1e19))
     model = nn.Module()
-    for name, shape in SHAPES.items():
-        setattr(model, name, nn.Parameter(torch.full(shape, 1e3)))
+    for name, size in (("a", 1e-9), ("w", 1e3)):
+        setattr(model, name, nn.Parameter(torch.full(SHAPES[name], size)))
     with pytest.raises(DataError, match="scores of 'w' must fit float32"):
         fastsal.score(model, fisher, criterion, damping=1e36)
     with torch.no_grad():
@@ -137,13 +137,14 @@ def test_scores_beyond_float32_are_refused(n, criterion):
 
 def test_collect_names_the_parameter_and_the_sample():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3, bias=False))
+    nn.init.zeros_(model[1].weight)
     images, labels = torch.randn(12, 1, 2, 2), torch.arange(12) % 3
     images[7] *= 1e21
     with pytest.raises(GradientOverflow, match=r"'1.weight', sample 7"):
         fastsal.collect(model, [(images, labels)], block_size=4)
 
 
-@pytest.mark.parametrize("n", [3, 30])
+@pytest.mark.parametrize("n", [2, 30])
 def test_squares_that_all_underflow_are_told(n):
     model = nn.Module()
     model.w = nn.Parameter(torch.randn(5, 40))
