@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install build lint test bench sweep clean
+.PHONY: help install build lint test asan miri bench sweep clean
 
 help:  ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,20 @@ lint:  ## Check formatting, lints, types, layers and the stub of the compiled mo
 test:  ## Run all Rust and Python tests
 	cargo test --quiet --workspace --locked
 	$(BIN)/python -m pytest -q
+
+# On a stable compiler: the switch only allows the option. Optimized, as instrumented kernels are slow.
+ASAN := RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" CARGO_TARGET_DIR=target/asan \
+	CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 \
+	cargo test --quiet --release -p fastsal-core --locked --target x86_64-unknown-linux-gnu
+
+asan:  ## Run the tests of the core with AddressSanitizer, portable and with the best instruction set
+	FASTSAL_ISA=portable $(ASAN)
+	$(ASAN)
+
+# Needs `rustup component add --toolchain nightly miri`; only tests without threads and without loops
+# over many shapes are short enough.
+miri:  ## Run the tests of raw pointers in the core with Miri
+	cargo +nightly miri test --quiet -p fastsal-core --lib -- cholesky:: memory:: rows:: layout::
 
 bench:  ## Run the Rust and Python benchmarks
 	cargo bench --quiet -p fastsal-core

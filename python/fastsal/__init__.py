@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.joint import rank_pattern
     from fastsal.pruning.masks.masks import Masks
     from fastsal.pruning.masks.ranking import rank
-    from fastsal.pruning.prune import PruneResult, prune
+    from fastsal.pruning.prune import prune
+    from fastsal.pruning.prune_result import PruneResult
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.fisher_overlap import fisher_overlap
@@ -91,7 +92,7 @@ _HOME = {
     "MemoryPlan": "fisher.memory_plan",
     "merge_files": "fisher.merging",
     "plan_memory": "pruning.forecast",
-    "PruneResult": "pruning.prune",
+    "PruneResult": "pruning.prune_result",
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",

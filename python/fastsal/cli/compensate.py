@@ -39,6 +39,7 @@ def compensate(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import check_model, masks_file
     from fastsal.errors import InvalidArgument
+    from fastsal.models.left_out import left_out
     from fastsal.models.weights import save_weights
 
     if (given["statistics"] is None) == (given["data"] is None):
@@ -59,12 +60,14 @@ def compensate(**given: Any) -> None:
         assert batches is not None  # --data is given
         fisher = collect(given, model, batches)
     fastsal.compensate(model, fisher, masks, damping=given["damping"])
-    masks.verify(model)
+    masks.check(model)
     save_weights(model, given["out"])
+    rest = left_out(model, masks)
     result = {
         "sparsity": masks.sparsity,
         "parameters": len(masks),
         "samples": fisher.samples,
+        "left_out": rest.as_dict(),
         "out": str(given["out"]),
     }
     if given["as_json"]:
@@ -75,3 +78,4 @@ def compensate(**given: Any) -> None:
         f"{given['out']}",
         soft_wrap=True,
     )
+    console().print(str(rest), soft_wrap=True)

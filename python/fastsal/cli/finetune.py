@@ -76,6 +76,12 @@ if TYPE_CHECKING:
 )
 @click.option("--train-head", is_flag=True, help="Also train the classifier; frozen by default.")
 @click.option(
+    "--head",
+    metavar="NAME",
+    show_default="found",
+    help="Name of the layer that is the classifier.",
+)
+@click.option(
     "--train-normalization",
     is_flag=True,
     help="Also train the normalization layers; frozen by default.",
@@ -105,8 +111,15 @@ def finetune(**given: Any) -> None:
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
     from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
-    from fastsal.cli.output import console, emit, run_summary
-    from fastsal.cli.runfolder import check_model, check_target, run_facts, write_run
+    from fastsal.cli.output import console, emit, print_selection, run_summary
+    from fastsal.cli.runfolder import (
+        check_model,
+        check_target,
+        run_facts,
+        selection_facts,
+        write_run,
+    )
+    from fastsal.models.left_out import left_out
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
@@ -135,7 +148,8 @@ def finetune(**given: Any) -> None:
     if test:
         with clock.step("test"), reporter(not given["quiet"], "accuracy after") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
-    masks.verify(model)
+    masks.check(model)
+    rest, in_use = left_out(model, masks), masks.in_use(model)
     result = {
         **run_facts(given, masks),
         "samples": batches.samples,
@@ -143,6 +157,7 @@ def finetune(**given: Any) -> None:
         "kept_epoch": done.kept_epoch,
         "held_out_loss_before": done.before,
         "accuracy": accuracy,
+        **selection_facts(rest, in_use),
         "seconds": clock.rounded(3),
     }
     names = ("epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "seed")
@@ -155,6 +170,7 @@ def finetune(**given: Any) -> None:
     screen = console()
     screen.print(_table(done))
     screen.print(f"\n[bold]epoch {done.kept_epoch} kept; {run_summary(result)}[/bold]")
+    print_selection(screen, rest, in_use)
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
 
@@ -170,7 +186,7 @@ def _fitting_masks(given: dict[str, Any], model: nn.Module) -> Masks:
             raise InvalidArgument("--masks is required unless --weights is the folder of a run")
     masks = fastsal.Masks.load(masks_file(path))
     try:
-        masks.verify(model)
+        masks.check(model)
     except MaskError as error:
         raise MaskError(
             f"{error}; the weights must be those that were pruned with these masks"
@@ -193,7 +209,7 @@ def _trained(
 
     names = (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalization", "checkpoint", "seed",
+        "train_head", "train_normalization", "head", "checkpoint", "seed",
     )  # fmt: skip
     return fastsal.finetune(
         model,

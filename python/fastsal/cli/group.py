@@ -36,8 +36,9 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the chosen command.
 
-        An invalid option, a `FastsalError`, or a file that cannot be opened or written exits with
-        2; Ctrl-C with 130. With `--debug`, and for any other exception, the traceback is shown.
+        An invalid option, a `FastsalError`, a core that cannot be imported, or a file that cannot
+        be opened or written exits with 2; Ctrl-C with 130. With `--debug`, and for any other
+        exception, the traceback is shown.
         """
         before, warnings.showwarning = warnings.showwarning, _show_warning
         with contextlib.ExitStack() as stack:
@@ -55,6 +56,11 @@ class Group(click.Group):
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
             if not isinstance(error, FastsalError) and error.filename is None:
+                raise
+            _exit_with(ctx, one_line(error))
+        except ImportError as error:
+            # The compiled core: it is missing, or refuses the instruction set that was asked for.
+            if ctx.params.get("debug") or error.name != "fastsal._core":
                 raise
             _exit_with(ctx, one_line(error))
         except KeyboardInterrupt:

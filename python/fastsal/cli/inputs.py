@@ -91,11 +91,14 @@ def open_batches(
     from fastsal.data.numbering import check_numbering
     from fastsal.models.classifier import class_count
 
-    count = class_count(model) if labeled else None
     class_map = given["class_map"] if labeled else None
     if class_map == IMAGENET:
-        class_map = imagenet_map(count)
+        class_map = imagenet_map(class_count(model))
     images = load_images(path, labeled=labeled, class_map=class_map)
+    count = None
+    if labeled:
+        first = next(iter(images.batches(spec, 1, samples=1)))[0]
+        count = class_count(model, first)
     is_mapped = images.numbering == "map"
     if count is not None and not is_mapped and int(images.y.max()) >= count:
         raise DataError(
@@ -159,7 +162,7 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of `fastsal.collect` that were given as options."""
     names = (
         *("block_size", "curvature", "precision", "micro_batch"),
-        *("memory_budget", "scratch", "scratch_budget"),
+        *("memory_budget", "scratch", "scratch_budget", "head"),
     )
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["parameters"]:

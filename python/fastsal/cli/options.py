@@ -149,10 +149,16 @@ statistics_options: Callable[[F], F] = together(
         "model's own features, without labels (features).",
     ),
     click.option(
+        "--head",
+        metavar="NAME",
+        show_default="found",
+        help="Name of the classifier's layer, whose input is the features of --curvature features.",
+    ),
+    click.option(
         "--parameters",
         multiple=True,
         metavar="PATTERN",
-        show_default="weights of Linear and ConvNd layers",
+        show_default="weights of Linear, ConvNd and attention layers",
         help="Name or wildcard pattern of weights to prune; a leading ! excludes; may be repeated.",
     ),
     click.option(

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from fastsal.models.left_out import LeftOut
+    from fastsal.pruning.masks.in_use import InUse
+
 _BAR = 20  # characters
 
 
@@ -51,6 +54,14 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
             f"[cyan]{bar(share)}[/cyan][dim]{'·' * (_BAR - len(bar(share)))}[/dim]",
         )
     return table
+
+
+def print_selection(screen: Console, left_out: LeftOut | None, in_use: InUse | None) -> None:
+    """Print a line about parameters left out, and one about weights that layers compute."""
+    if left_out is not None:
+        screen.print(str(left_out), soft_wrap=True)
+    if in_use is not None and in_use.computed:
+        screen.print(f"[yellow]{in_use}[/yellow]", soft_wrap=True)
 
 
 def run_summary(report: Mapping[str, Any]) -> str:

@@ -61,6 +61,7 @@ def plan(**given: Any) -> None:
     from fastsal.cli.inputs import collect_options, open_model, set_threads, training_batches
     from fastsal.cli.output import console, emit
     from fastsal.gradients import select_parameters
+    from fastsal.models.left_out import left_out
     from fastsal.pruning.forecast import plan_memory
 
     if given["tokens"] is not None and not given["meta"]:
@@ -92,14 +93,17 @@ def plan(**given: Any) -> None:
     )
     pruned = select_parameters(model, chosen.get("parameters"))
     weights = sum(p.numel() for p in pruned.values())
+    rest = left_out(model, pruned)
     if given["as_json"]:
-        emit({"model": given["model"], "weights": weights, "samples": samples, **found.as_dict()})
+        facts = {"model": given["model"], "weights": weights, "left_out": rest.as_dict()}
+        emit({**facts, "samples": samples, **found.as_dict()})
         return
     screen = console()
     screen.print(
         f"[bold]{given['model']}[/bold]: {weights:,} weights in {len(pruned)} parameters, "
         f"{samples:,} samples"
     )
+    screen.print(str(rest), soft_wrap=True)
     screen.print(_table(found))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fastsal.data.image_set import ImageBatches
     from fastsal.pruning.limits.limit import SafetyReport
-    from fastsal.pruning.masks.masks import Masks
+    from fastsal.pruning.prune_result import PruneResult
 
 
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
@@ -113,9 +113,14 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         set_threads,
         training_batches,
     )
-    from fastsal.cli.output import console, emit, kept_table, run_summary
-    from fastsal.cli.runfolder import check_model, check_target, run_facts, write_run
-    from fastsal.pruning.limits.limit import summary
+    from fastsal.cli.output import console, emit
+    from fastsal.cli.runfolder import (
+        check_model,
+        check_target,
+        run_facts,
+        selection_facts,
+        write_run,
+    )
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
     from fastsal.utils.progress import reporter
@@ -139,18 +144,20 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
             accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
     with clock.step("prune"):
-        masks, history, safety = _pruned(given, ranked, model, batches, held_out)
+        done = _pruned(given, ranked, model, batches, held_out)
+    masks, safety = done.masks, done.safety
     if test:
         with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
             accuracy["after"] = measure(model, test, report=report)._asdict()
-    masks.verify(model)
+    masks.check(model)
     if rank:
         return
     result = {
         **run_facts(given, masks),
         "samples": batches.samples if batches else 0,
-        "history": history,
+        "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,
+        **selection_facts(done.left_out, done.in_use),
         "accuracy": accuracy,
         "seconds": clock.rounded(3),
     }
@@ -160,6 +167,16 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     if given["as_json"]:
         emit({**result, "out": str(given["out"])})
         return
+    _show(done, result, has_picture=picture.is_drawn)
+    console().print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> None:
+    """Print a result."""
+    from fastsal.cli.output import console, kept_table, print_selection, run_summary
+    from fastsal.pruning.limits.limit import summary
+
+    masks, safety = done.masks, done.safety
     screen = console()
     screen.print(kept_table(masks.kept, masks.shapes))
     if safety:
@@ -170,9 +187,10 @@ def _prune(given: dict[str, Any], rank: int) -> None:
             screen.print(
                 f"Prediction and measurement agree up to sparsity {safety.trusted_until:g}"
             )
-        if not picture.is_drawn:
+        if not has_picture:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
-    screen.print(f"\n[bold]{run_summary(result)}[/bold]\nWritten to {given['out']}", soft_wrap=True)
+    screen.print(f"\n[bold]{run_summary(result)}[/bold]")
+    print_selection(screen, done.left_out, done.in_use)
 
 
 def _pruned(
@@ -181,7 +199,7 @@ def _pruned(
     model: nn.Module,
     batches: ImageBatches | None,
     held_out: ImageBatches | None,
-) -> tuple[Masks, list[dict[str, Any]], SafetyReport | None]:
+) -> PruneResult:
     """Prune `model` in place."""
     import fastsal
     from fastsal.cli.inputs import collect_options
@@ -190,7 +208,7 @@ def _pruned(
     call: Any = fastsal.prune
     if world_size() > 1:
         from fastsal.distributed import prune as call
-    result = call(
+    result: PruneResult = call(
         model,
         batches,
         criterion=given["criterion"],
@@ -208,7 +226,7 @@ def _pruned(
         **ranked,
         **collect_options(given),
     )
-    return result.masks, [entry.as_dict() for entry in result.history], result.safety
+    return result
 
 
 class _Picture:

@@ -32,12 +32,18 @@ def rank(scores: Path, **given: Any) -> None:
     import fastsal
     from fastsal.cli.inputs import ranking_arguments, refuse_overwrite
     from fastsal.cli.output import console, emit, kept_table
+    from fastsal.models.input_axis import Axes, WithAxes, input_axes
     from fastsal.utils.atomic import atomic_path
 
     ranked = ranking_arguments(given)
     refuse_overwrite(given["out"], given["force"])
     tensors, recipe = _read_scores(scores)
-    masks = fastsal.rank(tensors, **ranked)
+    axes = {name: input_axes(values.shape) for name, values in tensors.items()}
+    for name, noted in recipe.pop("input_axes", {}).items():
+        del axes[name]
+        if noted is not None:  # the layer says its input axis
+            axes[name] = Axes(*noted)
+    masks = fastsal.rank(WithAxes(tensors, axes), **ranked)
     with atomic_path(given["out"]) as temporary:
         masks.save(temporary, {**recipe, **ranked})
     if given["as_json"]:

@@ -19,6 +19,8 @@ from fastsal.utils.machine import peak_memory, versions
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastsal.models.left_out import LeftOut
+    from fastsal.pruning.masks.in_use import InUse
     from fastsal.pruning.masks.masks import Masks
 
 MODEL, MASKS, REPORT = "model.safetensors", "masks.safetensors", "report.json"
@@ -142,6 +144,21 @@ def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
         "parameters": {name: {"shape": list(shapes[name]), "kept": kept[name]} for name in masks},
         "peak_memory_mib": round(peak / 2**20) if peak else None,
     }
+
+
+def selection_facts(left_out: LeftOut | None, in_use: InUse | None) -> dict[str, Any]:
+    """Return the fields of a report about parameters left out and zeros of the weights in use."""
+    return {
+        "left_out": left_out.as_dict() if left_out else None,
+        "in_use": in_use.as_dict() if in_use else None,
+    }
+
+
+def recorded_in_use(folder: Path) -> dict[str, Any] | None:
+    """Return what the report of a run says about the weights in use; None if it says nothing."""
+    path = folder / REPORT
+    found = read_json(path, "report").get("in_use") if path.is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def recorded_digests(folder: Path) -> dict[str, str]:

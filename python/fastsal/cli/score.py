@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +11,9 @@ from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import PATH
 from fastsal.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from fastsal.models.input_axis import WithAxes
 
 
 @click.command(cls=Command, short_help="Score every weight and write the scores to a file.")
@@ -49,6 +52,7 @@ def score(**given: Any) -> None:
         training_batches,
     )
     from fastsal.cli.output import console, emit
+    from fastsal.models.left_out import left_out
     from fastsal.pruning.damping import resolve_damping
     from fastsal.utils.atomic import atomic_path, check_writable
     from fastsal.utils.clock import Clock
@@ -87,6 +91,7 @@ def score(**given: Any) -> None:
         "criterion": given["criterion"],
         "damping": damping,
         "samples": fisher.samples if fisher is not None else 0,
+        **_axes(scores),
     }
     with atomic_path(given["out"]) as temporary:
         tensors = {name: value.contiguous() for name, value in scores.items()}
@@ -95,10 +100,12 @@ def score(**given: Any) -> None:
         with atomic_path(given["save_statistics"]) as temporary:
             fisher.save(temporary)
     count = sum(value.numel() for value in scores.values())
+    rest = left_out(model, scores)
     result = {
         **recipe,
         "parameters": {name: list(value.shape) for name, value in scores.items()},
         "weights": count,
+        "left_out": rest.as_dict(),
         "seconds": clock.rounded(3),
         "out": str(given["out"]),
     }
@@ -108,6 +115,15 @@ def score(**given: Any) -> None:
     seconds = sum(clock.seconds.values())
     console().print(
         f"{count:,} weights of {len(scores)} parameters scored by {given['criterion']} in "
-        f"{seconds:.1f} s; written to {given['out']}",
+        f"{seconds:.1f} s; written to {given['out']}\n{rest}",
         soft_wrap=True,
     )
+
+
+def _axes(scores: WithAxes) -> dict[str, Any]:
+    """Return the entry of a file with the axes of parameters whose input axis is not axis 1."""
+    from fastsal.models.input_axis import input_axes
+
+    found = {name: scores.axes.get(name) for name in scores}
+    others = {n: a for n, a in found.items() if a != input_axes(scores[n].shape)}
+    return {"input_axes": others} if others else {}

@@ -31,11 +31,13 @@ def verify(**given: Any) -> None:
 
     The masks must be intact and match the names and shapes of the weights, and every pruned weight
     must be exactly zero. In a folder the files must also match the checksums of its report. The
-    exit status is 0 if all checks pass and 1 if one fails.
+    exit status is 0 if all checks pass and 1 if one fails. Where layers compute their weight from
+    a masked parameter, the sparsity of the weights in use is shown too.
 
     Example: fastsal verify run
     """
     from fastsal.cli.output import console, emit
+    from fastsal.pruning.masks.in_use import InUse
 
     failures, counts = _check(given)
     if given["as_json"]:
@@ -53,13 +55,15 @@ def verify(**given: Any) -> None:
             )
         if not failures:
             screen.print("[green]OK[/green] masks intact, every pruned weight is zero")
+        if counts.get("in_use") and counts["in_use"]["computed"]:
+            screen.print(f"[yellow]{InUse(**counts['in_use'])}[/yellow]", soft_wrap=True)
     click.get_current_context().exit(1 if failures else 0)
 
 
 def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Return the failed checks as sentences, and counts of weights."""
     import fastsal
-    from fastsal.cli.runfolder import masks_file, recorded_digests, weights_file
+    from fastsal.cli.runfolder import masks_file, recorded_digests, recorded_in_use, weights_file
     from fastsal.models.loading import load_model
     from fastsal.models.weights import read_weights
     from fastsal.utils.digests import file_digest
@@ -76,6 +80,7 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if not masks_path.is_file():
         raise InvalidArgument(f"masks: no such file: {masks_path}")
     failures = []
+    model: Any = None
     try:
         if is_run and folder:
             for name, digest in recorded_digests(folder).items():
@@ -96,17 +101,30 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
             state = dict(model.state_dict())
     except (FileFormatError, MaskError) as error:
         return [*failures, " ".join(str(error).split())], {}
-    return [*failures, *_broken(masks, state)], {
+    failures += _broken(masks, state)
+    in_use: Any = None
+    if is_run and folder:
+        in_use = recorded_in_use(folder)
+    elif model is not None and not failures:
+        found = masks.in_use(model)
+        in_use = found.as_dict() if found else None
+    return failures, {
         "parameters": len(masks),
         "weights": sum(mask.numel() for mask in masks.values()),
         "pruned": sum(int((~mask).sum()) for mask in masks.values()),
         "sparsity": masks.sparsity,
+        "in_use": in_use,
     }
 
 
 def _broken(masks: Masks, state: dict[str, Tensor]) -> list[str]:
-    """Return a sentence for each mask that does not match the weights."""
-    failures = []
+    """Return a sentence for each mask that does not match the weights or its pattern."""
+    from fastsal.pruning.masks.patterns import broken_groups
+
+    failures = [
+        f"{name}: {count} groups break the pattern {masks.recipe['pattern']}"
+        for name, count in broken_groups(masks, masks.recipe).items()
+    ]
     for name, mask in masks.items():
         if name not in state:
             failures.append(f"{name} is in the masks but not in the weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -172,17 +172,29 @@ def as_batches(
         )
 
 
+@overload
+def first_images(batches: Batches, samples: int | None = None) -> tuple[Tensor, Batches]: ...
+
+
+@overload
+def first_images(batches: None, samples: int | None = None) -> tuple[None, None]: ...
+
+
 def first_images(
-    batches: Batches | None, samples: int | None
+    batches: Batches | None, samples: int | None = None
 ) -> tuple[Tensor | None, Batches | None]:
-    """Return the first images, and batches that still include them."""
+    """Return the images of the first batch, and batches that still include them.
+
+    Only the first image, if a number of samples is given.
+    """
     if batches is None:
         return None, None
-    first = list(itertools.islice(batches, 1))
-    if isinstance(batches, Iterator):
-        batches = itertools.chain(first, batches)
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
+        first = list(itertools.islice(batches, 1))
     most = None if samples is None else 1
-    return next(as_batches(first, most, "ignored"))[0], batches
+    images = next(as_batches(first, most, "ignored"))[0]
+    again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
+    return images, again
 
 
 def check_samples(samples: int | None) -> int | None:
@@ -258,6 +270,24 @@ def in_micro_batches(pairs: Iterable[Pair], size: int, step: int) -> Iterator[Pa
             rest = [_slice(joined, wanted, None)] if held else []
     if rest:
         yield _joined(rest)
+
+
+def without_single_images(pairs: Iterable[Pair]) -> Iterator[Pair]:
+    """Join a batch of one image to the batch before it, if that has more than one.
+
+    Batch normalization in training mode has no variance of a single image to normalize by.
+    """
+    waiting: Pair | None = None
+    for pair in pairs:
+        joined: Pair | None = None
+        if waiting is not None:
+            is_single = len(pair[0]) == 1 < len(waiting[0])
+            joined = _joined([waiting, pair]) if is_single and _can_join(waiting, pair) else None
+            if joined is None:
+                yield waiting
+        waiting = pair if joined is None else joined
+    if waiting is not None:
+        yield waiting
 
 
 def _slice(pair: Pair, start: int, stop: int | None) -> Pair:

@@ -11,6 +11,7 @@ import math
 import re
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -58,7 +59,8 @@ def check_labels_of(batches: object, model: nn.Module) -> None:
     """
     images = image_set_of(batches)
     if images is not None:
-        check_numbering(images, class_count(model))
+        some: Any = batches.batches if isinstance(batches, Shuffled) else batches
+        check_numbering(images, class_count(model, next(iter(some))[0]))
 
 
 def check_numbering(images: ImageSet, outputs: int | None) -> None:

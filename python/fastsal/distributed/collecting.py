@@ -31,6 +31,8 @@ from fastsal.fisher.model_sums import ModelSums, Origin
 from fastsal.fisher.parts import Part, Parts, by_key, row_unit
 from fastsal.fisher.shares import regrouped, shares
 from fastsal.fisher.statistics import Collected, Statistics
+from fastsal.models.classifier import using_head
+from fastsal.models.input_axis import layer_axes
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
@@ -82,8 +84,13 @@ def collect(
             every process, or as `fastsal.collect`.
     """
     ranks = Ranks(group)
-    with whole_weights(model) as inner, ranks.together("collect"):
-        ranks.check_same(same_arguments(exchange=exchange, **options))
+    head = options.pop("head", None)
+    with (
+        whole_weights(model) as inner,
+        using_head(inner, head),
+        ranks.together("collect"),
+    ):
+        ranks.check_same(same_arguments(exchange=exchange, head=head, **options))
         found = collected(ranks, inner, batches, progress=progress, exchange=exchange, **options)
     assert isinstance(found.own, Collected)  # without a `use`, the sums are always stored
     return found.own.fisher
@@ -157,7 +164,9 @@ def collected(
     way = exchange if exchange != "auto" else _fewer_bytes(work, ranks)
     whole, plan = work.sums, work.plan
     most = share.longest(work.how.micro_batch, whole.block_size, plan.budget)
-    unit = row_unit(whole.shapes, whole.block_size) if by_rows else None
+    unit = None
+    if by_rows:
+        unit = row_unit(whole.shapes, whole.block_size, layer_axes(model, whole.shapes))
     groups = [
         shares(group, whole.block_size, ranks.size, unit=unit, most=most) for group in plan.groups
     ]

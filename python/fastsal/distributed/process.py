@@ -28,6 +28,7 @@ from fastsal.fisher.parts import slices
 from fastsal.fisher.statistics import Statistics, squared_gradients
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
+from fastsal.models.input_axis import layer_axes
 from fastsal.pruning.checkpoint import Checkpoint
 from fastsal.pruning.compensation import moves
 from fastsal.pruning.criteria import CRITERIA
@@ -119,6 +120,7 @@ class RankProcess(Process):
             goal,
             damping,
             self._ranks,
+            axes=layer_axes(model, mine.shapes),
             joint=recipe.joins_groups,
             **recipe.ranking,
         )

@@ -15,8 +15,9 @@ from fastsal.distributed.process import RankProcess
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.pruning.history import RankTraffic
-from fastsal.pruning.prune import Arguments, PruneResult, prune_with
+from fastsal.pruning.prune import Arguments, prune_with
 from fastsal.pruning.prune import prune as prune_alone
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.utils.choices import EXCHANGES, Exchange
 from fastsal.utils.suggestions import check_choice
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches
+from fastsal.data.batches import Batches, first_images
 from fastsal.data.numbering import check_labels_of
 from fastsal.errors import InvalidArgument
 from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
+from fastsal.models.classifier import declares_head, using_head
 from fastsal.models.classifier_signs import check_classifier, lacks_classifier
 from fastsal.models.digest import structure_digest
 from fastsal.pruning.masks.masks import Masks
@@ -88,6 +89,7 @@ def finetune(
     frozen: str | Sequence[str] = (),
     train_head: bool = False,
     train_normalization: bool = False,
+    head: str | Sequence[str] | None = None,
     loss: str | LossFunction = "cross-entropy",
     autocast: torch.dtype | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -117,9 +119,10 @@ def finetune(
             stops; None for all epochs.
         frozen: Names or `fnmatch` patterns of further parameters to freeze.
         train_head: Whether to train the classifier: the layers of `get_classifier()`, as timm's
-            models have it, else the last `Linear`.
+            models have it, else the linear layer that produces the output.
         train_normalization: Whether to train normalization layers. Otherwise their running
             statistics are frozen too.
+        head: Name of the classifier's layer, or several; None finds it.
         loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`; the mean
             over a batch is minimized.
         autocast: dtype for `torch.autocast`: `torch.bfloat16`, `torch.float16` (with a scaled
@@ -156,9 +159,17 @@ def finetune(
         check_labels_of(held_out, model)
         if lacks_classifier(model) or not train_head:
             check_classifier(model, "training")
-    trained = trained_parameters(
-        model, frozen, train_head=train_head, train_normalization=train_normalization
-    )
+    first = None
+    if not (train_head or head is not None or declares_head(model)):
+        first, batches = first_images(batches)
+    with using_head(model, head):
+        trained = trained_parameters(
+            model,
+            frozen,
+            train_head=train_head,
+            train_normalization=train_normalization,
+            images=first,
+        )
     how: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -185,6 +196,7 @@ def finetune(
                 "held_out": held_out is not None,
                 "number of batches": operator.length_hint(batches),
                 "frozen": frozen,
+                "head": head,
                 "train_head": train_head,
                 "train_normalization": train_normalization,
                 "loss": identity_of(loss),

@@ -6,19 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.classifier import find_head
 from fastsal.models.evaluating import modes_restored, set_modes
+from fastsal.models.normalization import normalization_layers
 from fastsal.utils.suggestions import did_you_mean
-
-_NORMALIZATION = (
-    nn.modules.batchnorm._NormBase,  # batch and instance normalization
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
 
 
 def trained_parameters(
@@ -27,6 +21,7 @@ def trained_parameters(
     *,
     train_head: bool = False,
     train_normalization: bool = False,
+    images: Tensor | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters to train: those that require gradients and are not frozen.
 
@@ -35,6 +30,7 @@ def trained_parameters(
         frozen: Names or `fnmatch` patterns of parameters to freeze.
         train_head: Whether to train the head, see `find_head`.
         train_normalization: Whether to train the scales and shifts of normalization layers.
+        images: `[n, ...]`, by which the head is found; None makes up images.
 
     Returns:
         Name to parameter, in the order of `model.named_parameters()`.
@@ -46,7 +42,7 @@ def trained_parameters(
     owned = dict(model.named_parameters())
     still: set[nn.Parameter] = set()
     if not train_head:
-        still.update(p for module in find_head(model) for p in module.parameters())
+        still.update(p for module in find_head(model, images) for p in module.parameters())
     if not train_normalization:
         still.update(p for module in normalization_layers(model) for p in module.parameters())
     for pattern in [frozen] if isinstance(frozen, str) else frozen:
@@ -64,20 +60,6 @@ def trained_parameters(
             "and normalization, and parameters with requires_grad=False are never trained"
         )
     return trained
-
-
-def normalization_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the normalization layers of PyTorch, and others by name.
-
-    A module is a normalization layer by name, such as `RmsNorm` of timm, if its class name contains
-    `Norm` and its parameters are vectors. Larger blocks have parameters with more axes.
-    """
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, _NORMALIZATION)
-        or ("Norm" in type(module).__name__ and all(p.ndim <= 1 for p in module.parameters()))
-    ]
 
 
 @contextlib.contextmanager

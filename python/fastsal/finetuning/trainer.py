@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, Pair, as_batches
+from fastsal.data.batches import Batches, Pair, as_batches, without_single_images
 from fastsal.data.content import SeenImages
 from fastsal.errors import InvalidArgument, NonFiniteLoss
 from fastsal.gradients import losses as checks
-from fastsal.models.evaluating import outputs, to_model
+from fastsal.models.evaluating import outputs, to_model, twice
 from fastsal.utils.choices import SCHEDULES, Schedule
 from fastsal.utils.float64 import in_float64
 from fastsal.utils.suggestions import check_choice, did_you_mean
@@ -98,6 +98,7 @@ class Trainer:
 
         Raises:
             DataError: Images or labels are invalid.
+            InvalidArgument: A batch has a single image, and a layer normalizes by its batch.
             NonFiniteLoss: A loss or a trained weight is NaN or infinite.
         """
         done = (number - 1) * self._updates
@@ -106,17 +107,17 @@ class Trainer:
         lr = float(self.optimizer.param_groups[0]["lr"])
         total, samples = 0.0, 0
         with _private_randomness(self._seed + number, self._device), torch.enable_grad():
-            for images, labels in self._pairs(self._batches, "batches"):
+            for n, images, labels in self._training_batches():
                 with torch.autocast(
                     self._device.type, dtype=self._autocast, enabled=self._autocast is not None
                 ):
                     out = self._model(to_model(images, self._first))
-                    mean = self._losses(out, labels, samples).mean()
+                    mean = self._losses(out, labels, samples)[:n].mean()
                 value = float(mean.detach())
                 if not math.isfinite(value):
                     raise NonFiniteLoss(
                         f"epoch {number}: the mean loss of samples {samples} to "
-                        f"{samples + len(images) - 1} must be finite, got {value}; use a lower lr "
+                        f"{samples + n - 1} must be finite, got {value}; use a lower lr "
                         f"than {lr:g}, or check these images"
                     )
                 self.optimizer.zero_grad()
@@ -125,8 +126,8 @@ class Trainer:
                 self._scaler.update()
                 done += 1
                 self._schedule.step_update(done)
-                total += value * len(images)
-                samples += len(images)
+                total += value * n
+                samples += n
                 report(samples)
         self._check_weights(number, lr)
         return {"loss": total / samples, "lr": lr, "samples": samples}
@@ -173,6 +174,27 @@ class Trainer:
             assert labels is not None  # see check_labels
             yield images, labels
 
+    def _training_batches(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield a number of images and, after them, no others or the copy of a single one.
+
+        Where a layer normalizes by its batch, single images are joined to other batches instead.
+        """
+        if not any(map(_normalizes_by_batch, self._model.modules())):
+            for images, labels in self._pairs(self._batches, "batches"):
+                if len(images) > 1:
+                    yield len(images), images, labels
+                else:
+                    yield 1, twice(images), twice(labels)
+            return
+        for x, y in without_single_images(self._pairs(self._batches, "batches")):
+            if len(x) == 1:
+                raise InvalidArgument(
+                    "batches must have at least two images each to train batch normalization, got "
+                    "one; use a larger batch size, or freeze it (train_normalization=False)"
+                )
+            assert y is not None  # see `_pairs`
+            yield len(x), x, y
+
     def _losses(self, out: Any, labels: Tensor, before: int) -> Tensor:
         if self._classify:
             classes = checks.check_logits(out, len(labels), "the cross-entropy")
@@ -187,6 +209,12 @@ class Trainer:
                 raise NonFiniteLoss(
                     f"epoch {number}: {name!r} contains NaN or infinity; use a lower lr than {lr:g}"
                 )
+
+
+def _normalizes_by_batch(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )
 
 
 def _make_optimizer(

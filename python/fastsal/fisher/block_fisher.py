@@ -123,14 +123,24 @@ class BlockFisher:
         Raises:
             UnknownParameter: `name` is not one of `names`.
             InvalidArgument: There are no samples.
+            MemoryError: There is no memory for blocks of `block_size`.
         """
         p = self._sums.packed(name)
         size = p.block_size
         dense = _core.blocks(self._sums.for_core(p), size).reshape(-1, size, size)
         self._check_finite(name, dense.diagonal(axis1=1, axis2=2))
-        out = torch.from_numpy(dense)
-        missing = (self.block_size or size) - size
-        return torch.nn.functional.pad(out, (0, missing, 0, missing)) if missing else out
+        wanted = self.block_size or size
+        if wanted == size:
+            return torch.from_numpy(dense)
+        try:
+            padded = np.zeros((len(dense), wanted, wanted))
+        except (MemoryError, ValueError, OverflowError):
+            raise MemoryError(
+                f"block_size must leave room for blocks of {name!r} that are padded to it, got "
+                f"{wanted} ({8 * len(dense) * wanted**2} bytes)"
+            ) from None
+        padded[:, :size, :size] = dense
+        return torch.from_numpy(padded)
 
     def diagonal(self) -> dict[str, Tensor]:
         """Return the mean squared gradient of every weight, name to the parameter's shape, float64.

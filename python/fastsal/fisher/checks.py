@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.fisher.rows import Array, as_rows, is_supported
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import listed
+
+# The least λ: smaller numbers are subnormal, and the inverses of the smallest are infinite.
+LEAST_DAMPING = sys.float_info.min
 
 
 def quoted(names: Iterable[str]) -> str:
@@ -55,9 +59,10 @@ def check_damping(damping: Any) -> float:
     """Return `λ` as a `float`.
 
     Raises:
-        InvalidArgument: It is not a finite number above zero.
+        InvalidArgument: It is not a finite number above zero, or its inverse overflows.
     """
-    return real("damping", damping, above=0)
+    number = real("damping", damping, above=0)
+    return real("damping", number, least=LEAST_DAMPING)
 
 
 def checked_rows(

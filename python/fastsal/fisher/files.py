@@ -7,6 +7,7 @@ and a JSON index that lists them.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -223,8 +224,12 @@ def _read_file(path: str | os.PathLike[str], *, verify: bool) -> ModelSums:
     if verify:
         _verify(path, header, arrays, digest)
     check_shapes(header["shapes"])
-    block_size, precision = check_block_size(header["block_size"]), header["precision"]
-    sums = ModelSums.empty(header["shapes"], block_size, check_precision(precision))
+    block_size = check_block_size(header["block_size"])
+    precision = check_precision(header["precision"])
+    for name, shape in header["shapes"].items():
+        # Before memory of the size that the header names is allocated.
+        _expect(arrays, f"sums:{name}", (math.prod(shape),), np.dtype(precision))
+    sums = ModelSums.empty(header["shapes"], block_size, precision)
     for name, p in sums.parameters.items():
         p.sums = np.array(_expect(arrays, f"sums:{name}", (p.d,), p.dtype))
         if f"packed:{name}" in arrays:

@@ -61,7 +61,8 @@ def inverse_diagonals(
         )
         result[name] = InverseDiagonal(values, failed, sensitivity * (len(rows) * 2.0**-53))
     if primal:
-        size = sums.block_size or max(sums.parameters[n].d for n in primal)
+        longest = max(sums.parameters[n].d for n in primal)
+        size = min(sums.block_size or longest, longest)
         given = [sums.for_core(sums.parameters[n], flat_mask(kept, n)) for n in primal]
         inverses = _core.inverse_diagonal(given, size, damping)
         for name, (values, failed, sensitivity) in zip(primal, inverses, strict=True):

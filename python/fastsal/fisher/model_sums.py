@@ -320,7 +320,8 @@ class ModelSums:
         self.check_samples()
         folded = {name: self.packed(name) for name in self.parameters}
         found = [self.for_core(p, flat_mask(kept, name)) for name, p in folded.items()]
-        return found, self.block_size or max(p.d for p in folded.values())
+        longest = max(p.d for p in folded.values())
+        return found, min(self.block_size or longest, longest)
 
     def _each(
         self,

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fastsal._core as _core
+from fastsal.models.input_axis import Axes, input_axes
+from fastsal.utils.booleans import boolean
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def flat_mask(masks: Mapping[str, Tensor] | None, name: str) -> NDArray[np.bool_
     """Return the mask of a parameter as an array `[d]`, or None if it has none."""
     if masks is None or name not in masks:
         return None
-    return flat(masks[name]).numpy()
+    return flat(boolean(masks[name])).numpy()
 
 
 # Parts by their keys.
@@ -103,15 +105,20 @@ def block_unit(block_size: int | None) -> Unit:
     return lambda part: min(block_size or part.size, part.size)
 
 
-def row_unit(shapes: Mapping[str, Sequence[int]], block_size: int | None) -> Unit:
-    """Return the unit that allows cuts only between blocks that end with a row of axis 0.
+def row_unit(
+    shapes: Mapping[str, Sequence[int]],
+    block_size: int | None,
+    axes: Mapping[str, Axes] | None = None,
+) -> Unit:
+    """Return the unit that allows cuts only between blocks that end with a row of the outer axis.
 
-    Groups of an N:M or 1xM pattern are then never separated.
+    That is axis 0, unless `axes` are given. Groups of an N:M or 1xM pattern are then never
+    separated.
     """
 
     def unit(part: Part) -> int:
-        shape = shapes[part.name]
-        row = math.prod(shape[1:]) if len(shape) > 1 else part.size
+        _, width, inner = (axes or {}).get(part.name) or input_axes(shapes[part.name])
+        row = width * inner
         return min(part.size, math.lcm(row, min(block_size or part.size, part.size)))
 
     return unit

@@ -57,7 +57,12 @@ class Record:
             )
 
     def fill(
-        self, grad_output: Tensor, out: Tensor, workspace: Workspace, scale: LossScale
+        self,
+        grad_output: Tensor,
+        out: Tensor,
+        workspace: Workspace,
+        scale: LossScale,
+        ran: int | None = None,
     ) -> None:
         """Write the rows `[n, *shape]` of this call to `out`.
 
@@ -66,6 +71,7 @@ class Record:
             out: Float32 or wider, so that unscaling is exact.
             workspace: Scratch memory.
             scale: Loss scale.
+            ran: Samples of the pass, of which rows of the first n are written; None if n.
 
         Raises:
             UnsupportedLayer: The input was modified in place, or its first axis is not the sample
@@ -74,15 +80,25 @@ class Record:
         self.check_input()
         x = self.call.input
         axes = self.output_shape[:1] if self.call.samples_first else self.output_shape[:-1]
-        leading = math.prod(axes)
-        if leading % out.shape[0]:
+        n, ran = out.shape[0], ran or out.shape[0]
+        if math.prod(axes) % ran:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call, {list(x.shape)}, "
-                f"does not contain {out.shape[0]} samples as in the first batch"
+                f"does not contain {ran} samples as in the first batch"
             )
+        dy = grad_output.reshape(self.output_shape)
+        if n < ran:
+            features = 1 if x.is_floating_point() else 0  # token ids have no axis of features
+            x, dy = self._first(x, n, ran, features), self._first(dy, n, ran, 1)
         call = replace(self.call, input=x.to(out.dtype) if x.is_floating_point() else x)
-        dy = scale.undone(grad_output.reshape(self.output_shape).to(out.dtype))
-        self.operation.rule(call, dy, out, workspace)
+        self.operation.rule(call, scale.undone(dy.to(out.dtype)), out, workspace)
+
+    def _first(self, values: Tensor, n: int, ran: int, features: int) -> Tensor:
+        """Return the part of the first n of `ran` samples, with the same layout."""
+        if self.call.samples_first:
+            return values[: len(values) // ran * n]
+        last = values.shape[values.dim() - features :]
+        return values.reshape(-1, ran, *last)[:, :n].reshape(-1, *last)
 
 
 class Pass:
@@ -91,12 +107,22 @@ class Pass:
     With a loss scale, output gradients are stored until the end of the backward pass and checked
     for overflow first, because rows cannot be withdrawn from the sink. Gradients and inputs, both
     16-bit, use as much memory as the inputs of a float32 pass.
+
+    Args:
+        parameters: Name to parameter with a rule.
+        n: Samples whose rows are computed, the first ones of the pass.
+        ran: Samples of the pass.
+        sink: Takes the rows.
+        workspace: Scratch memory.
+        scale: Loss scale.
+        samples_last: Names of parameters whose calls have samples as the last leading axis.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         n: int,
+        ran: int,
         sink: Sink,
         workspace: Workspace,
         scale: LossScale,
@@ -104,7 +130,7 @@ class Pass:
     ) -> None:
         self._samples_last = samples_last
         self._parameters = parameters
-        self._n = n
+        self._n, self._ran = n, ran
         self._sink = sink
         self._workspace = workspace
         self._scale = scale
@@ -170,15 +196,15 @@ class Pass:
         self._fired[name] += 1
         if self._calls[name] == 1:
             rows = self._room(name, "rows")
-            record.fill(grad_output, rows, self._workspace, self._scale)
+            record.fill(grad_output, rows, self._workspace, self._scale, self._ran)
             self._sink(name, rows)
             return
         if name not in self._sums:
-            self._sums[name] = self._room(name, f"sum {name}")
-            record.fill(grad_output, self._sums[name], self._workspace, self._scale)
+            total = self._sums[name] = self._room(name, f"sum {name}")
+            record.fill(grad_output, total, self._workspace, self._scale, self._ran)
         else:
             rows = self._workspace.take("rows", shape, parameter, row_dtype(parameter))
-            record.fill(grad_output, rows, self._workspace, self._scale)
+            record.fill(grad_output, rows, self._workspace, self._scale, self._ran)
             self._sums[name].add_(rows)
         if self._fired[name] == self._calls[name]:
             self._sink(name, self._sums[name])

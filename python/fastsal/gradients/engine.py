@@ -19,12 +19,12 @@ from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.gradients.scaling import LossScale
-from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
+from fastsal.gradients.state import PrivateRandomness, frozen
 from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
-from fastsal.models.evaluating import plain_call, to_model
-from fastsal.models.features import feature_outputs
+from fastsal.models.evaluating import differentiable, plain_call, to_model, twice
+from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -56,6 +56,8 @@ class GradientEngine:
             in float32. It is halved when gradients overflow, before rows are passed on. None starts
             at 2¹⁶ if the model or autocast is float16, raises it if gradients are small, and
             disables scaling otherwise.
+        pads: Whether a single sample runs with a copy of itself, whose gradients are dropped (see
+            `twice`). False is for measurements only.
 
     Attributes:
         samples_seen: Number of samples passed on so far.
@@ -72,6 +74,7 @@ class GradientEngine:
         autocast: torch.dtype | None = None,
         micro_batch: int | None = None,
         loss_scale: float | None = None,
+        pads: bool = True,
     ) -> None:
         check_choice("curvature", curvature, CURVATURES)
         if curvature == "features" and loss != "cross-entropy":
@@ -105,6 +108,7 @@ class GradientEngine:
         self._run_model = feature_outputs if self._by_features else plain_call
         self._generator = torch.Generator().manual_seed(seed)
         self._autocast = autocast
+        self._pads = pads
         self._scale = LossScale.of(loss_scale, autocast, model.parameters())
         self._micro_batch = micro_batch or choose_micro_batch(self._parameters)
         self._randomness = PrivateRandomness(self._device)
@@ -277,8 +281,10 @@ class GradientEngine:
         pair = self._to_model(images[:2])
         targets = None if labels is None else labels[:2].to(self._device)
         if pair.shape[0] == 1:
-            pair = torch.cat([pair, pair])
-            targets = None if targets is None else torch.cat([targets, targets])
+            pair, targets = twice(pair), twice(targets)
+
+        if self._by_features:
+            find_feature_layer(self._model, pair)
 
         def losses(call: Callable[[], object]) -> Tensor:
             outputs = self._forward(call)
@@ -340,8 +346,11 @@ class GradientEngine:
     def _micro(
         self, images: Tensor, labels: Tensor | None, uniforms: Tensor | None, sink: Sink
     ) -> Tensor:
-        n = images.shape[0]
-        hooks = Pass(self._fast, n, sink, self._workspace, self._scale, self._samples_last)
+        n, real_images = images.shape[0], images
+        if n == 1 and self._pads:
+            images, labels, uniforms = twice(images), twice(labels), twice(uniforms)
+        ran = images.shape[0]
+        hooks = Pass(self._fast, n, ran, sink, self._workspace, self._scale, self._samples_last)
         lookups: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if self._checkpointed:
             # Recomputed tensors must require gradients as in the forward pass, where the graph
@@ -353,13 +362,15 @@ class GradientEngine:
         with self._randomness.active(keep=True):
             with Capture(self._fast, hooks.on_call), lookups:
                 outputs = self._forward(lambda: self._run_model(self._model, images))
-                self._check_outputs(outputs, n)
+                self._check_outputs(outputs, ran)
                 if self._by_features:
-                    labels = checks.draw_noise(outputs, self._generator)
+                    noise = checks.draw_noise(outputs[:n], self._generator)
+                    labels = noise if n == ran else twice(noise)
                 elif uniforms is not None:
                     labels = checks.sample_labels(outputs, uniforms)
                 values = self._loss(outputs, labels)
-            checks.check_losses(values, n)
+            checks.check_losses(values, ran)
+            values = values[:n]
             checks.check_finite(values, self.samples_seen)
             if values.requires_grad:
                 hooks.backward(values.sum())
@@ -370,7 +381,7 @@ class GradientEngine:
         if self._fallback is not None:
             if labels is None:
                 raise DataError(checks.NO_LABELS)
-            self._fallback.rows(images.detach(), labels, sink)
+            self._fallback.rows(real_images.detach(), labels[:n], sink)
         self.samples_seen += n
         return values.float()
 

@@ -18,6 +18,7 @@ from fastsal.errors import UnsupportedLayer
 from fastsal.gradients.precision import at_least_float32, row_dtype
 from fastsal.gradients.scaling import LossScale, all_finite
 from fastsal.gradients.state import replaced
+from fastsal.models.evaluating import twice
 
 # Limit for the rows of all fallback parameters of one chunk of samples.
 _ROW_BYTES = 128 * 2**20
@@ -125,12 +126,12 @@ class Fallback:
             name: p.new_zeros((images.shape[0], *p.shape)) for name, p in self._parameters.items()
         }
         for i in range(images.shape[0]):
-            image, label = images[i : i + 1], labels[i : i + 1]
+            image, label = twice(images[i : i + 1]), twice(labels[i : i + 1])
 
             def gradients(
                 copies: Mapping[str, Tensor], image: Tensor = image, label: Tensor = label
             ) -> dict[str, Tensor | None]:
-                loss = self._scale.scaled(self._losses(self._called(image), label).sum())
+                loss = self._scale.scaled(self._losses(self._called(image), label)[:1].sum())
                 if not loss.requires_grad:
                     return dict.fromkeys(copies)
                 found = torch.autograd.grad(loss, list(copies.values()), allow_unused=True)

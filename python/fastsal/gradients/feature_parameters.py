@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.losses import check_images
-from fastsal.gradients.state import PrivateRandomness, differentiable, frozen
-from fastsal.models.classifier import find_head
-from fastsal.models.evaluating import to_model
+from fastsal.gradients.state import PrivateRandomness, frozen
+from fastsal.models.classifier import chosen_head, classifier_of
+from fastsal.models.evaluating import differentiable, to_model, twice
 from fastsal.models.features import feature_outputs
 
 
@@ -28,18 +28,17 @@ def without_classifier(
         model: Any module.
         chosen: Name to parameter, from `select_parameters`.
         asked: Argument of `select_parameters`; weights named there exactly are not excluded.
-        images: `[n, C, H, W]`; the first image is used to decide whether the last `Linear` is the
-            classifier or a part of the backbone. None assumes the classifier.
+        images: `[n, C, H, W]`; the first ones are used to find the classifier, and whether features
+            depend on it. None assumes that they do not.
 
     Raises:
         DataError: The images are invalid.
         InvalidArgument: No parameter is left.
     """
     exact = {asked} if isinstance(asked, str) else set(asked or ())
-    try:
-        head = {p for module in find_head(model) for p in module.parameters()}
-    except InvalidArgument:  # neither `get_classifier` nor a Linear
-        head = set()
+    head = {p for module in classifier_of(model, images) for p in module.parameters()}
+    if chosen_head(model):  # layers may follow it
+        head |= set(chosen.values())
     suspects = {name: p for name, p in chosen.items() if p in head and name not in exact}
     if not suspects:
         return dict(chosen)
@@ -57,10 +56,10 @@ def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: T
     """Return the names of the parameters that the features depend on."""
     check_images(images)
     first = next(iter(candidates.values()))
-    image = to_model(images[:1].detach().clone(), first)
+    pair = to_model(twice(images[:1].detach()), first)
 
     def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-        outputs = feature_outputs(model, image)
+        outputs = feature_outputs(model, pair)
         if not outputs.requires_grad:
             return dict.fromkeys(copies)
         found = torch.autograd.grad(outputs.sum(), list(copies.values()), allow_unused=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -84,15 +83,3 @@ class PrivateRandomness:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self._device)
-
-
-@contextlib.contextmanager
-def differentiable() -> Iterator[None]:
-    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if "torch._dynamo" in sys.modules:  # only then can anything be compiled
-            # The calls inside a compiled graph cannot be intercepted.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

@@ -8,8 +8,9 @@ set flags. Adapter layers, for example, merge their weights in `eval()` and unme
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,18 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         yield next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        if "torch._dynamo" in sys.modules:  # only then can anything be compiled
+            # The calls inside a compiled graph cannot be intercepted.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
 def plain_call(model: nn.Module, images: Tensor) -> Any:
     """Return `model(images)`."""
     return model(images)
@@ -79,3 +92,21 @@ def to_model(images: Tensor, parameter: Tensor) -> Tensor:
     if not images.is_floating_point():
         return images.to(parameter.device)
     return images.to(parameter.device, parameter.dtype)
+
+
+@overload
+def twice(values: Tensor) -> Tensor: ...
+
+
+@overload
+def twice(values: Tensor | None) -> Tensor | None: ...
+
+
+def twice(values: Tensor | None) -> Tensor | None:
+    """Return one sample and its copy `[2, ...]`, of a tensor `[1, ...]`.
+
+    A batch of one has no stride between samples, and kernels of PyTorch guess the memory format
+    from it: the backward pass of `BatchNorm2d` on the CPU returns wrong gradients where input and
+    output gradient look different. Passes that form gradients never run a single sample.
+    """
+    return None if values is None else torch.cat([values, values])

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils.numbers import as_integer, real, whole
@@ -78,6 +79,14 @@ def input_spec(
     if min(spec.std) <= 0:
         raise InvalidArgument(f"std must be positive, got {min(spec.std)}")
     return spec
+
+
+def example_images(model: nn.Module) -> Tensor:
+    """Return two random images `[2, C, H, W]` as a model expects them, of 224 pixels by default."""
+    spec = input_spec(model, mean=0.0, std=1.0)  # values that every number of channels has
+    height, width = spec.size or (224, 224)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, spec.channels, height, width, generator=generator)
 
 
 _Config = tuple[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -14,6 +15,8 @@ from fastsal.utils.warn import warn_user
 
 _EMBEDDINGS = (nn.Embedding,)
 _DEFAULT_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Inputs of `nn.MultiheadAttention`; its output is a `Linear`.
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _WILDCARDS = frozenset("*?[")
 
 
@@ -24,11 +27,12 @@ def select_parameters(
 
     Args:
         model: Any module.
-        parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`. Otherwise one or more
+        parameters: None selects the weights of `nn.Linear` and `nn.ConvNd`, and the projections of
+            `nn.MultiheadAttention`. Otherwise one or more
             exact names or `fnmatch` patterns; a leading `!` excludes. An exact name may be that of
             any parameter. A pattern is matched against the default weights first, then against the
             weights of `nn.Embedding`, then against all parameters, and selects from the first of
-            these sets with a match: `"blocks.*"` excludes biases, and `"*.in_proj_weight"` works.
+            these sets with a match: `"blocks.*"` excludes biases, and `"*.pos_embed"` works.
             Exclusions alone start from the default. The weight of an `nn.Embedding` that is also
             the weight of a `Linear`, as in a language model with tied weights, is a default weight;
             `"!wte.weight"` excludes it.
@@ -47,7 +51,8 @@ def select_parameters(
         chosen = default
         if not chosen:
             raise InvalidArgument(
-                "parameters must be given: the model has no weight of nn.Linear or nn.ConvNd"
+                "parameters must be given: the model has no weight of nn.Linear, nn.ConvNd or "
+                "nn.MultiheadAttention"
             )
     else:
         patterns = [parameters] if isinstance(parameters, str) else list(parameters)
@@ -73,6 +78,9 @@ def select_parameters(
 def _default_names(model: nn.Module, canonical: dict[str, nn.Parameter]) -> set[str]:
     identities: set[int] = set()
     for prefix, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            owned = dict(module.named_parameters(recurse=False))
+            identities |= {id(owned[name]) for name in _PROJECTIONS if name in owned}
         if not isinstance(module, _DEFAULT_LAYERS):
             continue
         weight = None if parametrize.is_parametrized(module, "weight") else module.weight
@@ -156,6 +164,13 @@ def model_parameters(
                 "were computed for"
             )
     return {name: owned[name] for name in shapes}
+
+
+def check_finite_weights(parameters: Mapping[str, Tensor]) -> None:
+    """Raise InvalidArgument if a weight is NaN or infinite; the message names the parameter."""
+    for name, weights in parameters.items():
+        if not bool(torch.isfinite(weights.detach()).all()):
+            raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
 
 
 def check_mask_shapes(

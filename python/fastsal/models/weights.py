@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.models.classifier import class_count
 from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.utils.suggestions import closest, listed
 
@@ -37,7 +36,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     _fill_aliases(state, own)
     problems = _misfits(state, own)
     if problems:
-        hint = _class_hint(model, state, own)
+        hint = _class_hint(state, own)
         raise FileFormatError(
             f"weights: {path} does not fit the model: {'; '.join(problems)}{hint}"
         )
@@ -184,13 +183,15 @@ def _similar(name: str, known: list[str]) -> str:
     return f" (similar: {', '.join(near)})" if near else ""
 
 
-def _class_hint(model: nn.Module, state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Suggest `num_classes` if only the classifier differs."""
-    count = class_count(model)
+def _class_hint(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
+    """Suggest `num_classes` if only the outputs of one layer differ in number."""
     wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
-    if count is None or not wrong or set(own) != set(state):
+    if not wrong or set(own) != set(state):
         return ""
-    if any(own[n].shape[:1] != (count,) for n in wrong):
+    if any(state[n].shape[1:] != own[n].shape[1:] for n in wrong):
+        return ""
+    counts = {(state[n].shape[:1], own[n].shape[:1]) for n in wrong}
+    if len(counts) > 1 or len({n.rpartition(".")[0] for n in wrong}) > 1:
         return ""
     classes = state[wrong[0]].shape[0]
     return f". The classifier in the file has {classes} classes: pass num_classes={classes}"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fastsal.pruning.history import Round
     from fastsal.pruning.limits.limit import SafetyReport
     from fastsal.pruning.masks.masks import Masks
-    from fastsal.pruning.prune import PruneResult
+    from fastsal.pruning.prune_result import PruneResult
 
 __all__ = ["CompensationReport", "Masks", "PruneResult", "Round", "SafetyReport"]
 
@@ -20,7 +20,7 @@ __getattr__ = lazy_names(
     {
         "CompensationReport": "compensation",
         "Masks": "masks.masks",
-        "PruneResult": "prune",
+        "PruneResult": "prune_result",
         "Round": "history",
         "SafetyReport": "limits.limit",
     },

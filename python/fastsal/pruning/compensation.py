@@ -23,9 +23,10 @@ from fastsal.fisher.model_sums import CoreParameter
 from fastsal.fisher.parts import flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients.precision import row_dtype
-from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.selection import check_finite_weights, check_mask_shapes, model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.shelf import Shelf
+from fastsal.utils.booleans import boolean
 from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.suggestions import listed
 
@@ -89,7 +90,8 @@ def compensate(
         The predicted loss increase of each parameter.
 
     Raises:
-        InvalidArgument: `damping` is invalid, or the statistics hold no samples.
+        InvalidArgument: `damping` is invalid, the statistics hold no samples, or a weight is NaN or
+            infinite.
         UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         MaskError: A mask has no statistics, or another shape than its parameter.
         FactorizationError: A damped block is not positive definite. The model is unchanged.
@@ -103,6 +105,7 @@ def compensate(
             )
     check_mask_shapes("masks", masks, owned)
     check_mask_shapes("before", before or {}, owned)
+    check_finite_weights(owned)
     moved, report = moves(owned, statistics_of(fisher), masks, damping, before=before)
     with torch.no_grad(), uninterrupted():
         for name, weights in moved.items():
@@ -141,7 +144,7 @@ def moves(
         weights = [flat(w) for w in slices(tensors, parts).values()]
         kept = slices(masks, parts)
         kept_flat = [
-            flat(kept[key]).bool().numpy() if key in kept else np.ones(len(part), bool)
+            flat(boolean(kept[key])).numpy() if key in kept else np.ones(len(part), bool)
             for key, part in parts.items()
         ]
         single = [w.float().numpy() for w in weights]

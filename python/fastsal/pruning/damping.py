@@ -19,6 +19,7 @@ from typing import Literal
 
 from fastsal.errors import DataError, FactorizationError, InvalidArgument, PrecisionWarning
 from fastsal.fisher.block_fisher import BlockFisher
+from fastsal.fisher.checks import LEAST_DAMPING
 from fastsal.fisher.statistics import Statistics, squared_gradients, statistics_of
 from fastsal.utils.numbers import as_real
 from fastsal.utils.warn import warn_user
@@ -80,8 +81,10 @@ def parse_damping(damping: object, *, auto: bool = False) -> Damping:
                 return Multiple(factor)
     else:
         number = as_real(damping)
-        if number is not None and number > 0:
+        if number is not None and number >= LEAST_DAMPING:
             return number
+        if number is not None and number > 0:
+            raise InvalidArgument(f"damping must be at least {LEAST_DAMPING}, got {number}")
     choice = ", 'auto'" if auto else ""
     raise InvalidArgument(
         f"damping must be a positive number{choice} or a multiple such as '0.1x', got "

@@ -29,6 +29,7 @@ from fastsal.fisher.memory_plan import MemoryPlan, Share, Use
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, uncut
 from fastsal.gradients import select_parameters
+from fastsal.models.classifier import using_head
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.criteria.scoring import find_criterion
 from fastsal.pruning.damping import Damping, Multiple, parse_damping
@@ -126,38 +127,39 @@ def plan_memory(
             images=images,
         )
     options["needs_blocks"] = prunes and (entry.needs_blocks or compensate)
-    start = time.perf_counter()
-    work = prepare(
-        model,
-        batches,
-        samples=None if prunes else samples,
-        parameters=parameters,
-        memory_budget=memory_budget,
-        scratch=scratch,
-        is_dry=True,
-        share=Share(ranks),
-        **options,
-    )
-    planning = time.perf_counter() - start
-    count = samples or sum(len(images) for images, _ in work.source())
-    steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
-    times = rounds
-    if work.plan.place == "recomputed":  # for scores, compensation, and the mean diagonal
-        means = rounds if isinstance(parsed, Multiple) else int(is_auto)
-        times = steps * (entry.needs_fisher + compensate) + means
-    if ranks > 1:
-        work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
-    if not calibrate:
-        return work.plan
-    disk = _Disk.of(work.plan)
-    seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
-    if memory_budget is not None:
-        seconds["statistics"] += rounds * planning  # each collection makes its own plan
-    if prunes:
-        each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
-        seconds["prune"] = steps * each / ranks
-    seconds["total"] = sum(seconds.values())
-    return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
+    with using_head(model, options.pop("head", None)):
+        start = time.perf_counter()
+        work = prepare(
+            model,
+            batches,
+            samples=None if prunes else samples,
+            parameters=parameters,
+            memory_budget=memory_budget,
+            scratch=scratch,
+            is_dry=True,
+            share=Share(ranks),
+            **options,
+        )
+        planning = time.perf_counter() - start
+        count = samples or sum(len(images) for images, _ in work.source())
+        steps = rounds + (_DAMPINGS - 1 if is_auto else 0)
+        times = rounds
+        if work.plan.place == "recomputed":  # for scores, compensation, and the mean diagonal
+            means = rounds if isinstance(parsed, Multiple) else int(is_auto)
+            times = steps * (entry.needs_fisher + compensate) + means
+        if ranks > 1:
+            work = replace(work, plan=replace(work.plan, sent=_sent(work, count, times, steps)))
+        if not calibrate:
+            return work.plan
+        disk = _Disk.of(work.plan)
+        seconds = {"statistics": times * _statistics_seconds(work, count, disk)}
+        if memory_budget is not None:
+            seconds["statistics"] += rounds * planning  # each collection makes its own plan
+        if prunes:
+            each = _step_seconds(work, entry.needs_damping, disk, compensate=compensate)
+            seconds["prune"] = steps * each / ranks
+        seconds["total"] = sum(seconds.values())
+        return replace(work.plan, seconds={name: round(s, 1) for name, s in seconds.items()})
 
 
 def _sent(work: Work, samples: int, times: int, steps: int) -> dict[str, int]:

@@ -85,7 +85,7 @@ class Process:
         """
         if fisher is not None and recipe.joins_groups:
             return rank_pattern(model, fisher, sparsity=goal, damping=damping, **recipe.ranking)
-        return rank(scores, goal, **recipe.ranking)
+        return rank(scores, goal, model=model, **recipe.ranking)
 
     def compensate(
         self,

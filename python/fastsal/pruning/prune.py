@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,15 +17,18 @@ from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
+from fastsal.gradients.weights_in_use import indirect, warn_if_computed
+from fastsal.models.classifier import using_head
 from fastsal.models.digest import model_digest
+from fastsal.models.input_axis import layer_axes
+from fastsal.models.left_out import left_out
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.history import Round
 from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
-from fastsal.pruning.limits.limit import Limit, SafetyReport
-from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.ranking import check_ranking
 from fastsal.pruning.process import Process
+from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
@@ -34,29 +37,6 @@ from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precisio
 from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """The result of `prune`.
-
-    Attributes:
-        masks: True = kept; all other weights of the model are zero.
-        scores: Name to scores of the last round, float32.
-        history: One entry for each round.
-        safety: With `max_loss_increase` or `max_accuracy_drop`: the report of the test.
-    """
-
-    masks: Masks
-    scores: dict[str, Tensor]
-    history: list[Round] = field(default_factory=list)
-    safety: SafetyReport | None = None
-
-    def __repr__(self) -> str:
-        rounds = f"{len(self.history)} round{'s' if len(self.history) != 1 else ''}"
-        last = f", last {self.history[-1]!r}" if self.history else ""
-        safety = f", safety={self.safety!r}" if self.safety is not None else ""
-        return f"PruneResult({self.masks!r}, {rounds}{last}{safety})"
 
 
 def prune(
@@ -92,6 +72,7 @@ def prune(
     held_out: Batches | None = None,
     recalibrate: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -139,7 +120,7 @@ def prune(
             named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
             `[F]`; an image counts at most what the mean feature costs.
         parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
-            None prunes the weights of `nn.Linear` and `nn.ConvNd`.
+            None prunes those that `fastsal.select_parameters` selects by default.
         precision: Type in which F is accumulated.
         micro_batch: Samples of one forward and backward pass; None chooses it.
         autocast: Type of the passes under `torch.autocast`, such as `torch.bfloat16`; None disables
@@ -174,6 +155,8 @@ def prune(
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end. The file of a run with another model, images, labels, loss or
             other arguments is rejected; the images are read once to compare them.
+        head: Name of the classifier's layer, or several; None finds it. Only
+            `curvature="features"` uses it: features are its input.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -227,6 +210,7 @@ class Arguments:
     held_out: Batches | None
     recalibrate: bool
     checkpoint: str | os.PathLike[str] | None
+    head: str | Sequence[str] | None
 
     def normalized(self) -> Arguments:
         """Return them with numbers of NumPy and PyTorch as plain ones.
@@ -248,7 +232,11 @@ class Arguments:
 
 def prune_with(process: Process, arguments: Arguments) -> PruneResult:
     """Prune as `prune` does, by a process that works alone or with others."""
-    given = arguments.normalized()
+    with using_head(arguments.model, arguments.head):
+        return _prune(process, arguments.normalized())
+
+
+def _prune(process: Process, given: Arguments) -> PruneResult:
     check_choice("curvature", given.curvature, CURVATURES)
     recipe = Recipe.of(
         given.criterion,
@@ -274,8 +262,13 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         check_labels_of(batches, model)
         check_labels_of(given.held_out, model)
     chosen = select_parameters(model, given.parameters)
+    images: Tensor | None = None
+    is_indirect = bool(indirect(model, chosen))
+    if batches is not None and (given.curvature == "features" or is_indirect):
+        images, batches = first_images(batches)
+    if is_indirect:
+        warn_if_computed(model, chosen, lambda: images)
     if given.curvature == "features":
-        images, batches = first_images(batches, given.samples)
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
     nbytes = 0
@@ -297,7 +290,9 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
         Shelf(given.scratch),
         None if given.checkpoint is None else SeenImages(),
     )
-    return _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
+    in_use = result.masks.in_use(model, images)
+    return replace(result, left_out=left_out(model, chosen), in_use=in_use)
 
 
 def _collection(
@@ -322,6 +317,7 @@ def _collection(
         "loss_scale": given.loss_scale,
         "progress": given.progress,
         "by_rows": given.pattern is not None,
+        "warns": False,  # once, not in every round
         "needs_blocks": recipe.needs_blocks,
     }
     if given.memory_budget is None:
@@ -352,7 +348,9 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "held_out must be None without max_loss_increase or max_accuracy_drop"
         )
     # Invalid fractions are rejected before anything is computed.
-    check_ranking(_shapes(job), given.sparsity, **job.recipe.ranking)
+    shapes = {name: tuple(p.shape) for name, p in job.chosen.items()}
+    axes = None if given.pattern is None else layer_axes(job.model, shapes)
+    check_ranking(shapes, given.sparsity, **job.recipe.ranking, axes=axes)
     checkpoint = None
     if given.checkpoint is not None and (seen := job.seen) is not None:
         asked = {
@@ -362,6 +360,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             **job.recipe.asked(),
             "precision": given.precision,
             "curvature": given.curvature,
+            "head": given.head,
             "loss": identity_of(given.loss),
             "autocast": given.autocast,
             "loss_scale": given.loss_scale,
@@ -390,11 +389,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
             f"max_loss_increase and max_accuracy_drop exclude {named}: they find the sparsity, in "
             "one round and without a pattern"
         )
-    check_ranking(_shapes(job), 0.0, **job.recipe.ranking)
+    check_ranking({n: p.shape for n, p in job.chosen.items()}, 0.0, **job.recipe.ranking)
     if job.batches is None and given.held_out is None:
         raise InvalidArgument("batches must be labeled images to test a limit on, got None")
     return PruneResult(*prune_safely(job, limit, given.held_out))
-
-
-def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in job.chosen.items()}

@@ -8,18 +8,21 @@ measure the effect, as `prune(recalibrate=True)` does.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsal.data.batches import Pair, in_micro_batches, without_single_images
 from fastsal.errors import DataError
 from fastsal.models.evaluating import evaluating, to_model
 from fastsal.pruning.shelf import all_or_nothing, restore
 
+# Images of a batch that are joined if batches have one image each.
+_JOINED = 8
 # Layers that are evaluated with running statistics.
 _Normalization = nn.modules.batchnorm._BatchNorm
 
@@ -39,7 +42,7 @@ class Recalibration:
     kept: bool
 
 
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Pair]) -> int:
     """Set the running statistics of all batch normalizations to their average over images.
 
     Args:
@@ -63,7 +66,7 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
     with moments_kept_on_error(model), _training_only(model, layers), torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
-        for images, _ in batches:
+        for images, _ in _of_several(batches):
             model(to_model(images, first))
             count += len(images)
         if not count:
@@ -71,8 +74,18 @@ def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Any]]) -> int:
     return len(layers)
 
 
+def _of_several(batches: Iterable[Pair]) -> Iterator[Pair]:
+    """Regroup batches so that none has a single image, which has no variance."""
+    pairs = iter(batches)
+    first = list(itertools.islice(pairs, 1))
+    pairs = itertools.chain(first, pairs)
+    if first and len(first[0][0]) == 1:
+        pairs = in_micro_batches(pairs, _JOINED, _JOINED)
+    return without_single_images(pairs)
+
+
 def recalibrate_if_better(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Any]], loss: Callable[[], float]
+    model: nn.Module, batches: Iterable[Pair], loss: Callable[[], float]
 ) -> Recalibration | None:
     """Recalibrate a model in place, and undo it unless `loss` is lower.
 

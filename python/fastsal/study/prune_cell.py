@@ -73,7 +73,11 @@ def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
 
 def plain_masks(masks: Masks) -> Masks:
     """Return masks with the parameter names of the backbone."""
-    return Masks({name.removeprefix(PREFIX): mask for name, mask in masks.items()}, masks.recipe)
+    recipe = dict(masks.recipe)
+    if "input_axes" in recipe:
+        axes = recipe["input_axes"]
+        recipe["input_axes"] = {name.removeprefix(PREFIX): a for name, a in axes.items()}
+    return Masks({name.removeprefix(PREFIX): mask for name, mask in masks.items()}, recipe)
 
 
 def _sum(values: Any) -> float | None:

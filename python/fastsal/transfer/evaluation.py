@@ -5,7 +5,7 @@ Axes: n images, k classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastsal.data.image_set import ImageSet
 from fastsal.data.numbering import LossSign, check_labels_of
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.models.classifier import using_head
 from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
@@ -49,6 +50,7 @@ def evaluate(
     heads: Mapping[str, AnyHead],
     *,
     batch_size: int = 64,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Measure the accuracy of a backbone on the test images of tasks, through frozen heads.
 
@@ -57,6 +59,7 @@ def evaluate(
         tasks: One or more tasks.
         heads: `{task name: head}` from `fit_heads`.
         batch_size: Images per forward pass.
+        head: As for `fit_heads`.
 
     Returns:
         `{task name: top-1 accuracy, 0 to 1}`. Images with non-finite outputs count as wrong.
@@ -65,7 +68,8 @@ def evaluate(
         InvalidArgument: A task has no head, or a head expects another number of features.
         DataError: A task has no test images, or labels outside the classes of its head.
     """
-    found = measure_tasks(model, tasks, heads, batch_size=batch_size)
+    with using_head(model, head):
+        found = measure_tasks(model, tasks, heads, batch_size=batch_size)
     return {name: measurement.accuracy for name, measurement in found.items()}
 
 

@@ -34,6 +34,8 @@ __all__ = ["HeadCache", "load_head", "model_digest", "save_head", "split_digest"
 _FORMAT = "fastsal head"
 # Part of every key: heads of another version are not found.
 _VERSION = 1
+# Version of what features are, the input of the layer that produces the output.
+_FEATURES = 2
 
 
 class HeadCache:
@@ -61,7 +63,7 @@ class HeadCache:
             kind: Kind of head, one of `HEAD_KINDS`.
             settings: Settings of this kind.
         """
-        inputs = [_VERSION, model, split_digest(fit), asdict(spec), kind, dict(settings)]
+        inputs = [_VERSION, _FEATURES, model, split_digest(fit), asdict(spec), kind, dict(settings)]
         return Digest().json(inputs).hexdigest()
 
     def path(self, key: str) -> Path:

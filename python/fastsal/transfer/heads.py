@@ -6,7 +6,7 @@ Axes: n images, f features.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.models.classifier import using_head
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.models.inputs import InputSpec, input_spec
@@ -50,6 +51,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, Head]: ...
 
 
@@ -68,6 +70,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> dict[str, AnyHead]: ...
 
 
@@ -85,6 +88,7 @@ def fit_heads(
     batch_size: int = 64,
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
+    head: str | Sequence[str] | None = None,
 ) -> Mapping[str, AnyHead]:
     """Fit one head per task on the features of the dense backbone.
 
@@ -108,6 +112,8 @@ def fit_heads(
         batch_size: Images per forward pass.
         cache: A folder or a `HeadCache` to load heads from and store them in; None fits each head.
         seed: For `"probe"`: seed of the held-out images.
+        head: Name of the layer of the model whose input is the features; None finds it, see
+            `fastsal.models.features`.
 
     Returns:
         `{task name: head}`.
@@ -142,6 +148,8 @@ def fit_heads(
         "knn": {"k": k, "temperature": temperature},
         "probe": {"l2": l2, "seed": seed if l2 is None else None},
     }[kind]  # type: ignore[assignment]
+    if head is not None:
+        settings["head"] = [head] if isinstance(head, str) else list(head)
     solvers: dict[str, Callable[[str, Tensor, Tensor, tuple[str, ...], InputSpec], AnyHead]] = {
         "ridge": lambda *given: _ridge(*given, ridge=ridge),
         "knn": lambda *given: fit_knn(*given, k=k, temperature=temperature),
@@ -157,7 +165,8 @@ def fit_heads(
         if kept is not None:
             heads[task.name] = replace(kept, task=task.name)
             continue
-        x, y, classes = _collect(model, task, spec, batch_size)
+        with using_head(model, head):
+            x, y, classes = _collect(model, task, spec, batch_size)
         heads[task.name] = solvers[kind](task.name, x, y, classes, spec)
         if cache is not None:
             _store(cache, key, heads[task.name])

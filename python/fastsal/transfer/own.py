@@ -90,7 +90,10 @@ def own_head(
     Raises:
         InvalidArgument: The model has no classifier, or a class has no logit.
     """
-    n = class_count(model)
+    first = None
+    if isinstance(task.fit, ImageSet):
+        first = next(iter(task.fit.batches(spec, 1, samples=1)))[0]
+    n = class_count(model, first)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument(
             f"model must have a classifier for kind 'own', got a {type(model).__name__} with "

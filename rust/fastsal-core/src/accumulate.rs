@@ -51,12 +51,11 @@ pub enum Sums<'a> {
 /// memory to fill it with zeros.
 ///
 /// # Errors
-/// [`Error::Length`] for arrays that do not fit the layout; [`Error::Value`] when the processor lacks
-/// the instruction set; [`Error::NonFiniteGradient`] for the first NaN or infinity, in which case the
-/// sums may hold part of the rows and must be discarded; [`Error::Overflow`] likewise for squares that
-/// are too large for the type of the sums. Call [`check_finite`] first to avoid that. If the caller
-/// stops a call with `fresh`, `sums` are as they were, and `packed` still holds nothing; without, a call
-/// runs to its end.
+/// [`Error::Length`] for arrays that do not fit the layout; [`Error::NonFiniteGradient`] for the first
+/// NaN or infinity, in which case the sums may hold part of the rows and must be discarded;
+/// [`Error::Overflow`] likewise for squares that are too large for the type of the sums. Call
+/// [`check_finite`] first to avoid that. If the caller stops a call with `fresh`, `sums` are as they
+/// were, and `packed` still holds nothing; without, a call runs to its end.
 pub fn accumulate(
     isa: Isa,
     layout: Layout,
@@ -64,7 +63,6 @@ pub fn accumulate(
     sums: Sums<'_>,
     fresh: bool,
 ) -> Result<()> {
-    isa.check()?;
     match sums {
         Sums::F32 { packed, sums } => add(isa, layout, rows, packed, sums, fresh),
         Sums::F64 { packed, sums } => add(isa, layout, rows, packed, sums, fresh),
@@ -305,7 +303,7 @@ struct PackRows<'a, E, T> {
 impl<E: Element, T: Real> Kernel<T> for PackRows<'_, E, T> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = T>>(self) {
+    fn run<S: Simd<T = T>>(self, _simd: S) {
         let Self { rows, count, column, sums, panel, stride } = self;
         let mut row = 0;
         while row < count {

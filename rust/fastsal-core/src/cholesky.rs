@@ -9,7 +9,7 @@
 
 use std::ops::Range;
 
-use crate::isa::Isa;
+use crate::isa::{Isa, Set};
 use crate::parallel::checkpoint_at;
 use crate::simd::{dispatch, padded, Kernel, Simd};
 
@@ -127,7 +127,7 @@ unsafe fn subtract_panel<S: Simd<T = f64>>(
                 * match left {
                     1 => panel_tile::<S, 1>(to, rows, stride, over, factors, factor_stride),
                     2 | 3 => panel_tile::<S, 2>(to, rows, stride, over, factors, factor_stride),
-                    _ if matches!(S::ISA, Isa::Avx512) => {
+                    _ if matches!(S::SET, Set::Avx512) => {
                         panel_tile::<S, 4>(to, rows, stride, over, factors, factor_stride)
                     }
                     _ => panel_tile::<S, 2>(to, rows, stride, over, factors, factor_stride),
@@ -173,7 +173,9 @@ unsafe fn panel_tile<S: Simd<T = f64>, const NV: usize>(
 
 /// Subtract `sum_k factors[k * factor_stride] * rows[k]`, the first `count` rows, `stride` apart.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)] // two matrices and a row
 pub(crate) fn subtract_row<S: Simd<T = f64>>(
+    _simd: S,
     to: &mut [f64],
     rows: &[f64],
     stride: usize,
@@ -188,7 +190,8 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
     assert!(size.is_multiple_of(S::W) && size <= stride && rows.len() >= count * stride);
     assert!(factors.len() > (count - 1) * factor_stride);
     let (rows, factors) = (rows.as_ptr(), factors.as_ptr());
-    // SAFETY: the assertions make `to`, the rows and the factors valid.
+    // SAFETY: the assertions make `to`, the rows and the factors valid; `_simd` is the proof of the
+    // instruction set.
     unsafe {
         let to = to.as_mut_ptr();
         subtract_rows::<S>(to, 0, size, rows, stride, 0..count, factors, factor_stride);
@@ -209,19 +212,20 @@ struct Cholesky<'a> {
 impl Kernel<f64> for Cholesky<'_> {
     type Output = bool;
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> bool {
+    fn run<S: Simd<T = f64>>(self, _simd: S) -> bool {
         let Self { a, size } = self;
         let stride = padded(size);
         assert!(a.len() >= size * stride);
-        let base = a.as_mut_ptr();
         for start in (0..size).step_by(ROWS) {
             checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
             if end - start == ROWS {
+                // A pointer is valid until the matrix is next used as a slice, so each call has its own.
+                let base = a.as_mut_ptr();
                 // SAFETY: the panel and the rows above it lie in `a`; their factors are the
-                // panel's columns of the rows above.
+                // panel's columns of the rows above. `_simd` is the proof of the instruction set.
                 unsafe {
                     let (to, factors) = (base.add(start * stride), base.add(start));
                     let over = |_| 0..start;
@@ -230,6 +234,7 @@ impl Kernel<f64> for Cholesky<'_> {
                 done = start;
             }
             for i in start..end {
+                let base = a.as_mut_ptr();
                 // SAFETY: row i and the rows above it lie in `a`; factors are column i of those.
                 unsafe {
                     let (to, factors) = (base.add(i * stride), base.add(i));
@@ -265,17 +270,18 @@ struct InvertFactor<'a> {
 impl Kernel<f64> for InvertFactor<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
+    fn run<S: Simd<T = f64>>(self, _simd: S) {
         let Self { u, m, size } = self;
         let stride = padded(size);
         assert!(u.len() >= size * stride && m.len() >= size * stride);
         m[..size * stride].fill(0.0);
-        let (factor, base) = (u.as_ptr(), m.as_mut_ptr());
+        let factor = u.as_ptr();
         for start in (0..size).step_by(ROWS) {
             checkpoint_at(start, size);
             let end = size.min(start + ROWS);
             let mut done = 0;
             if end - start == ROWS {
+                let base = m.as_mut_ptr();
                 // SAFETY: as in the factorization; row k is zero beyond column k, so that each
                 // stretch of columns begins with the row of its start.
                 unsafe {
@@ -287,6 +293,7 @@ impl Kernel<f64> for InvertFactor<'_> {
             }
             for i in start..end {
                 m[i * stride + i] = 1.0;
+                let base = m.as_mut_ptr();
                 // SAFETY: rows done..i of `m` and of `u` are valid for padded(size) elements.
                 unsafe {
                     let (to, factors) = (base.add(i * stride), factor.add(i));
@@ -317,3 +324,6 @@ pub(crate) fn solve(u: &[f64], size: usize, x: &mut [f64]) {
         x[i] = (x[i] - known) / u[i * stride + i];
     }
 }
+
+#[cfg(test)]
+mod tests;

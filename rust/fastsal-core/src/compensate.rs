@@ -7,10 +7,10 @@
 use crate::parallel::prelude::*;
 
 use crate::cholesky::{cholesky, solve};
-use crate::error::{check_length, Result};
+use crate::error::{check_length, check_weights, Result};
 use crate::isa::Isa;
 use crate::parallel;
-use crate::scratch::{room, Scratch};
+use crate::scratch::{room, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::{positions, Damped};
 
@@ -30,22 +30,28 @@ pub struct Compensation {
 /// Weights that were pruned before the statistics were collected stay pruned.
 ///
 /// # Errors
-/// [`crate::Error::Length`] for arrays that do not fit.
+/// [`crate::Error::Length`] for arrays that do not fit, [`crate::Error::NonFiniteWeight`], and
+/// [`crate::Error::Memory`].
 pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Result<Compensation> {
-    let (isa, layout) = (Isa::best(), damped.layout());
+    let (isa, layout) = (Isa::chosen()?, damped.layout());
     check_length("weights", weights.len(), layout.len())?;
     check_length("mask", mask.len(), layout.len())?;
+    check_weights(weights)?;
+    let failure = Failure::default();
     let blocks: Vec<(f64, f64, bool)> = parallel::run(|| {
         weights
             .par_chunks_mut(layout.block())
             .zip(mask.par_chunks(layout.block()))
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, (weights, mask))| {
+                if !failure.check(scratch.reserve(weights.len())) {
+                    return (0.0, 0.0, false);
+                }
                 dispatch(isa, Block { damped, b, weights, mask, scratch })
             })
             .collect()
     });
-    Ok(Compensation {
+    failure.or(Compensation {
         increase: blocks.iter().map(|b| b.0).collect(),
         uncompensated: blocks.iter().map(|b| b.1).collect(),
         failed: positions(&blocks, |b| !b.2),
@@ -65,7 +71,7 @@ impl Kernel<f64> for Block<'_> {
     type Output = (f64, f64, bool);
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> Self::Output {
+    fn run<S: Simd<T = f64>>(self, simd: S) -> Self::Output {
         let Self { damped, b, weights, mask, scratch } = self;
         let size = weights.len();
         let stride = padded(size);
@@ -92,7 +98,7 @@ impl Kernel<f64> for Block<'_> {
                 a_kk[i * inner + j] = at(*k, *l);
             }
         }
-        let fine = cholesky(S::ISA, a_kk, kept.len()) && bare.is_finite();
+        let fine = cholesky(simd.isa(), a_kk, kept.len()) && bare.is_finite();
         let mut increase = bare;
         if fine {
             solve(a_kk, kept.len(), &mut step);

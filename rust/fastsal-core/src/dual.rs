@@ -11,9 +11,10 @@ use crate::cholesky::{cholesky, subtract_row};
 use crate::error::{check_length, check_positive, Error, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
+use crate::memory::{self, reserve};
 use crate::parallel::{self, checkpoint_at};
 use crate::rows::{with_rows, AnyRows, Element};
-use crate::scratch::{zeros, Scratch};
+use crate::scratch::{zeros, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Report;
 use crate::syrk::syrk;
@@ -27,11 +28,15 @@ const PARTS: usize = 16;
 /// Columns that are solved together, a few vectors of each row.
 const STRIP: usize = 64;
 
+/// What memory of the size of the number of rows is for.
+const GRAM: &str = "the Gram matrix of the rows";
+const COLUMNS: &str = "columns of the rows";
+
 /// Write `diag(A⁻¹)` of every block to `out` (`[d]`); `kept` (true = kept, `None` = all) says which
 /// weights are still in the model.
 ///
 /// # Errors
-/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
+/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit; [`Error::Memory`].
 pub fn inverse_diagonal(
     layout: Layout,
     rows: AnyRows<'_>,
@@ -47,22 +52,28 @@ pub fn inverse_diagonal(
     }
     check_positive("samples", samples)?;
     check_positive("damping", damping)?;
+    // What is added to the diagonal of the Gram matrix.
+    check_positive("samples times damping", samples * damping)?;
     let n = rows.n();
     if Layout::new(n, n.max(1)).is_err() {
         let expected = "few enough for their Gram matrix to fit into memory";
         return Err(Error::Value { what: "number of rows", got: n.to_string(), expected });
     }
-    let isa = Isa::best();
+    let (isa, failure) = (Isa::chosen()?, Failure::default());
     let blocks: Vec<Option<f64>> = parallel::run(|| {
         out.par_chunks_mut(layout.block())
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, out)| {
                 let block = Block { rows, first: b * layout.block(), kept };
-                block.inverse_diagonal(isa, samples, damping, out, scratch)
+                let result = block.inverse_diagonal(isa, samples, damping, out, scratch);
+                result.unwrap_or_else(|error| {
+                    failure.check(Err(error));
+                    None
+                })
             })
             .collect()
     });
-    Ok(blocks.into())
+    failure.or(blocks.into())
 }
 
 /// The gradients of one block.
@@ -84,10 +95,11 @@ impl Block<'_> {
         damping: f64,
         out: &mut [f64],
         scratch: &mut Scratch,
-    ) -> Option<f64> {
+    ) -> Result<Option<f64>> {
         let (n, size) = (self.rows.n(), out.len());
-        let gram = self.gram(isa, size);
+        let gram = self.gram(isa, size)?;
         let mut trace = 0.0;
+        reserve(GRAM, &mut scratch.upper, n * padded(n))?;
         let u = zeros(&mut scratch.upper, (n * padded(n)).max(1));
         for i in 0..n {
             let row = &mut u[i * padded(n) + i..i * padded(n) + n];
@@ -97,10 +109,13 @@ impl Block<'_> {
         }
         if !cholesky(isa, u, n) {
             out.fill(f64::NAN);
-            return None;
+            return Ok(None);
         }
-        let u: &[f64] = u;
+        let (u, failure): (&[f64], _) = (u, Failure::default());
         out.par_chunks_mut(STRIP).enumerate().for_each_init(Vec::new, |y, (strip, out)| {
+            if !failure.check(reserve(COLUMNS, y, n.saturating_mul(STRIP))) {
+                return;
+            }
             let first = strip * STRIP;
             self.gather(y, first, out.len(), STRIP);
             dispatch(isa, Forward { u, y, n });
@@ -112,18 +127,20 @@ impl Block<'_> {
                 *out = if kept { left / damping } else { 1.0 };
             }
         });
-        Some(trace / damping)
+        failure.or(Some(trace / damping))
     }
 
     /// `GGᵀ`, packed.
-    fn gram(&self, isa: Isa, size: usize) -> Vec<f64> {
+    fn gram(&self, isa: Isa, size: usize) -> Result<Vec<f64>> {
         let n = self.rows.n();
         let part = size.div_ceil(PARTS).next_multiple_of(WEIGHTS);
-        let partial: Vec<Vec<f64>> = (0..size.div_ceil(part))
+        let partial = (0..size.div_ceil(part))
             .into_par_iter()
             .map(|p| {
-                let mut packed = vec![0.0; triangle(n)];
+                let mut packed = memory::zeros(GRAM, triangle(n))?;
                 let (mut panel, mut strip) = (Vec::new(), Vec::new());
+                reserve(COLUMNS, &mut panel, padded(n).saturating_mul(WEIGHTS))?;
+                reserve(COLUMNS, &mut strip, n.saturating_mul(WEIGHTS))?;
                 for first in (p * part..size.min((p + 1) * part)).step_by(WEIGHTS) {
                     let width = WEIGHTS.min(size - first);
                     self.gather(&mut strip, first, width, WEIGHTS);
@@ -136,14 +153,14 @@ impl Block<'_> {
                     }
                     syrk(isa, panel, width, n, padded(n), &mut packed);
                 }
-                packed
+                Ok(packed)
             })
-            .collect();
-        let mut sum = vec![0.0; triangle(n)];
+            .collect::<Result<Vec<Vec<f64>>>>()?;
+        let mut sum = memory::zeros(GRAM, triangle(n))?;
         for packed in partial {
             sum.iter_mut().zip(packed).for_each(|(s, x)| *s += x);
         }
-        sum
+        Ok(sum)
     }
 
     /// Columns `first..first + width` of the block as `[n, stride]`, zero where pruned.
@@ -171,13 +188,13 @@ struct Forward<'a> {
 impl Kernel<f64> for Forward<'_> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
+    fn run<S: Simd<T = f64>>(self, simd: S) {
         let (n, stride) = (self.n, padded(self.n));
         for i in 0..n {
             checkpoint_at(i, n);
             let (done, rest) = self.y.split_at_mut(i * STRIP);
             let row = &mut rest[..STRIP];
-            subtract_row::<S>(row, done, STRIP, i, &self.u[i..], stride);
+            subtract_row(simd, row, done, STRIP, i, &self.u[i..], stride);
             let scale = 1.0 / self.u[i * stride + i];
             row.iter_mut().for_each(|x| *x *= scale);
         }

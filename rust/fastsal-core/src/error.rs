@@ -33,6 +33,30 @@ pub enum Error {
         /// NaN or an infinity.
         value: f64,
     },
+    /// A weight is NaN or infinite.
+    #[error("weights must be finite, got {value} at position {index}")]
+    NonFiniteWeight {
+        /// Flat position in the parameter.
+        index: usize,
+        /// NaN or an infinity.
+        value: f32,
+    },
+    /// There is no memory of the size that the arguments ask for.
+    #[error("{what} must fit into memory, got {bytes} bytes")]
+    Memory {
+        /// What the memory is for.
+        what: &'static str,
+        /// Its size; `usize::MAX` where it has no number.
+        bytes: usize,
+    },
+    /// The environment names an instruction set that this processor does not have.
+    #[error("FASTSAL_ISA must be an instruction set of this processor ({available}), got {got:?}")]
+    Isa {
+        /// The name.
+        got: String,
+        /// The names that are accepted.
+        available: String,
+    },
     /// The squares of finite gradients are too large for the type of the sums.
     #[error("squares of gradients must fit the type of the sums, got {value} for sample {row} at position {column}")]
     Overflow {
@@ -68,10 +92,27 @@ pub(crate) fn check_length(what: &'static str, got: usize, expected: usize) -> R
     }
 }
 
-/// Require a finite number above zero.
+/// Require a finite number above zero whose inverse is finite, too.
 pub(crate) fn check_positive(what: &'static str, value: f64) -> Result<()> {
-    if value > 0.0 && value.is_finite() {
+    // Every normal number has a normal or subnormal inverse; those of the least ones overflow.
+    if value >= f64::MIN_POSITIVE && value.is_finite() {
         return Ok(());
     }
-    Err(Error::Value { what, got: value.to_string(), expected: "a finite number above zero" })
+    let expected = "a finite number of at least 2.3e-308";
+    Err(Error::Value { what, got: format!("{value:e}"), expected })
+}
+
+/// Require that no weight is NaN or infinite.
+pub(crate) fn check_weights(weights: &[f32]) -> Result<()> {
+    // Two integer operations, and a fold without an early exit, vectorize.
+    const EXPONENT: u32 = f32::INFINITY.to_bits();
+    let finite = |w: &f32| w.to_bits() & EXPONENT != EXPONENT;
+    for (part, some) in weights.chunks(1 << 12).enumerate() {
+        if !some.iter().fold(true, |all, w| all & finite(w)) {
+            if let Some(at) = some.iter().position(|w| !finite(w)) {
+                return Err(Error::NonFiniteWeight { index: (part << 12) + at, value: some[at] });
+            }
+        }
+    }
+    Ok(())
 }

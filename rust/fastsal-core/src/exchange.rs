@@ -13,11 +13,11 @@
 
 use crate::parallel::prelude::*;
 
-use crate::error::{check_length, Result};
+use crate::error::{check_length, check_weights, Result};
 use crate::groups::Groups;
 use crate::isa::Isa;
 use crate::parallel::{self, checkpoint_at};
-use crate::scratch::{room, zeros, Scratch};
+use crate::scratch::{room, zeros, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Damped;
 
@@ -30,26 +30,31 @@ const LEAST: f64 = 1e-9;
 /// are not changed. A group that spans several blocks is exchanged within each of them.
 ///
 /// # Errors
-/// [`crate::Error::Length`] for arrays that do not fit.
+/// [`crate::Error::Length`] for arrays that do not fit, [`crate::Error::NonFiniteWeight`], and
+/// [`crate::Error::Memory`].
 pub fn refine(
     damped: Damped<'_>,
     weights: &[f32],
     groups: Groups,
     kept: &mut [bool],
 ) -> Result<()> {
-    let (isa, layout) = (Isa::best(), damped.layout());
+    let (isa, layout) = (Isa::chosen()?, damped.layout());
     check_length("weights", weights.len(), layout.len())?;
     check_length("kept", kept.len(), layout.len())?;
     check_length("shape", groups.len(), layout.len())?;
+    check_weights(weights)?;
+    let failure = Failure::default();
     parallel::run(|| {
         kept.par_chunks_mut(layout.block())
             .zip(weights.par_chunks(layout.block()))
             .enumerate()
             .for_each_init(Scratch::default, |scratch, (b, (kept, weights))| {
-                dispatch(isa, Block { damped, b, weights, groups, kept, scratch });
+                if failure.check(scratch.reserve(weights.len())) {
+                    dispatch(isa, Block { damped, b, weights, groups, kept, scratch });
+                }
             });
     });
-    Ok(())
+    failure.or(())
 }
 
 struct Block<'a> {
@@ -80,7 +85,7 @@ impl Kernel<f64> for Block<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
+    fn run<S: Simd<T = f64>>(self, _simd: S) {
         let size = self.kept.len();
         let pairs = self.pairs();
         let Self { damped, b, weights, kept, scratch, .. } = self;

@@ -9,18 +9,18 @@
 
 use crate::parallel::prelude::*;
 
-use crate::error::{check_length, Result};
+use crate::error::{check_length, check_weights, Result};
 use crate::greedy_large::Large;
 use crate::greedy_small::{Small, LARGEST_SMALL};
 use crate::greedy_state::Block;
 use crate::isa::Isa;
 use crate::parallel;
-use crate::scratch::Scratch;
+use crate::scratch::{Failure, Scratch};
 use crate::simd::dispatch;
 use crate::statistics::{Damped, Report};
 
-/// Blocks that are processed in turns: each step waits for the one before it, and a step of another
-/// block fills the wait. Larger blocks keep the processor busy, and fill the cache, alone.
+/// Blocks of one size that are processed in turns: each step waits for the one before it, and a step of
+/// another block fills the wait. Larger blocks keep the processor busy, and fill the cache, alone.
 const IN_TURNS: usize = 2;
 const IN_TURNS_UP_TO: usize = 128;
 
@@ -32,14 +32,15 @@ const IN_TURNS_UP_TO: usize = 128;
 /// of blocks that cannot be factored are NaN.
 ///
 /// # Errors
-/// [`crate::Error::Length`] for arrays that do not fit.
+/// [`crate::Error::Length`] for arrays that do not fit, [`crate::Error::NonFiniteWeight`], and
+/// [`crate::Error::Memory`].
 pub fn eliminate(
     damped: Damped<'_>,
     weights: &[f32],
     scores: &mut [f32],
     turns: &mut [u32],
 ) -> Result<Report> {
-    eliminate_with(Isa::best(), damped, weights, scores, turns)
+    eliminate_with(Isa::chosen()?, damped, weights, scores, turns)
 }
 
 fn eliminate_with(
@@ -53,9 +54,11 @@ fn eliminate_with(
     check_length("weights", weights.len(), layout.len())?;
     check_length("scores", scores.len(), layout.len())?;
     check_length("turns", turns.len(), layout.len())?;
+    check_weights(weights)?;
     let block = layout.block();
     let in_turns = if block <= IN_TURNS_UP_TO { IN_TURNS } else { 1 };
     let mut sensitivities: Vec<Option<f64>> = vec![None; layout.blocks()];
+    let failure = Failure::default();
     parallel::run(|| {
         scores
             .par_chunks_mut(in_turns * block)
@@ -66,7 +69,6 @@ fn eliminate_with(
             .for_each_init(
                 <[Scratch; IN_TURNS]>::default,
                 |scratches, (i, (((scores, turns), weights), sensitivities))| {
-                    let largest = block.min(weights.len());
                     let parts = scores.chunks_mut(block).zip(turns.chunks_mut(block));
                     let parts = parts.zip(weights.chunks(block)).zip(sensitivities).zip(scratches);
                     let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
@@ -74,7 +76,9 @@ fn eliminate_with(
                         parts.enumerate()
                     {
                         let b = i * in_turns + k;
-                        *sensitivity = damped.invert(isa, b, scratch);
+                        if failure.check(scratch.reserve(weights.len())) {
+                            *sensitivity = damped.invert(isa, b, scratch);
+                        }
                         if sensitivity.is_none() {
                             scores.fill(f32::NAN);
                             continue;
@@ -82,15 +86,28 @@ fn eliminate_with(
                         let kept = damped.kept_in(b);
                         blocks[k] = Some(Block { scratch, weights, kept, scores, turns });
                     }
-                    if largest <= LARGEST_SMALL {
-                        dispatch(isa, Small { blocks });
+                    if weights.len().is_multiple_of(block) {
+                        remove(isa, blocks);
                     } else {
-                        dispatch(isa, Large { blocks });
+                        // How a block is processed depends on its own size alone.
+                        for block in blocks {
+                            remove(isa, [block, None]);
+                        }
                     }
                 },
             );
     });
-    Ok(sensitivities.into())
+    failure.or(sensitivities.into())
+}
+
+/// Process blocks of one size in turns.
+fn remove(isa: Isa, blocks: [Option<Block<'_>>; IN_TURNS]) {
+    let size = blocks.iter().flatten().map(|block| block.weights.len()).next();
+    match size {
+        None => {}
+        Some(..=LARGEST_SMALL) => dispatch(isa, Small { blocks }),
+        Some(_) => dispatch(isa, Large { blocks }),
+    }
 }
 
 #[cfg(test)]

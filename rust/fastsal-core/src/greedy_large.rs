@@ -22,19 +22,19 @@ impl<const N: usize> Kernel<f64> for Large<'_, N> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
+    fn run<S: Simd<T = f64>>(self, simd: S) {
         // A loop: closures do not inherit the instruction set.
         let mut blocks: [Option<Elimination<'_>>; N] = std::array::from_fn(|_| None);
         for (to, block) in blocks.iter_mut().zip(self.blocks) {
             if let Some(block) = block {
-                *to = Some(Elimination::new::<S>(block));
+                *to = Some(Elimination::new(simd, block));
             }
         }
         let mut busy = true;
         while busy {
             busy = false;
             for block in blocks.iter_mut().flatten() {
-                busy |= block.step::<S>();
+                busy |= block.step(simd);
             }
         }
     }
@@ -53,14 +53,14 @@ struct Elimination<'a> {
 
 impl<'a> Elimination<'a> {
     #[inline(always)]
-    fn new<S: Simd<T = f64>>(block: Block<'a>) -> Self {
+    fn new<S: Simd<T = f64>>(simd: S, block: Block<'a>) -> Self {
         let Block { scratch, weights, kept, scores, turns } = block;
         let Scratch { upper, row, packed, .. } = scratch;
         let (size, stride) = (weights.len(), padded(weights.len()));
         let packed = &mut packed[..triangle(size)];
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
         let mut rest = Rest { index: (0..size).collect(), candidates };
-        rest.price::<S>();
+        rest.price(simd);
         // Negated, so that the kernel, which adds, subtracts columns from it.
         packed.iter_mut().for_each(|x| *x = -*x);
         // The factor is no longer needed: its memory holds the columns.
@@ -71,7 +71,7 @@ impl<'a> Elimination<'a> {
 
     /// Remove a weight; return whether any was left.
     #[inline(always)]
-    fn step<S: Simd<T = f64>>(&mut self) -> bool {
+    fn step<S: Simd<T = f64>>(&mut self, simd: S) -> bool {
         let Self { rest, negated, columns, steps, order } = self;
         if order.is_complete() {
             return false;
@@ -79,7 +79,7 @@ impl<'a> Elimination<'a> {
         if *steps == 0 {
             checkpoint_at(0, order.len());
         }
-        let (cost, at) = rest.cheapest::<S>();
+        let (cost, at) = rest.cheapest(simd);
         rest.candidates.out[at] = f64::INFINITY;
         order.remove(rest.index[at], cost);
 
@@ -89,13 +89,13 @@ impl<'a> Elimination<'a> {
         rest.column(at, negated, column);
         let factors = &earlier[at.min(earlier.len())..];
         let n = rest.index.len().next_multiple_of(S::W);
-        subtract_row::<S>(&mut column[..n], earlier, stride, *steps, factors, stride);
-        rest.remove::<S>(at, column);
+        subtract_row(simd, &mut column[..n], earlier, stride, *steps, factors, stride);
+        rest.remove(simd, at, column);
         *steps += 1;
         if *steps == STEPS && !order.is_complete() {
-            rest.compact::<S>(negated, &mut columns[..STEPS * stride]);
+            rest.compact(simd, negated, &mut columns[..STEPS * stride]);
             let m = rest.index.len();
-            syrk(S::ISA, columns, STEPS, m, padded(m), &mut negated[..triangle(m)]);
+            syrk(simd.isa(), columns, STEPS, m, padded(m), &mut negated[..triangle(m)]);
             *steps = 0;
         }
         true
@@ -112,13 +112,13 @@ struct Rest<'a> {
 impl Rest<'_> {
     /// Price all weights where no step has.
     #[inline(always)]
-    fn price<S: Simd<T = f64>>(&mut self) {
-        self.update::<S>(0.0, None);
+    fn price<S: Simd<T = f64>>(&mut self, simd: S) {
+        self.update(simd, 0.0, None);
     }
 
     /// Find the least cost and the first weight that has it.
     #[inline(always)]
-    fn cheapest<S: Simd<T = f64>>(&self) -> (f64, usize) {
+    fn cheapest<S: Simd<T = f64>>(&self, _simd: S) -> (f64, usize) {
         let n = self.index.len().next_multiple_of(S::W);
         let (least, wanted, value) = self.candidates.least();
         // Many lanes at a time: the place cannot be predicted, and a branch on it costs more.
@@ -126,7 +126,7 @@ impl Rest<'_> {
         for (part, wanted) in wanted[..n].chunks(64).enumerate() {
             let mut bits = 0u64;
             for (v, lanes) in wanted.chunks_exact(S::W).enumerate() {
-                // SAFETY: `lanes` is a whole vector; the caller has the instruction set.
+                // SAFETY: `lanes` is a whole vector; `_simd` is the proof.
                 let equal =
                     unsafe { S::equal(S::load(lanes.as_ptr()), S::splat(&raw const value)) };
                 bits |= u64::from(equal) << (v * S::W);
@@ -158,20 +158,25 @@ impl Rest<'_> {
     /// Move the other weights, downdate the diagonal, and price the rest; the column is divided by the
     /// root of its pivot.
     #[inline(always)]
-    fn remove<S: Simd<T = f64>>(&mut self, at: usize, column: &mut [f64]) {
+    fn remove<S: Simd<T = f64>>(&mut self, simd: S, at: usize, column: &mut [f64]) {
         let Candidates { theta, diagonal, .. } = &self.candidates;
         let inverse = 1.0 / diagonal[at].max(f64::MIN_POSITIVE);
-        self.update::<S>(theta[at], Some((column, inverse)));
+        self.update(simd, theta[at], Some((column, inverse)));
     }
 
     /// Go over the weights once: each is moved and priced in registers.
     #[inline(always)]
-    fn update<S: Simd<T = f64>>(&mut self, theta_at: f64, column: Option<(&mut [f64], f64)>) {
+    fn update<S: Simd<T = f64>>(
+        &mut self,
+        _simd: S,
+        theta_at: f64,
+        column: Option<(&mut [f64], f64)>,
+    ) {
         let n = self.index.len().next_multiple_of(S::W);
         let Candidates { theta, diagonal, out, costs, least } = &mut self.candidates;
         let (theta, diagonal) = (&mut theta[..n], &mut diagonal[..n]);
         let (out, costs) = (&out[..n], &mut costs[..n]);
-        // SAFETY: all slices hold `n` elements, a whole number of vectors; the caller has the
+        // SAFETY: all slices hold `n` elements, a whole number of vectors; `_simd` is the proof of the
         // instruction set.
         unsafe {
             let splat = |x: f64| S::splat(&raw const x);
@@ -203,7 +208,7 @@ impl Rest<'_> {
     }
 
     /// Delete removed weights from the matrix and the columns, if they are at least a quarter.
-    fn compact<S: Simd<T = f64>>(&mut self, negated: &mut [f64], columns: &mut [f64]) {
+    fn compact<S: Simd<T = f64>>(&mut self, simd: S, negated: &mut [f64], columns: &mut [f64]) {
         let n = self.index.len();
         let stay: Vec<usize> = (0..n).filter(|j| self.candidates.out[*j] == 0.0).collect();
         let m = stay.len();
@@ -236,6 +241,6 @@ impl Rest<'_> {
         diagonal[m..].fill(1.0);
         out[m..].fill(f64::INFINITY);
         self.index = stay.iter().map(|j| self.index[*j]).collect();
-        self.price::<S>();
+        self.price(simd);
     }
 }

@@ -32,19 +32,19 @@ impl<const N: usize> Kernel<f64> for Small<'_, N> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) {
+    fn run<S: Simd<T = f64>>(self, simd: S) {
         let sizes = self.blocks.iter().flatten().map(|block| block.weights.len());
-        // The largest block is 24 portable vectors, 12 of AVX2, 6 of AVX-512.
+        // All have one size (see `greedy`); the largest is 24 portable vectors, 12 of AVX2, 6 of AVX-512.
         match sizes.max().unwrap_or(0).div_ceil(S::W) {
-            0 | 1 => self.eliminate::<S, 1>(),
-            2 => self.eliminate::<S, 2>(),
-            3 => self.eliminate::<S, 3>(),
-            4 => self.eliminate::<S, 4>(),
-            5 => self.eliminate::<S, 5>(),
-            6 => self.eliminate::<S, 6>(),
-            7 | 8 => self.eliminate::<S, 8>(),
-            9..=12 => self.eliminate::<S, 12>(),
-            _ => self.eliminate::<S, 24>(),
+            0 | 1 => self.eliminate::<S, 1>(simd),
+            2 => self.eliminate::<S, 2>(simd),
+            3 => self.eliminate::<S, 3>(simd),
+            4 => self.eliminate::<S, 4>(simd),
+            5 => self.eliminate::<S, 5>(simd),
+            6 => self.eliminate::<S, 6>(simd),
+            7 | 8 => self.eliminate::<S, 8>(simd),
+            9..=12 => self.eliminate::<S, 12>(simd),
+            _ => self.eliminate::<S, 24>(simd),
         }
     }
 }
@@ -52,21 +52,21 @@ impl<const N: usize> Kernel<f64> for Small<'_, N> {
 impl<const N: usize> Small<'_, N> {
     /// Process blocks of at most `NV` vectors.
     #[inline(always)]
-    fn eliminate<S: Simd<T = f64>, const NV: usize>(self) {
+    fn eliminate<S: Simd<T = f64>, const NV: usize>(self, simd: S) {
         // No block is wider; code for wider rows is not generated.
         if const { NV * S::W <= ROW } {
             // A loop: closures do not inherit the instruction set.
             let mut blocks: [Option<Elimination<'_>>; N] = std::array::from_fn(|_| None);
             for (to, block) in blocks.iter_mut().zip(self.blocks) {
                 if let Some(block) = block {
-                    *to = Some(Elimination::new::<S, NV>(block));
+                    *to = Some(Elimination::new::<S, NV>(simd, block));
                 }
             }
             let mut busy = true;
             while busy {
                 busy = false;
                 for block in blocks.iter_mut().flatten() {
-                    busy |= block.step::<S, NV>();
+                    busy |= block.step::<S, NV>(simd);
                 }
             }
         }
@@ -86,7 +86,7 @@ struct Elimination<'a> {
 
 impl<'a> Elimination<'a> {
     #[inline(always)]
-    fn new<S: Simd<T = f64>, const NV: usize>(block: Block<'a>) -> Self {
+    fn new<S: Simd<T = f64>, const NV: usize>(_simd: S, block: Block<'a>) -> Self {
         let Block { scratch, weights, kept, scores, turns } = block;
         let Scratch { upper, lower, row, packed } = scratch;
         let (size, stride) = (weights.len(), NV * S::W);
@@ -103,7 +103,7 @@ impl<'a> Elimination<'a> {
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
         let mut elimination = Self { inverse, columns, steps: 0, candidates, order };
         elimination.check::<S, NV>();
-        // SAFETY: checked; the caller has the instruction set.
+        // SAFETY: checked; `_simd` is the proof of the instruction set.
         unsafe { elimination.settle::<S, NV>([S::zero(); NV], [S::zero(); NV], 0.0, 0.0) };
         elimination
     }
@@ -120,18 +120,18 @@ impl<'a> Elimination<'a> {
 
     /// Remove a weight; return whether any was left.
     #[inline(always)]
-    fn step<S: Simd<T = f64>, const NV: usize>(&mut self) -> bool {
+    fn step<S: Simd<T = f64>, const NV: usize>(&mut self, simd: S) -> bool {
         if self.order.is_complete() {
             return false;
         }
         let n = NV * S::W;
         assert!(self.candidates.theta.len() == n);
-        let (cost, at) = self.cheapest::<S, NV>();
+        let (cost, at) = self.cheapest::<S, NV>(simd);
         self.order.remove(at, cost);
         let inverse = 1.0 / self.candidates.diagonal[at].max(f64::MIN_POSITIVE);
         let theta_at = self.candidates.theta[at];
         // SAFETY: `check` has checked the lengths; `at` is a row of the matrix, `steps` one of the
-        // columns with one more after it.
+        // columns with one more after it. `simd` is the proof of the instruction set.
         unsafe {
             let (mut even, mut odd) = ([S::zero(); NV], [S::zero(); NV]);
             let mut row = self.columns.as_ptr();
@@ -168,12 +168,12 @@ impl<'a> Elimination<'a> {
 
     /// Find the least cost and the first weight that has it.
     #[inline(always)]
-    fn cheapest<S: Simd<T = f64>, const NV: usize>(&self) -> (f64, usize) {
+    fn cheapest<S: Simd<T = f64>, const NV: usize>(&self, _simd: S) -> (f64, usize) {
         let (least, wanted, value) = self.candidates.least();
         let wanted = wanted.as_ptr();
         let mut found = 0u64;
         for v in 0..NV {
-            // SAFETY: the row holds `NV` vectors (`check`); the caller has the instruction set.
+            // SAFETY: the row holds `NV` vectors (`check`); `_simd` is the proof.
             let bits =
                 unsafe { S::equal(S::load(wanted.add(v * S::W)), S::splat(&raw const value)) };
             found |= u64::from(bits) << (v * S::W);

@@ -124,7 +124,7 @@ struct AnyNan<'a> {
 impl Kernel<f32> for AnyNan<'_> {
     type Output = bool;
     #[inline(always)]
-    fn run<S: Simd<T = f32>>(self) -> bool {
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> bool {
         // A fold without an early exit vectorizes.
         self.part.iter().fold(false, |nan, s| nan | s.is_nan())
     }
@@ -132,7 +132,7 @@ impl Kernel<f32> for AnyNan<'_> {
 
 /// Report the first NaN.
 pub(crate) fn check_nan(arrays: &[&[f32]]) -> Result<()> {
-    let isa = Isa::best();
+    let isa = Isa::chosen()?;
     let nan = parallel::run(|| {
         arrays.par_iter().enumerate().find_map_first(|(array, scores)| {
             let parts = scores.par_chunks(SCORES_PER_TASK).enumerate();

@@ -5,6 +5,7 @@
 //! entry `(i, j)`, `i <= j`, is stored at `row_base(b, i) + j`.
 
 use crate::error::{Error, Result};
+use crate::simd::PADDING;
 
 /// The cut of one parameter into blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,8 +18,8 @@ impl Layout {
     /// Cut `len` weights into blocks of `block`; a block larger than the parameter is the parameter.
     ///
     /// # Errors
-    /// [`Error::Value`] when `block` is zero, or when the blocks have more entries than `usize`
-    /// counts. No size of a layout wraps.
+    /// [`Error::Value`] when `block` is zero, or when the blocks, with padded rows, have more entries
+    /// than `usize` counts. No size of a layout wraps.
     pub fn new(len: usize, block: usize) -> Result<Self> {
         let refuse =
             |expected| Err(Error::Value { what: "block_size", got: block.to_string(), expected });
@@ -26,7 +27,11 @@ impl Layout {
             return refuse("1 or more");
         }
         let block = block.min(len.max(1));
-        let entries = block.checked_mul(block).and_then(|b| b.checked_mul(len.div_ceil(block)));
+        let entries = block
+            .checked_next_multiple_of(PADDING)
+            // A row more, as in the triangle and in the matrices of a worker.
+            .and_then(|row| block.checked_add(1)?.checked_mul(row))
+            .and_then(|b| b.checked_mul(len.div_ceil(block)));
         if entries.is_none() {
             return refuse("small enough for the blocks to fit into memory");
         }
@@ -57,16 +62,16 @@ impl Layout {
         self.len.div_ceil(self.block)
     }
 
-    /// Number of weights in block `b`.
+    /// Number of weights in block `b`; zero after the last one.
     #[must_use]
     pub fn size(&self, b: usize) -> usize {
-        self.block.min(self.len - b * self.block)
+        self.block.min(self.len.saturating_sub(b.saturating_mul(self.block)))
     }
 
     /// Places of the weights of block `b` in the parameter.
     #[must_use]
     pub fn range(&self, b: usize) -> std::ops::Range<usize> {
-        let start = b * self.block;
+        let start = b.saturating_mul(self.block).min(self.len);
         start..start + self.size(b)
     }
 
@@ -80,7 +85,7 @@ impl Layout {
     /// Places of block `b` in the packed statistics.
     #[must_use]
     pub fn packed_range(&self, b: usize) -> std::ops::Range<usize> {
-        let start = b * triangle(self.block);
+        let start = b.saturating_mul(triangle(self.block)).min(self.packed_len());
         start..start + triangle(self.size(b))
     }
 
@@ -142,5 +147,14 @@ mod tests {
         assert!(Layout::new(usize::MAX, usize::MAX).is_err());
         assert!(Layout::new(1 << 40, 1 << 20).is_ok());
         assert!(Layout::new(1 << 40, 1 << 40).is_err());
+        // The square of the block size fits, that of its padded rows does not.
+        let most = (1u64 << 32) as usize - 1;
+        assert!(Layout::new(most, most).is_err());
+        let layout = Layout::new(70, 64).expect("layout");
+        for after in [2, 3, usize::MAX] {
+            assert_eq!(layout.size(after), 0);
+            assert_eq!(layout.range(after), 70..70);
+            assert!(layout.packed_range(after).is_empty());
+        }
     }
 }

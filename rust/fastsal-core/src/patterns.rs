@@ -6,13 +6,15 @@
 
 use crate::parallel::prelude::*;
 
-use crate::error::{check_length, Error, Result};
+use crate::error::{check_length, check_weights, Error, Result};
 use crate::exchange;
 use crate::groups::{Groups, LARGEST_GROUP};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle};
+use crate::memory::zeros;
 use crate::parallel;
-use crate::scratch::Scratch;
+use crate::scratch::{Failure, Scratch};
+use crate::select::share;
 use crate::statistics::{positions, Damped};
 
 /// Keep `n` of every group: those whose complement costs least by itself, then [`exchange::refine`].
@@ -21,7 +23,8 @@ use crate::statistics::{positions, Damped};
 /// factored; groups that reach into them lose their first members.
 ///
 /// # Errors
-/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
+/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit, [`Error::NonFiniteWeight`],
+/// and [`Error::Memory`].
 pub fn n_of_m(
     damped: Damped<'_>,
     weights: &[f32],
@@ -49,7 +52,7 @@ fn each_alone(
         return Err(Error::Value { what: "pattern", got, expected: "N:M with N <= M" });
     }
     for_each_group(damped, weights, groups, kept, |group, g, kept| {
-        let out = group.cheapest(group.len - (group.len * n).div_ceil(groups.size()));
+        let out = group.cheapest(group.len - share(group.len, n, groups.size()));
         for (k, at) in groups.members(g).enumerate() {
             kept[at] = out & 1 << k == 0;
         }
@@ -61,7 +64,7 @@ fn each_alone(
 /// Returns the blocks that could not be factored; their costs are NaN.
 ///
 /// # Errors
-/// [`Error::Length`] for arrays that do not fit.
+/// [`Error::Length`] for arrays that do not fit, [`Error::NonFiniteWeight`], and [`Error::Memory`].
 pub fn group_costs(
     damped: Damped<'_>,
     weights: &[f32],
@@ -108,14 +111,17 @@ fn neighbors(
     let layout = damped.layout();
     check_length("weights", weights.len(), layout.len())?;
     check_length("shape", groups.len(), layout.len())?;
-    let (isa, m, row) = (Isa::best(), groups.size(), groups.row());
-    let mut table = vec![0.0; layout.len() * m];
+    let (isa, m, row) = (Isa::chosen()?, groups.size(), groups.row());
+    check_weights(weights)?;
+    let mut table = zeros("the inverses of all groups", layout.len().saturating_mul(m))?;
+    let failure = Failure::default();
     let fine: Vec<bool> = parallel::run(|| {
         table
             .par_chunks_mut(layout.block() * m)
             .enumerate()
             .map_init(Scratch::default, |scratch, (b, table)| {
-                if damped.invert(isa, b, scratch).is_none() {
+                let has_room = failure.check(scratch.reserve(layout.size(b)));
+                if !has_room || damped.invert(isa, b, scratch).is_none() {
                     table.fill(f64::NAN);
                     return false;
                 }
@@ -137,7 +143,7 @@ fn neighbors(
             })
             .collect()
     });
-    Ok((table, positions(&fine, |fine| !fine)))
+    failure.or((table, positions(&fine, |fine| !fine)))
 }
 
 /// One group: its weights and their part of `A⁻¹`.

@@ -19,6 +19,8 @@ impl<'a, E: Element> Rows<'a, E> {
     /// # Errors
     /// [`Error::Length`] when `data` ends before the last row does.
     pub fn new(data: &'a [E], n: usize, d: usize, stride: usize) -> Result<Self> {
+        // Rows without elements are nowhere.
+        let stride = if d == 0 { 0 } else { stride };
         let needed = match n.checked_sub(1) {
             None => Some(0),
             Some(before) => before.checked_mul(stride).and_then(|start| start.checked_add(d)),
@@ -205,5 +207,14 @@ mod tests {
         assert!(Rows::new(&[0.0f32; 9], 3, 4, usize::MAX / 2).is_err());
         assert!(Rows::new(&[0.0f32; 9], 2, usize::MAX, 1).is_err());
         assert!(Rows::<f32>::new(&[], 0, 4, 4).is_ok());
+    }
+
+    #[test]
+    fn rows_without_elements_are_empty() {
+        let rows = Rows::<f32>::new(&[], 5, 0, 3).expect("rows");
+        for r in 0..5 {
+            assert!(rows.row(r, 0, 0).is_empty() && rows.from(r).row(0, 0, 0).is_empty());
+        }
+        assert_eq!(AnyRows::from(rows).n(), 5);
     }
 }

@@ -1,6 +1,11 @@
 //! Memory that a worker reuses from block to block, and the copy between packed and full matrices.
 
+use std::sync::OnceLock;
+
+use crate::error::{Error, Result};
 use crate::layout::{row_base, triangle};
+use crate::memory::reserve;
+use crate::simd::{padded, Real};
 
 /// A worker's memory for the matrices of one block.
 #[derive(Default)]
@@ -13,6 +18,41 @@ pub(crate) struct Scratch {
     pub row: Vec<f64>,
     /// A packed triangle.
     pub packed: Vec<f64>,
+}
+
+impl Scratch {
+    /// Make room for everything that is done with a block of `size` weights, so that no large
+    /// allocation comes later, where it could not fail.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] when there is no memory for a block of this size.
+    pub fn reserve(&mut self, size: usize) -> Result<()> {
+        const WHAT: &str = "the matrices of a block";
+        let stride = padded(size);
+        // A row more than the matrix: the columns of the elimination end with one of zeros.
+        let matrix = size.saturating_add(1).saturating_mul(stride);
+        reserve(WHAT, &mut self.upper, matrix)?;
+        reserve(WHAT, &mut self.lower, matrix)?;
+        reserve(WHAT, &mut self.row, stride.saturating_mul(4))?;
+        reserve(WHAT, &mut self.packed, triangle(size))
+    }
+}
+
+/// An error of any worker; their results then do not count.
+#[derive(Default)]
+pub(crate) struct Failure(OnceLock<Error>);
+
+impl Failure {
+    /// Record an error; whether there is none.
+    pub fn check(&self, result: Result<()>) -> bool {
+        // The first error is as good as any other.
+        result.map_err(|error| self.0.set(error)).is_ok()
+    }
+
+    /// Return `value`, or the error.
+    pub fn or<T>(self, value: T) -> Result<T> {
+        self.0.into_inner().map_or(Ok(value), Err)
+    }
 }
 
 /// Return the first `len` elements of `v`, with unspecified contents.
@@ -31,13 +71,16 @@ pub(crate) fn zeros(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
 }
 
 /// Write a packed triangle as a full symmetric matrix with rows `stride` apart.
-pub(crate) fn unpack(packed: &[f64], size: usize, full: &mut [f64], stride: usize) {
+pub(crate) fn unpack<T: Real>(packed: &[T], size: usize, full: &mut [f64], stride: usize) {
     debug_assert_eq!(packed.len(), triangle(size));
     for i in 0..size {
         let base = row_base(size, i);
-        full[i * stride + i..i * stride + size].copy_from_slice(&packed[base + i..base + size]);
+        let row = &packed[base + i..base + size];
+        for (to, x) in full[i * stride + i..i * stride + size].iter_mut().zip(row) {
+            *to = (*x).into();
+        }
         for j in i + 1..size {
-            full[j * stride + i] = packed[base + j];
+            full[j * stride + i] = packed[base + j].into();
         }
     }
 }

@@ -47,12 +47,13 @@ pub fn smallest(
     floors: &[usize],
 ) -> Result<(Vec<Threshold>, Option<f32>)> {
     check_nan(arrays)?;
+    let isa = Isa::chosen()?;
     let caps: Vec<Option<Threshold>> = if floors.is_empty() {
         vec![None; arrays.len()]
     } else {
         check_length("floors", floors.len(), arrays.len())?;
         let cap = |(a, floor): (&&[f32], &usize)| {
-            (*floor > 0).then(|| select(&[*a], a.len().saturating_sub(*floor), &[None]))
+            (*floor > 0).then(|| select(isa, &[*a], a.len().saturating_sub(*floor), &[None]))
         };
         parallel::run(|| arrays.par_iter().zip(floors).map(cap).collect())
     };
@@ -69,7 +70,7 @@ pub fn smallest(
     if k == 0 {
         return Ok((vec![Threshold::NOTHING; arrays.len()], None));
     }
-    let all = parallel::run(|| select(arrays, k, &caps));
+    let all = parallel::run(|| select(isa, arrays, k, &caps));
     // Equal scores are pruned in the order of the arrays, as far as the floor of each allows.
     let mut left = all.ties;
     let thresholds = arrays
@@ -141,7 +142,7 @@ pub fn threshold(scores: &[f32], key: u32, ties: usize) -> Threshold {
 }
 
 /// Find the threshold below which `k` scores are pruned, each array capped (see [`smallest`]).
-fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold {
+fn select(isa: Isa, arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold {
     if k == 0 {
         return Threshold::NOTHING;
     }
@@ -158,7 +159,7 @@ fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold 
         }
     };
     if caps.iter().all(Option::is_none) {
-        if let Some(found) = bracketed(&parts, k) {
+        if let Some(found) = bracketed(isa, &parts, k) {
             return found;
         }
     }
@@ -175,7 +176,7 @@ fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold 
 
 /// Find the threshold by a bracket around it; `None` where there are too few scores for that, or the
 /// bracket misses.
-fn bracketed(parts: &[Part<'_>], k: usize) -> Option<Threshold> {
+fn bracketed(isa: Isa, parts: &[Part<'_>], k: usize) -> Option<Threshold> {
     const SAMPLE: usize = 1 << 16;
     let total: usize = parts.iter().map(|p| p.scores.len()).sum();
     if total < 8 * SAMPLE {
@@ -193,7 +194,6 @@ fn bracketed(parts: &[Part<'_>], k: usize) -> Option<Threshold> {
     let low = if rank > around { sample[(rank - around) as usize] } else { 0 };
     let high = sample.get((rank + around) as usize).copied().unwrap_or(u32::MAX);
 
-    let isa = Isa::best();
     let found: Vec<(usize, Vec<u32>)> = parts
         .par_iter()
         .map(|part| dispatch(isa, Bracket { scores: part.scores, low, high }))
@@ -219,7 +219,7 @@ struct Bracket<'a> {
 impl Kernel<f32> for Bracket<'_> {
     type Output = (usize, Vec<u32>);
     #[inline(always)]
-    fn run<S: Simd<T = f32>>(self) -> Self::Output {
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> Self::Output {
         const AT_A_TIME: usize = 32;
         let Self { scores, low, high } = self;
         let width = high - low;
@@ -243,6 +243,11 @@ impl Kernel<f32> for Bracket<'_> {
         }
         (below, inside)
     }
+}
+
+/// Return `ceil(size n / m)`, for `n <= m`, of sizes whose product may have no number.
+pub(crate) fn share(size: usize, n: usize, m: usize) -> usize {
+    (size as u128 * n as u128).div_ceil(m as u128) as usize
 }
 
 /// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.
@@ -269,7 +274,8 @@ pub fn n_of_m(
     let row = (width * inner).max(1);
     parallel::run(|| {
         kept.par_chunks_mut(row).zip(scores.par_chunks(row)).for_each_init(
-            || Vec::with_capacity(m),
+            // A group is at most a row, however large it may be.
+            || Vec::with_capacity(m.min(width)),
             |order, (kept, scores)| {
                 kept.fill(false);
                 for i in 0..inner {
@@ -280,7 +286,7 @@ pub fn n_of_m(
                         // Stable: among equal scores the later positions come first, and are kept.
                         order.reverse();
                         order.sort_by_key(|at| std::cmp::Reverse(key(scores[*at])));
-                        for at in &order[..(size * n).div_ceil(m)] {
+                        for at in &order[..share(size, n, m)] {
                             kept[*at] = true;
                         }
                     }

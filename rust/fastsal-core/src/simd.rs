@@ -6,10 +6,13 @@
 
 mod plain;
 
-use crate::isa::Isa;
+use crate::isa::{Isa, Set};
 use crate::rows::Element;
 
 /// `W` lanes of one real type. Every function reads or writes `W` lanes from its pointer.
+///
+/// A value is the proof that the processor has the instruction set: only [`dispatch`] makes one, and
+/// safe functions that run vector instructions take one.
 ///
 /// # Safety
 /// Callers run the functions only on a processor that has the instruction set, on pointers that are
@@ -20,7 +23,7 @@ pub(crate) trait Simd: Copy {
     /// Register.
     type V: Copy;
     /// Instruction set of the registers.
-    const ISA: Isa;
+    const SET: Set;
     /// Lanes of a register.
     const W: usize;
     /// Rows of a register tile.
@@ -30,6 +33,17 @@ pub(crate) trait Simd: Copy {
     /// Whether `Half` is a half.
     const HALVES: bool = Self::Half::W < Self::W;
 
+    /// Make a value.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    unsafe fn new() -> Self;
+    /// The instruction set, as kernels are dispatched with it.
+    #[inline(always)]
+    fn isa(self) -> Isa {
+        // SAFETY: this value is the proof.
+        unsafe { Isa::assume(Self::SET) }
+    }
     unsafe fn zero() -> Self::V;
     unsafe fn load(p: *const Self::T) -> Self::V;
     unsafe fn splat(p: *const Self::T) -> Self::V;
@@ -63,15 +77,19 @@ macro_rules! registers {
         store_lanes($to:ident, $value:ident) $store_lanes:expr;
     )*) => {$(
         #[derive(Clone, Copy)]
-        pub(crate) struct $name;
+        pub(crate) struct $name(());
 
         impl Simd for $name {
             type T = $t;
             type V = $v;
             type Half = $half;
-            const ISA: Isa = Isa::$isa;
+            const SET: Set = Set::$isa;
             const W: usize = $w;
             const ROWS: usize = $rows;
+            #[inline(always)]
+            unsafe fn new() -> Self {
+                Self(())
+            }
             #[inline(always)]
             unsafe fn zero() -> $v {
                 // SAFETY: the instruction set and valid pointers, by contract.
@@ -271,35 +289,38 @@ real!(f64, to_f64, PortableF64, Avx2F64, Avx512F64);
 /// A computation written once for every instruction set; `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel<T: Real> {
     type Output;
-    fn run<S: Simd<T = T>>(self) -> Self::Output;
+    fn run<S: Simd<T = T>>(self, simd: S) -> Self::Output;
 }
 
-/// Run a kernel with an instruction set that [`Isa::check`] or [`Isa::best`] found here.
+/// Run a kernel with an instruction set of this processor, of which `isa` is the proof.
 ///
 /// Each kernel is compiled once for each instruction set, and never into its caller.
 pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output {
     #[inline(never)]
     fn portable<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
-        kernel.run::<T::Portable>()
+        // SAFETY: every processor has the portable set.
+        kernel.run(unsafe { T::Portable::new() })
     }
     #[cfg(target_arch = "x86_64")]
     {
         #[inline(never)]
         #[target_feature(enable = "avx2,fma")]
         fn avx2<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
-            kernel.run::<T::Avx2>()
+            // SAFETY: this function runs only where the processor has the set.
+            kernel.run(unsafe { T::Avx2::new() })
         }
         #[inline(never)]
-        #[target_feature(enable = "avx512f")]
+        #[target_feature(enable = "avx2,fma,avx512f")]
         fn avx512<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
-            kernel.run::<T::Avx512>()
-        }
-        match isa {
-            Isa::Portable => portable(kernel),
-            // SAFETY: the processor has the instruction set.
-            Isa::Avx2 => unsafe { avx2(kernel) },
             // SAFETY: as above.
-            Isa::Avx512 => unsafe { avx512(kernel) },
+            kernel.run(unsafe { T::Avx512::new() })
+        }
+        match isa.set() {
+            Set::Portable => portable(kernel),
+            // SAFETY: the processor has the instruction set: `isa` is the proof.
+            Set::Avx2 => unsafe { avx2(kernel) },
+            // SAFETY: as above.
+            Set::Avx512 => unsafe { avx512(kernel) },
         }
     }
     #[cfg(not(target_arch = "x86_64"))]

@@ -89,9 +89,10 @@ impl<'a> Statistics<'a> {
         parallel::run(|| {
             out.par_chunks_mut(stride * stride).enumerate().for_each(|(b, out)| {
                 let range = layout.packed_range(b);
-                let scaled = with_packed!(self.packed, p => means(&p[range], samples));
                 out.fill(0.0);
-                unpack(&scaled, layout.size(b), out, stride);
+                let size = layout.size(b);
+                with_packed!(self.packed, p => unpack(&p[range], size, out, stride));
+                out.iter_mut().for_each(|x| *x /= samples);
             });
         });
         Ok(())
@@ -117,11 +118,6 @@ impl<'a> Statistics<'a> {
     pub(crate) fn kept_in(&self, b: usize) -> Option<&'a [bool]> {
         self.kept.map(|kept| &kept[self.layout.range(b)])
     }
-}
-
-/// Divide sums by the number of samples.
-fn means<T: Real>(packed: &[T], samples: f64) -> Vec<f64> {
-    packed.iter().map(|x| (*x).into() / samples).collect()
 }
 
 /// Divide the diagonal of a packed triangle by the number of samples.
@@ -229,12 +225,12 @@ impl Kernel<f64> for Invert<'_> {
     type Output = Option<f64>;
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self) -> Option<f64> {
+    fn run<S: Simd<T = f64>>(self, simd: S) -> Option<f64> {
         let Self { damped, b, scratch } = self;
-        let largest = damped.factor(S::ISA, b, scratch)?;
+        let largest = damped.factor(simd.isa(), b, scratch)?;
         let size = damped.layout().size(b);
         let packed = room(&mut scratch.packed, triangle(size));
-        syrk_of_lower(S::ISA, &scratch.lower, size, packed);
+        syrk_of_lower(simd.isa(), &scratch.lower, size, packed);
         let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
         Some(damped.sensitivity(b, largest, trace))
     }

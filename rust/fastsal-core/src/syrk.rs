@@ -103,13 +103,13 @@ pub(crate) struct Syrk<'a, T> {
 impl<T: Real> Kernel<T> for Syrk<'_, T> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = T>>(self) {
-        add_tiles::<S>(self);
+    fn run<S: Simd<T = T>>(self, simd: S) {
+        add_tiles(simd, self);
     }
 }
 
 #[inline(always)]
-fn add_tiles<S: Simd>(block: Syrk<'_, S::T>) {
+fn add_tiles<S: Simd>(_simd: S, block: Syrk<'_, S::T>) {
     let Syrk { panel, n, size, stride, packed, first, fresh, between } = block;
     assert!(panel.len() >= n * stride && stride >= padded(size) && packed.len() == triangle(size));
     let mut tiles = Tiles::<'_, S> {
@@ -131,7 +131,8 @@ fn add_tiles<S: Simd>(block: Syrk<'_, S::T>) {
     while j < size {
         checkpoint_at(j, size);
         let mut i = 0;
-        // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`).
+        // SAFETY: the assertion bounds every read and write of a tile (see `Tiles::tile`); `_simd` is
+        // the proof of the instruction set.
         unsafe {
             // Two vectors of columns share the rows above the end of the first one's diagonal
             // square; the second vector alone has W rows more.

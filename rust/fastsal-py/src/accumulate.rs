@@ -4,7 +4,7 @@ use fastsal_core::accumulate::{self as core, Sums};
 use fastsal_core::{finite, Isa, Layout};
 use pyo3::prelude::*;
 
-use crate::arrays::{must_be, slice_mut, FloatsMut, Gradients};
+use crate::arrays::{check_apart, must_be, slice_mut, FloatsMut, Gradients};
 use crate::errors::to_python;
 use crate::parallel::{call, call_to_the_end};
 
@@ -30,8 +30,10 @@ pub fn accumulate<'py>(
     fresh: bool,
 ) -> PyResult<()> {
     let gradients = Gradients::new(rows, dtype)?;
+    check_apart(&gradients, &packed, &sums)?;
     let rows = gradients.rows()?;
     let layout = Layout::new(rows.d(), block_size).map_err(to_python)?;
+    let isa = Isa::chosen().map_err(to_python)?;
     let sums = match (&mut packed, &mut sums) {
         (FloatsMut::F32(packed), FloatsMut::F32(sums)) => {
             Sums::F32 { packed: slice_mut("packed", packed)?, sums: slice_mut("sums", sums)? }
@@ -43,7 +45,7 @@ pub fn accumulate<'py>(
     };
     // A product for each entry of a triangle, sixteen of them in a nanosecond, and the triangle itself.
     let work = rows.d() as u64 * (rows.n() as u64 + 8) * (layout.block() as u64 + 16) / 32;
-    let job = || core::accumulate(Isa::best(), layout, rows, sums, fresh);
+    let job = || core::accumulate(isa, layout, rows, sums, fresh);
     if fresh {
         call(py, work, job)
     } else {

@@ -1,10 +1,11 @@
 //! Joint compensation.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::{compensate as core, parallel, Result};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{cubes, slice, statistics, to_numpy, Parameter};
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Mask, Parameter};
 use crate::parallel::call;
 
 /// New weights, predicted increase of each block, the same uncompensated, failed blocks.
@@ -16,24 +17,25 @@ type Compensation<'py> =
 pub fn compensate<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
-    masks: Vec<PyReadonlyArray1<'py, bool>>,
+    weights: Vec<Array<'py, f32>>,
+    masks: Vec<Mask>,
     block_size: usize,
     damping: f64,
 ) -> PyResult<Vec<Compensation<'py>>> {
+    check_count("weights", weights.len(), parameters.len())?;
+    check_count("masks", masks.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(&weights)
         .zip(&masks)
-        .map(|((p, w), m)| {
-            Ok((statistics(p, block_size)?, slice("weights", w)?, slice("masks", m)?))
-        })
+        .map(|((p, w), m)| Ok((statistics(p, block_size)?, slice("weights", w)?, m.as_slice())))
         .collect::<PyResult<Vec<_>>>()?;
     let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights, mask)| {
-            let mut weights = weights.to_vec();
-            let report = core::compensate(statistics.damped(damping)?, &mut weights, mask)?;
-            Ok((weights, report))
+            let mut moved = zeros("weights", weights.len())?;
+            moved.copy_from_slice(weights);
+            let report = core::compensate(statistics.damped(damping)?, &mut moved, mask)?;
+            Ok((moved, report))
         })
         .into_iter()
         .collect::<Result<Vec<_>>>()

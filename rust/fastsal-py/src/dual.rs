@@ -1,10 +1,10 @@
 //! The dual form.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::{dual, Layout};
-use numpy::PyReadonlyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{must_be, optional, to_numpy, Gradients};
+use crate::arrays::{must_be, to_numpy, Gradients, Mask};
 use crate::errors::to_python;
 use crate::inverse::Inverse;
 use crate::parallel::call;
@@ -18,10 +18,10 @@ pub fn dual_inverse_diagonal<'py>(
     dtype: &str,
     block_size: usize,
     samples: f64,
-    kept: Option<PyReadonlyArray1<'py, bool>>,
+    kept: Option<Mask>,
     damping: f64,
 ) -> PyResult<Inverse<'py>> {
-    let kept = optional("kept", kept.as_ref())?;
+    let kept = kept.as_ref().map(Mask::as_slice);
     let gradients = Gradients::new(gradients, dtype)?;
     if !matches!(gradients, Gradients::F32(_) | Gradients::F64(_)) {
         return Err(must_be("dtype", "float32 or float64", dtype));
@@ -32,7 +32,7 @@ pub fn dual_inverse_diagonal<'py>(
     let n = rows.n() as u64;
     let work = (rows.d() as u64).saturating_mul(n.saturating_mul(n) / 4 + 8);
     let result = call(py, work, || {
-        let mut out = vec![0.0; layout.len()];
+        let mut out = zeros("the diagonals", layout.len())?;
         dual::inverse_diagonal(layout, rows, samples, kept, damping, &mut out)
             .map(|report| (out, report))
     });

@@ -2,7 +2,7 @@
 
 use fastsal_core::Error;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyArithmeticError, PyKeyboardInterrupt, PyValueError};
+use pyo3::exceptions::{PyArithmeticError, PyKeyboardInterrupt, PyMemoryError, PyValueError};
 use pyo3::prelude::*;
 
 create_exception!(
@@ -34,6 +34,10 @@ pub fn to_python(error: Error) -> PyErr {
         // What a signal handler raised is raised instead, if there is an interpreter.
         Error::Interrupted => PyKeyboardInterrupt::new_err(error.to_string()),
         Error::NanScore { array, index } => NanScoreError::new_err((array, index)),
-        Error::Length { .. } | Error::Value { .. } => PyValueError::new_err(error.to_string()),
+        Error::Memory { .. } => PyMemoryError::new_err(error.to_string()),
+        Error::Length { .. }
+        | Error::Value { .. }
+        | Error::NonFiniteWeight { .. }
+        | Error::Isa { .. } => PyValueError::new_err(error.to_string()),
     }
 }

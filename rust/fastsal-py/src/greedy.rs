@@ -1,11 +1,12 @@
 //! Greedy elimination.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::statistics::Report;
 use fastsal_core::{greedy, parallel, Result};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{cubes, slice, statistics, to_numpy, Parameter};
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Parameter};
 use crate::parallel::call;
 
 /// Scores, turns, failed blocks, sensitivity of each block.
@@ -17,10 +18,11 @@ type Elimination<'py> =
 pub fn eliminate<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
+    weights: Vec<Array<'py, f32>>,
     block_size: usize,
     damping: f64,
 ) -> PyResult<Vec<Elimination<'py>>> {
+    check_count("weights", weights.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(&weights)
@@ -28,7 +30,8 @@ pub fn eliminate<'py>(
         .collect::<PyResult<Vec<_>>>()?;
     let results = call(py, cubes(&parameters, block_size), || {
         parallel::map(borrowed, |(statistics, weights)| {
-            let (mut scores, mut turns) = (vec![0.0; weights.len()], vec![0; weights.len()]);
+            let mut scores = zeros("scores", weights.len())?;
+            let mut turns = zeros("turns", weights.len())?;
             let damped = statistics.damped(damping)?;
             let report = greedy::eliminate(damped, weights, &mut scores, &mut turns)?;
             Ok((scores, turns, report))

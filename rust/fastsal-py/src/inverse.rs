@@ -1,5 +1,6 @@
 //! Blocks, damped blocks, and their inverses.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::statistics::{Damped, Report, Statistics};
 use fastsal_core::{inverse as core, parallel, Result};
 use numpy::PyArray1;
@@ -20,7 +21,7 @@ pub fn inverse_diagonal<'py>(
     damping: f64,
 ) -> PyResult<Vec<Inverse<'py>>> {
     invert(py, &parameters, block_size, damping, |damped| {
-        let mut out = vec![0.0; damped.layout().len()];
+        let mut out = zeros("the diagonals", damped.layout().len())?;
         core::inverse_diagonal(damped, &mut out).map(|report| (out, report))
     })
 }
@@ -34,7 +35,7 @@ pub fn inverse<'py>(
     damping: f64,
 ) -> PyResult<Vec<Inverse<'py>>> {
     invert(py, &parameters, block_size, damping, |damped| {
-        let mut out = vec![0.0; damped.layout().dense_len()];
+        let mut out = zeros("the inverses", damped.layout().dense_len())?;
         core::inverse(damped, &mut out).map(|report| (out, report))
     })
 }
@@ -67,7 +68,7 @@ pub fn blocks<'py>(
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let statistics = statistics(&parameter, block_size)?;
     let out = call(py, statistics.layout().dense_len() as u64, || {
-        let mut out = vec![0.0; statistics.layout().dense_len()];
+        let mut out = zeros("the blocks", statistics.layout().dense_len())?;
         statistics.blocks(&mut out).map(|()| out)
     });
     out.map(|out| to_numpy(py, out))
@@ -83,7 +84,7 @@ pub fn diagonal<'py>(
     let statistics = statistics(&parameter, block_size)?;
     // Each of the sums that are read is on a cache line of its own.
     let out = call(py, 4 * statistics.layout().len() as u64, || {
-        let mut out = vec![0.0; statistics.layout().len()];
+        let mut out = zeros("the diagonal", statistics.layout().len())?;
         statistics.diagonal(&mut out).map(|()| out)
     });
     out.map(|out| to_numpy(py, out))

@@ -9,6 +9,7 @@ mod dual;
 mod errors;
 mod greedy;
 mod inverse;
+mod isa;
 mod parallel;
 mod patterns;
 mod select;
@@ -19,6 +20,12 @@ use pyo3::prelude::*;
 #[pymodule]
 #[pyo3(name = "_core")]
 mod core {
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::isa::check(module.py())
+    }
     #[pymodule_export]
     use crate::accumulate::{accumulate, largest, packed_len};
     #[pymodule_export]
@@ -31,6 +38,8 @@ mod core {
     use crate::greedy::eliminate;
     #[pymodule_export]
     use crate::inverse::{blocks, diagonal, inverse, inverse_diagonal};
+    #[pymodule_export]
+    use crate::isa::instruction_sets;
     #[pymodule_export]
     const ROWS_PER_STEP: usize = fastsal_core::accumulate::ROWS_PER_STEP;
     #[pymodule_export]

@@ -56,8 +56,9 @@ pub fn set_num_threads(n: usize) {
     parallel::set_threads(n);
 }
 
-/// Version, instruction set and whether the build is optimized.
+/// Version, instruction set in use and whether the build is optimized.
 #[pyfunction]
-pub fn build_info() -> (&'static str, &'static str, bool) {
-    (env!("CARGO_PKG_VERSION"), Isa::best().name(), !cfg!(debug_assertions))
+pub fn build_info() -> PyResult<(&'static str, &'static str, bool)> {
+    let isa = Isa::chosen().map_err(to_python)?;
+    Ok((env!("CARGO_PKG_VERSION"), isa.name(), !cfg!(debug_assertions)))
 }

@@ -1,12 +1,13 @@
 //! Groups of weights by their joint cost.
 
 use fastsal_core::groups::Groups;
+use fastsal_core::memory::zeros;
 use fastsal_core::statistics::Damped;
 use fastsal_core::{parallel, patterns, Result};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{cubes, slice, statistics, to_numpy, Parameter};
+use crate::arrays::{check_count, cubes, slice, statistics, to_numpy, Array, Parameter};
 use crate::parallel::call;
 
 /// `[outer, width, inner]` around the axis that is cut.
@@ -20,7 +21,7 @@ type Found<'py, T> = (Bound<'py, PyArray1<T>>, Vec<usize>);
 pub fn n_of_m_joint<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
+    weights: Vec<Array<'py, f32>>,
     shapes: Vec<Shape>,
     block_size: usize,
     n: usize,
@@ -36,7 +37,7 @@ pub fn n_of_m_joint<'py>(
         m,
         damping,
         |damped, weights, groups| {
-            let mut kept = vec![false; weights.len()];
+            let mut kept = zeros("masks", weights.len())?;
             patterns::n_of_m(damped, weights, groups, n, &mut kept).map(|failed| (kept, failed))
         },
     )?;
@@ -48,7 +49,7 @@ pub fn n_of_m_joint<'py>(
 pub fn group_costs<'py>(
     py: Python<'py>,
     parameters: Vec<Parameter<'py>>,
-    weights: Vec<PyReadonlyArray1<'py, f32>>,
+    weights: Vec<Array<'py, f32>>,
     shapes: Vec<Shape>,
     block_size: usize,
     m: usize,
@@ -63,7 +64,7 @@ pub fn group_costs<'py>(
         m,
         damping,
         |damped, weights, groups| {
-            let mut costs = vec![0.0; weights.len()];
+            let mut costs = zeros("costs", weights.len())?;
             patterns::group_costs(damped, weights, groups, &mut costs).map(|failed| (costs, failed))
         },
     )?;
@@ -74,13 +75,15 @@ pub fn group_costs<'py>(
 fn each<R: Send>(
     py: Python<'_>,
     parameters: &[Parameter<'_>],
-    weights: &[PyReadonlyArray1<'_, f32>],
+    weights: &[Array<'_, f32>],
     shapes: Vec<Shape>,
     block_size: usize,
     size: usize,
     damping: f64,
     job: impl Fn(Damped<'_>, &[f32], Groups) -> Result<R> + Sync + Send,
 ) -> PyResult<Vec<R>> {
+    check_count("weights", weights.len(), parameters.len())?;
+    check_count("shapes", shapes.len(), parameters.len())?;
     let borrowed = parameters
         .iter()
         .zip(weights)

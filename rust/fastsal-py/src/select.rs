@@ -1,10 +1,11 @@
 //! Thresholds and masks.
 
+use fastsal_core::memory::zeros;
 use fastsal_core::{keys, select};
-use numpy::{PyArray1, PyReadonlyArray1};
+use numpy::PyArray1;
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, to_numpy};
+use crate::arrays::{slice, slices, to_numpy, Array};
 use crate::parallel::call;
 
 /// Masks of all arrays (true = kept) and the score of the last pruned weight.
@@ -19,10 +20,10 @@ fn passes(arrays: &[&[f32]]) -> u64 {
 #[pyfunction]
 pub fn kth_smallest<'py>(
     py: Python<'py>,
-    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    scores: Vec<Array<'py, f32>>,
     k: usize,
 ) -> PyResult<Option<f32>> {
-    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
+    let arrays = slices("scores", &scores)?;
     let found = call(py, passes(&arrays), || select::smallest(&arrays, k, &[]))?;
     Ok(found.1)
 }
@@ -31,15 +32,15 @@ pub fn kth_smallest<'py>(
 #[pyfunction]
 pub fn prune_smallest<'py>(
     py: Python<'py>,
-    scores: Vec<PyReadonlyArray1<'py, f32>>,
+    scores: Vec<Array<'py, f32>>,
     k: usize,
     floors: Vec<usize>,
 ) -> PyResult<Cut<'py>> {
-    let arrays = scores.iter().map(|s| slice("scores", s)).collect::<PyResult<Vec<_>>>()?;
+    let arrays = slices("scores", &scores)?;
     let (masks, threshold) = call(py, passes(&arrays), || {
         let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
         let write = |(scores, cut): (&&[f32], _)| {
-            let mut kept = vec![false; scores.len()];
+            let mut kept = zeros("masks", scores.len())?;
             select::write_mask(scores, cut, &mut kept).map(|()| kept)
         };
         let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
@@ -53,7 +54,7 @@ pub fn prune_smallest<'py>(
 #[pyo3(signature = (scores, upper=None, below=u64::MAX))]
 pub fn count_keys<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     upper: Option<u32>,
     below: u64,
 ) -> PyResult<Bound<'py, PyArray1<u64>>> {
@@ -67,13 +68,13 @@ pub fn count_keys<'py>(
 #[pyfunction]
 pub fn mask_below<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     key: u32,
     ties: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
     let kept = call(py, passes(&[scores]), || {
-        let mut kept = vec![false; scores.len()];
+        let mut kept = zeros("masks", scores.len())?;
         let cut = select::threshold(scores, key, ties);
         select::write_mask(scores, cut, &mut kept).map(|()| kept)
     });
@@ -90,14 +91,14 @@ pub fn score_of_key(key: u32) -> f32 {
 #[pyfunction]
 pub fn n_of_m<'py>(
     py: Python<'py>,
-    scores: PyReadonlyArray1<'py, f32>,
+    scores: Array<'py, f32>,
     shape: (usize, usize, usize),
     n: usize,
     m: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
     let kept = call(py, 8 * passes(&[scores]), || {
-        let mut kept = vec![false; scores.len()];
+        let mut kept = zeros("masks", scores.len())?;
         select::n_of_m(scores, shape, n, m, &mut kept).map(|()| kept)
     });
     kept.map(|kept| to_numpy(py, kept))

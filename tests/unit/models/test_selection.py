@@ -54,9 +54,10 @@ def test_nothing_left():
         select_parameters(net(), [3])
 
 
-def test_attention_projection_is_not_in_the_default():
+def test_attention_projections_are_in_the_default():
     model = nn.MultiheadAttention(4, 2)
-    assert list(select_parameters(model)) == ["out_proj.weight"]
+    assert list(select_parameters(model)) == ["in_proj_weight", "out_proj.weight"]
+    assert list(select_parameters(model, "!in_proj_weight")) == ["out_proj.weight"]
     assert list(select_parameters(model, "*in_proj_weight")) == ["in_proj_weight"]
 
 

@@ -14,6 +14,7 @@ from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.collection.groups import collected
 from fastsal.fisher.statistics import Collected
 from fastsal.gradients.losses import LossFunction
+from fastsal.models.classifier import using_head
 from fastsal.utils.choices import Curvature
 
 
@@ -35,6 +36,7 @@ def collect(
     micro_batch: int | None = None,
     autocast: torch.dtype | None = None,
     loss_scale: float | None = None,
+    head: str | Sequence[str] | None = None,
 ) -> BlockFisher:
     """Collect the block-diagonal empirical Fisher of a model over images.
 
@@ -66,7 +68,8 @@ def collect(
         curvature: `"empirical"` uses the given labels (the empirical Fisher); `"sampled"` draws
             labels from the softmax of the model (the true Fisher); `"features"` ignores labels and
             outputs, see above.
-        parameters: Names or patterns; None selects the weights of Linear and ConvNd layers.
+        parameters: Names or patterns; None selects the weights of Linear and ConvNd layers, and the
+            projections of `nn.MultiheadAttention`.
             Embedding tables must be named (see `fastsal.models.selection`). With
             `curvature="features"` the weights of the classifier are excluded unless they are named
             exactly, as features do not depend on them.
@@ -88,6 +91,8 @@ def collect(
         loss_scale: Power of two that losses are multiplied by in the backward pass. Loss scaling
             keeps float16 gradients from underflowing; it is undone in float32 before squaring, and
             halved if gradients overflow. None is 2¹⁶ if the model or autocast is float16, else 1.
+        head: Name of the classifier's layer, or several; None finds it. Only
+            `curvature="features"` uses it: features are its input.
 
     Returns:
         The statistics.
@@ -101,23 +106,24 @@ def collect(
     """
     if curvature == "empirical":
         check_labels_of(batches, model)
-    statistics = collected(
-        model,
-        batches,
-        block_size=block_size,
-        samples=samples,
-        loss=loss,
-        curvature=curvature,
-        parameters=parameters,
-        memory_budget=memory_budget,
-        scratch=scratch,
-        scratch_budget=scratch_budget,
-        progress=progress,
-        seed=seed,
-        precision=precision,
-        micro_batch=micro_batch,
-        autocast=autocast,
-        loss_scale=loss_scale,
-    )
+    with using_head(model, head):
+        statistics = collected(
+            model,
+            batches,
+            block_size=block_size,
+            samples=samples,
+            loss=loss,
+            curvature=curvature,
+            parameters=parameters,
+            memory_budget=memory_budget,
+            scratch=scratch,
+            scratch_budget=scratch_budget,
+            progress=progress,
+            seed=seed,
+            precision=precision,
+            micro_batch=micro_batch,
+            autocast=autocast,
+            loss_scale=loss_scale,
+        )
     assert isinstance(statistics, Collected)  # without a `use`, the sums are always stored
     return statistics.fisher

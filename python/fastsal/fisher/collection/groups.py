@@ -101,7 +101,8 @@ def join(
     if plan is None:
         raise InvalidArgument("statistics must be collected within a budget")  # an internal error
     budgets = ("memory_budget", "scratch", "scratch_budget", "use")
-    work = prepare(model, batches, **{k: v for k, v in options.items() if k not in budgets})
+    rest = {k: v for k, v in options.items() if k not in budgets}
+    work = prepare(model, batches, **{**rest, "warns": False})
     samples = sum(len(images) for images, _ in batches)
     how = replace(work.how, micro_batch=plan.micro_batch, samples=samples)
     work = replace(work, how=how, plan=plan)

@@ -27,7 +27,7 @@ def measure(
     if how.chosen and next(iter(how.chosen.values())).device.type == "meta":
         return _on_meta(how, names, images)
     peaks = []
-    with replace(how, micro_batch=2).engine(names) as engine, LiveMemory() as live:
+    with replace(how, micro_batch=2).engine(names, pads=False) as engine, LiveMemory() as live:
         engine.prepare(*first_samples(images, labels, 2))
         for n in (1, 2):  # buffers between layers grow with the samples
             live.reset()

@@ -49,7 +49,7 @@ class PassSettings:
     samples: int | None
     checks: LabelChecks | None = None
 
-    def engine(self, names: Iterable[str]) -> GradientEngine:
+    def engine(self, names: Iterable[str], *, pads: bool = True) -> GradientEngine:
         """Return the engine of a pass that forms the gradients of some parameters."""
         wanted = set(names)
         return GradientEngine(
@@ -61,6 +61,7 @@ class PassSettings:
             autocast=self.autocast,
             loss_scale=self.loss_scale,
             micro_batch=self.micro_batch,
+            pads=pads,
         )
 
 

@@ -24,6 +24,8 @@ from fastsal.fisher.sinks.gathering import step_rows
 from fastsal.gradients import choose_micro_batch, select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LABEL_USE, LossFunction
+from fastsal.gradients.weights_in_use import warn_if_computed
+from fastsal.models.input_axis import layer_axes
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.sizes import parse_bytes
@@ -49,6 +51,7 @@ def prepare(
     loss_scale: float | None = None,
     use: Use | None = None,
     by_rows: bool = False,
+    warns: bool = True,
     needs_blocks: bool = False,
     is_dry: bool = False,
     share: Share | None = None,
@@ -58,9 +61,10 @@ def prepare(
 
     The other arguments are those of `collect`. `use` gives the memory requirements of what the
     statistics are for, and `share` how they are divided among processes (see `plan_within`).
-    `by_rows` requires parts to end with a row of axis 0; `needs_blocks` tells that packed blocks
-    are used, also where gradients are kept; `is_dry` requests only the plan; `checks_labels` allows
-    warnings about labels and the classifier, which one process gives.
+    `by_rows` requires parts to end with whole groups of a pattern; `needs_blocks` tells that packed
+    blocks are used, also where gradients are kept; `is_dry` requests only the plan; `checks_labels`
+    allows warnings about labels and the classifier, which one process gives; `warns` allows one
+    about weights that layers compute from parameters.
 
     Raises:
         InvalidArgument: An argument is invalid, the memory budget is too small, or a block does not
@@ -72,6 +76,8 @@ def prepare(
     chosen = select_parameters(model, parameters)
     check_choice("curvature", curvature, CURVATURES)
     source = Source(batches, samples, LABEL_USE[curvature])
+    if warns:
+        warn_if_computed(model, chosen, lambda: source.first()[0])
     if curvature == "features":
         chosen = without_classifier(model, chosen, parameters, source.first()[0])
     shapes = {name: tuple(p.shape) for name, p in chosen.items()}
@@ -89,7 +95,7 @@ def prepare(
     checks = LabelChecks(model, loss, curvature) if checks_labels and share is None else None
     share = share or Share()
     if by_rows:
-        share = replace(share, unit=row_unit(shapes, block_size))
+        share = replace(share, unit=row_unit(shapes, block_size, layer_axes(model, shapes)))
     size = micro_batch or choose_micro_batch(chosen)
     step = step_rows(chosen, sums.final_nbytes, size, samples)
     how = PassSettings(

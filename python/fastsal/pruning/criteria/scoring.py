@@ -15,9 +15,11 @@ from fastsal.fisher.block_fisher import BlockFisher
 from fastsal.fisher.parts import Parts, slices, uncut
 from fastsal.fisher.statistics import Statistics, statistics_of
 from fastsal.gradients import select_parameters
-from fastsal.models.selection import check_mask_shapes, model_parameters
+from fastsal.models.input_axis import WithAxes, known_axes
+from fastsal.models.selection import check_finite_weights, check_mask_shapes, model_parameters
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
+from fastsal.utils.booleans import boolean
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
@@ -38,7 +40,7 @@ def score(
     masks: Mapping[str, Tensor] | None = None,
     parameters: str | Sequence[str] | None = None,
     seed: int = 0,
-) -> dict[str, Tensor]:
+) -> WithAxes:
     """Score every weight by a criterion: the loss increase expected from removing it.
 
     Weights with low scores are pruned first; `fastsal.rank` turns scores into masks.
@@ -60,11 +62,12 @@ def score(
         masks: Name to mask (True = kept) of weights that are already pruned. They are excluded from
             the statistics and score `-inf`.
         parameters: Names or patterns of the parameters to score, where `fisher` is None; None
-            scores the weights of `nn.Linear` and `nn.ConvNd`.
+            scores those that `fastsal.select_parameters` selects by default.
         seed: Seed of `"random"`.
 
     Returns:
-        Name to scores, float32, of each parameter's shape, on the CPU.
+        Name to scores, float32, of each parameter's shape, on the CPU. The dict also notes the
+        input axes of the layers, for patterns of `fastsal.rank`.
 
     Raises:
         InvalidArgument: An argument is invalid, statistics are missing or hold no samples, or a
@@ -85,12 +88,15 @@ def score(
         raise InvalidArgument(f"fisher must be statistics from collect for {criterion!r}, got None")
     statistics = None if fisher is None else statistics_of(fisher)
     chosen = _chosen(model, statistics, parameters)
-    kept = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
-    check_mask_shapes("masks", kept, chosen)
+    given = {name: masks[name] for name in chosen if name in masks} if masks is not None else {}
+    check_mask_shapes("masks", given, chosen)
+    kept = {name: boolean(mask.detach().cpu()) for name, mask in given.items()}
     absolute = 1.0  # not used without an inverse
     if entry.needs_damping and statistics is not None:
         absolute = resolve_damping(damping, statistics)
-    return score_tensors(chosen, statistics, entry, absolute, kept, seed)
+    scores = score_tensors(chosen, statistics, entry, absolute, kept, seed)
+    shapes = {name: tuple(p.shape) for name, p in chosen.items()}
+    return WithAxes(scores, known_axes(model, shapes))
 
 
 def score_tensors(
@@ -189,7 +195,5 @@ def _check_range(name: str, scores: Tensor, exact: Tensor) -> None:
 
 
 def _double(name: str, weights: Tensor) -> Tensor:
-    w = weights.detach().cpu().double()
-    if not bool(torch.isfinite(w).all()):
-        raise InvalidArgument(f"model: parameter {name!r} has NaN or infinite weights")
-    return w
+    check_finite_weights({name: weights})
+    return weights.detach().cpu().double()

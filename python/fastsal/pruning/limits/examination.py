@@ -98,7 +98,8 @@ class Examination:
 
     def _values(self, model: nn.Module) -> list[Values]:
         """Measure a model on each of the batches that are measured here."""
-        limit, found = self.limit, []
+        limit = self.limit
+        found: list[Values] = []
         for images, given in self._own(Repeated(self._watched)):
             if given is None:
                 raise DataError("labels must not be None: a limit is tested on labeled images")

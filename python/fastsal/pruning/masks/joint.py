@@ -14,14 +14,15 @@ from fastsal.fisher.block_fisher import BlockFisher, sums_of
 from fastsal.fisher.inverses import raise_failed
 from fastsal.fisher.parts import Part, Parts, flat, slices
 from fastsal.fisher.statistics import Statistics, statistics_of
-from fastsal.models.selection import model_parameters
+from fastsal.models.input_axis import Axes, layer_axes
+from fastsal.models.selection import check_finite_weights, model_parameters
 from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
     expand_groups,
     grouped_shape,
-    input_axes,
+    recorded_axes,
     reduce_groups,
 )
 from fastsal.pruning.masks.ranking import check_ranking, rank
@@ -65,7 +66,8 @@ def rank_pattern(
         The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
-        InvalidArgument: An argument is invalid, or the statistics hold no samples.
+        InvalidArgument: An argument is invalid, the statistics hold no samples, or a weight is NaN
+            or infinite.
         UnknownParameter: The model lacks a parameter of the statistics, or has it in another shape.
         FactorizationError: A damped block is not positive definite.
     """
@@ -78,40 +80,53 @@ def rank_pattern(
     statistics = statistics_of(fisher)
     owned = model_parameters(model, statistics.shapes)
     shapes = {name: tuple(p.shape) for name, p in owned.items()}
-    check_ranking(shapes, sparsity, scope, pattern, floor)
+    axes = layer_axes(model, shapes)
+    check_ranking(shapes, sparsity, scope, pattern, floor, axes)
+    check_finite_weights(owned)
     damping = resolve_damping(damping, statistics)
     recipe = {"pattern": str(wanted), "joint": True, "damping": damping}
+    recipe |= recorded_axes(shapes, axes)
     if wanted.is_whole:
-        costs = joint_costs(owned, statistics, wanted, damping)
+        costs = joint_costs(owned, axes, statistics, wanted, damping)
         groups = rank(costs, sparsity, scope=scope, floor=floor)
-        kept = {name: expand_groups(groups[name], p.shape, wanted.m) for name, p in owned.items()}
+        kept = {
+            name: expand_groups(groups[name], p.shape, wanted.m, axes[name])
+            for name, p in owned.items()
+        }
         return Masks(kept, {**groups.recipe, **recipe}, copy=False)
-    return Masks(joint_choice(owned, statistics, wanted, damping), recipe, copy=False)
+    return Masks(joint_choice(owned, axes, statistics, wanted, damping), recipe, copy=False)
 
 
 def joint_costs(
-    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, Axes],
+    statistics: Statistics,
+    pattern: Pattern,
+    damping: float,
 ) -> dict[str, Tensor]:
     """Return the joint costs of whole groups, name of the statistics to `[outer, G, inner]`."""
-    costs = {name: torch.empty(grouped_shape(w.shape, pattern.m)) for name, w in tensors.items()}
-    for weights, parts, given in _by_rows(tensors, statistics):
+    costs = {name: torch.empty(grouped_shape(axes[name], pattern.m)) for name in tensors}
+    for parts, inside, given in _by_rows(tensors, axes, statistics):
         found = _core.group_costs(*given, pattern.m, damping)
         for (key, part), (values, failed) in zip(parts.items(), found, strict=True):
             raise_failed(key, failed, damping)
-            every = torch.from_numpy(values).reshape(weights[key].shape)
             # Every member has the cost of its group.
-            some = reduce_groups(every, pattern.m, "first")
+            some = reduce_groups(torch.from_numpy(values), pattern.m, "first", inside[key])
             _rows_of(costs[part.name], part).copy_(some)
-        del weights, given, found  # before sums of the next parts are made
+        del given, found  # before sums of the next parts are made
     return costs
 
 
 def joint_choice(
-    tensors: Mapping[str, Tensor], statistics: Statistics, pattern: Pattern, damping: float
+    tensors: Mapping[str, Tensor],
+    axes: Mapping[str, Axes],
+    statistics: Statistics,
+    pattern: Pattern,
+    damping: float,
 ) -> dict[str, Tensor]:
     """Return the masks of an N:M pattern by joint costs, by the names of the statistics."""
     kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
-    for _, parts, given in _by_rows(tensors, statistics):
+    for parts, _, given in _by_rows(tensors, axes, statistics):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
         for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):
             raise_failed(key, failed, damping)
@@ -121,30 +136,23 @@ def joint_choice(
 
 
 def _by_rows(
-    tensors: Mapping[str, Tensor], statistics: Statistics
-) -> Iterator[tuple[dict[str, Tensor], Parts, tuple[Any, Any, Any, int]]]:
-    """Yield groups of parts that end with rows of axis 0: weights, parts, input of the core."""
+    tensors: Mapping[str, Tensor], axes: Mapping[str, Axes], statistics: Statistics
+) -> Iterator[tuple[Parts, dict[str, Axes], tuple[Any, Any, Any, int]]]:
+    """Yield groups of parts that end with whole rows: parts, axes, input of the core."""
     for fisher, parts in statistics.groups(cuts=False):
-        weights = {
-            key: in_rows(values, tensors[parts[key].name].shape)
-            for key, values in slices(tensors, parts).items()
-        }
-        yield weights, parts, _inputs(fisher, weights)
+        inside = {key: axes_of_rows(axes[part.name], len(part)) for key, part in parts.items()}
+        weights = slices(tensors, parts)
+        parameters, block_size = sums_of(fisher).all_for_core()
+        rows = [flat(weights[key]).float().numpy() for key in inside]
+        yield parts, inside, (parameters, rows, list(inside.values()), block_size)
 
 
-def in_rows(values: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Return a part that ends with rows of axis 0 in the shape `[rows, *shape[1:]]`."""
-    return values.reshape(-1, *shape[1:])
+def axes_of_rows(axes: Axes, size: int) -> Axes:
+    """Return the axes of a part of `size` weights that ends with a row of the outer axis."""
+    return axes._replace(outer=size // (axes.width * axes.inner))
 
 
 def _rows_of(groups: Tensor, part: Part) -> Tensor:
     """Return the groups `[rows, G, inner]` of a part, a view of those of its parameter."""
     each = part.size // groups.shape[0]
     return groups[part.start // each : -(-part.stop // each)]
-
-
-def _inputs(fisher: BlockFisher, weights: Mapping[str, Tensor]) -> tuple[Any, Any, Any, int]:
-    """Return statistics, weights, axes and block size in the form of the core."""
-    parameters, block_size = sums_of(fisher).all_for_core()
-    rows = [flat(w).float().numpy() for w in weights.values()]
-    return parameters, rows, [input_axes(w.shape) for w in weights.values()], block_size

@@ -22,9 +22,13 @@ from torch.optim import Optimizer
 
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 from fastsal.pruning.masks.hold import Pruned, hold
+from fastsal.pruning.masks.in_use import InUse, count_in_use
+from fastsal.pruning.masks.patterns import broken_groups
 from fastsal.utils.atomic import atomic_path
+from fastsal.utils.booleans import boolean
 from fastsal.utils.digests import Digest
 from fastsal.utils.safetensors_files import header_of, metadata_of
+from fastsal.utils.warn import warn_user
 
 _FORMAT = "fastsal.Masks"
 _VERSION = 1
@@ -58,10 +62,7 @@ class Masks(Mapping[str, Tensor]):
     ) -> None:
         if not masks:
             raise InvalidArgument("masks must hold at least one parameter, got none")
-        self._masks = {
-            n: torch.as_tensor(m).detach().to("cpu", torch.bool, copy=copy)
-            for n, m in masks.items()
-        }
+        self._masks = {name: _boolean(mask, copy=copy) for name, mask in masks.items()}
         empty = [name for name, m in self._masks.items() if m.numel() == 0]
         if empty:
             raise InvalidArgument(f"masks must not be empty, got {empty[0]!r} without elements")
@@ -125,16 +126,54 @@ class Masks(Mapping[str, Tensor]):
                 # Not a product: zero times infinity is not zero.
                 parameter.masked_fill_(~self[name].to(parameter.device), 0)
 
-    def verify(self, model: nn.Module) -> None:
-        """Check that every pruned weight of a model is exactly zero.
+    def verify(self, model: nn.Module, images: Tensor | None = None) -> None:
+        """Check that every pruned weight of a model is exactly zero, and that the pattern holds.
 
         Args:
             model: A model with the masked parameters, or a wrapper of it.
+            images: Images for `in_use`; None makes them up.
 
         Raises:
-            MaskError: Some are not (the message names the parameter and counts them), or the model
-                lacks a parameter or has it in another shape.
+            MaskError: Some are not (the message names the parameter and counts them), groups of
+                the masks break the pattern of the recipe, or the model lacks a parameter or has it
+                in another shape.
+
+        Warns:
+            UserWarning: Layers compute their weights from masked parameters, so that the weights in
+                use have fewer zeros.
         """
+        self.check(model)
+        found = self.in_use(model, images)
+        if found is not None and found.computed:
+            warn_user(f"{found}; the masks have sparsity {self.sparsity:.4f}")
+
+    def in_use(self, model: nn.Module, images: Tensor | None = None) -> InUse | None:
+        """Count the zeros of the weights that layers use, which may differ from the parameters.
+
+        A layer with weight standardization, for one, computes its weight from the parameter. Such
+        layers are found in one forward pass, which runs only if a masked parameter is not simply
+        the weight of a layer of PyTorch.
+
+        Args:
+            model: A model with the masked parameters, or a wrapper of it.
+            images: `[n, ...]` as the model expects them; None makes them up.
+
+        Returns:
+            The sparsity in use and the parameters that it differs for; None if that is not known,
+            as the model does not run on these images.
+        """
+        return count_in_use(self, self.parameters(model), model, images)
+
+    def check(self, model: nn.Module) -> None:
+        """Check zeros and pattern as `verify` does, without a look at the weights in use.
+
+        Raises:
+            MaskError: As `verify`.
+        """
+        for name, count in broken_groups(self, self.recipe).items():
+            raise MaskError(
+                f"masks: {count} groups of {name!r} break the pattern {self.recipe['pattern']!r}"
+            )
         for name, parameter in self.parameters(model).items():
             alive = (parameter.detach() != 0) & ~self[name].to(parameter.device)
             count = int(alive.sum())
@@ -173,7 +212,7 @@ class Masks(Mapping[str, Tensor]):
                 again).
             InvalidArgument: The optimizer holds none of the masked parameters.
         """
-        return hold(self._pruned(model), model, optimizer, lambda: self.verify(model))
+        return hold(self._pruned(model), model, optimizer, lambda: self.check(model))
 
     def _pruned(self, model: nn.Module) -> Pruned:
         """Invert the masks; a parameter with two names is pruned where either mask says so."""
@@ -254,6 +293,9 @@ class Masks(Mapping[str, Tensor]):
                     )
                 shapes = header["shapes"]
                 bits = {name: file.get_tensor(name) for name in shapes}
+                # Before memory of the size that the header names is allocated.
+                if any(8 * bits[n].size - math.prod(s) not in range(8) for n, s in shapes.items()):
+                    raise FileFormatError(f"path: {shown} has bits of other shapes than it says")
                 if set(file.keys()) != set(shapes) or _digest(header, bits) != header["digest"]:
                     raise FileFormatError(f"path: {shown} was modified after it was written")
         except FileFormatError:
@@ -282,3 +324,8 @@ def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
     for name in sorted(bits):
         digest.text(f"{name}\0").array(bits[name])
     return digest.hexdigest()
+
+
+def _boolean(mask: Any, *, copy: bool) -> Tensor:
+    values = torch.as_tensor(mask).detach().cpu()
+    return values if not copy and values.dtype == torch.bool else boolean(values)

@@ -9,15 +9,16 @@ joint cost of their whole block.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.input_axis import Axes, input_axes
 from fastsal.utils.numbers import real
 
 
@@ -25,7 +26,8 @@ from fastsal.utils.numbers import real
 class Pattern:
     """A pattern: `"N:M"` keeps N of every M weights, `"1xM"` keeps or prunes M weights together.
 
-    Groups are consecutive along axis 1, the input axis. The last group of a row may be shorter;
+    Groups are consecutive along the input axis, which the layer says; see `models/input_axis.py`.
+    The last group of a row may be shorter;
     with N:M a group of r weights keeps `ceil(r N / M)`.
 
     Attributes:
@@ -46,37 +48,34 @@ class Pattern:
             InvalidArgument: `text` is not a pattern.
         """
         clean = str(text).strip()
-        match = re.fullmatch(r"(\d+):(\d+)", clean)
+        # Numbers of more digits are longer than any row, and than the integers of the core.
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", clean)
         if match and 0 < int(match[1]) <= int(match[2]):
             return cls(int(match[1]), int(match[2]), False)
-        match = re.fullmatch(r"1[x×](\d+)", clean)
+        match = re.fullmatch(r"1[x×](\d{1,18})", clean)
         if match and int(match[1]) > 0:
             return cls(0, int(match[1]), True)
         raise InvalidArgument(
-            f"pattern must be 'N:M' with 0 < N <= M (such as '2:4') or '1xM' (such as '1x4'), got "
-            f"{text!r}"
+            "pattern must be 'N:M' with 0 < N <= M < 1e18 (such as '2:4') or '1xM' (such as "
+            f"'1x4'), got {text!r:.80}"
         )
 
     def __str__(self) -> str:
         return f"1x{self.m}" if self.is_whole else f"{self.n}:{self.m}"
 
 
-def input_axes(shape: torch.Size | tuple[int, ...]) -> tuple[int, int, int]:
-    """Return `[outer, width, inner]` around the input axis; a vector is one row."""
-    if len(shape) < 2:
-        return 1, math.prod(shape), 1
-    return shape[0], shape[1], math.prod(shape[2:])
-
-
-def grouped_shape(shape: torch.Size | tuple[int, ...], m: int) -> tuple[int, int, int]:
+def grouped_shape(axes: Axes, m: int) -> tuple[int, int, int]:
     """Return `[outer, G, inner]`, the shape of a parameter's groups."""
-    outer, width, inner = input_axes(shape)
-    return outer, -(-width // m), inner
+    return axes.outer, -(-axes.width // m), axes.inner
 
 
-def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:
-    """Return the `"sum"` or the `"first"` member of each group, `[outer, G, inner]`."""
-    outer, width, inner = input_axes(values.shape)
+def reduce_groups(values: Tensor, m: int, how: str, axes: Axes | None = None) -> Tensor:
+    """Return the `"sum"` or the `"first"` member of each group, `[outer, G, inner]`.
+
+    The input axis is axis 1, unless `axes` are given.
+    """
+    outer, width, inner = axes or input_axes(values.shape)
+    m = min(m, width)  # a longer group is the row
     flat = values.reshape(outer, width, inner)
     if how == "first":
         return flat[:, ::m].contiguous()
@@ -85,15 +84,51 @@ def reduce_groups(values: Tensor, m: int, how: str) -> Tensor:
     return padded.reshape(outer, -1, m, inner).sum(2)
 
 
-def expand_groups(groups: Tensor, shape: torch.Size | tuple[int, ...], m: int) -> Tensor:
+def expand_groups(groups: Tensor, shape: Sequence[int], m: int, axes: Axes | None = None) -> Tensor:
     """Return a tensor of `shape` in which every member has the value of its group."""
-    _, width, _ = input_axes(shape)
-    return groups.repeat_interleave(m, 1)[:, :width].reshape(shape).contiguous()
+    _, width, _ = axes or input_axes(shape)
+    m = min(m, width)  # a longer group is the row
+    return groups.repeat_interleave(m, 1)[:, :width].reshape(tuple(shape)).contiguous()
 
 
-def group_scores(scores: Mapping[str, Tensor], m: int) -> dict[str, Tensor]:
+def group_scores(
+    scores: Mapping[str, Tensor], m: int, axes: Mapping[str, Axes] | None = None
+) -> dict[str, Tensor]:
     """Return the sum of the scores of each group, name to `[outer, G, inner]`."""
-    return {name: reduce_groups(values.float(), m, "sum") for name, values in scores.items()}
+    known = axes or {}
+    return {
+        name: reduce_groups(values.float(), m, "sum", known.get(name))
+        for name, values in scores.items()
+    }
+
+
+def recorded_axes(
+    shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Axes]
+) -> dict[str, dict[str, list[int]]]:
+    """Return the entry of a recipe with the axes of parameters whose input axis is not axis 1."""
+    others = {name: list(a) for name, a in axes.items() if a != input_axes(shapes[name])}
+    return {"input_axes": others} if others else {}
+
+
+def broken_groups(masks: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dict[str, int]:
+    """Return the number of groups of each parameter that break the pattern of a recipe."""
+    text = recipe.get("pattern")
+    if text is None:
+        return {}
+    pattern = Pattern.parse(text)
+    recorded = recipe.get("input_axes", {})
+    found = {}
+    for name, mask in masks.items():
+        axes = Axes(*recorded[name]) if name in recorded else input_axes(mask.shape)
+        kept = reduce_groups(mask.float(), pattern.m, "sum", axes)
+        sizes = reduce_groups(torch.ones(mask.shape), pattern.m, "sum", axes)
+        if pattern.is_whole:
+            wrong = (kept != 0) & (kept != sizes)
+        else:
+            wrong = kept > (sizes * pattern.n / pattern.m).ceil()
+        if count := int(wrong.sum()):
+            found[name] = count
+    return found
 
 
 def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:

@@ -10,17 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastsal._core as _core
 from fastsal.errors import InvalidArgument
+from fastsal.models.input_axis import Axes, WithAxes, input_axes, layer_axes, unknown_axis
+from fastsal.models.selection import model_parameters
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
     check_fixed,
     expand_groups,
     group_scores,
-    input_axes,
+    grouped_shape,
+    recorded_axes,
 )
 from fastsal.utils.choices import SCOPES, Scope
 from fastsal.utils.numbers import real
@@ -33,6 +36,8 @@ def rank(
     scope: Scope = "global",
     pattern: str | None = None,
     floor: float = 0.0,
+    *,
+    model: nn.Module | None = None,
 ) -> Masks:
     """Turn scores into masks: the weights with the lowest scores are pruned.
 
@@ -52,39 +57,47 @@ def rank(
               RigL, section 3): the density is proportional to the sum of the dimensions over their
               product.
         pattern: None for single weights. `"N:M"` (such as `"2:4"`) keeps the N best of every M
-            weights along the input axis (axis 1); a last group of r < M keeps `ceil(r N / M)`;
-            `scope` is ignored. `"1xM"` (such as `"1x4"`) keeps or prunes M weights together, by the
+            weights along the input axis; a last group of r < M keeps `ceil(r N / M)`; `scope` is
+            ignored. `"1xM"` (such as `"1x4"`) keeps or prunes M weights together, by the
             sum of their scores; sparsity and floor count groups. `fastsal.rank_pattern` compares
             groups by joint cost instead.
         floor: Least fraction of any parameter to keep, in `[0, 1]`, rounded up to whole weights.
+        model: The model of the scores, whose layers say which axis is their input. None uses what
+            `fastsal.score` noted in its result, and axis 1 for other dicts.
 
     Returns:
         The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
         InvalidArgument: A fraction is outside `[0, 1]`, the floor does not allow the sparsity,
-            scope or pattern is unknown, or scores are empty or NaN.
+            scope or pattern is unknown, scores are empty or NaN, or the input axis of a parameter
+            is unknown.
+        UnknownParameter: The model lacks a parameter of the scores, or has it in another shape.
     """
+    noted = scores.axes if isinstance(scores, WithAxes) else None
     scores = {name: torch.as_tensor(values) for name, values in scores.items()}
     flat = _flat(scores)
     shapes = {name: tuple(values.shape) for name, values in scores.items()}
-    check_ranking(shapes, sparsity, scope, pattern, floor)
+    axes: dict[str, Axes] = {}
+    if pattern is not None:
+        axes = _axes(noted, shapes, model)
+    check_ranking(shapes, sparsity, scope, pattern, floor, axes)
     sparsity, floor = None if sparsity is None else float(sparsity), float(floor)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
-        groups = rank(group_scores(scores, wanted.m), sparsity, scope=scope, floor=floor)
+        groups = rank(group_scores(scores, wanted.m, axes), sparsity, scope=scope, floor=floor)
         whole = {
-            name: expand_groups(groups[name], values.shape, wanted.m)
+            name: expand_groups(groups[name], values.shape, wanted.m, axes[name])
             for name, values in scores.items()
         }
-        return Masks(whole, {**groups.recipe, "pattern": str(wanted)}, copy=False)
+        recipe = {**groups.recipe, "pattern": str(wanted)}
+        return Masks(whole, {**recipe, **recorded_axes(shapes, axes)}, copy=False)
     kept = {}
     if wanted is not None:
-        recipe = {"pattern": pattern}
+        recipe = {"pattern": pattern, **recorded_axes(shapes, axes)}
         for name, values in flat.items():
-            axes = input_axes(shapes[name])
-            kept[name] = _core.n_of_m(values.numpy(), axes, wanted.n, wanted.m)
+            kept[name] = _core.n_of_m(values.numpy(), axes[name], wanted.n, wanted.m)
     elif sparsity is not None:
         recipe["sparsity"] = sparsity
         if scope == "global":
@@ -109,16 +122,17 @@ def check_ranking(
     scope: str = "global",
     pattern: str | None = None,
     floor: float = 0.0,
+    axes: Mapping[str, Axes] | None = None,
 ) -> None:
-    """Raise InvalidArgument if `rank` would, for scores of these shapes."""
+    """Raise InvalidArgument if `rank` would, for scores of these shapes and input axes."""
     floor = real("floor", floor, least=0, most=1)
     check_choice("scope", scope, SCOPES)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
         groups = {}
         for name, shape in shapes.items():
-            outer, width, inner = input_axes(tuple(shape))
-            groups[name] = (outer, -(-width // wanted.m), inner)
+            around = (axes or {}).get(name) or input_axes(shape)
+            groups[name] = grouped_shape(around, wanted.m)
         check_ranking(groups, sparsity, scope, None, floor)
         return
     if wanted is not None:
@@ -135,6 +149,23 @@ def check_ranking(
         return
     for name, count in layer_counts(shapes, sparsity, scope, floor).items():
         _check_floor(sparsity, floor, count, math.prod(shapes[name]) - floors[name])
+
+
+def _axes(
+    noted: Mapping[str, Axes] | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    model: nn.Module | None,
+) -> dict[str, Axes]:
+    """Return the input axes of scores, from their model, or from notes about them."""
+    if model is not None:
+        model_parameters(model, shapes)
+        return layer_axes(model, shapes)
+    if noted is None:
+        return {name: input_axes(shape) for name, shape in shapes.items()}
+    for name in shapes:
+        if name not in noted:
+            raise unknown_axis(name)
+    return {name: noted[name] for name in shapes}
 
 
 def global_count(shapes: Mapping[str, Sequence[int]], sparsity: float) -> int:

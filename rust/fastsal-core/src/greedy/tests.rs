@@ -61,3 +61,36 @@ fn every_instruction_set_takes_the_same_steps() {
         }
     }
 }
+
+#[test]
+fn a_block_does_not_depend_on_its_company() {
+    let block = 64;
+    for isa in Isa::available() {
+        for last in 1..=block {
+            // Full blocks before the short one: an even and an odd number of them.
+            for full in [1, 2] {
+                let layout = Layout::new(full * block + last, block).expect("layout");
+                let samples = 40;
+                let packed = random_statistics(last as u64, layout, samples);
+                let weights = random_f32(6, layout.len());
+                let run = |layout: Layout, packed: &[f64], weights: &[f32]| {
+                    let packed = Packed::F64(packed);
+                    let statistics = Statistics::new(layout, packed, samples as f64, None);
+                    let damped = statistics.expect("statistics").damped(1e-8).expect("damped");
+                    let (mut scores, mut turns) = (vec![0.0; layout.len()], vec![0; layout.len()]);
+                    eliminate_with(isa, damped, weights, &mut scores, &mut turns).expect("report");
+                    let bits: Vec<u32> = scores.iter().map(|s| s.to_bits()).collect();
+                    (bits, turns)
+                };
+                let (scores, turns) = run(layout, &packed, &weights);
+                for b in 0..layout.blocks() {
+                    let part = layout.range(b);
+                    let alone = Layout::new(part.len(), block).expect("layout");
+                    let own = run(alone, &packed[layout.packed_range(b)], &weights[part.clone()]);
+                    assert!(own.0 == scores[part.clone()], "{isa:?}: {last} beside {full}");
+                    assert!(own.1 == turns[part], "{isa:?}: {last} beside {full}");
+                }
+            }
+        }
+    }
+}

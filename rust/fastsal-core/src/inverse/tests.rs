@@ -1,7 +1,6 @@
 use super::*;
 use crate::statistics::{Packed, Statistics};
 use crate::testing::{random_statistics, relative_error};
-use crate::Layout;
 
 /// Inverse by Gauss-Jordan elimination with row exchanges.
 fn slow_inverse(mut a: Vec<Vec<f64>>) -> Vec<Vec<f64>> {

@@ -87,7 +87,7 @@ proptest! {
         let (upper, left) = find_bin(&add(None), k as u64);
         let (lower, ties) = find_bin(&add(Some(upper as u32)), left);
         let key = (upper << 16 | lower) as u32;
-        prop_assert_eq!(threshold(&scores, key, ties as usize), select(&[&scores], k, &[None]));
+        prop_assert_eq!(threshold(&scores, key, ties as usize), select(Isa::best(), &[&scores], k, &[None]));
     }
 }
 
@@ -110,6 +110,12 @@ fn groups_keep_their_largest() {
     n_of_m(&scores, (1, 4, 2), 2, 4, &mut kept).expect("kept");
     assert_eq!(kept.map(u8::from), [0, 1, 0, 1, 1, 0, 1, 0]);
     assert!(n_of_m(&scores, (1, 4, 2), 5, 4, &mut kept).is_err());
+    // A group that is longer than the row is the row, also where sizes have no product.
+    for (n, m) in [(2, 9), (1, usize::MAX), (usize::MAX / 2, usize::MAX), (3, usize::MAX / 2)] {
+        n_of_m(&scores, (2, 4, 1), n, m, &mut kept).expect("kept");
+        let stay = (4 * n as u128).div_ceil(m as u128) as usize;
+        assert_eq!(kept.iter().filter(|k| **k).count(), 2 * stay, "{n}:{m}");
+    }
 }
 
 #[test]
@@ -128,12 +134,12 @@ fn a_bracket_finds_what_histograms_find() {
             let equal = sorted.iter().filter(|x| **x == cut).count();
             let expected = Threshold { key: cut, ties: k - smaller, equal };
             let parts: Vec<Part<'_>> = Part::all(scores, u64::MAX).collect();
-            if let Some(found) = bracketed(&parts, k) {
+            if let Some(found) = bracketed(Isa::best(), &parts, k) {
                 assert_eq!(found, expected);
             } else {
                 assert!(!hits, "k = {k}");
             }
-            assert_eq!(select(&[scores], k, &[None]), expected);
+            assert_eq!(select(Isa::best(), &[scores], k, &[None]), expected);
         }
     }
 }
