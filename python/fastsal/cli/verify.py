@@ -91,8 +91,8 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
                     failures.append(f"{name} does not match the checksum in the report")
         masks = fastsal.Masks.load(masks_path)
         if is_run or not given["target"]:
-            found = read_weights(weights_path, weights_key=given["weights_key"])
-            state, _ = fitted(found, list(masks), weights_path)
+            stored = read_weights(weights_path, weights_key=given["weights_key"])
+            state, _ = fitted(stored, list(masks), weights_path)
         else:
             model = load_model(
                 given["target"],

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsal.data.batches import Batches, LabelUse, Pair, Source
+from fastsal.data.batches import Batches, Pair, Source
 from fastsal.data.image_set import ImageSet
+from fastsal.data.unpacking import LabelUse
 from fastsal.errors import FileFormatError
 from fastsal.utils.digests import Digest, file_digest
 from fastsal.utils.identity import identity_of

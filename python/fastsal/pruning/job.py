@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.data.batches import Batches, LabelUse, Pair, Source, in_micro_batches
+from fastsal.data.batches import Batches, Pair, Source, in_micro_batches
 from fastsal.data.class_order import size_of
 from fastsal.data.content import RecordedSource, SeenImages
 from fastsal.data.held_out import HELD_OUT_EVERY, HELD_OUT_MOST, HeldOutSamples, Repeated
 from fastsal.data.image_set import ImageBatches
+from fastsal.data.unpacking import LabelUse
 from fastsal.fisher.statistics import Statistics
 from fastsal.gradients import choose_micro_batch
 from fastsal.gradients.losses import LABEL_USE, LossFunction
