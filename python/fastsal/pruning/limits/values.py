@@ -41,9 +41,8 @@ def capped(losses: Tensor, cap: float) -> Tensor:
 
 def is_right(outputs: Any, labels: Tensor) -> Tensor:
     """Return whether each image is classified correctly, `[n]`; with NaN outputs it is not."""
-    outputs = output_tensor(outputs)
-    right: Tensor = (outputs.argmax(dim=1) == labels) & ~outputs.isnan().any(dim=1)
-    return right
+    logits = output_tensor(outputs)
+    return (logits.argmax(dim=1) == labels) & ~logits.isnan().any(dim=1)
 
 
 def settled(limit: Limit, loss: LossFunction, outputs: Any, labels: Tensor) -> Limit:
