@@ -79,11 +79,11 @@ class Draws:
             chosen = torch.randperm(len(buffer), generator=self._generator)[: self._size].tolist()
             yield torch.stack([buffer[i] for i in chosen])
             for i in chosen:
-                row = next(rows, None)
-                if row is None:
+                following = next(rows, None)
+                if following is None:
                     rows = self._rows()
-                    row = next(rows)
-                buffer[i] = row
+                    following = next(rows)
+                buffer[i] = following
 
     def _permutations(self, buffer: list[Tensor]) -> Iterator[Tensor]:
         order: list[int] = []

@@ -70,7 +70,7 @@ class Refit:
     @property
     def augmentation(self) -> Augmentation | None:
         """The function that augments images, or None."""
-        return flip_and_shift if self.augment == "flip-shift" else self.augment  # type: ignore[return-value]
+        return flip_and_shift if self.augment == "flip-shift" else self.augment
 
     @classmethod
     def of(cls, given: str | Sequence[str] | Refit) -> Refit:
@@ -79,4 +79,4 @@ class Refit:
         Raises:
             InvalidArgument: A value is invalid.
         """
-        return (given if isinstance(given, Refit) else cls(windows=given)).checked()  # type: ignore[arg-type]
+        return (given if isinstance(given, Refit) else cls(windows=given)).checked()
