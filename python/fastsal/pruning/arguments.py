@@ -52,8 +52,8 @@ class Arguments:
     held_out: Batches | None
     recalibrate: bool
     checkpoint: str | os.PathLike[str] | None
-    batch: BatchRule | None = None
     head: str | Sequence[str] | None = None
+    batch: BatchRule | None = None
 
     def normalized(self) -> Arguments:
         """Return them with plain numbers, the unwrapped model, and batches by the rule.

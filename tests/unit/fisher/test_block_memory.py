@@ -53,7 +53,8 @@ def test_prune_refuses_before_the_passes(how):
     sparsity = None if "pattern" in how or "max_loss_increase" in how else 0.5
     with pytest.raises(InvalidArgument, match=SIZE):
         fastsal.prune(model, IMAGES, sparsity, block_size=None, **how)
-    assert model.passes == 0
+    # A limit is tried on one image, to see whether it has a meaning for the outputs.
+    assert model.passes == ("max_loss_increase" in how)
 
 
 def test_the_message_names_the_cure():

@@ -100,7 +100,7 @@ def test_what_cannot_be_written_is_told_beforehand(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match=r"^out: .*a\.txt cannot be written: .*file is not"):
         check_writable(tmp_path / "file" / "a.txt", "out")
-    with pytest.raises(InvalidArgument, match="needs .* GiB of free disk space, got"):
+    with pytest.raises(InvalidArgument, match="needs .* TiB of free disk space, got"):
         check_writable(tmp_path / "a.txt", "out", 2**60)
 
     def read_only(*_, **__):
