@@ -122,8 +122,10 @@ def test_micro_batches_are_those_of_one_process(job, how):
     with ranks_job.watching(model) as expected:
         ranks_job.prune(fastsal.prune, model, ranks_job.HOW[how])
     seen = [set(told(folder, rank)[how]["seen"]) for rank in range(ranks)]
+    found = set.union(*seen)
+    assert found <= expected
     # One process looks for the classifier, by a pass of one image whose outputs nothing else uses.
-    assert set.union(*seen) == {batch for batch in expected if not batch.startswith("1 ")}
+    assert [batch[:2] for batch in expected - found] in ([], ["1 "])
 
 
 @pytest.mark.parametrize("how", ["auto", "auto features", "budget auto", "again auto"])
