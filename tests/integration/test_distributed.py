@@ -34,15 +34,20 @@ def torchrun(ranks, *command):
     ]
 
 
+def run_job(ranks, script, tmp_path_factory):
+    """Run a script on so many ranks; returns their number and the folder of what it wrote."""
+    folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+    ended = subprocess.run(
+        torchrun(ranks, script, folder), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ranks, folder
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def job(request, tmp_path_factory):
     """What a job of so many ranks left behind."""
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ended = subprocess.run(
-        torchrun(request.param, JOB, folder), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return request.param, folder
+    return run_job(request.param, JOB, tmp_path_factory)
 
 
 def told(folder, rank):

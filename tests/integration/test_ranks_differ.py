@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,9 @@ import torch
 import fastsal
 
 from . import routed_job
-from .test_distributed import torchrun
+from .test_distributed import run_job
 
 JOB = Path(routed_job.__file__)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 # Matrix products of PyTorch round otherwise on two threads than on the one of each rank.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,12 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module", params=[2, 4])
 def job(request, tmp_path_factory):
     """What a job of so many ranks left behind."""
-    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    ended = subprocess.run(
-        torchrun(request.param, JOB, folder), env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return request.param, folder
+    return run_job(request.param, JOB, tmp_path_factory)
 
 
 @pytest.mark.parametrize("budget", [0, 2])

@@ -336,20 +336,22 @@ class ModelSums:
         try:
             call()
         except _core.NonFiniteRowError as error:
-            row, column, value = error.args
-            at = np.unravel_index(column, self.parameters[name].shape)
+            value, place = self._place(name, error)
             raise NonFiniteGradient(
-                f"gradients must be finite, got {value} for {name!r}, sample "
-                f"{self.rows_seen + row}, at {[int(i) for i in at]}; nothing was accumulated"
+                f"gradients must be finite, got {value} for {place}; nothing was accumulated"
             ) from None
         except _core.LargeRowError as error:
-            row, column, value = error.args
-            at = np.unravel_index(column, self.parameters[name].shape)
+            value, place = self._place(name, error)
             raise GradientOverflow(
                 f"sums of squared gradients must fit {self.precision}, got a gradient of "
-                f"{value:.2g} for {name!r}, sample {self.rows_seen + row}, at "
-                f"{[int(i) for i in at]}; nothing was accumulated ({_CURE})"
+                f"{value:.2g} for {place}; nothing was accumulated ({_CURE})"
             ) from None
+
+    def _place(self, name: str, error: Exception) -> tuple[float, str]:
+        """Return the value that the core rejected, and its parameter, sample and weight."""
+        row, column, value = error.args
+        at = [int(i) for i in np.unravel_index(column, self.parameters[name].shape)]
+        return value, f"{name!r}, sample {self.rows_seen + row}, at {at}"
 
 
 def _empty_parameters(
