@@ -7,10 +7,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastsal.errors import FastsalError
 from fastsal.models.weights import save_weights
@@ -29,6 +31,7 @@ from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import Curvature
+from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
@@ -93,17 +96,25 @@ def run_study(
 
     Raises:
         InvalidArgument: The folder holds other files, or the results of another study, or another
-            run writes to it.
+            run writes to it, or this machine does not have the device.
         FastsalError: A model or a task cannot be opened.
         OSError: A result cannot be written; finished cells are kept.
     """
     start = time.perf_counter()
     require_tables()
     check_files(study)
+    device = resolve_device(study.device)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
     store = Store(Path(out), identity)
     with store.locked():
-        return _run_cells(study, store, start, command=command, retry=retry, progress=progress)
+        return _run_cells(
+            replace(study, device=str(device)),
+            store,
+            start,
+            command=command,
+            retry=retry,
+            progress=progress,
+        )
 
 
 def _run_cells(
@@ -133,7 +144,7 @@ def _run_cells(
     with reporter(progress, study.name, "cells") as report:
         report(0, len(left))
         for done, (source, cell) in enumerate(_with_sources(study, store, tasks, left), start=1):
-            results[cell.key] = _result(store, source, cell)
+            results[cell.key] = _result(store, source, cell, study.device)
             report(done, len(left))
     failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == FAILED}
     rows = write_tables(
@@ -151,7 +162,7 @@ def _run_cells(
             "seconds": round(sum(r["seconds"] for r in results.values() if r), 3),
             "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in results.values() if r),
             "versions": versions(),
-            "machine": machine(),
+            "machine": {**machine(), **device_facts(torch.device(study.device))},
         }
     )
     warned = [c.key for c in cells if (r := results[c.key]) and r.get("warnings")]
@@ -197,7 +208,9 @@ def _opened(
     return PruningSource(study, settings, backbone, images, seed, curvature)
 
 
-def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict[str, Any]:
+def _result(
+    store: Store, source: PruningSource | Exception, cell: Cell, device: str
+) -> dict[str, Any]:
     """Compute one cell and store its result, also where it fails."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -222,7 +235,7 @@ def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }
-    result["facts"] |= {**versions(), "threads": torch_threads()}
+    result["facts"] |= {**versions(), "threads": torch_threads(), "device": device}
     store.write(cell.key, result)
     return result
 

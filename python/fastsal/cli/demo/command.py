@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Folder for the figure and the results.",
 )
 @click.option("--quick", is_flag=True, help="Use fewer images and sparsities.")
+@options.device_option()
 @options.run_options
 @options.force_option
 def demo(**given: Any) -> None:
@@ -58,6 +59,7 @@ def demo(**given: Any) -> None:
         announce=announce,
         progress=not given["quiet"],
         seed=given["seed"],
+        device=given["device"],
     )
     pictures = draw(found, given["out"])
     result = {**found.as_dict(), "pictures": [str(path) for path in pictures]}
