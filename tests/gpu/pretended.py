@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fastsal.utils.float64 import WITHOUT_FLOAT64
 
@@ -110,15 +110,28 @@ def _wrap(raw):
 
 
 def _raw(tensor):
-    return _values[tensor.untyped_storage()._cdata]
+    """Return the values of a tensor, which may have another form than what made its memory."""
+    found = _values[tensor.untyped_storage()._cdata]
+    if tensor.shape == found.shape and tensor.is_contiguous():
+        return found
+    return found.contiguous().as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def address(tensor, data_ptr=torch.Tensor.data_ptr) -> int:
+    """Return `data_ptr()`, which differs between tensors of the device too."""
+    return _raw(tensor).data_ptr() if _is_here(tensor) else data_ptr(tensor)
 
 
 def _run(op, *args, **kwargs):
     name = op.name().partition(".")[0]
 
+    here: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
     def unwrapped(value):
         if _is_here(value):
-            return _raw(value)
+            raw = _raw(value)
+            here[id(raw)] = (raw, value)
+            return raw
         if isinstance(value, torch.Tensor) and value.dim() and name not in _MIXED:
             raise RuntimeError(f"{name}: tensors must be on one device, got {NAME} and cpu")
         if isinstance(value, torch.device) and value.type == NAME:
@@ -138,19 +151,17 @@ def _run(op, *args, **kwargs):
         out = given[0].reshape(given[1])
     else:
         out = op(*given, **options)
-    here = [value for value in tree_leaves((args, kwargs)) if _is_here(value)]
-    for value in here:
-        if value.shape != _raw(value).shape:  # `out` of another size
-            value.data = _wrap(_raw(value))
-    known = {id(_raw(value)): value for value in here}
+    for raw, value in here.values():
+        if value.shape != raw.shape:  # `out` of another size
+            value.data = _wrap(raw)
     # All tensors look contiguous from outside.
     is_view = any(result.alias_info is not None for result in op._schema.returns)
 
     def wrapped(value):
         if not isinstance(value, torch.Tensor):
             return value
-        if id(value) in known:
-            return known[id(value)]
+        if id(value) in here:
+            return here[id(value)][1]
         return _wrap(value if is_view else value.contiguous())
 
     return tree_map(wrapped, out)

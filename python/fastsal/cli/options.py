@@ -240,6 +240,8 @@ ranking_options: Callable[[F], F] = together(
         help="Least fraction of weights to keep in each parameter, in [0, 1].",
     ),
 )
+
+
 def device_option(default: str | None = "auto") -> Callable[[F], F]:
     """Return `--device`; None is the device of the file of a study."""
     return click.option(

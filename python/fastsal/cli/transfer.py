@@ -219,7 +219,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         **{k: given[k] for k in ("block_size", "batch_size", "head", "save", "device")},
     }
     if given["autocast"]:
-        table["amp"] = given["autocast"]
+        table["autocast"] = given["autocast"]
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}
     if given["diagnostics"]:

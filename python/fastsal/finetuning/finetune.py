@@ -143,8 +143,8 @@ def finetune(
         seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
         batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
             another form.
-        device: Device to train on, such as `"cuda"` or `"auto"`; the model is where it was
-            afterwards. None: where the model is.
+        device: Device to train on, such as `"cuda"` or `"auto"`; afterwards the model is where it
+            was. None: where the model is.
 
     Returns:
         The history of the epochs, and which epoch was kept.
@@ -171,17 +171,6 @@ def finetune(
         if lacks_classifier(model) or not train_head:
             check_classifier(model, "training")
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
-    first = None
-    if not (train_head or head is not None or declares_head(model)):
-        first, batches = first_images(batches)
-    with using_head(model, head):
-        trained = trained_parameters(
-            model,
-            frozen,
-            train_head=train_head,
-            train_normalization=train_normalization,
-            images=first,
-        )
     how: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -193,6 +182,17 @@ def finetune(
         "seed": seed,
     }
     with on_device(model, device, keeps=True):
+        first = None
+        if not (train_head or head is not None or declares_head(model)):
+            first, batches = first_images(batches)
+        with using_head(model, head):
+            trained = trained_parameters(
+                model,
+                frozen,
+                train_head=train_head,
+                train_normalization=train_normalization,
+                images=first,
+            )
         tensors = _tensors(model)
         with (
             all_or_nothing(tensors) as original,

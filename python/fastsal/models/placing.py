@@ -30,28 +30,35 @@ def on_device(
         yield
         return
     target = resolve_device(device)
-    parameters = [(p, p.data, p.grad) for p in model.parameters()]
+    # By their modules, as some devices and settings of PyTorch make other parameters.
+    parameters = [
+        (module, name, p, p.data, p.grad)
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+    ]
     buffers = [
         (module, name, buffer)
         for module in model.modules()
         for name, buffer in module.named_buffers(recurse=False)
     ]
-    here = [data for _, data, _ in parameters] + [buffer for *_, buffer in buffers]
+    here = [p for _, _, p, *_ in parameters] + [buffer for *_, buffer in buffers]
     if all(tensor.device == target for tensor in here):
         yield
         return
     try:
-        for p, *_ in parameters:
+        for _, _, p, *_ in parameters:
             p.grad = None
         model.to(target)
         yield
     finally:
         with torch.no_grad():
-            for p, before, gradient in parameters:
+            for module, name, p, before, gradient in parameters:
                 if keeps:
-                    before.copy_(p.data)
+                    before.copy_(getattr(module, name).data)
                 p.data = before
                 p.grad = gradient
+                if getattr(module, name) is not p:
+                    setattr(module, name, p)
             for module, name, before in buffers:
                 if keeps:
                     before.copy_(getattr(module, name))

@@ -144,7 +144,7 @@ def _run_cells(
     with reporter(progress, study.name, "cells") as report:
         report(0, len(left))
         for done, (source, cell) in enumerate(_with_sources(study, store, tasks, left), start=1):
-            results[cell.key] = _result(store, source, cell, study.device)
+            results[cell.key] = _result(store, source, cell)
             report(done, len(left))
     failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == FAILED}
     rows = write_tables(
@@ -208,9 +208,7 @@ def _opened(
     return PruningSource(study, settings, backbone, images, seed, curvature)
 
 
-def _result(
-    store: Store, source: PruningSource | Exception, cell: Cell, device: str
-) -> dict[str, Any]:
+def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict[str, Any]:
     """Compute one cell and store its result, also where it fails."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -235,7 +233,9 @@ def _result(
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_memory(),
     }
-    result["facts"] |= {**versions(), "threads": torch_threads(), "device": device}
+    result["facts"] |= {**versions(), "threads": torch_threads()}
+    if not isinstance(source, Exception):
+        result["facts"]["device"] = source.study.device
     store.write(cell.key, result)
     return result
 

@@ -88,7 +88,8 @@ class PruningSource:
     @property
     def autocast(self) -> torch.dtype | None:
         """Type of mixed-precision passes in statistics and fine-tuning."""
-        return None if self.study.amp is None else getattr(torch, self.study.amp)
+        name = self.study.autocast
+        return None if name is None else getattr(torch, name)
 
     def role(self, task: str) -> str:
         """Return whether pruning sees a task: `SOURCE` or `TRANSFER`."""

@@ -65,8 +65,8 @@ def evaluate(
         heads: `{task name: head}` from `fit_heads`.
         batch_size: Images per forward pass.
         head: As for `fit_heads`.
-        device: Device of the forward passes, such as `"cuda"` or `"auto"`; the model is where it was
-            afterwards. None: where the model is.
+        device: Device of the forward passes, such as `"cuda"` or `"auto"`; afterwards the model is
+            where it was. None: where the model is.
         autocast: dtype of the forward passes under `torch.autocast`; None disables it.
 
     Returns:

@@ -43,6 +43,7 @@ def demo(**given: Any) -> None:
     from fastsal.cli.inputs import set_threads
     from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import check_target
+    from fastsal.utils.devices import resolve_device
     from fastsal.utils.json_files import write_json
 
     require_extra()
@@ -62,7 +63,8 @@ def demo(**given: Any) -> None:
         device=given["device"],
     )
     pictures = draw(found, given["out"])
-    result = {**found.as_dict(), "pictures": [str(path) for path in pictures]}
+    device = str(resolve_device(given["device"]))
+    result = {**found.as_dict(), "device": device, "pictures": [str(path) for path in pictures]}
     write_json(given["out"] / "demo.json", result, indent=2)
     if given["as_json"]:
         emit(result)

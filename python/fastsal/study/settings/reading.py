@@ -30,6 +30,7 @@ from fastsal.utils.choices import (
     SAVED,
     SCHEDULES,
     SCOPES,
+    Autocast,
 )
 from fastsal.utils.devices import DEVICE_KINDS, is_device_name
 
@@ -71,8 +72,8 @@ def study_of(
     """
     top.only(
         "name", "root", "sparsities", "seeds", "rounds", "samples", "block_size", "batch_size",
-        "head", "ridge", "save", "device", "amp", "models", "tasks", "sources", "criteria", "split", "finetune",
-        "diagnostics",
+        "head", "ridge", "save", "device", "autocast", "models", "tasks", "sources",
+        "criteria", "split", "finetune", "diagnostics",
     )  # fmt: skip
     own_root = Path(folder) / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
@@ -95,7 +96,7 @@ def study_of(
         ridge=top.number("ridge", 0.1, least=0),
         save=top.choice("save", SAVED, "none"),
         device=_device(top),
-        amp=top.choice("amp", AUTOCAST_TYPES, None) if "amp" in top.table else None,
+        autocast=_autocast(top),
         split=_split(top.within("split")),
         finetune=_finetune(top.within("finetune")) if "finetune" in top.table else None,
         diagnostics=(
@@ -113,6 +114,11 @@ def _device(top: Reader) -> str:
     if not is_device_name(device):
         raise top.error("device", f"must be {DEVICE_KINDS}, got {device!r}")
     return device
+
+
+def _autocast(top: Reader) -> Autocast | None:
+    key = "autocast"
+    return top.choice(key, AUTOCAST_TYPES, None) if key in top.table else None
 
 
 def _register_criteria(

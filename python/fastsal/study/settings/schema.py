@@ -237,8 +237,8 @@ class Study:
         save: What to save for each cell, one of `SAVED`.
         device: Device that models run on, as for `fastsal.load_model`. It is recorded with the
             results, and not one of the settings that they belong to.
-        amp: Floating-point type of mixed-precision passes in statistics and fine-tuning, one of
-            `AUTOCAST_TYPES`; None uses the model's own type.
+        autocast: Floating-point type of mixed-precision passes in statistics and fine-tuning, one
+            of `AUTOCAST_TYPES`; None uses the model's own type.
         split: `[split]`.
         finetune: `[finetune]`; None measures zero-shot accuracy only.
         diagnostics: `[diagnostics]`; None skips them.
@@ -260,7 +260,7 @@ class Study:
     ridge: float = 0.1
     save: Saved = "none"
     device: str = "auto"
-    amp: Autocast | None = None
+    autocast: Autocast | None = None
     split: SplitSettings = field(default_factory=SplitSettings)
     finetune: FinetuneSettings | None = None
     diagnostics: DiagnosticsSettings | None = None
@@ -283,8 +283,8 @@ class Study:
         found = dataclasses.asdict(self)
         del found["root"], found["folder"], found["device"]
         plain: dict[str, Any] = _plain(found)
-        if plain["amp"] is None:  # the same settings as before there was mixed precision
-            del plain["amp"]
+        if plain["autocast"] is None:  # the same settings as before there was mixed precision
+            del plain["autocast"]
         for task in plain["tasks"]:
             if task["class_map"] is None:  # the same settings as before there were class maps
                 del task["class_map"]
