@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     help="Labeled images on which the accuracy or loss limit is tested.",
 )
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("DIR", "Folder for the pruned model, its masks and the report.")
 def prune(**given: Any) -> None:
@@ -115,7 +116,7 @@ def prune(**given: Any) -> None:
     """
     from fastsal.cli.torchrun import joined
 
-    with joined() as rank:
+    with joined(given["device"]) as rank:
         _prune(given, rank)
 
 
