@@ -35,7 +35,7 @@ class Arguments:
     pattern: str | None
     floor: float
     loss: str | LossFunction
-    curvature: Curvature
+    curvature: Curvature | None
     parameters: str | Sequence[str] | None
     precision: Precision
     micro_batch: int | None

@@ -34,7 +34,12 @@ from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
-from fastsal.pruning.stages import collection_options, recalibrates_by_default, refit_stage
+from fastsal.pruning.stages import (
+    collection_options,
+    recalibrates_by_default,
+    refit_stage,
+    with_curvature,
+)
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
 from fastsal.utils.identity import identity_of
 from fastsal.utils.suggestions import check_choice
@@ -55,7 +60,7 @@ def prune(
     pattern: str | None = None,
     floor: float = 0.0,
     loss: str | LossFunction = "cross-entropy",
-    curvature: Curvature = "empirical",
+    curvature: Curvature | None = None,
     parameters: str | Sequence[str] | None = None,
     precision: Precision = "float32",
     micro_batch: int | None = None,
@@ -124,7 +129,8 @@ def prune(
             matching the features of the dense model; batches need no labels and the model no
             classifier). With `"features"`, weights of a classifier are pruned only if they are
             named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
-            `[F]`; an image counts at most what the mean feature costs.
+            `[F]`; an image counts at most what the mean feature costs. None is `"features"` if the
+            first batch has no labels, else `"empirical"`.
         parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
             None prunes those that `fastsal.select_parameters` selects by default.
         precision: Type in which F is accumulated.
@@ -196,6 +202,7 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
 
 
 def _prune(process: Process, given: Arguments) -> PruneResult:
+    given = with_curvature(given)
     check_choice("curvature", given.curvature, CURVATURES)
     recipe = Recipe.of(
         given.criterion,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from fastsal.data.batches import has_labels
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.criteria import CRITERIA
@@ -15,6 +17,24 @@ from fastsal.pruning.recalibration import tracked
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.refit.stage import RefitStage
 from fastsal.utils.sizes import parse_bytes
+
+
+def with_curvature(given: Arguments) -> Arguments:
+    """Return the arguments with a curvature: without labels that of features.
+
+    A loss or a limit of the user needs labels.
+    """
+    if given.curvature is not None:
+        return given
+    needs_labels = (
+        given.loss != "cross-entropy"
+        or given.max_loss_increase is not None
+        or given.max_accuracy_drop is not None
+    )
+    if given.batches is None or needs_labels:
+        return replace(given, curvature="empirical")
+    is_labeled, batches = has_labels(given.batches)
+    return replace(given, curvature="empirical" if is_labeled else "features", batches=batches)
 
 
 def recalibrates_by_default(given: Arguments, recipe: Recipe) -> bool:
