@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,10 @@ class PruningSource:
         return RoundStatistics(
             _statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned)
         )
+
+    def all_images(self) -> Batches:
+        """Return the images of the statistics of all tasks, iterable again."""
+        return Repeated(lambda: chain.from_iterable(self._batches(each) for each in self.images))
 
     def _batches(self, images: SourceImages) -> Batches:
         """Return the images of the statistics; without labels if the source is unlabeled."""

@@ -15,6 +15,7 @@ from fastsal.study.settings.schema import (
     DiagnosticsSettings,
     FinetuneSettings,
     ModelSettings,
+    RefitSettings,
     SourceSettings,
     SplitSettings,
     Study,
@@ -28,6 +29,7 @@ from fastsal.utils.choices import (
     CURVATURES,
     HEAD_KINDS,
     INTERPOLATIONS,
+    REFIT_WINDOWS,
     SAVED,
     SCHEDULES,
     SCOPES,
@@ -225,7 +227,7 @@ def _criterion(r: Reader) -> CriterionSettings:
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
-        "pattern",
+        "pattern", "refit",
     )  # fmt: skip
     criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
@@ -244,6 +246,7 @@ def _criterion(r: Reader) -> CriterionSettings:
     if curvature is not None:
         name += f", {curvature}"
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
+    refit = _refit(r)
     pattern = r.optional_text("pattern")
     if pattern is not None:
         from fastsal.pruning.masks.patterns import Pattern
@@ -256,7 +259,7 @@ def _criterion(r: Reader) -> CriterionSettings:
             raise r.error("rounds", f"must be [1] with a pattern, got {list(rounds or [])}")
         rounds = (1,)
     return CriterionSettings(
-        name=r.text("name", name),
+        name=r.text("name", name if refit is None else name + ", refit"),
         criterion=criterion,
         compensate=compensate,
         damping=damping,
@@ -265,6 +268,25 @@ def _criterion(r: Reader) -> CriterionSettings:
         scope=r.choice("scope", SCOPES, "global"),
         floor=r.number("floor", 0.0, least=0, most=1),
         pattern=pattern,
+        refit=refit,
+    )
+
+
+def _refit(r: Reader) -> RefitSettings | None:
+    """Return the settings of refitting: windows, or a table; None if they are absent."""
+    if "refit" not in r.table:
+        return None
+    own = RefitSettings()
+    if isinstance(r.table["refit"], str):
+        return RefitSettings(r.choice("refit", REFIT_WINDOWS, None))
+    within = r.within("refit")
+    within.only("windows", "steps", "batch_size", "lr", "between_rounds")
+    return RefitSettings(
+        windows=within.choice("windows", REFIT_WINDOWS, own.windows),
+        steps=within.count("steps", own.steps),
+        batch_size=within.count("batch_size", own.batch_size),
+        lr=within.number("lr", None, above=0) if "lr" in within.table else None,
+        between_rounds=within.flag("between_rounds", own.between_rounds),
     )
 
 

@@ -14,6 +14,7 @@ from fastsal.utils.choices import (
     Curvature,
     HeadKind,
     Interpolation,
+    RefitWindows,
     Saved,
     Schedule,
     Scope,
@@ -115,6 +116,25 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class RefitSettings:
+    """Settings of refitting after pruning, `refit` in `[[criteria]]`, as for `fastsal.refit`.
+
+    Attributes:
+        windows: Outputs that are matched: `"blocks"` or `"whole"`.
+        steps: Number of steps.
+        batch_size: Images of a step.
+        lr: Initial learning rate; None tries a few.
+        between_rounds: Whether the model is refitted after each round, and not only the last.
+    """
+
+    windows: RefitWindows = "blocks"
+    steps: int = 400
+    batch_size: int = 96
+    lr: float | None = None
+    between_rounds: bool = False
+
+
+@dataclass(frozen=True)
 class CriterionSettings:
     """Settings of a pruning criterion, `[[criteria]]`.
 
@@ -131,6 +151,7 @@ class CriterionSettings:
         floor: Smallest kept fraction of any parameter, 0 to 1.
         pattern: Sparsity pattern such as `"2:4"`, as for `fastsal.rank`; the pattern then sets a
             lower bound on the sparsity.
+        refit: How the pruned model is refitted to the dense one; None does not refit.
     """
 
     name: str
@@ -142,6 +163,7 @@ class CriterionSettings:
     scope: Scope = "global"
     floor: float = 0.0
     pattern: str | None = None
+    refit: RefitSettings | None = None
 
 
 @dataclass(frozen=True)
