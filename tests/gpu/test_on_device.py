@@ -98,12 +98,15 @@ WAYS = {
     "limit": {"max_accuracy_drop": 0.3, "confidence": 0.6},
     "loss": {"max_loss_increase": 0.3, "confidence": 0.6},
     "pattern": {"pattern": "2:4", "block_size": 8},
+    "refit": {"sparsity": 0.6, "refit": "whole"},
     "magnitude": {"sparsity": 0.6, "criterion": "magnitude", "compensate": False},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_prune_in_every_way(model, there, batches, way):
+    if PRETENDED and way == "refit":
+        pytest.skip("models on the pretended device cannot be copied")
     expected = fastsal.prune(model, batches, **WAYS[way])
     found = fastsal.prune(there, batches, **WAYS[way])
     assert found.masks.sparsity == pytest.approx(expected.masks.sparsity, abs=0.03)
