@@ -190,12 +190,27 @@ def first_images(
     """
     if batches is None:
         return None, None
+    own = getattr(batches, "first_batch", None)  # without the processes that read further ones
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
-        first = list(itertools.islice(batches, 1))
+        first = [own()] if callable(own) else list(itertools.islice(batches, 1))
     most = None if samples is None else 1
     images = next(as_batches(first, most, "ignored"))[0]
     again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
     return images, again
+
+
+def has_labels(batches: Batches) -> tuple[bool, Batches]:
+    """Tell whether the first batch has labels; return batches that still include it.
+
+    Batches of another form count as labeled: what is wrong with them is told where they are used.
+    """
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
+        first = list(itertools.islice(batches, 1))
+    again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
+    try:
+        return all(unpack(batch, 0, "optional")[1] is not None for batch in first), again
+    except DataError:
+        return True, again
 
 
 def check_samples(samples: int | None) -> int | None:
