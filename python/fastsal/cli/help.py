@@ -32,7 +32,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
     "Report": ("kind", "figures", "margin", "diagnostics"),
-    "Run": ("quick", "dry_run", "root", "retry_failed", "checkpoint", "seed", "threads", "quiet"),
+    "Run": (
+        "quick", "dry_run", "root", "retry_failed", "no_wait", "checkpoint", "seed",
+        "threads", "quiet",
+    ),
     "Output": ("out", "force", "save", "as_json"),
 }  # fmt: skip
 OTHER = "Other"

@@ -30,6 +30,11 @@ from fastsal.cli.types import PATH
     help="Folder that paths of data and weights are relative to.",
 )
 @click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
+@click.option(
+    "--no-wait",
+    is_flag=True,
+    help="Exit when no cell is left to start, instead of waiting for those of other processes.",
+)
 @click.option("--dry-run", is_flag=True, help="List the cells without running them.")
 @options.threads_option
 @options.json_option
@@ -41,6 +46,10 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     A cell is one combination of model, source, criterion, number of rounds, seed and sparsity. Each
     cell is saved when it is finished: rerun the same command to resume an interrupted sweep. A
     failed cell is recorded and does not stop the others; the exit status is then 1.
+
+    The same command in other terminals, jobs or machines that share the folder joins in: cells are
+    shared out, a cell of a killed process is computed by another one, and the last process to
+    finish writes the tables and the report.
 
     Example: fastsal sweep studies/cifar.toml --out results/cifar
     """
@@ -65,4 +74,5 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         retry=given["retry_failed"],
         quiet=given["quiet"],
         as_json=given["as_json"],
+        wait=not given["no_wait"],
     )
