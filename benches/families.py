@@ -160,6 +160,18 @@ def _check(name: str, weights: int) -> dict[str, Any]:
     return {**result, "seconds": round(time.perf_counter() - start, 1)}
 
 
+class FirstFeatures(nn.Module):
+    """Takes features of an encoder without a classifier, means over its tokens, as classes."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(images)
+        return tokens.mean(1)[:, :CLASSES]
+
+
 def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """Build a model for the smallest images that it accepts."""
     problem: Exception | None = None
@@ -184,6 +196,9 @@ def _built(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
             _calibrate(sized, torch.randn(8, *shape[1:], generator=generator, dtype=dtype))
             with torch.no_grad():
                 outputs = sized(images)
+                if outputs.dim() == 3:
+                    sized = FirstFeatures(sized)
+                    outputs = sized(images)
         except Exception as error:
             problem = error
             continue

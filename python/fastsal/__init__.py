@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.ranking import rank
     from fastsal.pruning.prune import prune
     from fastsal.pruning.prune_result import PruneResult
-    from fastsal.pruning.refit.refit import RefitResult, refit
+    from fastsal.pruning.refit.refit import refit
     from fastsal.pruning.refit.settings import Refit
+    from fastsal.pruning.refit_result import RefitResult
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.fisher_overlap import fisher_overlap
@@ -99,7 +100,7 @@ _HOME = {
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
     "Refit": "pruning.refit.settings",
-    "RefitResult": "pruning.refit.refit",
+    "RefitResult": "pruning.refit_result",
     "refit": "pruning.refit.refit",
     "rank": "pruning.masks.ranking",
     "get_num_threads": "utils.threads",

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import fastsal
 from fastsal.cli import main
 from fastsal.models.loading import load_model
 from fastsal.models.weights import read_weights, save_weights
@@ -44,6 +45,22 @@ def pruned(model, weights, tiny_npz, tmp_path):
 
 
 # ------------------------------------------------------------------------------- what works
+
+
+def test_refitting_is_a_stage_of_the_report(model, weights, tiny_npz, tmp_path):
+    out = tmp_path / "refitted"
+    result = run(
+        "prune", model, "--weights", weights, "--data", tiny_npz, "--sparsity", 0.5,
+        "--curvature", "features", "--refit", "whole", "--refit-steps", 20, "--quiet",
+        "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Refit: " in result.stdout
+    (entry,) = json.loads((out / "report.json").read_text())["history"]
+    assert entry["refit"]["steps"] <= 20
+    assert entry["refit"]["windows"] == []
+    recipe = fastsal.Masks.load(out / "masks.safetensors").recipe
+    assert recipe["refit"]["steps"] == 20
 
 
 def test_a_run_folder_is_whole_and_verifies(pruned, model, tiny_npz):

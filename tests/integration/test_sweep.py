@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import fastsal
+from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import input_spec
 from fastsal.models.loading import load_model
 from fastsal.study import load_study, run_study
@@ -288,6 +289,43 @@ def test_a_criterion_may_have_statistics_of_its_own(study_file, tmp_path):
     assert names == {"obs-greedy, features", "obs-greedy", "magnitude", "random"}
     by_name = {r["criterion"]: r for r in rows if (r["task"], r["seed"]) == ("bars", "0")}
     assert by_name["obs-greedy"]["damping"] != by_name["obs-greedy, features"]["damping"]
+
+
+def test_a_criterion_with_refitting_is_a_row_of_its_own(study_file, tmp_path):
+    more = (
+        '[[criteria]]\ncriterion = "magnitude"\n'
+        "refit = {steps = 20, batch_size = 16, lr = 0.005}\n\n[[criteria]]"
+    )
+    edited(study_file, ("[[criteria]]", more), ("[0.0, 0.5, 0.75]", "[0.75]"), ("[0, 1]", "[0]"))
+    out = tmp_path / "out"
+    done = run_study(load_study(study_file), out)
+    assert done.failed == {}
+    rows = {(r["criterion"], r["task"]): r for r in rows_of(out)}
+    plain, refitted = rows["magnitude", "bars"], rows["magnitude, refit", "bars"]
+    assert plain["sparsity_reached"] == refitted["sparsity_reached"]
+    assert plain["measured_increase"] != refitted["measured_increase"]
+    # The cells after it start from the dense weights again.
+    other = run_study(load_study(edited(study_file, (more, "[[criteria]]"))), tmp_path / "other")
+    assert other.failed == {}
+    again = {(r["criterion"], r["task"]): r for r in rows_of(tmp_path / "other")}
+    for key, row in again.items():
+        assert row["pruned"] == rows[key]["pruned"]
+        assert row["measured_increase"] == rows[key]["measured_increase"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('refit = "layers"', "refit must be 'blocks' or 'whole', got 'layers'"),
+        ("refit = {steps = 0}", "steps must be"),
+        ("refit = {step = 5}", "step"),
+        ("refit = true", "refit"),
+    ],
+)
+def test_wrong_settings_of_refitting_are_told(study_file, line, message):
+    edited(study_file, ('criterion = "magnitude"', f'criterion = "magnitude"\n{line}'))
+    with pytest.raises(InvalidArgument, match=message):
+        load_study(study_file)
 
 
 def test_rounds_collect_statistics_again(study_file, tmp_path):

@@ -12,14 +12,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
-        "parameters", "rounds", "compensate", "damping", "recalibrate",
+        "parameters", "rounds", "compensate", "damping", "recalibrate", "refit", "refit_steps",
     ),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),
     "Training": (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalization", "autocast",
+        "train_head", "train_normalization",
     ),
     "Data": (
         "data", "held_out", "test", "class_map", "samples", "seeds", "size", "mean", "std",
@@ -33,8 +33,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Cases": ("full", "models", "only"),
     "Report": ("kind", "figures", "margin", "diagnostics"),
     "Run": (
-        "quick", "dry_run", "root", "retry_failed", "no_wait", "checkpoint", "seed",
-        "threads", "quiet",
+        "device", "autocast", "quick", "dry_run", "root", "retry_failed", "no_wait", "checkpoint",
+        "seed", "threads", "quiet",
     ),
     "Output": ("out", "force", "save", "as_json"),
 }  # fmt: skip

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastsal.models.left_out import LeftOut
     from fastsal.pruning.masks.in_use import InUse
+    from fastsal.pruning.refit_result import RefitResult
 
 _BAR = 20  # characters
 
@@ -75,6 +76,16 @@ def run_summary(report: Mapping[str, Any]) -> str:
     seconds = sum(report["seconds"].values())
     memory = report["peak_memory_mib"]
     return text + f"; {seconds:.1f} s" + (f", peak {memory} MiB" if memory else "")
+
+
+def refit_summary(done: RefitResult) -> str:
+    """Return a line that says what refitting did."""
+    if not done.kept:
+        return f"Refit: no step of {done.steps} lowered the held-out error {done.before:.4g}"
+    return (
+        f"Refit: held-out error {done.before:.4g} -> {done.after:.4g} after {done.kept_step} "
+        f"of {done.steps} steps, {done.seconds:.1f} s"
+    )
 
 
 def bar(share: float) -> str:

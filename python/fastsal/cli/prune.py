@@ -8,7 +8,8 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
-from fastsal.cli.types import NUMBER, PATH
+from fastsal.cli.types import COUNT, NUMBER, PATH, choice
+from fastsal.utils.choices import REFIT_WINDOWS
 from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
@@ -50,6 +51,19 @@ if TYPE_CHECKING:
     "the held-out loss.",
 )
 @click.option(
+    "--refit",
+    type=choice(REFIT_WINDOWS),
+    help="After pruning, train the kept weights without labels to match the dense model: the "
+    "outputs of all blocks and the features (blocks), or the features alone (whole).",
+)
+@click.option(
+    "--refit-steps",
+    type=COUNT,
+    default=400,
+    show_default=True,
+    help="With --refit: number of steps of up to 96 images.",
+)
+@click.option(
     "--max-accuracy-drop",
     type=NUMBER,
     metavar="FRACTION",
@@ -84,6 +98,7 @@ if TYPE_CHECKING:
     help="Labeled images on which the accuracy or loss limit is tested.",
 )
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("DIR", "Folder for the pruned model, its masks and the report.")
 def prune(**given: Any) -> None:
@@ -99,7 +114,7 @@ def prune(**given: Any) -> None:
     """
     from fastsal.cli.torchrun import joined
 
-    with joined() as rank:
+    with joined(given["device"]) as rank:
         _prune(given, rank)
 
 
@@ -173,7 +188,13 @@ def _prune(given: dict[str, Any], rank: int) -> None:
 
 def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> None:
     """Print a result."""
-    from fastsal.cli.output import console, kept_table, print_selection, run_summary
+    from fastsal.cli.output import (
+        console,
+        kept_table,
+        print_selection,
+        refit_summary,
+        run_summary,
+    )
     from fastsal.pruning.limits.limit import summary
 
     masks, safety = done.masks, done.safety
@@ -189,6 +210,9 @@ def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> No
             )
         if not has_picture:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
+    for entry in done.history:
+        if entry.refit is not None:
+            screen.print(f"\n{refit_summary(entry.refit)}", soft_wrap=True)
     screen.print(f"\n[bold]{run_summary(result)}[/bold]")
     print_selection(screen, done.left_out, done.in_use)
 
@@ -223,6 +247,7 @@ def _pruned(
         held_out=held_out or None,
         recalibrate=given["recalibrate"],
         checkpoint=given["checkpoint"],
+        refit=given["refit"] and fastsal.Refit(given["refit"], steps=given["refit_steps"]),
         **ranked,
         **collect_options(given),
     )

@@ -14,6 +14,7 @@ from fastsal.distributed.collecting import same_arguments
 from fastsal.distributed.process import RankProcess
 from fastsal.distributed.ranks import Ranks
 from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
+from fastsal.errors import InvalidArgument
 from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.history import RankTraffic
 from fastsal.pruning.prune import prune as prune_alone
@@ -69,6 +70,11 @@ def prune(
         options["progress"] = False
     process = RankProcess(ranks, exchange, gathered_bytes(model))
     with whole_weights(model) as inner, ranks.together("prune"):
+        if options.get("refit") is not None and ranks.size > 1:
+            raise InvalidArgument(
+                f"refit must be None with {ranks.size} processes, got {options['refit']!r}; refit "
+                "the pruned model in one process with fastsal.refit"
+            )
         ranks.check_same(same_arguments(sparsity=sparsity, exchange=exchange, **options))
         call = inspect.signature(prune_alone).bind(inner, batches, sparsity, **options)
         call.apply_defaults()

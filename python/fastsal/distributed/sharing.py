@@ -113,15 +113,16 @@ class SharedCheckpoint(Checkpoint):
 
     def resume(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
+        masked: Iterable[str] | None = None,
     ) -> tuple[Masks | None, list[Round]]:
         """Restore the state of the file, if it exists.
 
         Raises:
             InvalidArgument: Not all ranks can read it.
         """
-        masks, history = super().resume(parameters, passes)
+        masks, history = super().resume(tensors, passes, masked)
         seen = self._ranks.all_gather(len(history))
         if len(set(seen)) > 1:
             raise InvalidArgument(

@@ -13,6 +13,7 @@ from fastsal.data.batches import Batches
 from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.gradients.losses import LossFunction
 from fastsal.models.wrappers import unwrapped
+from fastsal.pruning.refit.settings import Refit
 from fastsal.utils.choices import CriterionName, Curvature, Precision, Scope
 from fastsal.utils.numbers import real, whole
 
@@ -54,6 +55,7 @@ class Arguments:
     checkpoint: str | os.PathLike[str] | None
     head: str | Sequence[str] | None = None
     batch: BatchRule | None = None
+    refit: str | Sequence[str] | Refit | None = None
 
     def normalized(self) -> Arguments:
         """Return them with plain numbers, the unwrapped model, and batches by the rule.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsal.data.batches import Pair
 from fastsal.data.content import SeenImages
@@ -71,15 +71,17 @@ class Checkpoint:
 
     def resume(
         self,
-        parameters: Mapping[str, nn.Parameter],
+        tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
+        masked: Iterable[str] | None = None,
     ) -> tuple[Masks | None, list[Round]]:
         """Restore the state of the file, if it exists.
 
         Args:
-            parameters: Name to parameter, with the weights that the run started from. They are
-                changed in place, some of them possibly also where this raises.
+            tensors: Name to parameter or buffer, with the values that the run started from. They
+                are changed in place, some of them possibly also where this raises.
             passes: Starts a pass over the images, which are compared with those of the file.
+            masked: Names of those that have a mask; None for all.
 
         Returns:
             Masks and history; None and an empty list if there is no file.
@@ -87,7 +89,7 @@ class Checkpoint:
         Raises:
             FileFormatError: The file is damaged, or of another run, model or data.
         """
-        self._start = Digest().text(self._rest).text(tensors_digest(parameters)).hexdigest()
+        self._start = Digest().text(self._rest).text(tensors_digest(tensors)).hexdigest()
         if not self._path.exists():
             return None, []
         with self._opened() as file:
@@ -96,9 +98,9 @@ class Checkpoint:
             data = dict(header["data"])
         self._seen.check(data, passes)  # errors of the images are not those of the file
         with self._opened() as file, torch.no_grad():
-            for name, p in parameters.items():
+            for name, p in tensors.items():
                 p.copy_(file.get_tensor(f"weight:{name}"))
-            masks = {n: file.get_tensor(f"mask:{n}").bool() for n in parameters}
+            masks = {n: file.get_tensor(f"mask:{n}").bool() for n in masked or tensors}
             history = [Round.from_dict(entry) for entry in header["history"]]
             return Masks(masks, header["recipe"], copy=False), history
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastsal.pruning.recalibration import Recalibration
+from fastsal.pruning.refit_result import RefitResult
 
 # Left out of `Round.as_dict` where they are None.
-_OPTIONAL = ("held_out_joined", "memory_plan", "recalibration", "ranks")
+_OPTIONAL = ("held_out_joined", "memory_plan", "recalibration", "refit", "ranks")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,13 @@ class RankTraffic:
     size: int
     sent_bytes: dict[str, int]
     in_flight_bytes: int
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
+    "recalibration": Recalibration,
+    "refit": RefitResult,
+    "ranks": RankTraffic,
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Round:
         memory_plan: With `memory_budget`, the plan that was followed, as
             `fastsal.MemoryPlan.as_dict` returns it.
         recalibration: In the last round with `recalibrate=True`: its effect on the held-out loss.
+        refit: With `refit`, in the last round or in each: what refitting did.
         ranks: In the last round of a distributed job: its number of processes and its traffic.
     """
 
@@ -58,6 +67,7 @@ class Round:
     held_out_joined: bool | None = None
     memory_plan: dict[str, Any] | None = None
     recalibration: Recalibration | None = None
+    refit: RefitResult | None = None
     ranks: RankTraffic | None = None
 
     def __repr__(self) -> str:
@@ -68,13 +78,15 @@ class Round:
             facts.append(f"chosen from {len(self.damping_evidence)}")
         if self.predicted_increase is not None:
             facts.append(f"predicted_increase={self.predicted_increase:.3g}")
+        if self.refit is not None:
+            facts.append(f"refit {self.refit.before:.3g} -> {self.refit.after:.3g}")
         facts.append(f"{sum(self.seconds.values()):.1f} s")
         return f"Round({self.round}, {', '.join(facts)})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; the last four attributes only where they are not None."""
+        """Return plain values for JSON; the last five attributes only where they are not None."""
         found = {**vars(self)}
-        for name in ("recalibration", "ranks"):
+        for name in ("recalibration", "refit", "ranks"):
             if found[name] is not None:
                 found[name] = asdict(found[name])
         return {k: v for k, v in found.items() if v is not None or k not in _OPTIONAL}
@@ -87,7 +99,7 @@ class Round:
             TypeError: A key is missing or unknown.
         """
         found = dict(values)
-        for name, kind in (("recalibration", Recalibration), ("ranks", RankTraffic)):
+        for name, kind in _KINDS.items():
             if found.get(name) is not None:
                 found[name] = kind(**found[name])
         evidence = [(damping, loss) for damping, loss in found.pop("damping_evidence", [])]

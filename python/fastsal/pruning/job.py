@@ -25,6 +25,7 @@ from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.measured import HeldOut, HeldOutFeatures, InMicroBatches, Measured
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.refit.stage import RefitStage, tensors_of
 from fastsal.pruning.shelf import Shelf, all_or_nothing, restore
 from fastsal.pruning.step import Step
 
@@ -45,6 +46,7 @@ class Job:
             where the model has them.
         process: Computes statistics, scores, masks and weights.
         shelf: Where copies of weights and scores are stored.
+        refit: How the pruned model is refitted to the dense one, or None.
         seen: Records the images that passes see, for a checkpoint; None without one.
     """
 
@@ -59,6 +61,7 @@ class Job:
     process: Process = field(default_factory=Process)
     shelf: Shelf = field(default_factory=Shelf)
     seen: SeenImages | None = None
+    refit: RefitStage | None = None
 
     @property
     def step(self) -> Step:
@@ -142,6 +145,8 @@ class Job:
         if self.statistics["curvature"] != "features":
             return HeldOut.of(self.model, batches, self.loss)
         all_features = self.process.all_features
+        if self.refit is not None:
+            return HeldOutFeatures.of(self.refit.dense, batches, all_features)
         if self.dense is None:
             return HeldOutFeatures.of(self.model, batches, all_features)
         present = self.shelf.put("present", self.chosen)
@@ -189,7 +194,12 @@ class Job:
 
     def all_or_nothing(self) -> contextlib.AbstractContextManager[dict[str, Tensor]]:
         """Restore the weights if the block raises; yields a copy of them."""
-        return all_or_nothing(self.chosen, self.shelf)
+        return all_or_nothing(self.changed, self.shelf)
+
+    @property
+    def changed(self) -> Mapping[str, Tensor]:
+        """The tensors that the job may change: refitting changes all."""
+        return self.chosen if self.refit is None else tensors_of(self.model)
 
 
 def planned_micro_batch(fisher: Statistics | None) -> int | None:

@@ -33,10 +33,13 @@ from fastsal.pruning.process import Process
 from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.refit.settings import Refit
+from fastsal.pruning.refit.stage import RefitStage
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
 from fastsal.utils.identity import identity_of
+from fastsal.utils.sizes import parse_bytes
 from fastsal.utils.suggestions import check_choice
 
 
@@ -75,6 +78,7 @@ def prune(
     checkpoint: str | os.PathLike[str] | None = None,
     head: str | Sequence[str] | None = None,
     batch: BatchRule | None = None,
+    refit: str | Sequence[str] | Refit | None = None,
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -164,6 +168,10 @@ def prune(
             `curvature="features"` uses it: features are its input.
         batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
             another form.
+        refit: After pruning, train the kept weights to match the outputs of the dense model, on
+            these images, without labels: `"blocks"`, other windows or a `fastsal.Refit`; see
+            `fastsal.refit`. One sample in eight is held out and decides which step is kept, if any.
+            None for no refitting.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -199,7 +207,8 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         block_size=given.block_size,
         seed=given.seed,
     )
-    recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate)
+    refits = given.refit is not None
+    recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate, refits=refits)
     loss = resolve_loss(given.loss)
     limit = Limit.of(
         given.max_loss_increase,
@@ -227,6 +236,7 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     if given.memory_budget is not None:
         nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
     statistics = _collection(given, recipe, chosen, process, nbytes)
+    stage = _refit_stage(given, chosen, nbytes)
     # The model has its dense weights until the second round.
     needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
     job = Job(
@@ -237,14 +247,37 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         chosen,
         statistics,
         loss,
-        copies(chosen) if needs_copy else None,
+        copies(chosen) if needs_copy and not refits else None,
         process,
         Shelf(given.scratch),
         None if given.checkpoint is None else SeenImages(),
+        stage,
     )
     result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
     in_use = result.masks.in_use(model, images)
     return replace(result, left_out=left_out(model, chosen), in_use=in_use)
+
+
+def _refit_stage(
+    given: Arguments, chosen: dict[str, nn.Parameter], images: int
+) -> RefitStage | None:
+    """Return how to refit the model, which is dense now; None without refitting.
+
+    `images` is the bytes of held-out images that are kept.
+    """
+    if given.refit is None:
+        return None
+    weights = sum(p.numel() for p in chosen.values())
+    scores_and_masks = (4 + 2) * weights
+    return RefitStage.of(
+        given.refit,
+        given.model,
+        autocast=given.autocast,
+        progress=given.progress,
+        seed=given.seed,
+        budget=None if given.memory_budget is None else parse_bytes(given.memory_budget),
+        kept=scores_and_masks + images,
+    )
 
 
 def _collection(
@@ -318,6 +351,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "loss_scale": given.loss_scale,
             "micro_batch": given.micro_batch,
             "recalibrate": given.recalibrate,
+            "refit": None if job.refit is None else job.refit.settings.as_dict(),
         }
         rest = model_digest(job.model, without=job.chosen.values())
         checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
@@ -333,6 +367,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
         "rounds": given.rounds != 1,
         "pattern": given.pattern is not None,
         "recalibrate": given.recalibrate,
+        "refit": given.refit is not None,
         "checkpoint": given.checkpoint is not None,
     }
     if any(others.values()):

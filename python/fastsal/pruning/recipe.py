@@ -100,7 +100,9 @@ class Recipe:
             return False
         return Pattern.parse(pattern).m <= LARGEST_GROUP
 
-    def check(self, rounds: int, batches: Batches | None, *, recalibrate: bool) -> None:
+    def check(
+        self, rounds: int, batches: Batches | None, *, recalibrate: bool, refits: bool = False
+    ) -> None:
         """Raise InvalidArgument for arguments that exclude each other."""
         if rounds > 1 and (pattern := self.ranking["pattern"]) is not None:
             raise InvalidArgument(f"rounds must be 1 with pattern {pattern!r}, got {rounds}")
@@ -112,10 +114,12 @@ class Recipe:
                 "recalibrate must be False without statistics: it is tested on images held out of "
                 "them; use another criterion, or compensate=True"
             )
-        if (rounds > 1 or recalibrate) and isinstance(batches, Iterator):
+        if refits and batches is None:
+            raise InvalidArgument("batches must be images for refit, got None")
+        if (rounds > 1 or recalibrate or refits) and isinstance(batches, Iterator):
             raise InvalidArgument(
-                "batches must be iterable several times (a list or a DataLoader) with rounds > 1 "
-                "or recalibrate=True, got an iterator"
+                "batches must be iterable several times (a list or a DataLoader) with rounds > 1, "
+                "recalibrate=True or refit, got an iterator"
             )
 
     def asked(self) -> dict[str, Any]:
@@ -128,8 +132,9 @@ class Recipe:
             "needs_damping": self.needs_damping,
         }
 
-    def sign(self, masks: Masks, history: Sequence[Round]) -> None:
-        """Record in the masks how they were made."""
+    def sign(self, masks: Masks, history: Sequence[Round], **further: Any) -> None:
+        """Record in the masks how they were made, with further facts that are not None."""
+        masks.recipe.update({k: v for k, v in further.items() if v is not None})
         masks.recipe.update(
             criterion=self.criterion,
             rounds=len(history),

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fastsal.data.held_out import HeldOutSamples, require_some
+from fastsal.data.held_out import HeldOutSamples, Repeated, require_some
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.checkpoint import Checkpoint
@@ -39,6 +39,10 @@ class RoundStatistics:
     joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
     held: HeldOutSamples | None = None
+
+    def without_statistics(self) -> RoundStatistics:
+        """Return the held-out images alone, so that the memory of statistics is free."""
+        return RoundStatistics(tuned=self.tuned, held=self.held)
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
         """Return whether the model is no worse than the best attempt."""
@@ -108,13 +112,15 @@ def prune_in_rounds(
     found = RoundStatistics()
     with job.all_or_nothing(), moments_kept_on_error(model):
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.chosen, job.images)
+            masks, history = checkpoint.resume(job.changed, job.images, job.chosen)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = recipe.is_auto and not history
             # Frees statistics and scores of the previous round.
             found, fisher, scores = RoundStatistics(), None, {}
-            found = find(number, holds_out=chooses or (recalibrate and number == len(goals)))
+            is_last = number == len(goals)
+            refits = job.refit is not None and (is_last or job.refit.settings.between_rounds)
+            found = find(number, holds_out=chooses or refits or (recalibrate and is_last))
             clock.lap("statistics")
             choice: DampingChoice | None = None
             best: Attempt | None = None
@@ -135,22 +141,44 @@ def prune_in_rounds(
             entry = step.record(number, fisher, choice, result, clock.seconds)
             history.append(replace(entry, held_out_joined=joined) if chooses else entry)
             del result, best  # they refer to scores
-            if checkpoint is not None and number < len(goals):
-                checkpoint.save(job.chosen, masks, history)
-        if recalibrate and found.tuned is not None and found.held is not None:
-            clock = Clock()
-            measured = partial(found.tuned.mean_loss, model)
-            source = found.held.without(job.source())
-            effect = recalibrate_if_better(model, source, measured)
-            clock.lap("recalibration")
-            seconds = history[-1].seconds | clock.seconds
-            history[-1] = replace(history[-1], recalibration=effect, seconds=seconds)
+            found = found.without_statistics()
+            fisher = None
+            if recalibrate and is_last:
+                history[-1] = _recalibrated(job, found, history[-1])
+            if refits:
+                history[-1] = _refitted(job, found, masks, history[-1])
+            if checkpoint is not None and not is_last:
+                checkpoint.save(job.changed, masks, history)
         if masks is None:
             raise InvalidArgument("rounds must be at least 1, got 0")
-        recipe.sign(masks, history)
+        recipe.sign(masks, history, refit=job.refit and job.refit.settings.as_dict())
         if checkpoint is not None:
             checkpoint.remove()
     return masks, scores, history
+
+
+def _recalibrated(job: Job, found: RoundStatistics, entry: Round) -> Round:
+    """Recalibrate the model if that lowers the held-out loss; return the entry with the effect."""
+    if found.tuned is None or found.held is None:
+        return entry
+    clock = Clock()
+    measured = partial(found.tuned.mean_loss, job.model)
+    effect = recalibrate_if_better(job.model, found.held.without(job.source()), measured)
+    clock.lap("recalibration")
+    return replace(entry, recalibration=effect, seconds=entry.seconds | clock.seconds)
+
+
+def _refitted(job: Job, found: RoundStatistics, masks: Masks, entry: Round) -> Round:
+    """Refit the model to its dense copy; return the entry with what that did."""
+    if job.refit is None:
+        return entry
+    clock = Clock()
+    # Without statistics nothing is held out yet.
+    held = found.held or job.tuning_samples(job.source(), job.total)
+    require_some(held)
+    done = job.refit.run(job.model, Repeated(lambda: held.without(job.source())), held, masks)
+    clock.lap("refit")
+    return replace(entry, refit=done, seconds=entry.seconds | clock.seconds)
 
 
 def rising_goals(sparsity: float | None, rounds: int) -> list[float | None]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.refit.settings import Refit
+from fastsal.pruning.refit.stage import RefitStage
 from fastsal.pruning.rounds import RoundStatistics, prune_in_rounds, rising_goals
 from fastsal.study.cells import Cell
+from fastsal.study.settings.schema import RefitSettings
 from fastsal.study.sources import PruningSource
 from fastsal.transfer.headed import PREFIX
 
@@ -31,6 +35,8 @@ class Pruned:
 def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
     """Prune the dense backbone of a source in place, with the settings of a cell."""
     job = source.job(cell.criterion, cell.seed)
+    if (how := cell.criterion.refit) is not None:
+        job = replace(job, batches=source.all_images(), refit=_stage(how, job, cell.seed))
     recipe = job.recipe
     waited = 0.0
     own: list[float] = []
@@ -69,6 +75,21 @@ def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
         for name, mask in masks.items()
     ]
     return Pruned(masks, facts, layers)
+
+
+def _stage(how: RefitSettings, job: Job, seed: int) -> RefitStage:
+    """Return how to refit the model of a job, which is dense now."""
+    lr: Any = "auto" if how.lr is None else how.lr
+    settings = Refit(
+        how.windows,
+        steps=how.steps,
+        batch_size=how.batch_size,
+        lr=lr,
+        between_rounds=how.between_rounds,
+    )
+    return RefitStage.of(
+        settings, job.model, autocast=None, progress=False, seed=seed, budget=None, kept=0
+    )
 
 
 def plain_masks(masks: Masks) -> Masks:

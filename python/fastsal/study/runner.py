@@ -7,9 +7,11 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastsal.errors import FastsalError
 from fastsal.models.weights import save_weights
@@ -30,6 +32,7 @@ from fastsal.study.turns import Turns
 from fastsal.study.waiting import POLL, Waiting
 from fastsal.transfer.evaluation import Measurement
 from fastsal.utils.claims import Claims
+from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
@@ -105,15 +108,18 @@ def run_study(
         Summary of the run.
 
     Raises:
-        InvalidArgument: The folder holds other files, or the results of another study.
+        InvalidArgument: The folder holds other files, or the results of another study, or this
+            machine does not have the device.
         FastsalError: A model or a task cannot be opened.
         OSError: A result cannot be written; finished cells are kept.
     """
     start = time.perf_counter()
     require_tables()
     check_files(study)
+    device = resolve_device(study.device)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
     store = Store(Path(out), identity)
+    study = replace(study, device=str(device))
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
     files |= class_map_digests(study)
@@ -189,7 +195,7 @@ def _write_once(
                 "seconds": round(sum(r["seconds"] for r in found), 3),
                 "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in found),
                 "versions": versions(),
-                "machine": machine(),
+                "machine": {**machine(), **device_facts(torch.device(study.device))},
                 "results": digest,
             }
         )
@@ -223,6 +229,8 @@ def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict
         "peak_memory_bytes": peak_memory(),
     }
     result["facts"] |= {**versions(), "threads": torch_threads()}
+    if not isinstance(source, Exception):
+        result["facts"]["device"] = source.study.device
     store.write(cell.key, result)
     return result
 

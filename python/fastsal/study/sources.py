@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,12 @@ class PruningSource:
         """Names of the weights to prune, as in `models`."""
         return [PREFIX + name for name in self.backbone.names]
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of mixed-precision passes in statistics and fine-tuning."""
+        name = self.study.autocast
+        return None if name is None else getattr(torch, name)
+
     def role(self, task: str) -> str:
         """Return whether pruning sees a task: `SOURCE` or `TRANSFER`."""
         return SOURCE if task in self.settings.tasks else TRANSFER
@@ -138,6 +145,7 @@ class PruningSource:
             "parameters": self.parameters,
             "block_size": self.study.block_size,
             "micro_batch": None,
+            "autocast": self.autocast,
         }
         chosen = select_parameters(model, self.parameters)
         return Job(model, batches, None, recipe, chosen, statistics, cross_entropy)
@@ -160,6 +168,10 @@ class PruningSource:
         return RoundStatistics(
             _statistics(fisher), lambda: _statistics(joined), MixedHeldOut(tuned)
         )
+
+    def all_images(self) -> Batches:
+        """Return the images of the statistics of all tasks, iterable again."""
+        return Repeated(lambda: chain.from_iterable(self._batches(each) for each in self.images))
 
     def _batches(self, images: SourceImages) -> Batches:
         """Return the images of the statistics; without labels if the source is unlabeled."""

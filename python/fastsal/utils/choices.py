@@ -18,6 +18,10 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
+# Outputs that `fastsal.refit` matches besides the features: those of all blocks, or none.
+RefitWindows = Literal["blocks", "whole"]
+REFIT_WINDOWS: tuple[RefitWindows, ...] = get_args(RefitWindows)
+
 # Floating-point types in which statistics are accumulated.
 Precision = Literal["float32", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

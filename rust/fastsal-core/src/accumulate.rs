@@ -206,8 +206,7 @@ impl<T: Real> Task<'_, T> {
                 dispatch(isa, Syrk { panel, n, size, stride, packed: to, first, fresh, between });
                 if item > items - blocks {
                     // The last samples of the block. No other entry exceeds the diagonal ones.
-                    let packed = &packed[places];
-                    clean &= (0..size).all(|i| packed[row_base(size, i) + i].finite());
+                    clean &= has_finite_diagonal(&packed[places], size);
                 }
             }
             if let Some(mut packer) = packer {
@@ -223,6 +222,17 @@ impl<T: Real> Task<'_, T> {
         }
         clean
     }
+}
+
+/// Whether no diagonal entry of a packed triangle is infinite or NaN.
+fn has_finite_diagonal<T: Real>(packed: &[T], size: usize) -> bool {
+    let mut at = 0;
+    // Without an early exit, loads do not wait for comparisons.
+    (0..size).fold(true, |is_finite, i| {
+        let is_finite = is_finite & packed[at].finite();
+        at += size - i;
+        is_finite
+    })
 }
 
 /// Rows of a panel to pack with each tile of the panel before.
@@ -303,16 +313,16 @@ struct PackRows<'a, E, T> {
 impl<E: Element, T: Real> Kernel<T> for PackRows<'_, E, T> {
     type Output = ();
     #[inline(always)]
-    fn run<S: Simd<T = T>>(self, _simd: S) {
+    fn run<S: Simd<T = T>>(self, simd: S) {
         let Self { rows, count, column, sums, panel, stride } = self;
         let mut row = 0;
         while row < count {
             let panel = &mut panel[row * stride..];
             let rows = rows.from(row);
             row += if count - row >= 4 {
-                pack::<E, T, 4>(&rows, column, panel, stride, sums)
+                pack::<E, S, 4>(simd, &rows, column, panel, stride, sums)
             } else {
-                pack::<E, T, 1>(&rows, column, panel, stride, sums)
+                pack::<E, S, 1>(simd, &rows, column, panel, stride, sums)
             };
         }
     }
@@ -320,12 +330,13 @@ impl<E: Element, T: Real> Kernel<T> for PackRows<'_, E, T> {
 
 /// Copy `R` rows of one block into its panel and add them to the sums; return `R`.
 #[inline(always)]
-fn pack<E: Element, T: Real, const R: usize>(
+fn pack<E: Element, S: Simd, const R: usize>(
+    simd: S,
     rows: &Rows<'_, E>,
     column: usize,
-    to: &mut [T],
+    to: &mut [S::T],
     stride: usize,
-    sums: &mut [T],
+    sums: &mut [S::T],
 ) -> usize {
     let from: [&[E]; R] = std::array::from_fn(|r| rows.row(r, column, column + sums.len()));
     // Arrays of a fixed length compile to whole vectors.
@@ -338,7 +349,7 @@ fn pack<E: Element, T: Real, const R: usize>(
             let Some(to) = to[r * stride + c * PADDING..].first_chunk_mut::<PADDING>() else {
                 return R;
             };
-            let values = row.map(T::widen);
+            let values = S::T::widen_all(simd, *row);
             *to = values;
             for (sum, value) in sum.iter_mut().zip(values) {
                 *sum += value;
@@ -348,7 +359,7 @@ fn pack<E: Element, T: Real, const R: usize>(
     }
     for (c, sum) in rest.iter_mut().enumerate() {
         for (r, row) in from.iter().enumerate() {
-            let x = T::widen(row[start + c]);
+            let x = S::T::widen(row[start + c]);
             to[r * stride + start + c] = x;
             *sum += x;
         }

@@ -1,9 +1,11 @@
 //! Gradients before they are summed: are they finite, and how large are they?
 
 use crate::error::{Error, Result};
+use crate::isa::Isa;
 use crate::parallel;
 use crate::parallel::prelude::*;
 use crate::rows::{with_rows, AnyRows, Element, Rows};
+use crate::simd::{dispatch, Kernel, Simd};
 
 /// Report the first NaN or infinity of `rows`.
 ///
@@ -23,14 +25,14 @@ pub fn largest(rows: AnyRows<'_>) -> Result<f64> {
 
 fn largest_of<E: Element>(n: usize, d: usize, rows: Rows<'_, E>) -> Result<f64> {
     const COLUMNS: usize = 1 << 14;
-    let parts = d.div_ceil(COLUMNS);
+    let (isa, parts) = (Isa::chosen()?, d.div_ceil(COLUMNS));
     let found: Vec<Result<f64>> = parallel::run(|| {
         let tasks = (0..n * parts).into_par_iter();
         tasks
             .map(|task| {
                 let (row, from) = (task / parts, task % parts * COLUMNS);
                 let values = rows.row(row, from, (from + COLUMNS).min(d));
-                let largest = largest_magnitude(values);
+                let largest = dispatch(isa, Largest { values });
                 if largest.is_finite() {
                     return Ok(largest);
                 }
@@ -45,15 +47,23 @@ fn largest_of<E: Element>(n: usize, d: usize, rows: Rows<'_, E>) -> Result<f64> 
 }
 
 /// The largest magnitude; NaN or an infinity if one is among the values.
-fn largest_magnitude<E: Element>(values: &[E]) -> f64 {
-    // Magnitudes are ordered like their bits, NaN above infinity, and a fold of integers without an
-    // early exit vectorizes.
-    if size_of::<E>() == size_of::<f64>() {
-        let bits = values.iter().map(|v| v.to_f64().abs().to_bits() as i64);
-        return f64::from_bits(bits.fold(0, i64::max) as u64);
+struct Largest<'a, E> {
+    values: &'a [E],
+}
+
+impl<E: Element> Kernel<f32> for Largest<'_, E> {
+    type Output = f64;
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> f64 {
+        // Magnitudes are ordered like their bits, NaN above infinity, and a fold of integers without
+        // an early exit vectorizes.
+        if size_of::<E>() == size_of::<f64>() {
+            let bits = self.values.iter().map(|v| v.to_f64().abs().to_bits() as i64);
+            return f64::from_bits(bits.fold(0, i64::max) as u64);
+        }
+        let bits = self.values.iter().map(|v| v.to_f32().abs().to_bits() as i32);
+        f32::from_bits(bits.fold(0, i32::max) as u32).into()
     }
-    let bits = values.iter().map(|v| v.to_f32().abs().to_bits() as i32);
-    f32::from_bits(bits.fold(0, i32::max) as u32).into()
 }
 
 #[cfg(test)]

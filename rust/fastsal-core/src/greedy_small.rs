@@ -88,7 +88,7 @@ impl<'a> Elimination<'a> {
     #[inline(always)]
     fn new<S: Simd<T = f64>, const NV: usize>(_simd: S, block: Block<'a>) -> Self {
         let Block { scratch, weights, kept, scores, turns } = block;
-        let Scratch { upper, lower, row, packed } = scratch;
+        let Scratch { upper, lower, row, packed, .. } = scratch;
         let (size, stride) = (weights.len(), NV * S::W);
         assert!(size <= stride && stride <= ROW);
         let packed = &packed[..triangle(size)];

@@ -14,10 +14,10 @@ pub struct Isa(Set);
 
 /// The name of an instruction set, which this processor may lack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Set {
+pub enum Set {
     /// Plain Rust: SSE2 on x86-64, NEON on arm64.
     Portable,
-    /// 256-bit vectors and fused multiply-add.
+    /// 256-bit vectors, fused multiply-add and conversion of half precision.
     Avx2,
     /// 512-bit vectors.
     Avx512,
@@ -41,7 +41,8 @@ impl Isa {
         let mut found = vec![Self::PORTABLE];
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if has_avx2 && is_x86_feature_detected!("f16c") {
                 found.push(Self(Set::Avx2));
             }
             // Kernels of 512 bits use vectors of half the width, too.

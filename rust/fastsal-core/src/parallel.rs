@@ -164,8 +164,14 @@ impl Call {
         self.is_stopped.store(true, Ordering::Relaxed);
     }
 
+    /// Whether the caller has said so; a worker does not ask.
+    #[inline(always)]
+    fn is_told_to_stop(&self) -> bool {
+        self.is_stopped.load(Ordering::Relaxed)
+    }
+
     fn is_stopped(&self) -> bool {
-        if self.is_stopped.load(Ordering::Relaxed) {
+        if self.is_told_to_stop() {
             return true;
         }
         let must_stop = self.alone.as_ref().is_some_and(Alone::must_stop);
@@ -184,7 +190,7 @@ impl Call {
 
     /// The result of a job, unless the caller was told that it would have none.
     fn outcome<R>(&self, result: Result<R>) -> Result<R> {
-        if self.is_stopped.load(Ordering::Relaxed) {
+        if self.is_told_to_stop() {
             return Err(Error::Interrupted);
         }
         result

@@ -3,6 +3,8 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+use crate::isa::Set;
+use crate::simd::{Simd, PADDING};
 
 /// `n` rows of `d` contiguous elements; consecutive rows start `stride` elements apart.
 #[derive(Debug, Clone, Copy)]
@@ -128,6 +130,16 @@ pub trait Element: Copy + Send + Sync + 'static {
     fn to_f64(self) -> f64 {
         self.to_f32().into()
     }
+    /// [`Element::to_f32`] of neighbors, with the instruction set of a kernel.
+    #[inline(always)]
+    fn to_f32s<S: Simd>(_simd: S, values: [Self; PADDING]) -> [f32; PADDING] {
+        values.map(Self::to_f32)
+    }
+    /// [`Element::to_f64`] of neighbors, with the instruction set of a kernel.
+    #[inline(always)]
+    fn to_f64s<S: Simd>(_simd: S, values: [Self; PADDING]) -> [f64; PADDING] {
+        values.map(Self::to_f64)
+    }
 }
 
 impl Element for f32 {
@@ -169,11 +181,47 @@ impl Element for f16 {
         let value = if magnitude < 0x0400 << 13 { subnormal & 0x7fff_ffff } else { normal };
         f32::from_bits(value | (bits & 0x8000) << 16)
     }
+    #[inline(always)]
+    fn to_f32s<S: Simd>(_simd: S, values: [Self; PADDING]) -> [f32; PADDING] {
+        #[cfg(target_arch = "x86_64")]
+        if S::SET != Set::Portable {
+            use std::arch::x86_64::{_mm256_cvtph_ps, _mm256_storeu_ps, _mm_loadu_si128};
+            let mut wide = [0.0; PADDING];
+            for (to, from) in wide.chunks_exact_mut(8).zip(values.chunks_exact(8)) {
+                // The conversion does not depend on the floating-point environment.
+                // SAFETY: eight elements each; `_simd` is the proof of the instruction set.
+                unsafe {
+                    let from = _mm_loadu_si128(from.as_ptr().cast());
+                    _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(from));
+                }
+            }
+            return wide;
+        }
+        values.map(Self::to_f32)
+    }
+    #[inline(always)]
+    fn to_f64s<S: Simd>(simd: S, values: [Self; PADDING]) -> [f64; PADDING] {
+        Self::to_f32s(simd, values).map(f64::from)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::isa::Isa;
+    use crate::simd::{dispatch, Kernel};
+
+    /// All numbers of half precision, sixteen at a time.
+    struct All;
+    impl Kernel<f32> for All {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn run<S: Simd<T = f32>>(self, simd: S) -> Vec<f32> {
+            let starts = (0..=u16::MAX).step_by(PADDING);
+            let numbers = |start| std::array::from_fn(|i| f16::from_bits(start + i as u16));
+            starts.flat_map(|start| f16::to_f32s(simd, numbers(start))).collect()
+        }
+    }
 
     /// Compare the conversions of all numbers, converted as vectors, with those of `half`.
     fn check_half(theirs: &[(f32, f32)]) {
@@ -184,6 +232,10 @@ mod tests {
         for (bits, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
             assert!(same(ours.0, theirs.0), "{bits:#x}: {} {}", ours.0, theirs.0);
             assert!(same(ours.1, theirs.1), "{bits:#x}: {} {}", ours.1, theirs.1);
+        }
+        for isa in Isa::available() {
+            let ours = dispatch(isa, All);
+            assert!(ours.iter().zip(theirs).all(|(ours, theirs)| same(*ours, theirs.0)), "{isa:?}");
         }
     }
 

@@ -18,6 +18,8 @@ pub(crate) struct Scratch {
     pub row: Vec<f64>,
     /// A packed triangle.
     pub packed: Vec<f64>,
+    /// Weights of the largest block that there is room for.
+    reserved: usize,
 }
 
 impl Scratch {
@@ -28,13 +30,18 @@ impl Scratch {
     /// [`crate::Error::Memory`] when there is no memory for a block of this size.
     pub fn reserve(&mut self, size: usize) -> Result<()> {
         const WHAT: &str = "the matrices of a block";
+        if size <= self.reserved {
+            return Ok(());
+        }
         let stride = padded(size);
         // A row more than the matrix: the columns of the elimination end with one of zeros.
         let matrix = size.saturating_add(1).saturating_mul(stride);
         reserve(WHAT, &mut self.upper, matrix)?;
         reserve(WHAT, &mut self.lower, matrix)?;
         reserve(WHAT, &mut self.row, stride.saturating_mul(4))?;
-        reserve(WHAT, &mut self.packed, triangle(size))
+        reserve(WHAT, &mut self.packed, triangle(size))?;
+        self.reserved = size;
+        Ok(())
     }
 }
 

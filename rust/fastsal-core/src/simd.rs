@@ -17,7 +17,7 @@ use crate::rows::Element;
 /// # Safety
 /// Callers run the functions only on a processor that has the instruction set, on pointers that are
 /// valid for `W` elements (for the elements in `lo..hi`, where a range is given).
-pub(crate) trait Simd: Copy {
+pub trait Simd: Copy {
     /// Element type.
     type T: Real;
     /// Register.
@@ -77,7 +77,7 @@ macro_rules! registers {
         store_lanes($to:ident, $value:ident) $store_lanes:expr;
     )*) => {$(
         #[derive(Clone, Copy)]
-        pub(crate) struct $name(());
+        pub struct $name(());
 
         impl Simd for $name {
             type T = $t;
@@ -247,7 +247,7 @@ unsafe fn store_each<S: Simd, const W: usize>(p: *mut S::T, v: S::V, lo: usize, 
 }
 
 /// A real type that statistics are kept in, with its registers.
-pub(crate) trait Real:
+pub trait Real:
     Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + 'static
 {
     type Portable: Simd<T = Self>;
@@ -255,12 +255,14 @@ pub(crate) trait Real:
     type Avx512: Simd<T = Self>;
     /// Convert a gradient element to the nearest value.
     fn widen<E: Element>(e: E) -> Self;
+    /// [`Real::widen`] of neighbors.
+    fn widen_all<E: Element, S: Simd>(simd: S, e: [E; PADDING]) -> [Self; PADDING];
     /// Whether the value is neither infinite nor NaN.
     fn finite(self) -> bool;
 }
 
 macro_rules! real {
-    ($t:ty, $widen:ident, $portable:ty, $avx2:ty, $avx512:ty) => {
+    ($t:ty, $widen:ident, $widen_all:ident, $portable:ty, $avx2:ty, $avx512:ty) => {
         impl Real for $t {
             type Portable = $portable;
             #[cfg(target_arch = "x86_64")]
@@ -276,6 +278,10 @@ macro_rules! real {
                 e.$widen()
             }
             #[inline(always)]
+            fn widen_all<E: Element, S: Simd>(simd: S, e: [E; PADDING]) -> [Self; PADDING] {
+                E::$widen_all(simd, e)
+            }
+            #[inline(always)]
             fn finite(self) -> bool {
                 // Two integer operations, which vectorize; `is_finite` compares.
                 self.to_bits() & <$t>::INFINITY.to_bits() != <$t>::INFINITY.to_bits()
@@ -283,8 +289,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, to_f32, PortableF32, Avx2F32, Avx512F32);
-real!(f64, to_f64, PortableF64, Avx2F64, Avx512F64);
+real!(f32, to_f32, to_f32s, PortableF32, Avx2F32, Avx512F32);
+real!(f64, to_f64, to_f64s, PortableF64, Avx2F64, Avx512F64);
 
 /// A computation written once for every instruction set; `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel<T: Real> {
@@ -304,13 +310,13 @@ pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output 
     #[cfg(target_arch = "x86_64")]
     {
         #[inline(never)]
-        #[target_feature(enable = "avx2,fma")]
+        #[target_feature(enable = "avx2,fma,f16c")]
         fn avx2<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
             // SAFETY: this function runs only where the processor has the set.
             kernel.run(unsafe { T::Avx2::new() })
         }
         #[inline(never)]
-        #[target_feature(enable = "avx2,fma,avx512f")]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f")]
         fn avx512<T: Real, K: Kernel<T>>(kernel: K) -> K::Output {
             // SAFETY: as above.
             kernel.run(unsafe { T::Avx512::new() })

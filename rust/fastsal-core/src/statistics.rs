@@ -15,6 +15,9 @@ use crate::scratch::{room, unpack, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd};
 use crate::syrk::syrk_of_lower;
 
+/// Weights whose diagonal one item of a loop copies.
+const DIAGONAL_TASK: usize = 1 << 12;
+
 /// `sum_n g_nb g_nbᵀ` of all blocks, packed, in either precision.
 #[derive(Debug, Clone, Copy)]
 pub enum Packed<'a> {
@@ -106,9 +109,15 @@ impl<'a> Statistics<'a> {
         let Self { layout, samples, .. } = *self;
         check_length("out", out.len(), layout.len())?;
         parallel::run(|| {
-            out.par_chunks_mut(layout.block()).enumerate().for_each(|(b, out)| {
-                let range = layout.packed_range(b);
-                with_packed!(self.packed, p => diagonal_means(&p[range], samples, out));
+            // Blocks of a few weights are too little for an item of a loop.
+            let block = layout.block();
+            let group = DIAGONAL_TASK.div_ceil(block);
+            out.par_chunks_mut(group * block).enumerate().for_each(|(task, out)| {
+                let first = layout.packed_range(task * group).start;
+                with_packed!(self.packed, p => {
+                    let blocks = p[first..].chunks(triangle(block)).zip(out.chunks_mut(block));
+                    blocks.for_each(|(packed, out)| diagonal_means(packed, samples, out));
+                });
             });
         });
         Ok(())
@@ -122,9 +131,10 @@ impl<'a> Statistics<'a> {
 
 /// Divide the diagonal of a packed triangle by the number of samples.
 fn diagonal_means<T: Real>(packed: &[T], samples: f64, out: &mut [f64]) {
-    let size = out.len();
+    let (mut at, size) = (0, out.len());
     for (i, out) in out.iter_mut().enumerate() {
-        *out = packed[row_base(size, i) + i].into() / samples;
+        *out = packed[at].into() / samples;
+        at += size - i;
     }
 }
 

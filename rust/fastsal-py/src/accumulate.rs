@@ -44,7 +44,8 @@ pub fn accumulate<'py>(
         _ => return Err(must_be("sums", "of the type of packed", "another type")),
     };
     // A product for each entry of a triangle, sixteen of them in a nanosecond, and the triangle itself.
-    let work = rows.d() as u64 * (rows.n() as u64 + 8) * (layout.block() as u64 + 16) / 32;
+    let [d, n, block] = [rows.d(), rows.n(), layout.block()].map(|count| count as u64);
+    let work = d.saturating_mul(n + 8).saturating_mul(block + 16) / 32;
     let job = || core::accumulate(isa, layout, rows, sums, fresh);
     if fresh {
         call(py, work, job)
@@ -59,5 +60,5 @@ pub fn accumulate<'py>(
 pub fn largest<'py>(py: Python<'py>, rows: &Bound<'py, PyAny>, dtype: &str) -> PyResult<f64> {
     let gradients = Gradients::new(rows, dtype)?;
     let rows = gradients.rows()?;
-    call(py, rows.n() as u64 * rows.d() as u64, || finite::largest(rows))
+    call(py, (rows.n() as u64).saturating_mul(rows.d() as u64), || finite::largest(rows))
 }

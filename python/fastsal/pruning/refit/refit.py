@@ -12,70 +12,30 @@ Axes: n images.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsal.data.batches import Batches, Pair, as_batches
 from fastsal.data.held_out import HELD_OUT_MOST, HeldOutSamples, Repeated, require_some
 from fastsal.data.unpacking import BatchRule, ruled
-from fastsal.errors import InvalidArgument, NonFiniteLoss
+from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
-from fastsal.models.classifier import classifier_of
-from fastsal.models.evaluating import evaluating, plain_call, to_model
-from fastsal.models.features import feature_outputs
-from fastsal.models.outputs import output_tensor
+from fastsal.models.evaluating import evaluating
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.refit.draws import Draws
+from fastsal.pruning.refit.fitting import Fitting
+from fastsal.pruning.refit.matching import Matching
 from fastsal.pruning.refit.settings import Refit
-from fastsal.pruning.refit.windows import capturing, find_blocks, relative_error
-from fastsal.pruning.shelf import all_or_nothing, copies, restore
+from fastsal.pruning.refit.windows import find_blocks
+from fastsal.pruning.refit_result import RefitResult
+from fastsal.pruning.shelf import all_or_nothing
 from fastsal.utils.numbers import whole
 from fastsal.utils.progress import Report, reporter
 
-# Learning rates of Adam that `lr="auto"` tries, each for this fraction of the steps.
-_RATES = (2e-3, 5e-4, 1e-4)
-_TRIAL = 1 / 20
-_FINAL = "(final)"  # key of the features or outputs among the windows
-
-
-@dataclass(frozen=True)
-class RefitResult:
-    """The result of `refit`.
-
-    Attributes:
-        before: Held-out error before it: the mean over windows of the relative squared error.
-        after: Held-out error of the weights that the model has now.
-        kept_step: Step whose weights were kept; 0 for the weights from before.
-        steps: Number of steps that were made.
-        lr: Initial learning rate.
-        windows: Names of the windows besides the features or outputs.
-        history: One entry per measurement: `step`, mean training `error` since the previous one,
-            and `held_out_error`.
-        seconds: Wall-clock time.
-    """
-
-    before: float
-    after: float
-    kept_step: int
-    steps: int
-    lr: float
-    windows: list[str]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __repr__(self) -> str:
-        return (
-            f"RefitResult(held-out error {self.before:.4g} -> {self.after:.4g}, kept_step="
-            f"{self.kept_step} of {self.steps}, lr={self.lr:g}, {len(self.windows)} windows, "
-            f"{self.seconds:.1f} s)"
-        )
+_BUFFER = 2**28  # bytes of images that wait for their turn, without a budget
 
 
 def refit(
@@ -94,11 +54,11 @@ def refit(
 ) -> RefitResult:
     """Train the kept weights of a pruned model, in place, to match its dense original.
 
-    Minimizes the mean over windows of `‖a(x) − b(x)‖² / ‖b(x)‖²`, where `a` and `b` are the
-    outputs of a window in the pruned and in the dense model, by Adam with a cosine decay. Models
-    run in evaluation mode. Pruned weights remain zero. The weights with the least error on
-    held-out images are kept, possibly the initial ones. All parameters that the windows depend on
-    are trained, biases and normalization included.
+    Minimizes the mean over windows of `E‖a(x) − b(x)‖² / E‖b(x)‖²`, where `a` and `b` are the
+    outputs of a window in the pruned and in the dense model, by Adam with a cosine decay; the
+    denominator is a mean over held-out images. Models run in evaluation mode. Pruned weights remain
+    zero. The weights with the least error on held-out images are kept, possibly the initial ones.
+    All parameters that the windows depend on are trained, biases and normalization included.
 
     Args:
         model: The pruned model.
@@ -140,10 +100,41 @@ def refit(
                 f"{name} must be iterable several times, such as a list or a DataLoader, got an "
                 "iterator"
             )
+    source, held = _images(batches, samples, held_out, seed)
+    return refit_on(
+        model, dense, source, held, masks, how, autocast=autocast, progress=progress, seed=seed
+    )
+
+
+def refit_on(
+    model: nn.Module,
+    dense: nn.Module,
+    source: Iterable[Pair],
+    held: Iterable[Pair],
+    masks: Masks,
+    how: Refit,
+    *,
+    autocast: torch.dtype | None,
+    progress: bool | Report,
+    seed: int,
+    room: int | None = None,
+) -> RefitResult:
+    """Refit as `refit` does, on checked arguments.
+
+    Args:
+        model: The pruned model.
+        dense: The dense model.
+        source: Training images, iterable again.
+        held: Held-out images, iterable again.
+        masks: Masks to hold.
+        how: Checked settings.
+        autocast: dtype for `torch.autocast`, or None.
+        progress: As for `refit`.
+        seed: Seed of all draws.
+        room: Bytes for images and activations; None for no limit.
+    """
     start = time.perf_counter()
     names = _windows(model, how)
-    source, held = _images(batches, samples, held_out, seed)
-    matching = Matching(model, dense, names, masks, autocast, held[0][0])
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with (
         all_or_nothing(tensors),
@@ -153,171 +144,15 @@ def refit(
         reporter(progress, "refitting", "steps") as report,
     ):
         masks.apply(model)
-        run = _Run(matching, source, held, how, masks, seed)
-        found = run(report)
-    return RefitResult(**found, windows=names, seconds=time.perf_counter() - start)
-
-
-class Matching:
-    """Outputs of the windows of two models, and their distance.
-
-    Args:
-        model: The pruned model.
-        dense: The dense model.
-        names: Names of the windows.
-        masks: Masks; if they prune the classifier, outputs are matched in place of features.
-        autocast: dtype for `torch.autocast`, or None.
-        images: `[n, ...]`, of which two run to find the classifier.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        dense: nn.Module,
-        names: list[str],
-        masks: Masks,
-        autocast: torch.dtype | None,
-        images: Tensor,
-    ) -> None:
-        self.model, self.dense = model, dense
-        self._names, self._autocast = names, autocast
-        head = {p for layer in classifier_of(model, images) for p in layer.parameters()}
-        prunes_head = not head.isdisjoint(masks.parameters(model).values())
-        self._call: Callable[[nn.Module, Tensor], Any] = (
-            plain_call if prunes_head or not head else feature_outputs
+        matching = Matching(model, dense, names, masks, autocast, held)
+        buffer = _BUFFER if room is None else min(_BUFFER, room // 4)
+        left = None if room is None else room - buffer
+        micro_batch = how.micro_batch or matching.micro_batch(how.batch_size, left)
+        fitting = Fitting(
+            matching, source, how, masks, seed=seed, micro_batch=micro_batch, room=buffer
         )
-
-    def error(self, images: Tensor) -> Tensor:
-        """Return the mean relative squared error of the windows, a scalar with a graph."""
-        with torch.no_grad():
-            wanted = self._outputs(self.dense, images)
-        return relative_error(self._outputs(self.model, images), wanted)
-
-    def held_out_error(self, batches: list[Pair]) -> float:
-        """Return the error on held-out images, averaged over images; inf for NaN."""
-        total = samples = 0.0
-        with torch.no_grad():
-            for images, _ in batches:
-                total += float(self.error(images)) * len(images)
-                samples += len(images)
-        error = total / samples
-        return error if math.isfinite(error) else math.inf
-
-    def _outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        first = next(model.parameters())
-        moved = to_model(images, first)
-        with (
-            capturing(model, self._names) as caught,
-            torch.autocast(
-                first.device.type, dtype=self._autocast, enabled=self._autocast is not None
-            ),
-        ):
-            final = self._call(model, moved)
-        missing = [name for name in self._names if name not in caught]
-        if missing:
-            raise InvalidArgument(
-                f"windows: {missing[0]!r} must be called by the model and return a tensor; it is "
-                "not called, or returns none"
-            )
-        return {**caught, _FINAL: output_tensor(final)}
-
-
-class _Run:
-    """The steps of one refitting.
-
-    Args:
-        matching: The two models.
-        source: Training images, iterable again.
-        held: Held-out images.
-        how: Checked settings.
-        masks: Masks to hold.
-        seed: Seed of all draws.
-    """
-
-    def __init__(
-        self,
-        matching: Matching,
-        source: Repeated,
-        held: list[Pair],
-        how: Refit,
-        masks: Masks,
-        seed: int,
-    ) -> None:
-        self._matching, self._model = matching, matching.model
-        self._source, self._held, self._how = source, held, how
-        self._masks, self._seed = masks, seed
-        self._parameters = dict(self._model.named_parameters())
-
-    def __call__(self, report: Report) -> dict[str, Any]:
-        """Refit; returns the attributes of a `RefitResult`."""
-        how = self._how
-        before = self._matching.held_out_error(self._held)
-        if not math.isfinite(before):
-            raise NonFiniteLoss(f"the error of the pruned model must be finite, got {before}")
-        lr = how.lr if how.lr != "auto" else self._choose_rate()
-        best, kept, misses = before, 0, 0
-        best_weights = copies(self._parameters)
-        history: list[dict[str, Any]] = []
-        every = max(1, how.steps // how.checks)
-        sums: list[float] = []
-        done = 0
-        for done, error in enumerate(self._steps(lr, how.steps), start=1):
-            sums.append(error)
-            report(done, how.steps)
-            if done % every and done != how.steps:
-                continue
-            value = self._matching.held_out_error(self._held)
-            history.append({"step": done, "error": sum(sums) / len(sums), "held_out_error": value})
-            sums, misses = [], misses + 1
-            if value < best:
-                best, kept, misses = value, done, 0
-                best_weights = copies(self._parameters)
-            if misses >= how.patience:
-                break
-        restore(self._parameters, best_weights)
-        return {
-            "before": before,
-            "after": best,
-            "kept_step": kept,
-            "steps": done,
-            "lr": lr,
-            "history": history,
-        }
-
-    def _choose_rate(self) -> float:
-        """Return the rate with the least held-out error after a few steps."""
-        start = copies(self._parameters)
-        steps = max(1, round(self._how.steps * _TRIAL))
-        tried = {}
-        for lr in _RATES:
-            for _ in self._steps(lr, steps):
-                pass
-            tried[lr] = self._matching.held_out_error(self._held)
-            restore(self._parameters, start)
-        return min(tried, key=lambda lr: (tried[lr], lr))
-
-    def _steps(self, lr: float, steps: int) -> Iterator[float]:
-        """Make steps with a cosine decay; yields the training error of each."""
-        generator = torch.Generator().manual_seed(self._seed)
-        draws = iter(Draws(self._source, self._how.batch_size, generator))
-        optimizer = torch.optim.Adam(self._parameters.values(), lr=lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        augment = self._how.augmentation
-        with self._masks.hold(self._model, optimizer):
-            for _ in range(steps):
-                images = next(draws)
-                if augment is not None:
-                    images = augment(images, generator)
-                optimizer.zero_grad()
-                with torch.enable_grad():
-                    error = self._matching.error(images)
-                value = float(error.detach())
-                if math.isfinite(value):
-                    torch.autograd.backward(error)
-                    optimizer.step()
-                schedule.step()
-                yield value
-        optimizer.zero_grad()
+        found = fitting.run(report)
+    return RefitResult(**found, windows=names, seconds=time.perf_counter() - start)
 
 
 def _windows(model: nn.Module, how: Refit) -> list[str]:

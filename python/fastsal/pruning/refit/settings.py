@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.refit.draws import Augmentation, flip_and_shift
+from fastsal.utils.choices import REFIT_WINDOWS, RefitWindows
+from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
-
-Windows = Literal["blocks", "whole"]
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,25 @@ class Refit:
             rates for a twentieth of the steps each, and takes the one with the least held-out
             error.
         batch_size: Images of a step.
+        micro_batch: Images of one forward and backward pass, of which a step adds up several; None
+            chooses it by the memory of the activations.
         augment: `"flip-shift"` mirrors half of the images and shifts each by up to an eighth of its
             side; None uses the images as they are; or a function `(images, generator)` to images.
         checks: Number of times that the held-out error is measured, at equal distances.
         patience: Number of measurements without a lower error after which refitting stops.
+        between_rounds: In `prune` with several rounds: whether the model is refitted after each
+            round, and not only after the last.
     """
 
-    windows: Windows | Sequence[str] = "blocks"
+    windows: RefitWindows | Sequence[str] = "blocks"
     steps: int = 400
     lr: float | Literal["auto"] = "auto"
     batch_size: int = 96
+    micro_batch: int | None = None
     augment: Literal["flip-shift"] | Augmentation | None = "flip-shift"
     checks: int = 10
     patience: int = 3
+    between_rounds: bool = False
 
     def checked(self) -> Refit:
         """Return the settings with plain numbers.
@@ -50,7 +56,7 @@ class Refit:
             if isinstance(lr, str):
                 raise InvalidArgument(f"lr must be a positive number or 'auto', got {lr!r}")
             lr = real("lr", lr, above=0)
-        if isinstance(self.windows, str) and self.windows not in ("blocks", "whole"):
+        if isinstance(self.windows, str) and self.windows not in REFIT_WINDOWS:
             raise InvalidArgument(
                 f"windows must be 'blocks', 'whole' or names of modules, got {self.windows!r}"
             )
@@ -58,14 +64,26 @@ class Refit:
             raise InvalidArgument(
                 f"augment must be 'flip-shift', None or a function, got {self.augment!r}"
             )
+        if not isinstance(self.between_rounds, bool):
+            raise InvalidArgument(
+                f"between_rounds must be True or False, got {self.between_rounds!r}"
+            )
+        micro_batch = self.micro_batch
         return replace(
             self,
             lr=lr,
             steps=whole("steps", self.steps, 1),
             batch_size=whole("batch_size", self.batch_size, 1),
+            micro_batch=None if micro_batch is None else whole("micro_batch", micro_batch, 1),
             checks=whole("checks", self.checks, 1),
             patience=whole("patience", self.patience, 1),
         )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; a function by its identity."""
+        windows = self.windows if isinstance(self.windows, str) else list(self.windows)
+        augment = identity_of(self.augment) if callable(self.augment) else self.augment
+        return {**vars(self), "windows": windows, "augment": augment}
 
     @property
     def augmentation(self) -> Augmentation | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -81,16 +80,3 @@ def _first_tensor(out: object) -> Tensor | None:
     if isinstance(out, (tuple, list)):
         return next((t for t in map(_first_tensor, out) if t is not None), None)
     return None
-
-
-def relative_error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """Return the mean over windows of `‖a − b‖² / ‖b‖²`, a scalar with a graph.
-
-    Windows whose wanted outputs are all zero are left out.
-    """
-    errors = []
-    for name, b in wanted.items():
-        size = b.float().square().sum()
-        if size > 0:
-            errors.append((found[name].float() - b.float()).square().sum() / size)
-    return torch.stack(errors).mean()

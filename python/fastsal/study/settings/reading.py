@@ -15,6 +15,7 @@ from fastsal.study.settings.schema import (
     DiagnosticsSettings,
     FinetuneSettings,
     ModelSettings,
+    RefitSettings,
     SourceSettings,
     SplitSettings,
     Study,
@@ -22,14 +23,18 @@ from fastsal.study.settings.schema import (
 )
 from fastsal.study.settings.toml_lines import read_toml
 from fastsal.utils.choices import (
+    AUTOCAST_TYPES,
     CORRUPTION_KINDS,
     CRITERION_NAMES,
     CURVATURES,
     HEAD_KINDS,
+    REFIT_WINDOWS,
     SAVED,
     SCHEDULES,
     SCOPES,
+    Autocast,
 )
+from fastsal.utils.devices import DEVICE_KINDS, is_device_name
 
 
 def load_study(
@@ -69,8 +74,8 @@ def study_of(
     """
     top.only(
         "name", "root", "sparsities", "seeds", "rounds", "samples", "block_size", "batch_size",
-        "head", "ridge", "save", "models", "tasks", "sources", "criteria", "split", "finetune",
-        "diagnostics",
+        "head", "ridge", "save", "device", "autocast", "models", "tasks", "sources",
+        "criteria", "split", "finetune", "diagnostics",
     )  # fmt: skip
     own_root = Path(folder) / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
@@ -92,6 +97,8 @@ def study_of(
         head=top.choice("head", HEAD_KINDS, "ridge"),
         ridge=top.number("ridge", 0.1, least=0),
         save=top.choice("save", SAVED, "none"),
+        device=_device(top),
+        autocast=_autocast(top),
         split=_split(top.within("split")),
         finetune=_finetune(top.within("finetune")) if "finetune" in top.table else None,
         diagnostics=(
@@ -102,6 +109,18 @@ def study_of(
         root=Path(root).absolute() if root is not None else own_root,
         folder=Path(folder),
     )
+
+
+def _device(top: Reader) -> str:
+    device = top.text("device", "auto")
+    if not is_device_name(device):
+        raise top.error("device", f"must be {DEVICE_KINDS}, got {device!r}")
+    return device
+
+
+def _autocast(top: Reader) -> Autocast | None:
+    key = "autocast"
+    return top.choice(key, AUTOCAST_TYPES, None) if key in top.table else None
 
 
 def _register_criteria(
@@ -216,7 +235,7 @@ def _criterion(r: Reader) -> CriterionSettings:
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
-        "pattern",
+        "pattern", "refit",
     )  # fmt: skip
     criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
@@ -235,6 +254,7 @@ def _criterion(r: Reader) -> CriterionSettings:
     if curvature is not None:
         name += f", {curvature}"
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
+    refit = _refit(r)
     pattern = r.optional_text("pattern")
     if pattern is not None:
         from fastsal.pruning.masks.patterns import Pattern
@@ -247,7 +267,7 @@ def _criterion(r: Reader) -> CriterionSettings:
             raise r.error("rounds", f"must be [1] with a pattern, got {list(rounds or [])}")
         rounds = (1,)
     return CriterionSettings(
-        name=r.text("name", name),
+        name=r.text("name", name if refit is None else name + ", refit"),
         criterion=criterion,
         compensate=compensate,
         damping=damping,
@@ -256,6 +276,25 @@ def _criterion(r: Reader) -> CriterionSettings:
         scope=r.choice("scope", SCOPES, "global"),
         floor=r.number("floor", 0.0, least=0, most=1),
         pattern=pattern,
+        refit=refit,
+    )
+
+
+def _refit(r: Reader) -> RefitSettings | None:
+    """Return the settings of refitting: windows, or a table; None if they are absent."""
+    if "refit" not in r.table:
+        return None
+    own = RefitSettings()
+    if isinstance(r.table["refit"], str):
+        return RefitSettings(r.choice("refit", REFIT_WINDOWS, None))
+    within = r.within("refit")
+    within.only("windows", "steps", "batch_size", "lr", "between_rounds")
+    return RefitSettings(
+        windows=within.choice("windows", REFIT_WINDOWS, own.windows),
+        steps=within.count("steps", own.steps),
+        batch_size=within.count("batch_size", own.batch_size),
+        lr=within.number("lr", None, above=0) if "lr" in within.table else None,
+        between_rounds=within.flag("between_rounds", own.between_rounds),
     )
 
 

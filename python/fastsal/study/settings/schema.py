@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.utils.choices import (
+    Autocast,
     CorruptionKind,
     Curvature,
     HeadKind,
+    RefitWindows,
     Saved,
     Schedule,
     Scope,
@@ -105,6 +107,25 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class RefitSettings:
+    """Settings of refitting after pruning, `refit` in `[[criteria]]`, as for `fastsal.refit`.
+
+    Attributes:
+        windows: Outputs that are matched: `"blocks"` or `"whole"`.
+        steps: Number of steps.
+        batch_size: Images of a step.
+        lr: Initial learning rate; None tries a few.
+        between_rounds: Whether the model is refitted after each round, and not only the last.
+    """
+
+    windows: RefitWindows = "blocks"
+    steps: int = 400
+    batch_size: int = 96
+    lr: float | None = None
+    between_rounds: bool = False
+
+
+@dataclass(frozen=True)
 class CriterionSettings:
     """Settings of a pruning criterion, `[[criteria]]`.
 
@@ -121,6 +142,7 @@ class CriterionSettings:
         floor: Smallest kept fraction of any parameter, 0 to 1.
         pattern: Sparsity pattern such as `"2:4"`, as for `fastsal.rank`; the pattern then sets a
             lower bound on the sparsity.
+        refit: How the pruned model is refitted to the dense one; None does not refit.
     """
 
     name: str
@@ -132,6 +154,7 @@ class CriterionSettings:
     scope: Scope = "global"
     floor: float = 0.0
     pattern: str | None = None
+    refit: RefitSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +257,10 @@ class Study:
         head: Kind of head for tasks that do not set one, one of `HEAD_KINDS`.
         ridge: Penalty of ridge heads, as for `fastsal.fit_heads`.
         save: What to save for each cell, one of `SAVED`.
+        device: Device that models run on, as for `fastsal.load_model`. It is recorded with the
+            results, and not one of the settings that they belong to.
+        autocast: Floating-point type of mixed-precision passes in statistics and fine-tuning, one
+            of `AUTOCAST_TYPES`; None uses the model's own type.
         split: `[split]`.
         finetune: `[finetune]`; None measures zero-shot accuracy only.
         diagnostics: `[diagnostics]`; None skips them.
@@ -254,6 +281,8 @@ class Study:
     head: HeadKind = "ridge"
     ridge: float = 0.1
     save: Saved = "none"
+    device: str = "auto"
+    autocast: Autocast | None = None
     split: SplitSettings = field(default_factory=SplitSettings)
     finetune: FinetuneSettings | None = None
     diagnostics: DiagnosticsSettings | None = None
@@ -274,8 +303,10 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values without folders, so that machines agree on them."""
         found = dataclasses.asdict(self)
-        del found["root"], found["folder"]
+        del found["root"], found["folder"], found["device"]
         plain: dict[str, Any] = _plain(found)
+        if plain["autocast"] is None:  # the same settings as before there was mixed precision
+            del plain["autocast"]
         for task in plain["tasks"]:
             if task["class_map"] is None:  # the same settings as before there were class maps
                 del task["class_map"]

@@ -66,7 +66,7 @@ pub(crate) trait Loop: IndexedParallelIterator {
             }
             let begin = || (Entered::new(call), init());
             ParallelIterator::for_each_init(self, begin, |(_, state), item| {
-                if !call.is_stopped() {
+                if !call.is_told_to_stop() {
                     job(state, item);
                 }
             });
@@ -128,7 +128,7 @@ where
             }
             let begin = || (Entered::new(call), init());
             let mapped = ParallelIterator::map_init(items, begin, |(_, state), item| {
-                (!call.is_stopped()).then(|| job(state, item))
+                (!call.is_told_to_stop()).then(|| job(state, item))
             });
             ParallelIterator::collect(mapped)
         });

@@ -1,0 +1,171 @@
+"""The distance between the outputs of two models, which refitting lowers.
+
+Axes: n images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.data.batches import Pair
+from fastsal.errors import InvalidArgument
+from fastsal.gradients.precision import at_least_float32
+from fastsal.models.classifier import classifier_of
+from fastsal.models.evaluating import plain_call, to_model
+from fastsal.models.features import feature_outputs, find_feature_layer
+from fastsal.models.outputs import output_tensor
+from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.refit.windows import capturing
+from fastsal.utils.sizes import gib
+
+_FINAL = "(final)"  # key of the features or outputs among the windows
+
+
+class Matching:
+    """The windows of a pruned model, and their distance from those of the dense model.
+
+    The error of images is the mean over windows `w` of `mean_n ‖a_w(x_n) − b_w(x_n)‖² / s_w`, where
+    `a` and `b` are the outputs of the pruned and of the dense model, and the scale `s_w` is the
+    mean of `‖b_w(x)‖²` over held-out images. So errors of micro-batches add up.
+
+    Args:
+        model: The pruned model, in evaluation mode.
+        dense: The dense model, in evaluation mode.
+        names: Names of the windows besides the features or outputs.
+        masks: Masks; if they prune the classifier, outputs are matched in place of features.
+        autocast: dtype for `torch.autocast`, or None.
+        held: Held-out images, for any number of iterations.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        names: list[str],
+        masks: Masks,
+        autocast: torch.dtype | None,
+        held: Iterable[Pair],
+    ) -> None:
+        self.model, self._dense = model, dense
+        self._names, self._autocast, self._held = names, autocast, held
+        self._scales: dict[str, float] = {}
+        images = next(iter(held))[0]
+        head = {p for layer in classifier_of(model, images) for p in layer.parameters()}
+        prunes_head = not head.isdisjoint(masks.parameters(model).values())
+        self._call: Callable[[nn.Module, Tensor], Any] = (
+            plain_call if prunes_head or not head else feature_outputs
+        )
+        for each in (model, dense):
+            find_feature_layer(each, images)
+
+    def micro_batch(self, most: int, room: int | None) -> int:
+        """Return how many images run together within some memory.
+
+        Args:
+            most: Images at most.
+            room: Bytes for the activations of a forward and backward pass; None chooses.
+
+        Raises:
+            InvalidArgument: There is no room for one image.
+        """
+        images = next(iter(self._held))[0][:2]
+        self._scales = dict.fromkeys([*self._names, _FINAL], 1.0)
+        each = self._activation_bytes(images)
+        fits = (_room(self.model) if room is None else room) // max(1, each)
+        if room is not None and not fits:
+            raise InvalidArgument(
+                f"memory_budget must leave {gib(each)} for refitting with one image at a time, "
+                f"{gib(room)} are left"
+            )
+        return max(1, min(most, fits))
+
+    def _activation_bytes(self, images: Tensor) -> int:
+        """Return the bytes that one image needs until the backward pass."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with torch.enable_grad(), hooks:
+            error = self.error(images)
+        del error
+        with torch.no_grad():
+            outputs = self._outputs(self._dense, images)
+        # Outputs of the dense model are kept beside, and gradients pass by.
+        return (sum(saved.values()) + 2 * sum(t.nbytes for t in outputs.values())) // len(images)
+
+    def find_scales(self, micro_batch: int) -> None:
+        """Compute the scales, from the held-out images."""
+        totals = dict.fromkeys([*self._names, _FINAL], 0.0)
+        samples = 0
+        with torch.no_grad():
+            for images in parts(self._held, micro_batch):
+                for name, b in self._outputs(self._dense, images).items():
+                    totals[name] += float(at_least_float32(b).square().sum())
+                samples += len(images)
+        # Windows whose outputs are zero everywhere are left out.
+        self._scales = {name: total / samples for name, total in totals.items() if total > 0}
+
+    def error(self, images: Tensor) -> Tensor:
+        """Return the error of images `[n, ...]`, a scalar with a graph if gradients are enabled."""
+        with torch.no_grad():
+            wanted = self._outputs(self._dense, images)
+        found = self._outputs(self.model, images)
+        errors = [
+            (at_least_float32(found[name]) - at_least_float32(wanted[name])).square().sum() / scale
+            for name, scale in self._scales.items()
+        ]
+        return torch.stack(errors).mean() / len(images)
+
+    def held_out_error(self, micro_batch: int) -> float:
+        """Return the error of the held-out images; inf for NaN."""
+        total = samples = 0.0
+        with torch.no_grad():
+            for images in parts(self._held, micro_batch):
+                total += float(self.error(images)) * len(images)
+                samples += len(images)
+        error = total / samples
+        return error if math.isfinite(error) else math.inf
+
+    def _outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        first = next(model.parameters())
+        moved = to_model(images, first)
+        with (
+            capturing(model, self._names) as caught,
+            torch.autocast(
+                first.device.type, dtype=self._autocast, enabled=self._autocast is not None
+            ),
+        ):
+            final = self._call(model, moved)
+        missing = [name for name in self._names if name not in caught]
+        if missing:
+            raise InvalidArgument(
+                f"windows: {missing[0]!r} must be called by the model and return a tensor; it is "
+                "not called, or returns none"
+            )
+        return {**caught, _FINAL: output_tensor(final)}
+
+
+def parts(batches: Iterable[Pair], size: int) -> Iterator[Tensor]:
+    """Yield the images of batches, at most `size` at a time."""
+    for images, _ in batches:
+        for start in range(0, len(images), size):
+            yield images[start : start + size]
+
+
+def _room(model: nn.Module) -> int:
+    """Return the bytes that activations may take without a budget."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return 2**31
