@@ -372,10 +372,28 @@ def test_loss_lines_end_where_the_table_says(study_file, tmp_path):
     assert all(0 <= float(r["diagonal"]) <= 1 + 1e-9 for r in overlaps)
 
 
-def test_dry_run_lists_the_cells_and_writes_nothing(study_file, tmp_path):
-    result = run("sweep", study_file, "--out", tmp_path / "out", "--dry-run")
+def test_dry_run_says_what_a_study_needs_and_writes_nothing(study_file, tmp_path):
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--dry-run")
     assert result.exit_code == 0
-    assert "18 cells, 2 tasks each" in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("tiny: 18 cells, 2 tasks each (3 criteria x 2 seeds x 3 sparsities)")
+    assert lines[1] == "done: 0 of 18 cells"
+    assert lines[2] == "images: 36 to prune, 27 to fit heads, 26 to fine-tune, 31 to test"
+    assert [line.split(":")[0] for line in lines[3:]] == ["time", "memory"]
+    result = run("sweep", study_file, "--out", out, "--dry-run", "--no-time", "--json")
+    said = json.loads(result.stdout)
+    assert (len(said["cells"]), said["missing"], "seconds" in said) == (18, [], False)
+    assert not out.exists()
+
+
+def test_dry_run_says_what_is_missing_and_exits_with_one(study_file, tmp_path):
+    (tmp_path / "bars.npz").unlink()
+    result = run("sweep", study_file, "--out", tmp_path / "out", "--dry-run", "--no-time")
+    assert result.exit_code == 1
+    missing = [line for line in result.stdout.splitlines() if line.startswith("missing: ")]
+    assert missing == [f"missing: data {tmp_path / 'bars.npz'} does not exist (tasks bars)"]
+    assert "unknown for 2 tasks" in result.stdout
     assert not (tmp_path / "out").exists()
 
 

@@ -117,22 +117,6 @@ def run_and_report(
         ctx.exit(STATUS_FAILED_CELLS)
 
 
-def print_cells(study: Study, out: Path, *, as_json: bool) -> None:
-    """Print the cells of a study without opening or writing files."""
-    from fastsal.cli.output import emit
-    from fastsal.study.cells import cells_of
-
-    cells = [cell.facts() for cell in cells_of(study)]
-    for cell in cells:
-        del cell["cell"]  # a digest that includes the files, which are not opened here
-    if as_json:
-        emit({"study": study.name, "out": str(out), "cells": cells})
-        return
-    for cell in cells:
-        click.echo("  ".join(f"{key}={value}" for key, value in cell.items()))
-    click.echo(f"{len(cells)} cells, {len(study.tasks)} tasks each; results are written to {out}")
-
-
 def _report(out: Path, *, is_due: bool) -> Path | None:
     """Write the HTML report if it is due or missing, and return its path.
 
