@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     help="File for the state after each round; rerun the same command to resume from it.",
 )
 @click.option(
-    "--recalibrate",
-    is_flag=True,
+    "--recalibrate/--no-recalibrate",
+    "recalibrate",
+    default=None,
+    show_default="recalibrate with --curvature features and --damping auto",
     help="Recompute the running statistics of batch normalization after pruning if that lowers "
     "the held-out loss.",
 )
