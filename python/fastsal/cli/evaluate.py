@@ -21,17 +21,26 @@ from fastsal.cli.types import PATH
 def evaluate(**given: Any) -> None:
     """Measure the top-1 accuracy and the mean cross-entropy of MODEL.
 
-    To evaluate a pruned model, give the folder of its run as --weights.
+    To evaluate a pruned model, give the folder of its run as --weights. Image files are
+    preprocessed as in timm's evaluation, at the size at which timm tests the model.
 
     Example: fastsal eval resnet18 --weights run --data images
     """
     from fastsal.cli.inputs import autocast_type, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit
+    from fastsal.models.inputs import input_spec
     from fastsal.transfer.evaluation import measure
     from fastsal.utils.progress import reporter
 
     set_threads(given["threads"])
-    model, spec = open_model(given)
+    model, spec = open_model({**given, "size": given["size"] or "test"})
+    train = input_spec(model).size
+    if given["size"] is None and spec.size is not None and spec.size != train:
+        click.echo(
+            f"note: images have {spec.size[0]}x{spec.size[1]} pixels, the test size of the model; "
+            "--size train uses that of its training",
+            err=True,
+        )
     batches = open_batches(
         given, model, spec, given["data"], samples=given["samples"], shuffle=True
     )

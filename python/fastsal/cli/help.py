@@ -22,13 +22,13 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "train_head", "train_normalization",
     ),
     "Data": (
-        "data", "held_out", "test", "class_map", "samples", "seeds", "size", "mean", "std",
-        "batch_size",
+        "data", "held_out", "test", "class_map", "samples", "seeds", "size", "crop_pct",
+        "crop_mode", "no_crop", "interpolation", "mean", "std", "batch_size", "workers",
     ),
     "Statistics": (
         "curvature", "block_size", "micro_batch", "precision", "statistics", "save_statistics",
     ),
-    "Memory and disk": ("memory_budget", "scratch", "scratch_budget"),
+    "Memory and disk": ("memory_budget", "scratch", "scratch_budget", "image_cache"),
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
     "Report": ("kind", "figures", "margin", "diagnostics"),

@@ -59,8 +59,24 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
             device="cpu" if given.get("meta") else given["device"],
         )
     _check_criterion(given, is_loaded=True)
-    spec = input_spec(model, size=given.get("size"), mean=given.get("mean"), std=given.get("std"))
-    return model, spec
+    names = ("size", "mean", "std", "interpolation")
+    chosen = {name: given.get(name) for name in names}
+    return model, input_spec(model, **chosen, **crop_arguments(given))
+
+
+def crop_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the crop of `fastsal.input_spec` that the options describe.
+
+    Raises:
+        InvalidArgument: `--no-crop` is given with another crop.
+    """
+    chosen = {name: given.get(name) for name in ("crop_pct", "crop_mode")}
+    if not given.get("no_crop"):
+        return chosen
+    for name, value in chosen.items():
+        if value is not None:
+            raise InvalidArgument(f"{name} must not be given with --no-crop, got {value}")
+    return {"crop_pct": 1.0, "crop_mode": "squash"}
 
 
 def _check_criterion(given: dict[str, Any], *, is_loaded: bool) -> None:
@@ -92,15 +108,19 @@ def open_batches(
     from fastsal.data.class_map import IMAGENET, imagenet_map
     from fastsal.data.folders import load_images
     from fastsal.data.numbering import check_numbering
+    from fastsal.data.opening import is_name, open_images
     from fastsal.models.classifier import class_count
 
     class_map = given["class_map"] if labeled else None
     if class_map == IMAGENET:
         class_map = imagenet_map(class_count(model))
-    images = load_images(path, labeled=labeled, class_map=class_map)
+    if is_name(str(path)):
+        images = open_images(str(path), class_map=class_map)
+    else:
+        images = load_images(path, labeled=labeled, class_map=class_map)
     count = None
     if labeled:
-        first = next(iter(images.batches(spec, 1, samples=1)))[0]
+        first = images.batches(spec, 1, samples=1).first_batch()[0]
         count = class_count(model, first)
     is_mapped = images.numbering == "map"
     if count is not None and not is_mapped and int(images.y.max()) >= count:
@@ -112,7 +132,18 @@ def open_batches(
         check_numbering(images, count)
     # An unsorted .npz keeps its order, so that the first N images do not depend on a seed.
     seed = given["seed"] if shuffle and images.is_sorted_by_class else None
-    return images.batches(spec, given["batch_size"], samples=samples, shuffle_seed=seed)
+    cache = given["image_cache"]
+    if cache is None and given.get("memory_budget") is not None:
+        cache = 0  # the budget is for all that the command adds
+    return images.batches(
+        spec,
+        given["batch_size"],
+        samples=samples,
+        shuffle_seed=seed,
+        workers=given["workers"],
+        pin_memory=any(p.is_cuda for p in model.parameters()),
+        cache=cache,
+    )
 
 
 def training_batches(

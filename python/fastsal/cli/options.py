@@ -23,7 +23,9 @@ from fastsal.cli.types import (
 from fastsal.utils.choices import (
     AUTOCAST_TYPES,
     CRITERION_NAMES,
+    CROP_MODES,
     CURVATURES,
+    INTERPOLATIONS,
     PRECISIONS,
     SCOPES,
 )
@@ -98,6 +100,32 @@ class_map_option = click.option(
     "each class, or the names in the order of the outputs, as text or JSON; imagenet for WordNet "
     "ids; or natural, which sorts class2 before class10.",
 )
+crop_options: Callable[[F], F] = together(
+    click.option(
+        "--crop-pct",
+        type=NUMBER,
+        show_default="the model's own, for image files",
+        help="Size of the input divided by the size that images are resized to before the crop.",
+    ),
+    click.option(
+        "--crop-mode",
+        type=choice(CROP_MODES),
+        show_default="the model's own",
+        help="How images of another shape are cropped: at the longer side (center), not at all, "
+        "as they are squeezed (squash), or not at all, with borders (border).",
+    ),
+    click.option(
+        "--no-crop",
+        is_flag=True,
+        help="Squeeze the whole image into the input: --crop-pct 1 --crop-mode squash.",
+    ),
+    click.option(
+        "--interpolation",
+        type=choice(INTERPOLATIONS),
+        show_default="the model's own",
+        help="Interpolation for resizing images.",
+    ),
+)
 input_options: Callable[[F], F] = together(
     class_map_option,
     click.option(
@@ -105,8 +133,10 @@ input_options: Callable[[F], F] = together(
         metavar="PIXELS",
         callback=parse_size,
         show_default="the model's own",
-        help="Size that images are resized to: 96, 64x96 (height x width), or native for none.",
+        help="Size of the input: 96, 64x96 (height x width), native for that of the images, or the "
+        "size at which timm trains or evaluates the model (train, test).",
     ),
+    crop_options,
     click.option(
         "--mean",
         metavar="NUMBERS",
@@ -123,6 +153,19 @@ input_options: Callable[[F], F] = together(
     ),
     click.option(
         "--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch."
+    ),
+    click.option(
+        "--workers",
+        type=Integer(least=0),
+        show_default="the processors, at most 4",
+        help="Number of processes that decode image files ahead of the passes; 0 for none.",
+    ),
+    click.option(
+        "--image-cache",
+        metavar="BYTES",
+        show_default="a quarter of the free memory, 0 with --memory-budget",
+        help="Limit on the memory for decoded image files that later passes reuse, for example "
+        "8GiB; 0 for none.",
     ),
 )
 

@@ -132,6 +132,7 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     show_default="the model's own",
     help="Size that images are resized to, in pixels.",
 )
+@options.crop_options
 @click.option("--batch-size", type=COUNT, default=64, show_default=True, help="Images per batch.")
 @click.option(
     "--save",
@@ -183,6 +184,8 @@ def transfer(ctx: click.Context, /, **given: Any) -> None:
 
 def _settings(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options as the table of a study file."""
+    from fastsal.cli.inputs import crop_arguments
+
     data = _pairs(given["tasks"], "task")
     tests, classes = _pairs(given["tests"], "test"), _pairs(given["classes"], "classes")
     class_maps = _pairs(given["class_maps"], "class-map")
@@ -205,7 +208,7 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
             ]
     model = {"name": Path(given["model"].rpartition(":")[0] or given["model"]).stem}
     names = ("model", "weights", "weights_key", "num_classes", "in_chans", "size")
-    model |= {k: given[k] for k in names}
+    model |= {k: given[k] for k in (*names, "interpolation")} | crop_arguments(given)
     table: dict[str, Any] = {
         "name": model["name"],
         "models": [{k: v for k, v in model.items() if v is not None}],

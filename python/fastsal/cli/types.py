@@ -82,13 +82,16 @@ def choice(names: Sequence[str]) -> Choice:
 def parse_size(
     ctx: click.Context, param: click.Parameter, value: str | None
 ) -> tuple[int, int] | str | None:
-    """Parse `96`, `64x96` (height x width), or `native`."""
-    if value is None or value == "native":
+    """Parse `96`, `64x96` (height x width), `native`, `train` or `test`."""
+    if value in (None, "native", "train", "test"):
         return value
     parts = value.lower().split("x")
     if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise click.BadParameter(
-            f"must be pixels as 96, height x width as 64x96, or native, got {value!r}", ctx, param
+            "must be pixels as 96, height x width as 64x96, or native, train or test, got "
+            f"{value!r}",
+            ctx,
+            param,
         )
     return int(parts[0]), int(parts[-1])
 

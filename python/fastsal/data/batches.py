@@ -190,8 +190,9 @@ def first_images(
     """
     if batches is None:
         return None, None
+    own = getattr(batches, "first_batch", None)  # without the processes that read further ones
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
-        first = list(itertools.islice(batches, 1))
+        first = [own()] if callable(own) else list(itertools.islice(batches, 1))
     most = None if samples is None else 1
     images = next(as_batches(first, most, "ignored"))[0]
     again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastsal.data.batches import Batches, Pair, Source
 from fastsal.data.image_set import ImageSet
+from fastsal.data.places import place_digest
 from fastsal.data.unpacking import LabelUse
 from fastsal.errors import FileFormatError
-from fastsal.utils.digests import Digest, file_digest
+from fastsal.utils.digests import Digest
 from fastsal.utils.identity import identity_of
 from fastsal.utils.warn import warn_user
 
@@ -34,7 +35,7 @@ def content_of(images: ImageSet) -> str:
     digest = Digest().json(list(images.classes)).array(images.y)
     if isinstance(images.x, tuple):
         for file in images.x:
-            digest.text(file_digest(file))
+            digest.text(place_digest(file))
     else:
         digest.text(f"{images.x.dtype} {images.x.shape}").array(images.x)
     if images.transform is not None:

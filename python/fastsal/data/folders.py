@@ -1,17 +1,19 @@
-"""Labeled images from a folder or an `.npz` file."""
+"""Labeled images from a folder, an `.npz` file or a tar archive."""
 
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastsal.data.class_map import ClassMap
-from fastsal.data.image_set import ImageSet
-from fastsal.errors import DataError, FileFormatError, InvalidArgument
+from fastsal.data.image_set import ImageSet, Numbering
+from fastsal.data.npz_files import open_npz, split_of_name
+from fastsal.data.places import Place, TarImage
+from fastsal.data.tars import COMPRESSED, folder_of_tars, tar_images
+from fastsal.errors import DataError, InvalidArgument
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
@@ -25,12 +27,19 @@ def load_images(
     labeled: bool = True,
     class_map: ClassMap | None = None,
 ) -> ImageSet:
-    """Open labeled images from a folder or an `.npz` file.
+    """Open labeled images from a folder, an `.npz` file or a tar archive.
 
     Args:
-        path: An `.npz` file with `x` uint8 `[n, h, w]` or `[n, h, w, c]`, integers `y` `[n]` and,
-            optionally, names `classes` `[k]`; or a folder with one subfolder of images per class.
-            Classes and images of a folder are sorted by name.
+        path: One of
+
+            - an `.npz` file with `x` uint8 `[n, h, w]` or `[n, h, w, c]`, integers `y` `[n]` and,
+              optionally, names `classes` `[k]`;
+            - an `.npz` file with `train_images`, `train_labels`, `val_images` and so on, as
+              MedMNIST has it, as `file.npz?split=train`;
+            - a folder with one subfolder of images per class, or one tar archive per class;
+            - a tar archive, not compressed, with one folder or one tar archive per class.
+
+            Classes and images of folders and archives are sorted by name.
         classes: Names or numbers of the classes to keep, relabeled in this order.
         labeled: False also accepts images without labels, as one class: an `.npz` without `y`, or
             a folder that contains images itself or has one subfolder only.
@@ -42,24 +51,35 @@ def load_images(
             with a name and an index, or a name, on each line.
 
     Returns:
-        The images. Image files of a folder are read when a batch needs them.
+        The images. Image files are read when a batch needs them.
 
     Raises:
         DataError: There are no images, a class is empty, there is only one class, or shapes, types
             or labels are invalid.
-        FileFormatError: The `.npz` file or the file of the class map is damaged.
-        InvalidArgument: The class map lacks a class, or has one index for two.
+        FileFormatError: The `.npz` file, the archive or the file of the class map is damaged.
+        InvalidArgument: The class map lacks a class, or has one index for two; there is no such
+            split, or there are several and none is chosen.
     """
     check_class_arguments(classes, class_map)
+    split = None
+    if not os.path.exists(path):
+        text, split = split_of_name(os.fspath(path))
+        path = text
     path = Path(path)
     if path.is_dir():
         images = _open_folder(path) if labeled or _has_classes(path) else _open_flat(path)
     elif not path.exists():
         raise DataError(f"data: there is no file or folder {path}")
     elif path.suffix == ".npz":
-        images = _open_npz(path, labeled=labeled)
+        images = open_npz(path, labeled=labeled, split=split)
+    elif path.suffix == ".tar":
+        images = _of_tars(tar_images(path, IMAGE_SUFFIXES), path, labeled=labeled)
+    elif path.name.endswith(COMPRESSED):
+        raise DataError(f"data must be a tar archive without compression, got {path}; unpack it")
     else:
-        raise DataError(f"data must be a folder of class folders or an .npz file, got {path}")
+        raise DataError(
+            f"data must be a folder of class folders, an .npz file or a .tar archive, got {path}"
+        )
     if len(images.classes) < 2 and labeled:
         raise DataError(f"data: {path} must have at least 2 classes, got {images.classes[0]} only")
     if class_map is not None and labeled:
@@ -76,37 +96,13 @@ def check_class_arguments(classes: object, class_map: object) -> None:
         )
 
 
-def _open_npz(path: Path, *, labeled: bool) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            needed = ("x", "y") if labeled else ("x",)
-            absent = [name for name in needed if name not in file.files]
-            if absent:
-                raise DataError(
-                    f"data: {path} must contain the arrays {' and '.join(needed)}, got "
-                    f"{', '.join(file.files) or 'none'}"
-                )
-            x = file["x"]
-            y = file["y"] if "y" in file.files else np.zeros(len(x), np.int64)
-            named = "y" in file.files and "classes" in file.files
-            names = file["classes"] if named else np.empty(0, "U1")
-    except DataError:
-        raise
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError) as error:
-        raise FileFormatError(f"data: {path} cannot be read as .npz ({error})") from None
-    if names.ndim != 1 or names.dtype.kind not in "USiu":
-        raise DataError(
-            f"classes in {path} must be names [k], got {names.dtype} {list(names.shape)}"
-        )
-    classes = [n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist()]
-    return ImageSet(x, y, tuple(classes), str(path.resolve()))
-
-
 def _open_folder(path: Path) -> ImageSet:
     folders = sorted(
         (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")),
         key=lambda p: p.name,
     )
+    if not folders and any(path.glob("*.tar")):
+        return _of_tars(folder_of_tars(path, IMAGE_SUFFIXES), path)
     if not folders:
         raise DataError(f"data: {path} must contain one folder of images per class, got no folder")
     if len(folders) == 1:
@@ -126,6 +122,24 @@ def _open_folder(path: Path) -> ImageSet:
     names = tuple(folder.name for folder in folders)
     y = np.array(labels, np.int64)
     return ImageSet(tuple(files), y, names, str(path.resolve()), numbering="sorted")
+
+
+def _of_tars(found: list[tuple[str, TarImage]], path: Path, *, labeled: bool = True) -> ImageSet:
+    """Return the images of archives, given with their classes."""
+    if not found:
+        raise DataError(f"data: {path} contains no image file ({', '.join(_suffixes())})")
+    names = sorted({name for name, _ in found}) if labeled else [""]
+    if labeled and "" in names:
+        loose = next(place for name, place in found if not name)
+        raise DataError(
+            f"data: the images of {path} must be in one folder or archive per class, got {loose}"
+        )
+    numbers = {name: k for k, name in enumerate(names)}
+    y = np.array([numbers[name] if labeled else 0 for name, _ in found], np.int64)
+    places: tuple[Place, ...] = tuple(place for _, place in found)
+    numbering: Numbering = "sorted" if labeled else "data"
+    classes = tuple(names) if labeled else ()
+    return ImageSet(places, y, classes, str(path.resolve()), numbering=numbering)
 
 
 def _open_flat(path: Path) -> ImageSet:

@@ -5,11 +5,11 @@ Axes: n images (or images of a batch), h and w pixels, c channels (1 grayscale, 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,9 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fastsal.data.cached_reading import parse_cache, read_cached
 from fastsal.data.class_map import NATURAL, ClassMap, apply_class_map
 from fastsal.data.class_order import class_order_note, in_class_order
-from fastsal.data.pixels import decode, prepare, size_text
+from fastsal.data.pixels import fit_arrays, normalize
+from fastsal.data.places import Place
+from fastsal.data.reading import Reader, Transform
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.models.inputs import InputSpec
 from fastsal.utils.numbers import as_integer, real, whole
@@ -27,9 +30,6 @@ from fastsal.utils.suggestions import did_you_mean, listed
 from fastsal.utils.warn import warn_user
 
 _counter = itertools.count()
-
-# transform(pixels uint8 [h, w, c], index of the image in its source) -> pixels uint8 [h, w, c]
-Transform = Callable[[npt.NDArray[np.uint8], int], npt.NDArray[np.uint8]]
 
 # Where the numbers of the classes come from: the data, the sorted names of the classes, the same in
 # natural order, a selection of classes, or a class map.
@@ -41,7 +41,7 @@ class ImageSet:
     """Labeled images, in memory or as files that are read when a batch needs them.
 
     Attributes:
-        x: Pixels, uint8 `[n, h, w, c]`, or the paths of n image files.
+        x: Pixels, uint8 `[n, h, w, c]`, or n image files: paths, or places in tar archives.
         y: Class numbers, int64 `[n]`, in `0 .. len(classes) - 1`.
         classes: Names of the classes.
         source: Name of the source of the images; with `index` it identifies every image.
@@ -53,7 +53,7 @@ class ImageSet:
         class_map: Relabels `y` with the index of each class, see `load_images`; not stored.
     """
 
-    x: npt.NDArray[np.uint8] | tuple[Path, ...]
+    x: npt.NDArray[np.uint8] | tuple[Place, ...]
     y: npt.NDArray[np.int64]
     classes: tuple[str, ...] = ()
     source: str = ""
@@ -225,18 +225,28 @@ class ImageSet:
         samples: int | None = None,
         start: int = 0,
         shuffle_seed: int | None = None,
+        *,
+        workers: int | None = None,
+        pin_memory: bool = False,
+        cache: int | str | None = None,
     ) -> ImageBatches:
         """Return batches of preprocessed images; every pass yields the same batches.
 
         Args:
-            spec: Channels, size and normalization. Grayscale is converted to RGB by repetition,
-                RGB to grayscale by luminance (ITU-R BT.601). Images of another size are resized
-                (antialiased) to cover `spec.size`, then center-cropped.
+            spec: Channels, size, crop and normalization, see `InputSpec`. Grayscale is converted to
+                RGB by repetition, RGB to grayscale by luminance (ITU-R BT.601). Images of another
+                size are resized (antialiased) and cropped.
             batch_size: Images per batch; the last batch may be smaller.
             samples: Number of images; None for all images from `start` on.
             start: Number of images to skip.
             shuffle_seed: Seed of a fixed shuffle, before `start` and `samples` are applied; None
                 keeps the order.
+            workers: Number of processes that decode image files ahead of the passes; 0 decodes them
+                in this process, as those in memory. None uses the processors, at most 4, if there
+                are several batches and the system is Linux. Batches do not depend on it.
+            pin_memory: Whether batches are in pinned memory, for a model on a GPU.
+            cache: Bytes of decoded image files to keep in memory for later passes, or a text such
+                as "8GiB"; 0 for none, None for at most a quarter of the free memory.
 
         Returns:
             An iterable of `(images, labels)`, float32 `[n, c, h, w]` and int64 `[n]`. A warning is
@@ -271,7 +281,9 @@ class ImageSet:
             if found < len(np.unique(self.y)):
                 some = f"samples: the {len(chosen):,} of {count:,} images of {self.source}"
                 warn_user(class_order_note(some, found))
-        return ImageBatches(self, spec, chosen, batch_size)
+        workers = None if workers is None else whole("workers", workers)
+        limit = parse_cache(cache)
+        return ImageBatches(self, spec, chosen, batch_size, workers, pin_memory, limit)
 
     def _class_number(self, name: str | int) -> int:
         if isinstance(name, str) and name in self.classes:
@@ -304,6 +316,9 @@ class ImageBatches:
     spec: InputSpec
     order: npt.NDArray[np.int64]
     batch_size: int
+    workers: int | None = None
+    pin_memory: bool = False
+    cache: int | None = None
 
     @property
     def samples(self) -> int:
@@ -314,28 +329,29 @@ class ImageBatches:
         return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        first: tuple[Path, tuple[int, int]] | None = None
+        yield from self._batches(self._chosen(), self.workers)
+
+    def first_batch(self) -> tuple[Tensor, Tensor]:
+        """Return the first batch, read without other processes."""
+        return next(self._batches(self._chosen()[:1], 0))
+
+    def _chosen(self) -> list[npt.NDArray[np.int64]]:
+        starts = range(0, len(self.order), self.batch_size)
+        return [self.order[start : start + self.batch_size] for start in starts]
+
+    def _batches(
+        self, parts: list[npt.NDArray[np.int64]], workers: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         x = self.images.x
-        for begin in range(0, len(self.order), self.batch_size):
-            chosen = self.order[begin : begin + self.batch_size]
-            labels = torch.from_numpy(self.images.y[chosen])
-            if not isinstance(x, tuple):
-                yield prepare(x[chosen], self.spec, self.images.source), labels
-                continue
-            tensors = []
-            for i in chosen:
-                pixels = decode(x[i])
-                if self.images.transform is not None:
-                    pixels = self.images.transform(pixels, int(self.images.index[i]))
-                first = first or (x[i], pixels.shape[:2])
-                if self.spec.size is None and pixels.shape[:2] != first[1]:
-                    raise DataError(
-                        f"size must be given for images of different sizes, got "
-                        f"{size_text(first[1])} ({first[0]}) and {size_text(pixels.shape[:2])} "
-                        f"({x[i]})"
-                    )
-                tensors.append(prepare(pixels[None], self.spec, str(x[i])))
-            yield torch.cat(tensors), labels
+        if isinstance(x, tuple):
+            reader = Reader(x, self.images.index, self.images.transform, self.spec)
+            pixels = read_cached(reader, self.images, parts, workers, self.cache)
+        else:
+            pixels = (fit_arrays(x[chosen], self.spec, self.images.source) for chosen in parts)
+        with contextlib.closing(pixels):
+            for chosen, found in zip(parts, pixels, strict=True):
+                batch = normalize(found, self.spec, pin_memory=self.pin_memory)
+                yield batch, torch.from_numpy(self.images.y[chosen])
 
 
 def _check_images(x: npt.NDArray[Any], source: str) -> npt.NDArray[np.uint8]:

@@ -60,7 +60,7 @@ def check_labels_of(batches: object, model: nn.Module) -> None:
     images = image_set_of(batches)
     if images is not None:
         some: Any = batches.batches if isinstance(batches, Shuffled) else batches
-        check_numbering(images, class_count(model, next(iter(some))[0]))
+        check_numbering(images, class_count(model, some.first_batch()[0]))
 
 
 def check_numbering(images: ImageSet, outputs: int | None) -> None:

@@ -14,12 +14,18 @@ from fastsal.data.class_map import ClassMap
 from fastsal.data.folders import check_class_arguments, load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.data.names import DataName, missing
+from fastsal.data.npz_files import SUFFIX, splits_of
 from fastsal.errors import DataError, InvalidArgument
 
 _VALID = (
-    "a folder of class folders, an .npz file, 'sklearn:digits', "
+    "a folder of class folders, an .npz file, a .tar archive, 'sklearn:digits', "
     "'torchvision:NAME?root=FOLDER&split=train' or 'hf:NAME?split=train&image=img&label=label'"
 )
+
+
+# timm's readers of indexed data sets, and those that stream.
+_READERS = {"hfds": "hf", "torch": "torchvision"}
+_STREAMED = ("hfids", "tfds", "wds")
 
 
 def open_images(
@@ -35,14 +41,16 @@ def open_images(
     Args:
         spec: One of
 
-            - a folder with one subfolder of images per class, or an `.npz` file (`load_images`);
+            - a folder with one subfolder of images per class, an `.npz` file or a tar archive, as
+              for `load_images`;
             - `sklearn:digits`: scikit-learn's 1,797 digits of 8x8 pixels, with 16 gray levels
               scaled to 0 to 255 and rounded;
             - `torchvision:CIFAR10?root=/data&train=true`: any class of `torchvision.datasets` whose
               items are `(image, label)`, with its arguments after the question mark;
             - `hf:cifar10?split=train&image=img&label=label`: a data set of Hugging Face's
               `datasets`, or `hf:/a/folder` for one saved to disk. Keys are `split`, `config`,
-              `revision`, and the columns `image` and `label`, which are optional if unambiguous.
+              `revision`, and the columns `image` and `label`, which are optional if unambiguous;
+            - timm's names `torch/cifar10` and `hfds/cifar10`, with the same arguments.
 
             Nothing is downloaded without `download=true`.
         classes: Names or numbers of the classes to keep, relabeled in this order. None keeps all
@@ -65,6 +73,7 @@ def open_images(
     check_class_arguments(classes, class_map)
     text = os.fspath(spec)
     base = Path(root) if root is not None else Path()
+    text = _own_name(text, base) if isinstance(spec, str) else text
     found = re.match(r"([A-Za-z][A-Za-z-]+):", text)
     if isinstance(spec, str) and found:
         library = found[1]
@@ -77,10 +86,39 @@ def open_images(
             if class_map is not None:
                 return images.map_classes(class_map)
             return _select(images, classes)
-    if train is not None:
-        raise InvalidArgument(f"train must be None for {text}, which has no splits, got {train}")
     path = base / Path(text).expanduser()
+    if train is not None:
+        splits = splits_of(path) if path.suffix == SUFFIX and path.is_file() else []
+        wanted = "train" if train else "test"
+        if wanted not in splits:
+            raise InvalidArgument(
+                f"train must be None for {text}, which has no splits, got {train}"
+            )
+        path = path.with_name(f"{path.name}?split={wanted}")
     return load_images(path, classes=classes, class_map=class_map)
+
+
+def is_name(text: str) -> bool:
+    """Whether a text names a data set of a library, rather than a path."""
+    library = _own_name(text, Path()).partition(":")[0]
+    return library in _LIBRARIES and not Path(text).exists()
+
+
+def _own_name(text: str, base: Path) -> str:
+    """Return a name of timm's readers as `library:name`; other texts as they are.
+
+    Raises:
+        InvalidArgument: The reader only streams images, which have no positions.
+    """
+    reader, slash, rest = text.partition("/")
+    if not slash or not rest or (base / text).exists():
+        return text
+    if reader in _STREAMED:
+        raise InvalidArgument(
+            f"data: {text!r} is streamed, which is not supported; pass a folder of its tar "
+            "archives, or hfds/NAME"
+        )
+    return f"{_READERS[reader]}:{rest}" if reader in _READERS else text
 
 
 def _parse(text: str, library: str, root: Path) -> DataName:

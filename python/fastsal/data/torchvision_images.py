@@ -26,15 +26,19 @@ def open_torchvision(name: DataName, train: bool | None) -> ImageSet:
     except ImportError:
         raise missing(name.spec, "torchvision") from None
     known = [each for each in library.__all__ if inspect.isclass(getattr(library, each))]
-    if name.name not in known:
+    chosen = name.name
+    if chosen not in known:  # timm names them so: fashion_mnist, cifar10
+        plain = chosen.replace("_", "").lower()
+        chosen = next((each for each in known if each.lower() == plain), "")
+    if not chosen:
         raise InvalidArgument(
             f"data: {name.spec!r}: torchvision has no data set {name.name!r}"
             f"{did_you_mean(name.name, known)}"
         )
-    build = getattr(library, name.name)
+    build = getattr(library, chosen)
     dataset, arguments = _build(name, build, train)
     shown = "&".join(f"{key}={value}" for key, value in sorted(arguments.items()))
-    source = f"torchvision:{name.name}" + (f"?{shown}" if shown else "")
+    source = f"torchvision:{chosen}" + (f"?{shown}" if shown else "")
     try:
         n = len(dataset)
     except TypeError:

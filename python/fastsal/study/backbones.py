@@ -93,7 +93,13 @@ def open_backbone(
     )
     if study.save == "models":
         check_savable(model)
-    spec = input_spec(model, size=settings.size)
+    spec = input_spec(
+        model,
+        size=settings.size,
+        crop_pct=settings.crop_pct,
+        crop_mode=settings.crop_mode,
+        interpolation=settings.interpolation,
+    )
     heads: dict[str, AnyHead] = {}
     differentiable: dict[str, Head | OwnHead] = {}
     pruned_on = {name for source in study.sources for name in source.tasks}

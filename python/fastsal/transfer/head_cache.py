@@ -184,12 +184,14 @@ def _read(path: Path) -> tuple[Head | KnnHead, str]:
             if _digest(header, tensors) != header["digest"]:
                 raise FileFormatError(f"path: {shown} was modified after it was written")
         given = header["spec"]
+        size = given["size"]
         spec = InputSpec(
-            given["channels"],
-            None if given["size"] is None else (given["size"][0], given["size"][1]),
-            tuple(given["mean"]),
-            tuple(given["std"]),
-            given["interpolation"],
+            **{
+                **given,  # files of earlier versions have no crop
+                "size": None if size is None else (size[0], size[1]),
+                "mean": tuple(given["mean"]),
+                "std": tuple(given["std"]),
+            }
         )
         task, classes, scale = header["task"], tuple(header["classes"]), header["scale"]
         if header["kind"] == "knn":

@@ -94,7 +94,7 @@ def own_head(
     model = unwrapped(model)
     first = None
     if isinstance(task.fit, ImageSet):
-        first = next(iter(task.fit.batches(spec, 1, samples=1)))[0]
+        first = task.fit.batches(spec, 1, samples=1).first_batch()[0]
     n = class_count(model, first)
     if getattr(model, "num_classes", None) == 0:
         raise InvalidArgument(

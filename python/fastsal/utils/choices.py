@@ -52,3 +52,9 @@ CORRUPTION_KINDS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
 # What a study saves for each cell beside its numbers.
 Saved = Literal["none", "masks", "models"]
 SAVED: tuple[Saved, ...] = get_args(Saved)
+
+# How images are resized and cropped for a model, as timm names it; see `fastsal.models.InputSpec`.
+Interpolation = Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lanczos"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+CropMode = Literal["center", "squash", "border"]
+CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)

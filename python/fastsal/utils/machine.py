@@ -5,6 +5,7 @@ Nothing here imports PyTorch at import time: `fastsal --version` reads this modu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
 _LIBRARIES = ("torch", "timm", "numpy", "safetensors")
 
 
@@ -65,6 +67,27 @@ def total_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return None
+
+
+def available_memory() -> int | None:
+    """Return the memory in bytes that this process can still use, or None if unknown.
+
+    That of the machine, or of a container if its limit is lower.
+    """
+    try:
+        text = Path("/proc/meminfo").read_text()
+        found = int(text.split("MemAvailable:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        total = total_memory()
+        return None if total is None else total // 2
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            most = int((_CONTROL_GROUP / limit).read_text())
+            found = min(found, max(0, most - int((_CONTROL_GROUP / used).read_text())))
+    return found
 
 
 def peak_memory() -> int | None:

@@ -243,10 +243,39 @@ def test_a_model_of_one_size_says_so():
     assert input_spec(load_model("test_vit"), size=64).size == (64, 64)
 
 
+def test_input_spec_has_the_crop_of_timm():
+    model = load_model("resnet50.a1_in1k")
+    spec = input_spec(model)
+    assert (spec.size, spec.crop_pct, spec.crop_mode) == ((224, 224), 0.95, "center")
+    assert input_spec(model, size="train") == spec
+    tested = input_spec(model, size="test")
+    assert (tested.size, tested.crop_pct) == ((288, 288), 1.0)
+    assert not spec.crop_arrays
+    squashed = input_spec(model, crop_mode="squash", interpolation="lanczos")
+    assert (squashed.crop_pct, squashed.crop_mode) == (0.95, "squash")
+    assert squashed.interpolation == "lanczos"
+    assert squashed.crop_arrays
+    fixed = load_model("vit_tiny_patch16_224")
+    assert input_spec(fixed, size="test").size == (224, 224)
+
+
+def test_models_of_files_have_no_crop_unless_it_is_given(tiny_file):
+    model = load_model(f"{tiny_file}:tiny")
+    assert input_spec(model, size="test").size is None
+    assert input_spec(model, size=8).crop_pct is None
+    assert input_spec(model, size=8, crop_mode="border").crop_pct == 0.875  # timm's default
+    with pytest.raises(InvalidArgument, match="crop_pct must be None without a size"):
+        input_spec(model, crop_pct=0.9)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"size": 0}, "size must be pixels, .*, got 0"),
+        ({"size": 8, "crop_pct": 0}, "crop_pct must be in .*, got 0"),
+        ({"size": 8, "crop_pct": 1.5}, "crop_pct must be in .*, got 1.5"),
+        ({"size": 8, "crop_mode": "pad"}, "crop_mode must be one of center, squash, border, got"),
+        ({"interpolation": "cubic"}, "interpolation must be one of bicubic, .*, got 'cubic'"),
         ({"size": (1, 2, 3)}, "size must be pixels, .*, got .1, 2, 3"),
         ({"mean": [0.1, 0.2]}, "mean must have 1 value or one per channel .3., got 2"),
         ({"std": 0.0}, "std must be positive, got 0.0"),

@@ -26,8 +26,10 @@ from fastsal.utils.choices import (
     AUTOCAST_TYPES,
     CORRUPTION_KINDS,
     CRITERION_NAMES,
+    CROP_MODES,
     CURVATURES,
     HEAD_KINDS,
+    INTERPOLATIONS,
     REFIT_WINDOWS,
     SAVED,
     SCHEDULES,
@@ -152,8 +154,10 @@ def _named(top: Reader, key: str, read: Any) -> tuple[Any, ...]:
 
 def _model(r: Reader) -> ModelSettings:
     r.only(
-        "name", "model", "weights", "weights_key", "num_classes", "in_chans", "size", "parameters"
-    )
+        "name", "model", "weights", "weights_key", "num_classes", "in_chans", "size", "crop_pct",
+        "crop_mode", "interpolation", "parameters",
+    )  # fmt: skip
+    of = r.table
     model = r.text("model")
     return ModelSettings(
         name=r.text("name", model),
@@ -163,7 +167,12 @@ def _model(r: Reader) -> ModelSettings:
         num_classes=r.optional_count("num_classes", least=0),
         in_chans=r.optional_count("in_chans"),
         size=r.optional_count("size"),
-        parameters=tuple(r.names("parameters")) if "parameters" in r.table else None,
+        crop_pct=r.number("crop_pct", None, above=0, most=1) if "crop_pct" in of else None,
+        crop_mode=r.choice("crop_mode", CROP_MODES, None) if "crop_mode" in of else None,
+        interpolation=(
+            r.choice("interpolation", INTERPOLATIONS, None) if "interpolation" in of else None
+        ),
+        parameters=tuple(r.names("parameters")) if "parameters" in of else None,
     )
 
 

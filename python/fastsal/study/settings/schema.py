@@ -11,8 +11,10 @@ from typing import Any
 from fastsal.utils.choices import (
     Autocast,
     CorruptionKind,
+    CropMode,
     Curvature,
     HeadKind,
+    Interpolation,
     RefitWindows,
     Saved,
     Schedule,
@@ -36,6 +38,11 @@ class ModelSettings:
             the model's.
         in_chans: Number of image channels, as for `fastsal.load_model`; None uses the model's.
         size: Height and width of the images, in pixels; None uses the model's.
+        crop_pct: Input size divided by the size that images are resized to before the crop, as for
+            `fastsal.input_spec`; None uses the model's for image files.
+        crop_mode: How images of another shape are cropped, one of `CROP_MODES`; None uses the
+            model's.
+        interpolation: Interpolation for resizing, one of `INTERPOLATIONS`; None uses the model's.
         parameters: Names or patterns of the weights to prune; None selects the weights of Linear
             and ConvNd layers except the classifier.
     """
@@ -47,6 +54,9 @@ class ModelSettings:
     num_classes: int | None = None
     in_chans: int | None = None
     size: int | None = None
+    crop_pct: float | None = None
+    crop_mode: CropMode | None = None
+    interpolation: Interpolation | None = None
     parameters: tuple[str, ...] | None = None
 
 
@@ -308,9 +318,13 @@ class Study:
         plain: dict[str, Any] = _plain(found)
         if plain["autocast"] is None:  # the same settings as before there was mixed precision
             del plain["autocast"]
-        for task in plain["tasks"]:
-            if task["class_map"] is None:  # the same settings as before there were class maps
-                del task["class_map"]
+        # The same settings as before there were these.
+        later = {"tasks": ("class_map",), "models": ("crop_pct", "crop_mode", "interpolation")}
+        for key, names in later.items():
+            for table in plain[key]:
+                for name in names:
+                    if table[name] is None:
+                        del table[name]
         return plain
 
 
