@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from fastsal.gradients import select_parameters
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import feature_outputs, features
-from fastsal.models.inputs import InputSpec, input_spec
+from fastsal.models.inputs import InputSpec
 from fastsal.models.loading import load_model
 from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.forecast import plan_memory
-from fastsal.study.backbones import model_path
+from fastsal.study.backbones import model_path, spec_of
 from fastsal.study.cells import Cell
 from fastsal.study.images import images_of
 from fastsal.study.needs import Needs, source_samples, tuning_images
@@ -121,7 +121,7 @@ def measured(
         device=study.device,
     )
     device = next(model.parameters()).device
-    spec = input_spec(model, size=settings.size)
+    spec = spec_of(model, settings)
     names = backbone_parameters(model, settings.parameters)
     count = min(_IMAGES, study.batch_size)
     images = torch.randn(count, spec.channels, *(spec.size or (224, 224)), device=device)
@@ -157,10 +157,9 @@ def measured(
             plans[key] = plan_memory(
                 model,
                 batches,
-                criterion=how.criterion,
                 compensate=how.compensate,
                 damping=how.damping,
-                **options,
+                **{**options, "criterion": how.criterion},
             )
         prune[how.name] = plans[key].seconds["prune"]
     for plan in plans.values():
