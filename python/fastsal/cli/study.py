@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import statistics
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -59,14 +60,23 @@ def run_and_report(
 
     Under `torchrun` every process takes cells, and only that of rank 0 prints.
     """
+    from fastsal.cli.live import LiveTable
     from fastsal.cli.output import console, emit
     from fastsal.study.runner import run_study
 
     is_first = os.environ.get("RANK", "0") == "0"
     try:
-        with terminable():
+        with terminable(), contextlib.ExitStack() as stack:
+            shows = is_first and not quiet
+            table = stack.enter_context(LiveTable()) if shows and sys.stderr.isatty() else None
             done = run_study(
-                study, out, command=command, retry=retry, wait=wait, progress=is_first and not quiet
+                study,
+                out,
+                command=command,
+                retry=retry,
+                wait=wait,
+                progress=shows and table is None,
+                watch=table,
             )
     except (KeyboardInterrupt, Terminated) as stop:
         click.echo(

@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fastsal.study.opened import Opened
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import Study
 from fastsal.study.sources import PruningSource
+from fastsal.study.status import Status
 from fastsal.study.store import Store, digest_of_results
 from fastsal.study.tables import Rows, require_tables, tables_of, write_tables
 from fastsal.study.tuning import tune
@@ -79,6 +80,7 @@ def run_study(
     retry: bool = False,
     wait: bool = True,
     progress: bool | Report = False,
+    watch: Callable[[Status], None] | None = None,
 ) -> Summary:
     """Prune, evaluate, fine-tune and evaluate again, for every cell of a study.
 
@@ -103,6 +105,8 @@ def run_study(
             process writes the tables.
         progress: True for a progress bar, or a callback with the numbers of finished cells and of
             all cells to compute.
+        watch: Callback with the status of the study, called when a cell starts or ends and while
+            this process waits.
 
     Returns:
         Summary of the run.
@@ -129,17 +133,24 @@ def run_study(
     with store.claims() as claims:
         turns = Turns(store, claims, cells, retry=retry)
         total = len(turns.left)
+
+        def tell(here: Cell | None = None) -> None:
+            report(total - len(turns.left), total)
+            if watch is not None:
+                left = len(turns.left)
+                watch(Status(study.name, cells, turns.results, total, left, here, turns.others))
+
         with reporter(progress, study.name, "cells") as report:
             # Only cells to compute count, so that the estimate of the remaining time is right.
-            report(0, total)
+            tell()
             opened = Opened(study, store, tasks)
             waits = Waiting(bool(progress))
             while turns.left:
                 cell = turns.next()
-                report(total - len(turns.left), total)
+                tell(cell)
                 if cell is not None:
                     turns.finish(cell, _result(store, opened.source(cell), cell))
-                    report(total - len(turns.left), total)
+                    tell()
                 elif not wait and turns.left.keys() <= turns.others.keys():
                     break
                 else:
