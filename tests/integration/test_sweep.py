@@ -655,6 +655,18 @@ def test_two_processes_write_the_table_of_one(study_file, tmp_path, python_env):
     assert not list(out.rglob(".*"))
 
 
+def test_under_torchrun_every_process_takes_cells_and_the_first_prints(
+    study_file, tmp_path, monkeypatch
+):
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    for rank, out in (("1", tmp_path / "out"), ("0", tmp_path / "again")):
+        monkeypatch.setenv("RANK", rank)
+        result = run("sweep", study_file, "--out", out)
+        assert result.exit_code == 0
+        assert ("3 cells, 3 finished in this run" in result.output) == (rank == "0")
+        assert (out / "report.html").is_file()
+
+
 STUCK = """
 
 import os, signal

@@ -35,7 +35,7 @@ from fastsal.utils.machine import peak_memory
 
 _IMAGES = 16  # images of a trial
 _COPIES = 3  # of the weights: dense, pruned and fine-tuned
-_HELD = 2  # sums of the statistics: with and without the held-out images
+_HELD = 3  # sums of the statistics: with and without the held-out images, and of these alone
 
 
 @dataclass(frozen=True)
