@@ -153,6 +153,20 @@ def test_diagnostics_are_shown_where_there_are_any_unless_they_are_not_wanted(tm
 
 
 @needs_jinja
+def test_the_gpu_of_a_study_is_named(tmp_path):
+    folder = write_study(tmp_path)
+    study = json.loads((folder / "study.json").read_text())
+    for facts, text in (
+        ({"device": "cuda:1", "gpu": "NVIDIA H200"}, "NVIDIA H200 (cuda:1), Linux"),
+        ({"device": "mps"}, "memory, mps, Linux"),
+        ({"device": "cpu"}, "memory, Linux"),
+    ):
+        machine = {**study["machine"], **facts}
+        (folder / "study.json").write_text(json.dumps({**study, "machine": machine}))
+        assert text in html.page(read_results(folder))
+
+
+@needs_jinja
 def test_failures_and_provenance_are_named(tmp_path):
     folder = write_study(tmp_path, failed=[("magnitude", 0.9, 1)])
     outline = parsed(html.page(read_results(folder)))

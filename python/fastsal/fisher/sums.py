@@ -155,10 +155,13 @@ class ParameterSums:
         self._accumulate(rows, dtype, self.sums)
 
     def add_sums(self, packed: Array, sums: Array) -> None:
-        """Add packed blocks and sums accumulated elsewhere."""
-        self.own()
-        own = self.fold()
-        own += packed
+        """Add packed blocks and sums accumulated elsewhere, which are not used there any more."""
+        if self.is_empty and packed.dtype == self.dtype and packed.flags.writeable:
+            self.packed = packed  # of a whole model, a copy takes seconds
+        else:
+            self.own()
+            own = self.fold()
+            own += packed
         self.sums += sums
 
     def fold(self) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -212,3 +213,33 @@ def test_float64_sums_are_never_tiles(monkeypatch):
     assert (
         type(choose_sink(sums_of(fisher), somewhere, by_key(uncut(fisher.shapes)), 4)) is RowStream
     )
+
+
+def test_sums_of_a_device_become_those_of_the_core_without_a_copy():
+    sums = sums_of(fastsal.BlockFisher({"w": (100,)}, block_size=16))
+    packed = np.ones(len(sums.parameters["w"].fold()), np.float32)
+    sums.parameters["w"].clear()
+    sums.parameters["w"].add_sums(packed, np.ones(100, np.float32))
+    assert sums.parameters["w"].packed is packed
+    sums.parameters["w"].add_sums(np.full_like(packed, 2), np.ones(100, np.float32))
+    assert (sums.parameters["w"].packed == 3).all()
+    assert (sums.parameters["w"].sums == 2).all()
+
+
+def test_tiles_add_to_sums_that_are_there(data):
+    model, x, y = data
+    both = collect(model, x, y, SINKS["tiles"])
+    again = collect(model, x, y, SINKS["tiles"])
+    both.merge(again)
+    rows = per_sample_gradients(model, x, y, parameters=NAMES)
+    fisher = fastsal.BlockFisher({n: tuple(v.shape[1:]) for n, v in rows.items()}, block_size=16)
+    fisher.update(rows)
+    sink = DeviceTiles(sums_of(fisher), CPU)
+    for name, values in rows.items():
+        sink(name, values)
+    sink.end_micro_batch(len(x))
+    sink.flush()
+    for name in NAMES:
+        found, expected = fisher.blocks(name), both.blocks(name)
+        atol = 1e-5 * float(expected.max())
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
