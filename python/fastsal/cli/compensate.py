@@ -17,6 +17,7 @@ from fastsal.cli.help import Command
 @options.statistics_file_option
 @options.damping_option("0.1x")
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("FILE", "File for the compensated weights, .safetensors.")
 def compensate(**given: Any) -> None:

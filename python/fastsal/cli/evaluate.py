@@ -16,6 +16,7 @@ from fastsal.cli.types import PATH
 @click.option("--data", type=PATH, required=True, help="Labeled images to evaluate on.")
 @options.samples_option("a random draw by --seed")
 @options.input_options
+@options.device_options
 @options.run_options
 def evaluate(**given: Any) -> None:
     """Measure the top-1 accuracy and the mean cross-entropy of MODEL.
@@ -25,7 +26,7 @@ def evaluate(**given: Any) -> None:
 
     Example: fastsal eval resnet18 --weights run --data images
     """
-    from fastsal.cli.inputs import open_batches, open_model, set_threads
+    from fastsal.cli.inputs import autocast_type, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit
     from fastsal.models.inputs import input_spec
     from fastsal.transfer.evaluation import measure
@@ -44,7 +45,9 @@ def evaluate(**given: Any) -> None:
         given, model, spec, given["data"], samples=given["samples"], shuffle=True
     )
     with reporter(not given["quiet"], "accuracy") as report:
-        result = measure(model, batches, report=report, checks_labels=True)
+        result = measure(
+            model, batches, report=report, checks_labels=True, autocast=autocast_type(given)
+        )
     if given["as_json"]:
         emit(result._asdict())
         return

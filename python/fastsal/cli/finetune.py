@@ -11,7 +11,7 @@ from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import COUNT, NUMBER, PATH, choice
 from fastsal.errors import InvalidArgument, MaskError
-from fastsal.utils.choices import AUTOCAST_TYPES, SCHEDULES
+from fastsal.utils.choices import SCHEDULES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,12 +87,6 @@ if TYPE_CHECKING:
     help="Also train the normalization layers; frozen by default.",
 )
 @click.option(
-    "--autocast",
-    type=choice(AUTOCAST_TYPES),
-    show_default="the model's own type",
-    help="Floating-point type of mixed-precision forward and backward passes.",
-)
-@click.option(
     "--checkpoint",
     type=PATH,
     metavar="FILE",
@@ -100,6 +94,7 @@ if TYPE_CHECKING:
 )
 @options.test_option
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("DIR", "Folder for the fine-tuned model, its masks and the report.")
 def finetune(**given: Any) -> None:
@@ -202,9 +197,8 @@ def _trained(
     held_out: ImageBatches | None,
 ) -> FinetuneResult:
     """Train `model` in place."""
-    import torch
-
     import fastsal
+    from fastsal.cli.inputs import autocast_type
     from fastsal.data.shuffled import Shuffled
 
     names = (
@@ -216,7 +210,7 @@ def _trained(
         Shuffled(batches),
         masks,
         held_out=held_out,
-        autocast=getattr(torch, given["autocast"]) if given["autocast"] else None,
+        autocast=autocast_type(given),
         progress=not given["quiet"],
         **{name: given[name] for name in names},
     )

@@ -19,7 +19,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     ),
     "Training": (
         "epochs", "lr", "optimizer", "momentum", "weight_decay", "schedule", "patience", "frozen",
-        "train_head", "train_normalization", "autocast",
+        "train_head", "train_normalization",
     ),
     "Data": (
         "data", "held_out", "test", "class_map", "samples", "seeds", "size", "crop_pct",
@@ -32,7 +32,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
     "Report": ("kind", "figures", "margin", "diagnostics"),
-    "Run": ("quick", "dry_run", "root", "retry_failed", "checkpoint", "seed", "threads", "quiet"),
+    "Run": (
+        "device", "autocast", "quick", "dry_run", "root", "retry_failed", "checkpoint", "seed",
+        "threads", "quiet",
+    ),
     "Output": ("out", "force", "save", "as_json"),
 }  # fmt: skip
 OTHER = "Other"

@@ -13,6 +13,7 @@ from fastsal.utils.atomic import check_writable
 from fastsal.utils.choices import CRITERION_NAMES
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from fastsal.data.image_set import ImageBatches
@@ -55,6 +56,7 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
             num_classes=given["num_classes"],
             in_chans=given["in_chans"],
             seed=given["seed"],
+            device="cpu" if given.get("meta") else given["device"],
         )
     _check_criterion(given, is_loaded=True)
     names = ("size", "mean", "std", "interpolation")
@@ -199,7 +201,16 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {name: given[name] for name in names if given.get(name) is not None}
     if given["parameters"]:
         options["parameters"] = list(given["parameters"])
+    if given.get("autocast"):
+        options["autocast"] = autocast_type(given)
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}
+
+
+def autocast_type(given: dict[str, Any]) -> torch.dtype | None:
+    """Return the type that `--amp` names; None without it."""
+    import torch
+
+    return getattr(torch, given["autocast"]) if given["autocast"] else None
 
 
 def collect(given: dict[str, Any], model: nn.Module, batches: ImageBatches) -> BlockFisher:

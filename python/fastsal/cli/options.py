@@ -13,6 +13,7 @@ from fastsal.cli.types import (
     INTEGER,
     NUMBER,
     PATH,
+    Device,
     Integer,
     Registered,
     choice,
@@ -20,6 +21,7 @@ from fastsal.cli.types import (
     parse_size,
 )
 from fastsal.utils.choices import (
+    AUTOCAST_TYPES,
     CRITERION_NAMES,
     CROP_MODES,
     CURVATURES,
@@ -282,6 +284,29 @@ ranking_options: Callable[[F], F] = together(
         help="Least fraction of weights to keep in each parameter, in [0, 1].",
     ),
 )
+
+
+def device_option(default: str | None = "auto") -> Callable[[F], F]:
+    """Return `--device`; None is the device of the file of a study."""
+    return click.option(
+        "--device",
+        type=Device(),
+        metavar="auto|cpu|cuda|cuda:N|mps",
+        default=default,
+        show_default=True if default else "the device in STUDY, else auto",
+        help="Device that the model runs on; auto is the GPU if there is one, else the CPU. Under "
+        "torchrun each process uses a GPU of its own.",
+    )
+
+
+amp_option = click.option(
+    "--amp",
+    "--autocast",
+    "autocast",
+    type=choice(AUTOCAST_TYPES),
+    show_default="the model's own type",
+    help="Floating-point type of mixed-precision forward and backward passes.",
+)
 rounds_option = click.option(
     "--rounds",
     type=COUNT,
@@ -306,6 +331,7 @@ json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."
 )
 quiet_option = click.option("--quiet", is_flag=True, help="Do not show progress.")
+device_options: Callable[[F], F] = together(device_option(), amp_option)
 run_options: Callable[[F], F] = together(seed_option, threads_option, json_option, quiet_option)
 statistics_file_option = click.option(
     "--statistics",

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 )
 @click.option("--no-time", is_flag=True, help="Skip the trial passes that estimate the time.")
 @options.input_options
+@options.device_options
 @options.run_options
 def plan(**given: Any) -> None:
     """Estimate memory, disk, passes and time of `fastsal prune` with the same options.

@@ -45,8 +45,10 @@ if TYPE_CHECKING:
     help="File for the state after each round; rerun the same command to resume from it.",
 )
 @click.option(
-    "--recalibrate",
-    is_flag=True,
+    "--recalibrate/--no-recalibrate",
+    "recalibrate",
+    default=None,
+    show_default="recalibrate with --curvature features and --damping auto",
     help="Recompute the running statistics of batch normalization after pruning if that lowers "
     "the held-out loss.",
 )
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     help="Labeled images on which the accuracy or loss limit is tested.",
 )
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("DIR", "Folder for the pruned model, its masks and the report.")
 def prune(**given: Any) -> None:
@@ -113,7 +116,7 @@ def prune(**given: Any) -> None:
     """
     from fastsal.cli.torchrun import joined
 
-    with joined() as rank:
+    with joined(given["device"]) as rank:
         _prune(given, rank)
 
 

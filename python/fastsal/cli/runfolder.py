@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.utils.atomic import check_writable, note_written, sync_folder, temporary_beside
+from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.digests import file_digest
 from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.machine import peak_memory, versions
@@ -133,13 +134,14 @@ def _replace_run(target: Path, stage: Path) -> None:
 
 
 def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
-    """Return the fields common to all reports: command, versions, sparsity and kept weights."""
+    """Return the fields common to all reports: command, versions, device and kept weights."""
     peak = peak_memory()
     kept, shapes = masks.kept, masks.shapes
     return {
         "command": ["fastsal", *sys.argv[1:]],
         "arguments": {k: v for k, v in given.items() if k not in ("as_json", "quiet", "force")},
         "versions": {**versions(), "platform": platform.platform()},
+        "device": device_facts(resolve_device(given["device"])),
         "sparsity": masks.sparsity,
         "parameters": {name: {"shape": list(shapes[name]), "kept": kept[name]} for name in masks},
         "peak_memory_mib": round(peak / 2**20) if peak else None,

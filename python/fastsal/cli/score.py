@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     help="File to which the statistics are written, for use with other criteria.",
 )
 @options.input_options
+@options.device_options
 @options.run_options
 @options.out_option("FILE", "File for the scores, .safetensors.")
 def score(**given: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from fastsal.cli.types import PATH
 )
 @click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
 @click.option("--dry-run", is_flag=True, help="List the cells without running them.")
+@options.device_option(None)
 @options.threads_option
 @options.json_option
 @options.quiet_option
@@ -50,6 +52,8 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
 
     set_threads(given["threads"])
     study = load_study(given["study"], root=given["root"])
+    if given["device"] is not None:
+        study = replace(study, device=given["device"])
     out = given["out"] or Path("results") / study.name
     if given["dry_run"]:
         print_cells(study, out, as_json=given["as_json"])
@@ -57,6 +61,8 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     words = ["fastsal", "sweep", str(given["study"])]
     if given["root"] is not None:
         words += ["--root", str(given["root"])]
+    if given["device"] is not None:
+        words += ["--device", given["device"]]
     run_and_report(
         ctx,
         study,

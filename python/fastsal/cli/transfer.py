@@ -142,6 +142,7 @@ from fastsal.utils.choices import CRITERION_NAMES, HEAD_KINDS, SAVED
     help="Files to save for each cell besides its numbers.",
 )
 @click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
+@options.device_options
 @options.threads_option
 @options.json_option
 @options.quiet_option
@@ -218,8 +219,10 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         "seeds": list(range(given["seeds"])),
         "rounds": [given["rounds"]],
         **({} if given["samples"] is None else {"samples": given["samples"]}),
-        **{k: given[k] for k in ("block_size", "batch_size", "head", "save")},
+        **{k: given[k] for k in ("block_size", "batch_size", "head", "save", "device")},
     }
+    if given["autocast"]:
+        table["autocast"] = given["autocast"]
     if given["epochs"]:
         table["finetune"] = {"epochs": given["epochs"], "lr": given["lr"]}
     if given["diagnostics"]:

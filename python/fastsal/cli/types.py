@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from fastsal.utils.devices import DEVICE_KINDS, is_device_name
+
 
 class Integer(click.ParamType):  # type: ignore[type-arg]  # generic in recent click only
     """An integer, optionally with a lower bound."""
@@ -117,6 +119,18 @@ def shown(value: object) -> str:
     except ValueError:
         return repr(value)
     return str(value)
+
+
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """The name of a device; whether it exists is checked when it is used."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value` if it has the form of a device name."""
+        if not is_device_name(value):
+            self.fail(f"must be {DEVICE_KINDS}, got {value!r}", param, ctx)
+        return str(value)
 
 
 PATH = click.Path(path_type=Path)

@@ -199,6 +199,20 @@ def first_images(
     return images, again
 
 
+def has_labels(batches: Batches) -> tuple[bool, Batches]:
+    """Tell whether the first batch has labels; return batches that still include it.
+
+    Batches of another form count as labeled: what is wrong with them is told where they are used.
+    """
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws its order
+        first = list(itertools.islice(batches, 1))
+    again = itertools.chain(first, batches) if isinstance(batches, Iterator) else batches
+    try:
+        return all(unpack(batch, 0, "optional")[1] is not None for batch in first), again
+    except DataError:
+        return True, again
+
+
 def check_samples(samples: int | None) -> int | None:
     """Return `samples` as an `int` of at least 1, or None for all samples."""
     return None if samples is None else whole("samples", samples, 1)

@@ -28,6 +28,7 @@ from fastsal.gradients.losses import LossFunction, check_autocast
 from fastsal.models.classifier import declares_head, using_head
 from fastsal.models.classifier_signs import check_classifier, lacks_classifier
 from fastsal.models.digest import structure_digest
+from fastsal.models.placing import on_device
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
@@ -98,6 +99,7 @@ def finetune(
     progress: bool | Report = False,
     seed: int = 0,
     batch: BatchRule | None = None,
+    device: str | torch.device | None = None,
 ) -> FinetuneResult:
     """Fine-tune the kept weights of a model in place; pruned weights remain zero.
 
@@ -141,6 +143,8 @@ def finetune(
         seed: Seed of all random numbers: dropout, and shuffles that use those of PyTorch.
         batch: Function from a batch to `(images, labels)`, for batches and held-out batches of
             another form.
+        device: Device to train on, such as `"cuda"` or `"auto"`; afterwards the model is where it
+            was. None: where the model is.
 
     Returns:
         The history of the epochs, and which epoch was kept.
@@ -167,17 +171,6 @@ def finetune(
         if lacks_classifier(model) or not train_head:
             check_classifier(model, "training")
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
-    first = None
-    if not (train_head or head is not None or declares_head(model)):
-        first, batches = first_images(batches)
-    with using_head(model, head):
-        trained = trained_parameters(
-            model,
-            frozen,
-            train_head=train_head,
-            train_normalization=train_normalization,
-            images=first,
-        )
     how: dict[str, Any] = {
         "epochs": epochs,
         "lr": lr,
@@ -188,38 +181,55 @@ def finetune(
         "autocast": autocast,
         "seed": seed,
     }
-    inner = unwrapped(model)
-    tensors = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
-    with (
-        all_or_nothing(tensors) as original,
-        training_only(model, trained, train_normalization=train_normalization),
-        reporter(progress, "fine-tuning") as report,
-    ):
-        records = checkpoint is not None
-        trainer = Trainer(model, batches, loss=loss, records=records, **how)
-        keeper = None
-        if checkpoint is not None:
-            asked = {
-                **how,
-                "patience": patience,
-                "held_out": held_out is not None,
-                "number of batches": operator.length_hint(batches),
-                "frozen": frozen,
-                "head": head,
-                "train_head": train_head,
-                "train_normalization": train_normalization,
-                "loss": identity_of(loss),
-            }
-            start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
-            structure = structure_digest(model)
-            keeper = TrainingCheckpoint(checkpoint, asked, start, structure, trainer.seen)
-        # If all masked parameters are frozen, no optimizer can change their zeros.
-        moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
-        with masks.hold(model, trainer.optimizer if moved else None):
-            course = _train(trainer, tensors, held_out, epochs, patience, keeper, report)
-        if keeper is not None:
-            keeper.remove()
+    with on_device(model, device, keeps=True):
+        first = None
+        if not (train_head or head is not None or declares_head(model)):
+            first, batches = first_images(batches)
+        with using_head(model, head):
+            trained = trained_parameters(
+                model,
+                frozen,
+                train_head=train_head,
+                train_normalization=train_normalization,
+                images=first,
+            )
+        tensors = _tensors(model)
+        with (
+            all_or_nothing(tensors) as original,
+            training_only(model, trained, train_normalization=train_normalization),
+            reporter(progress, "fine-tuning") as report,
+        ):
+            records = checkpoint is not None
+            trainer = Trainer(model, batches, loss=loss, records=records, **how)
+            keeper = None
+            if checkpoint is not None:
+                asked = {
+                    **how,
+                    "patience": patience,
+                    "held_out": held_out is not None,
+                    "number of batches": operator.length_hint(batches),
+                    "frozen": frozen,
+                    "head": head,
+                    "train_head": train_head,
+                    "train_normalization": train_normalization,
+                    "loss": identity_of(loss),
+                }
+                start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
+                structure = structure_digest(model)
+                keeper = TrainingCheckpoint(checkpoint, asked, start, structure, trainer.seen)
+            # If all masked parameters are frozen, no optimizer can change their zeros.
+            moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
+            with masks.hold(model, trainer.optimizer if moved else None):
+                course = _train(trainer, tensors, held_out, epochs, patience, keeper, report)
+            if keeper is not None:
+                keeper.remove()
     return FinetuneResult(course.history, course.kept_epoch, course.before)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, not copied."""
+    inner = unwrapped(model)
+    return {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
 
 
 def _train(

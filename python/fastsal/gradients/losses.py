@@ -186,4 +186,5 @@ def draw_noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
     uniforms = torch.rand(outputs.shape, dtype=torch.float64, generator=generator)
     # The generator may return 0, whose inverse is infinite.
     noise: Tensor = torch.special.ndtri(uniforms.clamp_(min=2.0**-54))
-    return noise.to(outputs.device, row_dtype(outputs))
+    # In two steps: the device may lack float64.
+    return noise.to(row_dtype(outputs)).to(outputs.device)

@@ -20,6 +20,7 @@ from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.classifier_signs import record_fresh
 from fastsal.models.evaluating import set_modes
 from fastsal.models.weights import check_weights_path, load_weights
+from fastsal.utils.devices import resolve_device
 from fastsal.utils.digests import Digest
 from fastsal.utils.numbers import as_integer, whole
 from fastsal.utils.plain_text import first_line
@@ -37,6 +38,7 @@ def load_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     seed: int = 0,
+    device: str | torch.device = "cpu",
 ) -> nn.Module:
     """Build a model and load its weights.
 
@@ -52,12 +54,15 @@ def load_model(
             a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
+        device: Device that the model is moved to: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or
+            `"auto"` for the GPU if there is one. Random weights do not depend on it.
 
     Returns:
-        The model, in evaluation mode, on the CPU.
+        The model, in evaluation mode.
 
     Raises:
-        InvalidArgument: The model is unknown, or its function lacks an argument.
+        InvalidArgument: The model is unknown, its function lacks an argument, or this machine has
+            no such device.
         FileFormatError: The weights cannot be read or do not fit the model.
         FastsalError: Pretrained weights cannot be downloaded.
     """
@@ -67,6 +72,7 @@ def load_model(
         if value is not None
     }
     seed = whole("seed", seed, None)
+    place = resolve_device(device)
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
         check_weights_path(Path(weights))
@@ -90,7 +96,8 @@ def load_model(
     # Not `eval()`: it may merge weights of adapters, which would then be merged again when the
     # weights of this model are saved and loaded.
     set_modes(model, False)
-    return model
+    # Models of a file may be somewhere else already, or on the meta device.
+    return model if place.type == "cpu" else model.to(place)
 
 
 def _record_fresh_classifier(model: nn.Module) -> None:

@@ -35,7 +35,7 @@ class Arguments:
     pattern: str | None
     floor: float
     loss: str | LossFunction
-    curvature: Curvature
+    curvature: Curvature | None
     parameters: str | Sequence[str] | None
     precision: Precision
     micro_batch: int | None
@@ -51,7 +51,7 @@ class Arguments:
     loss_cap: float | None
     confidence: float
     held_out: Batches | None
-    recalibrate: bool
+    recalibrate: bool | None
     checkpoint: str | os.PathLike[str] | None
     head: str | Sequence[str] | None = None
     batch: BatchRule | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from fastsal.models.digest import model_digest
 from fastsal.models.input_axis import layer_axes
 from fastsal.models.left_out import left_out
 from fastsal.pruning.arguments import Arguments
-from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.limit import Limit
@@ -34,12 +32,16 @@ from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.refit.settings import Refit
-from fastsal.pruning.refit.stage import RefitStage
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
+from fastsal.pruning.stages import (
+    collection_options,
+    recalibrates_by_default,
+    refit_stage,
+    with_curvature,
+)
 from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
 from fastsal.utils.identity import identity_of
-from fastsal.utils.sizes import parse_bytes
 from fastsal.utils.suggestions import check_choice
 
 
@@ -58,7 +60,7 @@ def prune(
     pattern: str | None = None,
     floor: float = 0.0,
     loss: str | LossFunction = "cross-entropy",
-    curvature: Curvature = "empirical",
+    curvature: Curvature | None = None,
     parameters: str | Sequence[str] | None = None,
     precision: Precision = "float32",
     micro_batch: int | None = None,
@@ -74,7 +76,7 @@ def prune(
     loss_cap: float | None = None,
     confidence: float = 0.95,
     held_out: Batches | None = None,
-    recalibrate: bool = False,
+    recalibrate: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     head: str | Sequence[str] | None = None,
     batch: BatchRule | None = None,
@@ -127,7 +129,8 @@ def prune(
             matching the features of the dense model; batches need no labels and the model no
             classifier). With `"features"`, weights of a classifier are pruned only if they are
             named exactly, and the held-out loss is `½ ‖f_θ(x) − f(x)‖² / F`, where `f` are features
-            `[F]`; an image counts at most what the mean feature costs.
+            `[F]`; an image counts at most what the mean feature costs. None is `"features"` if the
+            first batch has no labels, else `"empirical"`.
         parameters: Names or `fnmatch` patterns of the parameters to prune; a leading `!` excludes.
             None prunes those that `fastsal.select_parameters` selects by default.
         precision: Type in which F is accumulated.
@@ -160,7 +163,9 @@ def prune(
             kept in memory, with a memory budget or if they take more than 1 GiB.
         recalibrate: Whether the running statistics of batch normalization are averaged over the
             images again at the end. It is undone unless it lowers the held-out loss. One sample in
-            eight is held out for it.
+            eight is held out for it. With `damping="auto"`, each `λ` is then judged by the lower of
+            the losses with and without it. None does it with `curvature="features"` where samples
+            are held out anyway, for `damping="auto"`.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end. The file of a run with another model, images, labels, loss or
             other arguments is rejected; the images are read once to compare them.
@@ -197,6 +202,7 @@ def prune_with(process: Process, arguments: Arguments) -> PruneResult:
 
 
 def _prune(process: Process, given: Arguments) -> PruneResult:
+    given = with_curvature(given)
     check_choice("curvature", given.curvature, CURVATURES)
     recipe = Recipe.of(
         given.criterion,
@@ -208,7 +214,10 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         seed=given.seed,
     )
     refits = given.refit is not None
-    recipe.check(given.rounds, given.batches, recalibrate=given.recalibrate, refits=refits)
+    if given.recalibrate is None:
+        given = replace(given, recalibrate=recalibrates_by_default(given, recipe))
+    recalibrate = bool(given.recalibrate)
+    recipe.check(given.rounds, given.batches, recalibrate=recalibrate, refits=refits)
     loss = resolve_loss(given.loss)
     limit = Limit.of(
         given.max_loss_increase,
@@ -235,10 +244,10 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     nbytes = 0
     if given.memory_budget is not None:
         nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
-    statistics = _collection(given, recipe, chosen, process, nbytes)
-    stage = _refit_stage(given, chosen, nbytes)
+    statistics = collection_options(given, recipe, chosen, process, nbytes)
+    stage = refit_stage(given, chosen, nbytes)
     # The model has its dense weights until the second round.
-    needs_copy = given.curvature == "features" and given.recalibrate and given.rounds > 1
+    needs_copy = given.curvature == "features" and recalibrate and given.rounds > 1
     job = Job(
         model,
         batches,
@@ -256,74 +265,6 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
     in_use = result.masks.in_use(model, images)
     return replace(result, left_out=left_out(model, chosen), in_use=in_use)
-
-
-def _refit_stage(
-    given: Arguments, chosen: dict[str, nn.Parameter], images: int
-) -> RefitStage | None:
-    """Return how to refit the model, which is dense now; None without refitting.
-
-    `images` is the bytes of held-out images that are kept.
-    """
-    if given.refit is None:
-        return None
-    weights = sum(p.numel() for p in chosen.values())
-    scores_and_masks = (4 + 2) * weights
-    return RefitStage.of(
-        given.refit,
-        given.model,
-        autocast=given.autocast,
-        progress=given.progress,
-        seed=given.seed,
-        budget=None if given.memory_budget is None else parse_bytes(given.memory_budget),
-        kept=scores_and_masks + images,
-    )
-
-
-def _collection(
-    given: Arguments,
-    recipe: Recipe,
-    chosen: dict[str, nn.Parameter],
-    process: Process,
-    images: int,
-) -> dict[str, Any]:
-    """Return the arguments of `collect` except model, batches, samples and seed.
-
-    `images` is the bytes of held-out images that are kept.
-    """
-    statistics: dict[str, Any] = {
-        "block_size": recipe.block_size,
-        "loss": given.loss,
-        "curvature": given.curvature,
-        "parameters": recipe.parameters,
-        "precision": given.precision,
-        "micro_batch": given.micro_batch,
-        "autocast": given.autocast,
-        "loss_scale": given.loss_scale,
-        "progress": given.progress,
-        "by_rows": given.pattern is not None,
-        "warns": False,  # once, not in every round
-        "needs_blocks": recipe.needs_blocks,
-    }
-    if given.memory_budget is None:
-        if given.scratch is not None or given.scratch_budget is not None:
-            raise InvalidArgument("scratch and scratch_budget must be None without memory_budget")
-        return statistics
-    use = process.memory_use(
-        chosen,
-        is_auto=recipe.is_auto,
-        rounds=given.rounds,
-        has_scratch=given.scratch is not None,
-        needs_fisher=CRITERIA[recipe.criterion].needs_fisher,
-        joins=recipe.is_auto or given.recalibrate,
-        images=images,
-    )
-    return statistics | {
-        "memory_budget": given.memory_budget,
-        "scratch": given.scratch,
-        "scratch_budget": given.scratch_budget,
-        "use": use,
-    }
 
 
 def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
@@ -356,7 +297,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
         rest = model_digest(job.model, without=job.chosen.values())
         checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
-    done = prune_in_rounds(job, goals, recalibrate=given.recalibrate, checkpoint=checkpoint)
+    done = prune_in_rounds(job, goals, recalibrate=bool(given.recalibrate), checkpoint=checkpoint)
     return PruneResult(*done)
 
 
@@ -366,7 +307,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
         "sparsity": given.sparsity is not None,
         "rounds": given.rounds != 1,
         "pattern": given.pattern is not None,
-        "recalibrate": given.recalibrate,
+        "recalibrate": bool(given.recalibrate),
         "refit": given.refit is not None,
         "checkpoint": given.checkpoint is not None,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -83,7 +84,9 @@ def prune_safely(
         if fisher is not None and held is not None:
             require_some(held)
             tuned = job.held_out(held, fisher)
-            choice, _ = step.choose_damping(fisher, None, _TYPICAL_SPARSITY, tuned)
+            choice, _ = step.choose_damping(
+                fisher, None, _TYPICAL_SPARSITY, partial(tuned.mean_loss, job.model)
+            )
             job.joining(fisher, held, recipe.seed + 1)()
         clock.lap("damping")
         result, report = _search(job, fisher, examination, choice.damping)

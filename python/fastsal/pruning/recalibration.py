@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -102,6 +103,29 @@ def recalibrate_if_better(
     if not kept:
         restore(_moments(model), moments)
     return Recalibration(before, after, kept)
+
+
+def loss_if_recalibrated(
+    model: nn.Module, batches: Iterable[Pair], loss: Callable[[], float]
+) -> float:
+    """Return the lower of the losses with the present running statistics and with those of images.
+
+    So candidates are compared by what they are worth where a recalibration follows: at extreme
+    sparsities all of them are lost under the old statistics. The model is unchanged at the end.
+
+    Args:
+        model: The model; its running statistics are changed and restored.
+        batches: Images for the new statistics, such as the held-out ones.
+        loss: Measures the model.
+    """
+    before = loss()
+    if not tracked(model):
+        return before
+    with all_or_nothing(_moments(model)) as moments:
+        recalibrate(model, batches)
+        after = loss()
+        restore(_moments(model), moments)
+    return min((value for value in (before, after) if not math.isnan(value)), default=math.nan)
 
 
 def moments_kept_on_error(model: nn.Module) -> AbstractContextManager[dict[str, Tensor]]:

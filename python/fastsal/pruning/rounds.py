@@ -18,7 +18,11 @@ from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import Measured
-from fastsal.pruning.recalibration import moments_kept_on_error, recalibrate_if_better
+from fastsal.pruning.recalibration import (
+    loss_if_recalibrated,
+    moments_kept_on_error,
+    recalibrate_if_better,
+)
 from fastsal.pruning.shelf import restore
 from fastsal.pruning.step import Attempt
 from fastsal.utils.clock import Clock
@@ -33,12 +37,14 @@ class RoundStatistics:
         joined: Returns the statistics of all images; those of `fisher` where none are held out.
         tuned: The held-out images, on which the loss is measured; None where none are held out.
         held: These images.
+        recalibrates: Whether batch normalization is recalibrated in the end.
     """
 
     fisher: Statistics | None = None
     joined: Callable[[], Statistics | None] = lambda: None
     tuned: Measured | None = None
     held: HeldOutSamples | None = None
+    recalibrates: bool = False
 
     def without_statistics(self) -> RoundStatistics:
         """Return the held-out images alone, so that the memory of statistics is free."""
@@ -46,7 +52,16 @@ class RoundStatistics:
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
         """Return whether the model is no worse than the best attempt."""
-        return best is None or self.tuned is None or self.tuned.mean_loss(model) <= best.loss
+        return best is None or self.loss(model) <= best.loss
+
+    def loss(self, model: nn.Module) -> float:
+        """Return the held-out loss that candidates are compared by; zero without such images."""
+        if self.tuned is None:
+            return 0.0
+        loss = partial(self.tuned.mean_loss, model)
+        if not self.recalibrates or self.held is None:
+            return loss()
+        return loss_if_recalibrated(model, self.held, loss)
 
 
 class StatisticsSource(Protocol):
@@ -120,12 +135,14 @@ def prune_in_rounds(
             found, fisher, scores = RoundStatistics(), None, {}
             is_last = number == len(goals)
             refits = job.refit is not None and (is_last or job.refit.settings.between_rounds)
-            found = find(number, holds_out=chooses or refits or (recalibrate and is_last))
+            holds_out = chooses or refits or (recalibrate and is_last)
+            found = replace(find(number, holds_out=holds_out), recalibrates=recalibrate)
             clock.lap("statistics")
             choice: DampingChoice | None = None
             best: Attempt | None = None
             if chooses and found.fisher is not None and found.tuned is not None:
-                choice, best = step.choose_damping(found.fisher, masks, goals[-1], found.tuned)
+                loss = partial(found.loss, model)
+                choice, best = step.choose_damping(found.fisher, masks, goals[-1], loss)
             elif recipe.is_auto and history and (first := history[0].damping) is not None:
                 choice = DampingChoice(first, [])
             clock.lap("damping")
@@ -141,8 +158,7 @@ def prune_in_rounds(
             entry = step.record(number, fisher, choice, result, clock.seconds)
             history.append(replace(entry, held_out_joined=joined) if chooses else entry)
             del result, best  # they refer to scores
-            found = found.without_statistics()
-            fisher = None
+            found, fisher = found.without_statistics(), None
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:

@@ -44,9 +44,12 @@ class Shelf:
         return dict(self._files[key][1])
 
     def put(self, purpose: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies of tensors: in memory on their own devices, or in a file."""
+        """Return copies of tensors: in main memory, or in a file.
+
+        The memory of a GPU is for passes and sums; copies there would halve it.
+        """
         if self._folder is None:
-            return {name: p.detach().clone() for name, p in tensors.items()}
+            return {name: _copy(p.detach()) for name, p in tensors.items()}
         kept = {}
         for dtype in {p.dtype for p in tensors.values()}:
             some = {name: p for name, p in tensors.items() if p.dtype == dtype}
@@ -60,6 +63,12 @@ class Shelf:
         """Release the memory of tensors that are stored in files."""
         for file, _ in self._files.values():
             file.release()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    # Those of subclasses, such as shards of a mesh of devices, remain where they are.
+    is_plain = type(tensor) is Tensor and tensor.device.type not in ("cpu", "meta")
+    return tensor.cpu() if is_plain else tensor.clone()
 
 
 @contextlib.contextmanager

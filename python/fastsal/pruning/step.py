@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.damping import DampingChoice, Multiple, candidates, choose_damping
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
-from fastsal.pruning.measured import Measured
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, restore
@@ -114,9 +113,15 @@ class Step:
         fisher: Statistics,
         masks: Masks | None,
         goal: float | None,
-        held_out: Measured,
+        loss: Callable[[], float],
     ) -> tuple[DampingChoice, Attempt | None]:
         """Choose the damping with the least held-out loss, by attempts at pruning to a goal.
+
+        Args:
+            fisher: Statistics.
+            masks: Masks of the previous round.
+            goal: Sparsity; None where a pattern fixes it.
+            loss: Measures the held-out loss of the model.
 
         Returns:
             The choice and the best attempt. The model has its original weights.
@@ -133,13 +138,13 @@ class Step:
 
         def measure() -> float:
             nonlocal best, result
-            loss = held_out.mean_loss(self.model)
-            if result is not None and (best is None or loss < best.loss):
+            value = loss()
+            if result is not None and (best is None or value < best.loss):
                 scores = self.shelf.put("scores", result.scores)
                 weights = self.shelf.put("best", self.chosen)
-                best = Attempt(replace(result, scores=scores), weights, loss)
+                best = Attempt(replace(result, scores=scores), weights, value)
             result = None  # its scores are freed before the next ones are computed
-            return loss
+            return value
 
         try:
             grid = candidates(self.process.mean_diagonal(fisher))

@@ -89,6 +89,7 @@ def open_backbone(
         weights_key=settings.weights_key,
         num_classes=settings.num_classes,
         in_chans=settings.in_chans,
+        device=study.device,
     )
     if study.save == "models":
         check_savable(model)

@@ -105,6 +105,7 @@ def _fisher(source: PruningSource, name: str, task: Task) -> BlockFisher:
         block_size=study.block_size,
         curvature=source.curvature,
         parameters=source.parameters,
+        autocast=source.autocast,
     )
 
 

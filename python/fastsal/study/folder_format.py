@@ -28,9 +28,9 @@ RESULTS: Columns = {
     "task": str, "role": str, "head": str, "classes": int, "test_images": int,
     "dense": float, "pruned": float, "tuned": float,
     "status": str, "error": str,
-    "fastsal": str, "torch": str, "timm": str, "threads": int, "statistics_bytes": int,
-    "seconds_statistics": float, "seconds_prune": float, "seconds_evaluate": float,
-    "seconds_finetune": float,
+    "fastsal": str, "torch": str, "timm": str, "threads": int, "device": str,
+    "statistics_bytes": int, "seconds_statistics": float, "seconds_prune": float,
+    "seconds_evaluate": float, "seconds_finetune": float,
 }  # fmt: skip
 LAYERS: Columns = {**CELL, "position": int, "layer": str, "weights": int, "pruned": int}
 LOSS_LINE: Columns = {

@@ -7,10 +7,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fastsal.errors import FastsalError
 from fastsal.models.weights import save_weights
@@ -29,6 +31,7 @@ from fastsal.study.tuning import tune
 from fastsal.transfer.evaluation import Measurement
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import Curvature
+from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
@@ -93,17 +96,25 @@ def run_study(
 
     Raises:
         InvalidArgument: The folder holds other files, or the results of another study, or another
-            run writes to it.
+            run writes to it, or this machine does not have the device.
         FastsalError: A model or a task cannot be opened.
         OSError: A result cannot be written; finished cells are kept.
     """
     start = time.perf_counter()
     require_tables()
     check_files(study)
+    device = resolve_device(study.device)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
     store = Store(Path(out), identity)
     with store.locked():
-        return _run_cells(study, store, start, command=command, retry=retry, progress=progress)
+        return _run_cells(
+            replace(study, device=str(device)),
+            store,
+            start,
+            command=command,
+            retry=retry,
+            progress=progress,
+        )
 
 
 def _run_cells(
@@ -151,7 +162,7 @@ def _run_cells(
             "seconds": round(sum(r["seconds"] for r in results.values() if r), 3),
             "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in results.values() if r),
             "versions": versions(),
-            "machine": machine(),
+            "machine": {**machine(), **device_facts(torch.device(study.device))},
         }
     )
     warned = [c.key for c in cells if (r := results[c.key]) and r.get("warnings")]
@@ -223,6 +234,8 @@ def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict
         "peak_memory_bytes": peak_memory(),
     }
     result["facts"] |= {**versions(), "threads": torch_threads()}
+    if not isinstance(source, Exception):
+        result["facts"]["device"] = source.study.device
     store.write(cell.key, result)
     return result
 

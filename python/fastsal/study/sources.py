@@ -86,6 +86,12 @@ class PruningSource:
         """Names of the weights to prune, as in `models`."""
         return [PREFIX + name for name in self.backbone.names]
 
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """Type of mixed-precision passes in statistics and fine-tuning."""
+        name = self.study.autocast
+        return None if name is None else getattr(torch, name)
+
     def role(self, task: str) -> str:
         """Return whether pruning sees a task: `SOURCE` or `TRANSFER`."""
         return SOURCE if task in self.settings.tasks else TRANSFER
@@ -139,6 +145,7 @@ class PruningSource:
             "parameters": self.parameters,
             "block_size": self.study.block_size,
             "micro_batch": None,
+            "autocast": self.autocast,
         }
         chosen = select_parameters(model, self.parameters)
         return Job(model, batches, None, recipe, chosen, statistics, cross_entropy)

@@ -98,6 +98,7 @@ def tune(source: PruningSource, masks: Masks, settings: FinetuneSettings) -> Fin
         schedule=settings.schedule,
         held_out=TuningImages(held, shifts, size, shuffled=False) if settings.held_out else None,
         patience=settings.patience,
+        autocast=source.autocast,
         loss="cross-entropy" if len(sizes) == 1 else SegmentedCrossEntropy(sizes),
         seed=source.seed,
     )

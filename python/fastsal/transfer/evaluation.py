@@ -23,6 +23,7 @@ from fastsal.models.classifier_signs import check_classifier
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.models.outputs import output_tensor
+from fastsal.models.placing import autocasting, on_device
 from fastsal.transfer.heads import AnyHead
 from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split, Task, as_tasks, batches_of
@@ -53,6 +54,8 @@ def evaluate(
     *,
     batch_size: int = 64,
     head: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Measure the accuracy of a backbone on the test images of tasks, through frozen heads.
 
@@ -62,16 +65,20 @@ def evaluate(
         heads: `{task name: head}` from `fit_heads`.
         batch_size: Images per forward pass.
         head: As for `fit_heads`.
+        device: Device of the forward passes, such as `"cuda"` or `"auto"`; afterwards the model is
+            where it was. None: where the model is.
+        autocast: dtype of the forward passes under `torch.autocast`; None disables it.
 
     Returns:
         `{task name: top-1 accuracy, 0 to 1}`. Images with non-finite outputs count as wrong.
 
     Raises:
-        InvalidArgument: A task has no head, or a head expects another number of features.
+        InvalidArgument: A task has no head, a head expects another number of features, or this
+            machine has no such device.
         DataError: A task has no test images, or labels outside the classes of its head.
     """
-    with using_head(model, head):
-        found = measure_tasks(model, tasks, heads, batch_size=batch_size)
+    with using_head(model, head), on_device(model, device):
+        found = measure_tasks(model, tasks, heads, batch_size=batch_size, autocast=autocast)
     return {name: measurement.accuracy for name, measurement in found.items()}
 
 
@@ -82,6 +89,7 @@ def measure_tasks(
     *,
     batch_size: int = 64,
     report: Report | None = None,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Measurement]:
     """Measure accuracy and loss of a backbone on tasks, in one pass over the images.
 
@@ -93,6 +101,7 @@ def measure_tasks(
         heads: `{task name: head}` from `fit_heads`.
         batch_size: Images per forward pass.
         report: Callback with the number of images done and the total, None if unknown.
+        autocast: dtype of the forward passes under `torch.autocast`; None disables it.
 
     Returns:
         `{task name: accuracy, loss and number of images}`. The loss is the cross-entropy of
@@ -125,7 +134,8 @@ def measure_tasks(
                     head = placed[task.name]
                     is_own = isinstance(head, OwnHead)
                     if is_own not in seen:
-                        seen[is_own] = _logits(model, x) if is_own else features(model, x)
+                        with autocasting(device, autocast):
+                            seen[is_own] = _logits(model, x) if is_own else features(model, x)
                     labels = given
                     if isinstance(task.test, ImageSet):
                         labels = torch.from_numpy(task.test.y[begin : begin + len(given)])
@@ -148,6 +158,7 @@ def measure(
     report: Report | None = None,
     checks_labels: bool = False,
     batch: BatchRule | None = None,
+    autocast: torch.dtype | None = None,
 ) -> Measurement:
     """Measure accuracy and loss of `model` with its own classifier.
 
@@ -163,6 +174,7 @@ def measure(
         checks_labels: Whether a loss worse than guessing gives a warning too, as it should if the
             model is not pruned.
         batch: Function from a batch to `(images, labels)`, for batches of another form.
+        autocast: dtype of the forward passes under `torch.autocast`; None disables it.
 
     Returns:
         Accuracy, loss and number of images. Images with non-finite logits count as wrong.
@@ -178,7 +190,8 @@ def measure(
         for images, labels in unpacked(ruled(batches, batch)):
             if not tally.count and check_classifier(model, "accuracy", images):
                 tally.sign = None  # the loss of features means nothing
-            logits = _logits(model, images.to(device))
+            with autocasting(device, autocast):
+                logits = _logits(model, images.to(device))
             tally.add(logits, labels)
             if report:
                 report(tally.count, total)

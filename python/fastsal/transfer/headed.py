@@ -42,13 +42,14 @@ class Headed(nn.Module):
         self.backbone = backbone
         self.columns: list[list[int] | None] = []
         self.linear = nn.ModuleList()
+        place = next((p.device for p in backbone.parameters()), torch.device("cpu"))
         for head in heads:
             if isinstance(head, OwnHead):
                 self.columns.append(None if head.columns is None else list(head.columns))
                 self.linear.append(nn.Identity())
             elif isinstance(head, Head):
                 self.columns.append(None)
-                self.linear.append(head.linear())
+                self.linear.append(head.linear().to(place))
             else:
                 raise InvalidArgument(
                     "heads must be differentiable (linear heads or the model's own), got a "

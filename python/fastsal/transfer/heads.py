@@ -19,6 +19,7 @@ from fastsal.models.classifier import using_head
 from fastsal.models.evaluating import evaluating
 from fastsal.models.features import features
 from fastsal.models.inputs import InputSpec, input_spec
+from fastsal.models.placing import on_device
 from fastsal.transfer.knn import KnnHead, fit_knn
 from fastsal.transfer.linear_head import Head
 from fastsal.transfer.logistic import solve_probe
@@ -52,6 +53,7 @@ def fit_heads(
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
     head: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, Head]: ...
 
 
@@ -71,6 +73,7 @@ def fit_heads(
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
     head: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
 ) -> dict[str, AnyHead]: ...
 
 
@@ -89,6 +92,7 @@ def fit_heads(
     cache: HeadCache | str | os.PathLike[str] | None = None,
     seed: int = 0,
     head: str | Sequence[str] | None = None,
+    device: str | torch.device | None = None,
 ) -> Mapping[str, AnyHead]:
     """Fit one head per task on the features of the dense backbone.
 
@@ -114,6 +118,7 @@ def fit_heads(
         seed: For `"probe"`: seed of the held-out images.
         head: Name of the layer of the model whose input is the features; None finds it, see
             `fastsal.models.features`.
+        device: Device of the forward passes, as for `evaluate`; heads are fitted on the CPU.
 
     Returns:
         `{task name: head}`.
@@ -165,7 +170,7 @@ def fit_heads(
         if kept is not None:
             heads[task.name] = replace(kept, task=task.name)
             continue
-        with using_head(model, head):
+        with using_head(model, head), on_device(model, device):
             x, y, classes = _collect(model, task, spec, batch_size)
         heads[task.name] = solvers[kind](task.name, x, y, classes, spec)
         if cache is not None:

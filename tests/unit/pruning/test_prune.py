@@ -478,7 +478,11 @@ REFUSED = {
     ),
     "label held out": ({"batches": wrong_label(HELD, 3)}, DataError, "^labels must be .*got 3"),
     "label held out below": ({"batches": wrong_label(HELD, -100)}, DataError, "^labels .*got -100"),
-    "labels missing": ({"batches": [(data()[0], None)]}, DataError, "^labels must be given"),
+    "labels missing": (
+        {"batches": [(data()[0], None)], "curvature": "empirical"},
+        DataError,
+        "^labels must be given",
+    ),
     "interrupt": ({"batches": interrupted()}, KeyboardInterrupt, None),
 }  # fmt: skip
 

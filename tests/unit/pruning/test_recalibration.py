@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,11 @@ from torch import nn
 import fastsal
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.pruning import rounds
-from fastsal.pruning.recalibration import recalibrate, recalibrate_if_better
+from fastsal.pruning.recalibration import (
+    loss_if_recalibrated,
+    recalibrate,
+    recalibrate_if_better,
+)
 
 
 def make():
@@ -47,6 +54,51 @@ def test_it_stays_only_where_the_loss_is_lower(data, losses):
     assert found.kept is (losses == (1.0, 0.5))
     changed = any(not torch.equal(v, before[k]) for k, v in model.named_buffers())
     assert changed is found.kept
+
+
+@pytest.mark.parametrize("losses", [(1.0, 0.5), (0.5, 1.0), (1.0, math.nan), (math.nan, 2.0)])
+def test_the_lower_loss_counts_and_the_model_is_unchanged(data, losses):
+    model = make()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    values = iter(losses)
+    found = loss_if_recalibrated(model, [data], lambda: next(values))
+    assert found == min(value for value in losses if not math.isnan(value))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_damping_is_judged_as_the_model_will_be(data):
+    """Of λ with and without moments that fit, the one that is better after recalibration wins."""
+    images = data[0] + 3  # without some weights, means of channels are others
+    model = make()
+    recalibrate(model, [(images, None)])
+    how = {"curvature": "features", "compensate": False, "parameters": ["0.weight"]}
+    batches = [(images, None)]
+    told = fastsal.prune(copy.deepcopy(model), batches, 0.5, **how).history[0]
+    plain = fastsal.prune(copy.deepcopy(model), batches, 0.5, **how, recalibrate=False).history[0]
+    assert plain.recalibration is None
+    pairs = list(zip(told.damping_evidence, plain.damping_evidence, strict=True))
+    assert [a[0] for a, _ in pairs] == [b[0] for _, b in pairs]
+    assert all(a[1] <= b[1] for a, b in pairs)
+    assert any(a[1] < b[1] for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_on"),
+    [
+        ({"curvature": "features"}, True),
+        ({"curvature": "features", "damping": 1e-3}, False),
+        ({"curvature": "empirical"}, False),
+        ({"curvature": "features", "recalibrate": False}, False),
+    ],
+)
+def test_it_is_on_by_default_where_features_are_held_out(data, options, is_on):
+    result = fastsal.prune(make(), [data], 0.5, **options)
+    assert (result.history[-1].recalibration is not None) is is_on
+
+
+def test_images_that_come_once_are_not_recalibrated_on_by_default(data):
+    result = fastsal.prune(make(), iter([data]), 0.5, curvature="features")
+    assert result.history[-1].recalibration is None
 
 
 def test_models_without_such_layers(data):

@@ -55,6 +55,9 @@ def test_defaults_and_names(write):
     assert [c.name for c in study.criteria] == ["obs-greedy", "magnitude"]
     assert [c.compensate for c in study.criteria] == [True, False]
     assert study.finetune is None
+    assert (study.device, study.autocast) == ("auto", None)
+    assert "device" not in study.settings()
+    assert "autocast" not in study.settings()
     assert study.root == study.folder
 
 
@@ -99,7 +102,14 @@ def test_a_key_depends_on_what_its_numbers_depend_on(write):
     assert keys(SMALL.replace('"small"', '"another"')) == before
     assert keys(SMALL.replace("[0.7, 0.5]", "[0.7, 0.5, 0.9]")) > before
     assert keys(SMALL, {"model": "1"}).isdisjoint(before)
-    for line in ("block_size = 32", "ridge = 0.2", "samples = 8", "[split]\nseed = 1"):
+    assert keys('device = "cuda:1"\n' + SMALL) == before  # recorded with the results
+    for line in (
+        "block_size = 32",
+        'autocast = "float16"',
+        "ridge = 0.2",
+        "samples = 8",
+        "[split]\nseed = 1",
+    ):
         changed = SMALL + line if line.startswith("[") else line + "\n" + SMALL
         assert keys(changed).isdisjoint(before), line
 
@@ -152,6 +162,12 @@ BAD = [
         "must be among the study's [0.7, 0.5], got 0.6",
     ),
     ('"magnitude"', '"magnitude"\n[[finetune]]', "finetune must be a table, [finetune]"),
+    (
+        "[[models]]",
+        'device = "gpu"\n[[models]]',
+        "line 6: device must be auto, cpu, cuda, cuda:N or",
+    ),
+    ("[[models]]", 'autocast = "half"\n[[models]]', "must be 'bfloat16' or 'float16', got 'half'"),
     ("[[models]]", "[models]", "models must be an array of tables, [[models]]"),
 ]
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Folder for the figure and the results.",
 )
 @click.option("--quick", is_flag=True, help="Use fewer images and sparsities.")
+@options.device_option()
 @options.run_options
 @options.force_option
 def demo(**given: Any) -> None:
@@ -42,6 +43,7 @@ def demo(**given: Any) -> None:
     from fastsal.cli.inputs import set_threads
     from fastsal.cli.output import console, emit
     from fastsal.cli.runfolder import check_target
+    from fastsal.utils.devices import resolve_device
     from fastsal.utils.json_files import write_json
 
     require_extra()
@@ -58,9 +60,11 @@ def demo(**given: Any) -> None:
         announce=announce,
         progress=not given["quiet"],
         seed=given["seed"],
+        device=given["device"],
     )
     pictures = draw(found, given["out"])
-    result = {**found.as_dict(), "pictures": [str(path) for path in pictures]}
+    device = str(resolve_device(given["device"]))
+    result = {**found.as_dict(), "device": device, "pictures": [str(path) for path in pictures]}
     write_json(given["out"] / "demo.json", result, indent=2)
     if given["as_json"]:
         emit(result)

@@ -29,6 +29,7 @@ from fastsal.transfer.linear_head import Head
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.clock import Clock
+from fastsal.utils.devices import resolve_device
 
 SOURCE, UNSEEN = "digits 0-4", "digits 5-9"
 _PACKAGES = {
@@ -138,6 +139,7 @@ def run(
     announce: Callable[[str], None] = lambda _: None,
     progress: bool | Callable[[int, int | None], None] = False,
     seed: int = 0,
+    device: str = "cpu",
 ) -> DemoResult:
     """Run the study.
 
@@ -146,19 +148,21 @@ def run(
         announce: called with a line of text at the beginning of each step.
         progress: True for a progress bar, or a function `(samples, total)`.
         seed: seed of the splits.
+        device: device that the models run on, as for `fastsal.load_model`.
 
     Returns:
         Accuracies of the dense backbone and of every method at every sparsity.
 
     Raises:
-        FastsalError: the extra `demo` is not installed.
+        FastsalError: the extra `demo` is not installed, or this machine has no such device.
     """
     import fastsal
 
     require_extra()
+    place = resolve_device(device)
     clock = Clock()
     announce("load EfficientNet-Lite0 and the digits")
-    dense = load_backbone()
+    dense = load_backbone().to(place)
     spec = input_spec(dense, size=settings.size)
     splits = load_digits(settings.samples, seed)
     tasks = [splits.source, splits.unseen]
@@ -240,6 +244,7 @@ def with_head(backbone: nn.Module, head: Head) -> tuple[nn.Module, list[str]]:
         if isinstance(module, (nn.Linear, nn.Conv2d)) and module is not model.get_classifier()
     ]
     set_modes(model, False)
+    model.to(next(backbone.parameters()).device)  # the new classifier is on the CPU
     return model, names
 
 

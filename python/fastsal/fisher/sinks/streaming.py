@@ -39,7 +39,7 @@ class RowStream:
         self._sums = sums
         self._expected = expected
         self._dtype = dtype
-        self._is_cuda = device.type == "cuda"
+        self._device, self._is_cuda = device, device.type == "cuda"
         self._buffers: list[Tensor | None] = [None] * _BUFFERS
         self._pending: list[Future[None] | None] = [None] * _BUFFERS
         self._turn = 0
@@ -60,7 +60,8 @@ class RowStream:
         arrived = None
         if self._is_cuda:
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
+            # That of the rows' device, which need not be the current one.
+            arrived.record(torch.cuda.current_stream(self._device))
         self._pending[turn] = self._worker.submit(self._add, name, target, arrived)
 
     def _add(self, name: str, rows: Tensor, arrived: torch.cuda.Event | None) -> None:

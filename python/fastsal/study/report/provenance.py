@@ -51,6 +51,8 @@ def _machine(machine: Mapping[str, Any]) -> str:
         parts.append(wording.number(machine["threads"], "thread"))
     if _number(machine.get("memory_bytes")):
         parts.append(f"{wording.size(machine['memory_bytes'])} memory")
+    if machine.get("gpu"):
+        parts.append(str(machine["gpu"]))
     if machine.get("system"):
         parts.append(str(machine["system"]))
     return ", ".join(parts)

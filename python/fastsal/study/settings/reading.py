@@ -23,6 +23,7 @@ from fastsal.study.settings.schema import (
 )
 from fastsal.study.settings.toml_lines import read_toml
 from fastsal.utils.choices import (
+    AUTOCAST_TYPES,
     CORRUPTION_KINDS,
     CRITERION_NAMES,
     CROP_MODES,
@@ -33,7 +34,9 @@ from fastsal.utils.choices import (
     SAVED,
     SCHEDULES,
     SCOPES,
+    Autocast,
 )
+from fastsal.utils.devices import DEVICE_KINDS, is_device_name
 
 
 def load_study(
@@ -73,8 +76,8 @@ def study_of(
     """
     top.only(
         "name", "root", "sparsities", "seeds", "rounds", "samples", "block_size", "batch_size",
-        "head", "ridge", "save", "models", "tasks", "sources", "criteria", "split", "finetune",
-        "diagnostics",
+        "head", "ridge", "save", "device", "autocast", "models", "tasks", "sources",
+        "criteria", "split", "finetune", "diagnostics",
     )  # fmt: skip
     own_root = Path(folder) / top.text("root", ".")
     tasks = _named(top, "tasks", _task)
@@ -96,6 +99,8 @@ def study_of(
         head=top.choice("head", HEAD_KINDS, "ridge"),
         ridge=top.number("ridge", 0.1, least=0),
         save=top.choice("save", SAVED, "none"),
+        device=_device(top),
+        autocast=_autocast(top),
         split=_split(top.within("split")),
         finetune=_finetune(top.within("finetune")) if "finetune" in top.table else None,
         diagnostics=(
@@ -106,6 +111,18 @@ def study_of(
         root=Path(root).absolute() if root is not None else own_root,
         folder=Path(folder),
     )
+
+
+def _device(top: Reader) -> str:
+    device = top.text("device", "auto")
+    if not is_device_name(device):
+        raise top.error("device", f"must be {DEVICE_KINDS}, got {device!r}")
+    return device
+
+
+def _autocast(top: Reader) -> Autocast | None:
+    key = "autocast"
+    return top.choice(key, AUTOCAST_TYPES, None) if key in top.table else None
 
 
 def _register_criteria(

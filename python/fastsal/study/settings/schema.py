@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsal.utils.choices import (
+    Autocast,
     CorruptionKind,
     CropMode,
     Curvature,
@@ -266,6 +267,10 @@ class Study:
         head: Kind of head for tasks that do not set one, one of `HEAD_KINDS`.
         ridge: Penalty of ridge heads, as for `fastsal.fit_heads`.
         save: What to save for each cell, one of `SAVED`.
+        device: Device that models run on, as for `fastsal.load_model`. It is recorded with the
+            results, and not one of the settings that they belong to.
+        autocast: Floating-point type of mixed-precision passes in statistics and fine-tuning, one
+            of `AUTOCAST_TYPES`; None uses the model's own type.
         split: `[split]`.
         finetune: `[finetune]`; None measures zero-shot accuracy only.
         diagnostics: `[diagnostics]`; None skips them.
@@ -286,6 +291,8 @@ class Study:
     head: HeadKind = "ridge"
     ridge: float = 0.1
     save: Saved = "none"
+    device: str = "auto"
+    autocast: Autocast | None = None
     split: SplitSettings = field(default_factory=SplitSettings)
     finetune: FinetuneSettings | None = None
     diagnostics: DiagnosticsSettings | None = None
@@ -306,8 +313,10 @@ class Study:
     def settings(self) -> dict[str, Any]:
         """Return the settings as plain values without folders, so that machines agree on them."""
         found = dataclasses.asdict(self)
-        del found["root"], found["folder"]
+        del found["root"], found["folder"], found["device"]
         plain: dict[str, Any] = _plain(found)
+        if plain["autocast"] is None:  # the same settings as before there was mixed precision
+            del plain["autocast"]
         # The same settings as before there were these.
         later = {"tasks": ("class_map",), "models": ("crop_pct", "crop_mode", "interpolation")}
         for key, names in later.items():
