@@ -21,6 +21,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.inputs import input_spec
 from fastsal.models.loading import load_model
 from fastsal.study import load_study, run_study
+from fastsal.utils import presence
 
 from .commands import failed, run
 
@@ -371,10 +372,28 @@ def test_loss_lines_end_where_the_table_says(study_file, tmp_path):
     assert all(0 <= float(r["diagonal"]) <= 1 + 1e-9 for r in overlaps)
 
 
-def test_dry_run_lists_the_cells_and_writes_nothing(study_file, tmp_path):
-    result = run("sweep", study_file, "--out", tmp_path / "out", "--dry-run")
+def test_dry_run_says_what_a_study_needs_and_writes_nothing(study_file, tmp_path):
+    out = tmp_path / "out"
+    result = run("sweep", study_file, "--out", out, "--dry-run")
     assert result.exit_code == 0
-    assert "18 cells, 2 tasks each" in result.stdout
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("tiny: 18 cells, 2 tasks each (3 criteria x 2 seeds x 3 sparsities)")
+    assert lines[1] == "done: 0 of 18 cells"
+    assert lines[2] == "images: 36 to prune, 27 to fit heads, 26 to fine-tune, 31 to test"
+    assert [line.split(":")[0] for line in lines[3:]] == ["time", "memory"]
+    result = run("sweep", study_file, "--out", out, "--dry-run", "--no-time", "--json")
+    said = json.loads(result.stdout)
+    assert (len(said["cells"]), said["missing"], "seconds" in said) == (18, [], False)
+    assert not out.exists()
+
+
+def test_dry_run_says_what_is_missing_and_exits_with_one(study_file, tmp_path):
+    (tmp_path / "bars.npz").unlink()
+    result = run("sweep", study_file, "--out", tmp_path / "out", "--dry-run", "--no-time")
+    assert result.exit_code == 1
+    missing = [line for line in result.stdout.splitlines() if line.startswith("missing: ")]
+    assert missing == [f"missing: data {tmp_path / 'bars.npz'} does not exist (tasks bars)"]
+    assert "unknown for 2 tasks" in result.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -558,23 +577,135 @@ def test_a_cell_whose_files_cannot_be_written_is_recorded(study_file, tmp_path, 
     assert run_study(load_study(study_file), tmp_path / "out", retry=True).failed == {}
 
 
-def test_two_sweeps_of_one_folder_do_not_run_at_once(study_file, tmp_path, monkeypatch):
+def test_a_second_sweep_of_a_folder_takes_the_other_cells(study_file, tmp_path, monkeypatch):
     import fastsal.study.runner as runner
 
-    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
-    out, compute, said = tmp_path / "out", runner._result, []
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    run_study(load_study(study_file), whole)
+    compute, joined = runner._result, []
 
     def meanwhile(store, source, cell):
-        if not said:
-            said.append(run("sweep", study_file, "--out", out, "--quiet"))
+        if not joined:
+            joined.append(None)
+            second = run("sweep", study_file, "--out", shared, "--quiet", "--no-wait")
+            joined[0] = second
         return compute(store, source, cell)
 
     monkeypatch.setattr(runner, "_result", meanwhile)
-    done = run_study(load_study(study_file), out)
-    assert (done.done, done.failed) == (3, {})
-    failed(said[0], f"out: {out} is in use by another run (process {os.getpid()} on ")
-    assert not list(out.glob(".*"))
-    assert run_study(load_study(study_file), out).done == 0
+    done = run_study(load_study(study_file), shared)
+    assert (done.cells, done.done, done.failed, done.elsewhere) == (18, 1, {}, 0)
+    assert joined[0].exit_code == 0, joined[0].output
+    assert "18 cells, 17 finished in this run" in joined[0].stdout
+    assert "1 cells are still computed by other processes" in joined[0].stdout
+    assert not (shared / "report.html").exists()  # the last one writes it, here from Python
+    assert but_for_times(shared) == but_for_times(whole)
+    assert (shared / "layers.csv").read_bytes() == (whole / "layers.csv").read_bytes()
+    assert not list(shared.rglob(".*"))
+    assert run_study(load_study(study_file), shared).done == 0
+
+
+def test_the_cell_of_a_process_that_was_taken_for_gone_is_not_stored_twice(
+    study_file, tmp_path, monkeypatch
+):
+    """A machine that slept: others took the cell over and finished it meanwhile."""
+    import fastsal.study.runner as runner
+
+    edited(study_file, ("[0.0, 0.5, 0.75]", "[0.5]"), ("[0, 1]", "[0]"))
+    out, compute, second = tmp_path / "out", runner._result, []
+    tokens = []
+
+    def meanwhile(store, source, cell):
+        if not second:
+            second.append(None)
+            tokens.extend(presence.tokens_in(out / "cells"))
+            second[0] = run_study(load_study(study_file), out)
+        return compute(store, source, cell)
+
+    alive = presence.Watch.is_alive
+    monkeypatch.setattr(runner, "_result", meanwhile)
+    monkeypatch.setattr(
+        presence.Watch, "is_alive", lambda self, token: token not in tokens and alive(self, token)
+    )
+    first = run_study(load_study(study_file), out)
+    assert (first.done, second[0].done) == (0, 3)
+    assert len(list(out.glob("cells/*.json"))) == 3
+    assert not list(out.rglob(".*.claim"))
+
+
+def worker(study_file, out, python_env, *more):
+    command = [sys.executable, "-m", "fastsal", "sweep", str(study_file), "--threads=1", "--out"]
+    return subprocess.Popen(
+        [*command, str(out), *more],
+        env=python_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_two_processes_write_the_table_of_one(study_file, tmp_path, python_env):
+    run_study(load_study(study_file), tmp_path / "one")
+    out = tmp_path / "two"
+    both = [worker(study_file, out, python_env, "--json") for _ in range(2)]
+    said = [json.loads(process.communicate(timeout=240)[0]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(each["done_now"] for each in said) == 18
+    assert said[0]["rows"] == said[1]["rows"]
+    assert but_for_times(out) == but_for_times(tmp_path / "one")
+    for name in ("layers.csv", "layers.parquet", "splits.json"):
+        assert (out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert (out / "report.html").is_file()
+    assert not list(out.rglob(".*"))
+
+
+STUCK = """
+
+import os, signal
+from pathlib import Path
+
+if os.environ.get("STOPS"):
+    from fastsal.study import runner
+
+    compute, cells = runner._result, []
+
+    def _result(store, source, cell):
+        cells.append(cell)
+        if len(cells) == 4:
+            print("in the middle", flush=True)
+            signal.pause()
+        return compute(store, source, cell)
+
+    runner._result = _result
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_cell_of_a_killed_process_is_taken_up(how, study_file, tmp_path, python_env):
+    """Killed in the middle of a cell, while another process waits for this cell."""
+    run_study(load_study(study_file), tmp_path / "one")
+    out = tmp_path / "two"
+    hook = tmp_path / "hook"
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(STUCK)
+    path = os.pathsep.join([str(hook), python_env["PYTHONPATH"]])
+    first = worker(study_file, out, {**python_env, "PYTHONPATH": path, "STOPS": "1"}, "--quiet")
+    assert first.stdout.readline() == "in the middle\n"
+    assert len(list(out.glob("cells/*.json"))) == 3
+    second = worker(study_file, out, python_env)
+    line = second.stderr.readline()
+    while line and not line.startswith("waiting for"):
+        line = second.stderr.readline()
+    assert line.startswith("waiting for 1 cell of other processes: tiny-colours-")
+    assert f"(process {first.pid} on " in line
+    assert len(list(out.glob("cells/*.json"))) == 17
+    os.kill(first.pid, how)
+    _, last = first.communicate(timeout=240)
+    if how == signal.SIGTERM:
+        assert first.returncode == 143
+        assert last.startswith("interrupted: finished cells are saved")
+    said, _ = second.communicate(timeout=240)
+    assert second.returncode == 0
+    assert "18 cells, 15 finished in this run" in said
+    assert but_for_times(out) == but_for_times(tmp_path / "one")
+    assert not list(out.rglob(".*"))
 
 
 def write_folder(folder: Path) -> None:

@@ -23,7 +23,12 @@ MOST_AT_THE_TOP = 12
 
 # Optional package to the only modules that may import it.
 OPTIONAL = {
-    "matplotlib": {"fastsal.cli.demo.figure", "fastsal.cli.safety_figure"},
+    "matplotlib": {
+        "fastsal.cli.demo.figure",
+        "fastsal.cli.layer_figure",
+        "fastsal.cli.safety_figure",
+    },
+    "tqdm": {"fastsal.utils.progress"},
     "jinja2": {"fastsal.study.report.html"},
     "pyarrow": {"fastsal.study.tables"},
     "sklearn": {"fastsal.data.opening", "fastsal.cli.demo.study"},

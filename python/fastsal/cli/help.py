@@ -31,10 +31,10 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Memory and disk": ("memory_budget", "scratch", "scratch_budget", "image_cache"),
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
-    "Report": ("kind", "figures", "margin", "diagnostics"),
+    "Report": ("kind", "figures", "figure", "margin", "diagnostics"),
     "Run": (
-        "device", "autocast", "quick", "dry_run", "root", "retry_failed", "checkpoint", "seed",
-        "threads", "quiet",
+        "device", "autocast", "quick", "dry_run", "root", "retry_failed", "no_wait", "checkpoint",
+        "seed", "threads", "quiet",
     ),
     "Output": ("out", "force", "save", "as_json"),
 }  # fmt: skip

@@ -78,9 +78,9 @@ weights_options: Callable[[F], F] = together(weights_option, weights_key_option)
 architecture_options: Callable[[F], F] = together(
     click.option(
         "--num-classes",
-        type=COUNT,
+        type=Integer(least=0),
         show_default="the model's own",
-        help="Number of classes, the outputs of the classifier.",
+        help="Number of classes, the outputs of the classifier; 0 for a model of timm without one.",
     ),
     click.option(
         "--in-chans",

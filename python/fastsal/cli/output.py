@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.in_use import InUse
     from fastsal.pruning.refit_result import RefitResult
 
-_BAR = 20  # characters
+BAR = 20  # characters of a full bar
 
 
 def emit(value: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
     table.add_column("shape", no_wrap=True)
     for name in ("kept", "of", "%"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, min_width=_BAR)
+    table.add_column("", no_wrap=True, min_width=BAR)
     for name, shape in shapes.items():
         count = math.prod(shape)
         share = kept[name] / count
@@ -52,7 +52,7 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
             f"{kept[name]:,}",
             f"{count:,}",
             f"{100 * share:.1f}",
-            f"[cyan]{bar(share)}[/cyan][dim]{'·' * (_BAR - len(bar(share)))}[/dim]",
+            f"[cyan]{bar(share)}[/cyan][dim]{'·' * (BAR - len(bar(share)))}[/dim]",
         )
     return table
 
@@ -90,5 +90,5 @@ def refit_summary(done: RefitResult) -> str:
 
 def bar(share: float) -> str:
     """Return a bar of up to 20 characters, in eighths."""
-    eighths = round(min(max(share, 0.0), 1.0) * _BAR * 8)
+    eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
     return "█" * (eighths // 8) + ("" if not eighths % 8 else "▏▎▍▌▋▊▉"[eighths % 8 - 1])

@@ -162,12 +162,16 @@ def _table(plan: MemoryPlan) -> Any:
         table.add_row(f"sent, {what}", gib(nbytes), f"by each of {plan.ranks} ranks")
     for name, seconds in plan.seconds.items():
         sends = "without communication" if plan.ranks > 1 and name == "total" else ""
-        table.add_row(f"time, {name}", _duration(seconds), sends)
+        table.add_row(f"time, {name}", duration(seconds), sends)
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format seconds in seconds, minutes, hours or days."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    hours = minutes / 60
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:.1f} days"

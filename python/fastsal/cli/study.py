@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import statistics
+import sys
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -16,6 +21,28 @@ if TYPE_CHECKING:
     from fastsal.study.settings.schema import Study
 
 STATUS_FAILED_CELLS = 1
+STATUS_TERMINATED = 143  # 128 + SIGTERM, the convention of shells
+
+
+class Terminated(BaseException):
+    """SIGTERM, which job schedulers send before the time of a job is over."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM inside the block, so that claims on cells are released."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_and_report(
@@ -27,20 +54,39 @@ def run_and_report(
     retry: bool,
     quiet: bool,
     as_json: bool,
+    wait: bool = True,
 ) -> None:
-    """Run a study to its end, write its report, and print a summary of the results."""
+    """Run a study to its end, write its report, and print a summary of the results.
+
+    Under `torchrun` every process takes cells, and only that of rank 0 prints.
+    """
+    from fastsal.cli.live import LiveTable
     from fastsal.cli.output import console, emit
     from fastsal.study.runner import run_study
 
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
-        done = run_study(study, out, command=command, retry=retry, progress=not quiet)
-    except KeyboardInterrupt:
+        with terminable(), contextlib.ExitStack() as stack:
+            shows = is_first and not quiet
+            table = stack.enter_context(LiveTable()) if shows and sys.stderr.isatty() else None
+            done = run_study(
+                study,
+                out,
+                command=command,
+                retry=retry,
+                wait=wait,
+                progress=shows and table is None,
+                watch=table,
+            )
+    except (KeyboardInterrupt, Terminated) as stop:
         click.echo(
             "interrupted: finished cells are saved; rerun the same command to resume", err=True
         )
-        ctx.exit(STATUS_INTERRUPTED)
-    page = _report(out)
-    if as_json:
+        ctx.exit(STATUS_TERMINATED if isinstance(stop, Terminated) else STATUS_INTERRUPTED)
+    page = _report(out, is_due=done.has_written)
+    if not is_first:
+        pass
+    elif as_json:
         emit(
             {
                 "study": study.name,
@@ -48,6 +94,7 @@ def run_and_report(
                 "report": None if page is None else str(page),
                 "cells": done.cells,
                 "done_now": done.done,
+                "elsewhere": done.elsewhere,
                 "failed": done.failed,
                 "rows": done.rows,
                 "seconds": done.seconds,
@@ -66,41 +113,37 @@ def run_and_report(
         if done.warned:
             first = f"cells/{done.warned[0]}.json"
             screen.print(f"{len(done.warned)} cells have warnings, see {first}", style="dim")
-        screen.print(f"Written to {page or out}", soft_wrap=True)
-        if page is None:
+        if done.elsewhere:
+            screen.print(
+                f"{done.elsewhere} cells are still computed by other processes; the last one "
+                f"writes the tables and the report to {out}",
+                soft_wrap=True,
+            )
+        else:
+            screen.print(f"Written to {page or out}", soft_wrap=True)
+        if page is None and not done.elsewhere:
             screen.print("To write an HTML report: pip install 'fastsal[report]'")
     if done.failed:
         ctx.exit(STATUS_FAILED_CELLS)
 
 
-def print_cells(study: Study, out: Path, *, as_json: bool) -> None:
-    """Print the cells of a study without opening or writing files."""
-    from fastsal.cli.output import emit
-    from fastsal.study.cells import cells_of
+def _report(out: Path, *, is_due: bool) -> Path | None:
+    """Write the HTML report if it is due or missing, and return its path.
 
-    cells = [cell.facts() for cell in cells_of(study)]
-    for cell in cells:
-        del cell["cell"]  # a digest that includes the files, which are not opened here
-    if as_json:
-        emit({"study": study.name, "out": str(out), "cells": cells})
-        return
-    for cell in cells:
-        click.echo("  ".join(f"{key}={value}" for key, value in cell.items()))
-    click.echo(f"{len(cells)} cells, {len(study.tasks)} tasks each; results are written to {out}")
-
-
-def _report(out: Path) -> Path | None:
-    """Write the HTML report and return its path; None without Jinja2."""
+    None without Jinja2, or if there are no tables yet.
+    """
     from importlib.util import find_spec
 
     from fastsal.utils.atomic import write_text
 
-    if find_spec("jinja2") is None:
+    path = out / "report.html"
+    if find_spec("jinja2") is None or not (out / "results.csv").is_file():
         return None
+    if not is_due and path.is_file():
+        return path
     from fastsal.study.report import html
     from fastsal.study.report.results import read_results
 
-    path = out / "report.html"
     write_text(path, html.page(read_results(out)))
     return path
 

@@ -31,7 +31,17 @@ from fastsal.cli.types import PATH
     help="Folder that paths of data and weights are relative to.",
 )
 @click.option("--retry-failed", is_flag=True, help="Rerun cells that failed before.")
-@click.option("--dry-run", is_flag=True, help="List the cells without running them.")
+@click.option(
+    "--no-wait",
+    is_flag=True,
+    help="Exit when no cell is left to start, instead of waiting for those of other processes.",
+)
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Do not run STUDY; print its cells, images, time and memory, and the files it lacks.",
+)
+@click.option("--no-time", is_flag=True, help="Skip the trial passes of --dry-run.")
 @options.device_option(None)
 @options.threads_option
 @options.json_option
@@ -44,10 +54,17 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
     cell is saved when it is finished: rerun the same command to resume an interrupted sweep. A
     failed cell is recorded and does not stop the others; the exit status is then 1.
 
+    The same command in other terminals, jobs or machines that share the folder joins in: cells are
+    shared out, a cell of a killed process is computed by another one, and the last process to
+    finish writes the tables and the report.
+
+    With --dry-run the exit status is 1 if files are missing.
+
     Example: fastsal sweep studies/cifar.toml --out results/cifar
     """
+    from fastsal.cli.dry_run import print_needs
     from fastsal.cli.inputs import set_threads
-    from fastsal.cli.study import print_cells, run_and_report
+    from fastsal.cli.study import run_and_report
     from fastsal.study.settings.reading import load_study
 
     set_threads(given["threads"])
@@ -56,7 +73,7 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         study = replace(study, device=given["device"])
     out = given["out"] or Path("results") / study.name
     if given["dry_run"]:
-        print_cells(study, out, as_json=given["as_json"])
+        print_needs(ctx, study, out, as_json=given["as_json"], calibrates=not given["no_time"])
         return
     words = ["fastsal", "sweep", str(given["study"])]
     if given["root"] is not None:
@@ -71,4 +88,5 @@ def sweep(ctx: click.Context, /, **given: Any) -> None:
         retry=given["retry_failed"],
         quiet=given["quiet"],
         as_json=given["as_json"],
+        wait=not given["no_wait"],
     )

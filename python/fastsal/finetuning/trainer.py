@@ -20,6 +20,7 @@ from fastsal.models.evaluating import outputs, to_model, twice
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import SCHEDULES, Schedule
 from fastsal.utils.float64 import in_float64
+from fastsal.utils.randomness import get_random_state, seed_random_numbers, set_random_state
 from fastsal.utils.suggestions import check_choice, did_you_mean
 
 # Arguments of timm's factory, the same in all of its versions.
@@ -261,9 +262,9 @@ def _make_schedule(
 @contextlib.contextmanager
 def _private_randomness(seed: int, device: torch.device) -> Iterator[None]:
     """Seed PyTorch's random numbers for the block, then restore their state."""
-    on_gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if on_gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if on_gpu:
-            torch.cuda.default_generators[device.index].manual_seed(seed)
+    outer = get_random_state(device)
+    try:
+        seed_random_numbers(seed, device)
         yield
+    finally:
+        set_random_state(outer, device)

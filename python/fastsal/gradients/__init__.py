@@ -8,7 +8,8 @@ Axes: n samples, L positions, O output and C input features or channels, G group
 P output positions of a convolution, V rows and D columns of an embedding.
 """
 
-from fastsal.gradients.engine import GradientEngine, choose_micro_batch
+from fastsal.gradients.engine import GradientEngine
+from fastsal.gradients.micro_batch import choose_micro_batch
 from fastsal.gradients.per_sample import per_sample_gradients
 from fastsal.gradients.rules import conv as _conv
 from fastsal.gradients.rules import embedding as _embedding

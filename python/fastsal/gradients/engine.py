@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -17,7 +16,7 @@ from fastsal.gradients.backward import Pass, Sink
 from fastsal.gradients.capture import Capture
 from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
-from fastsal.gradients.precision import row_dtype
+from fastsal.gradients.micro_batch import choose_micro_batch
 from fastsal.gradients.scaling import LossScale
 from fastsal.gradients.state import PrivateRandomness, frozen
 from fastsal.gradients.tokens import TokenLookups
@@ -30,10 +29,6 @@ from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import CURVATURES, Curvature
 from fastsal.utils.numbers import whole
 from fastsal.utils.suggestions import check_choice
-
-# Limit for the rows of the largest parameter of one micro-batch.
-_ROW_BYTES = 128 * 2**20
-_LARGEST_MICRO_BATCH = 64
 
 
 class GradientEngine:
@@ -385,13 +380,6 @@ class GradientEngine:
             self._fallback.rows(real_images.detach(), labels[:n], sink)
         self.samples_seen += n
         return values.float()
-
-
-def choose_micro_batch(parameters: Mapping[str, nn.Parameter]) -> int:
-    """Return the largest power of two for which the rows of every parameter fit in memory."""
-    largest = max(p.numel() * row_dtype(p).itemsize for p in parameters.values())
-    most = max(1, min(_LARGEST_MICRO_BATCH, _ROW_BYTES // max(1, largest)))
-    return int(2 ** math.floor(math.log2(most)))
 
 
 def _usable(tensor: Tensor) -> Tensor:

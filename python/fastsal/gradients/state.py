@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.evaluating import evaluating
+from fastsal.utils.randomness import State, get_random_state, set_random_state
 
 
 @contextlib.contextmanager
@@ -60,26 +61,17 @@ class PrivateRandomness:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._state: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._state: State | None = None
 
     @contextlib.contextmanager
     def active(self, *, keep: bool) -> Iterator[None]:
         """Use the private stream in the block; `keep` stores its state for the next block."""
-        outer = self._get()
+        outer = get_random_state(self._device)
         if self._state is not None:
-            self._set(self._state)
+            set_random_state(self._state, self._device)
         try:
             yield
         finally:
             if keep:
-                self._state = self._get()
-            self._set(outer)
-
-    def _get(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
-        return torch.get_rng_state(), cuda
-
-    def _set(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self._device)
+                self._state = get_random_state(self._device)
+            set_random_state(outer, self._device)

@@ -49,9 +49,9 @@ def load_model(
             file, see `fastsal.models.load_weights`.
         weights_key: Key of the state dict in the file, with dots between those of nested dicts, or
             the prefix of its names; None chooses an average if there is one, else the weights.
-        num_classes: Number of classes; None uses the default of the model. If pretrained weights
-            have another number, the classifier is random, and using it before it is trained gives
-            a warning.
+        num_classes: Number of classes, 0 for a backbone of timm without a classifier; None uses the
+            default of the model. If pretrained weights have another number, the classifier is
+            random, and using it before it is trained gives a warning.
         in_chans: Number of image channels; None uses the default of the model.
         seed: Seed of the random weights. The global random state is not changed.
         device: Device that the model is moved to: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, or
@@ -67,8 +67,8 @@ def load_model(
         FastsalError: Pretrained weights cannot be downloaded.
     """
     chosen = {
-        name: whole(name, value, 1)
-        for name, value in (("num_classes", num_classes), ("in_chans", in_chans))
+        name: whole(name, value, least)
+        for name, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1))
         if value is not None
     }
     seed = whole("seed", seed, None)

@@ -93,13 +93,7 @@ def open_backbone(
     )
     if study.save == "models":
         check_savable(model)
-    spec = input_spec(
-        model,
-        size=settings.size,
-        crop_pct=settings.crop_pct,
-        crop_mode=settings.crop_mode,
-        interpolation=settings.interpolation,
-    )
+    spec = spec_of(model, settings)
     heads: dict[str, AnyHead] = {}
     differentiable: dict[str, Head | OwnHead] = {}
     pruned_on = {name for source in study.sources for name in source.tasks}
@@ -138,6 +132,17 @@ def open_backbone(
         heads=heads,
         differentiable=differentiable,
         before=measure_tasks(model, list(tasks.values()), heads),
+    )
+
+
+def spec_of(model: nn.Module, settings: ModelSettings) -> InputSpec:
+    """Return the preprocessing of the images of a model."""
+    return input_spec(
+        model,
+        size=settings.size,
+        crop_pct=settings.crop_pct,
+        crop_mode=settings.crop_mode,
+        interpolation=settings.interpolation,
     )
 
 

@@ -6,9 +6,8 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,28 @@ import torch
 from fastsal.errors import FastsalError
 from fastsal.models.weights import save_weights
 from fastsal.pruning.shelf import restore
-from fastsal.study.backbones import Backbone, check_files, digest_of, open_backbone
+from fastsal.study.backbones import check_files, digest_of
 from fastsal.study.cells import Cell, cells_of, digests_of_criteria
 from fastsal.study.diagnostics import loss_lines_of, overlaps_of
 from fastsal.study.folder_format import DONE, FAILED
-from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks, source_images
+from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks
+from fastsal.study.opened import Opened
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
-from fastsal.study.settings.schema import SourceSettings, Study
+from fastsal.study.settings.schema import Study
 from fastsal.study.sources import PruningSource
-from fastsal.study.store import Store
-from fastsal.study.tables import require_tables, write_tables
+from fastsal.study.status import Status
+from fastsal.study.store import Store, digest_of_results
+from fastsal.study.tables import Rows, require_tables, tables_of, write_tables
 from fastsal.study.tuning import tune
+from fastsal.study.turns import Turns
+from fastsal.study.waiting import POLL, Waiting
 from fastsal.transfer.evaluation import Measurement
-from fastsal.transfer.tasks import Task
-from fastsal.utils.choices import Curvature
+from fastsal.utils.claims import Claims
 from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
 from fastsal.utils.progress import Report, reporter
 
+TABLES_CLAIM = "tables"  # no cell has this key
 GRID = ("models", "sources", "criteria", "sparsities", "seeds", "rounds", "save")
 
 
@@ -49,6 +52,8 @@ class Summary:
         rows: Rows of the table `results`.
         warned: Cells with warnings; their files in `cells/` have the messages.
         seconds: Wall time of this run.
+        elsewhere: Number of cells that other processes are still computing; 0 after waiting.
+        has_written: Whether this run wrote the tables; of processes that share a study, one does.
     """
 
     cells: int
@@ -57,6 +62,8 @@ class Summary:
     rows: list[dict[str, Any]]
     warned: list[str]
     seconds: float
+    elsewhere: int = 0
+    has_written: bool = True
 
     def __repr__(self) -> str:
         return (
@@ -71,14 +78,19 @@ def run_study(
     *,
     command: str = "",
     retry: bool = False,
+    wait: bool = True,
     progress: bool | Report = False,
+    watch: Callable[[Status], None] | None = None,
 ) -> Summary:
     """Prune, evaluate, fine-tune and evaluate again, for every cell of a study.
 
     Each cell is stored as soon as it is finished. Rerun an interrupted study with the same
     arguments to resume it; the tables are the same as without the interruption. A cell that raises
-    any exception is recorded as failed and does not stop the others. One run at a time writes to a
-    folder.
+    any exception is recorded as failed and does not stop the others.
+
+    Several processes, also on machines that share the folder, share the cells of a study: each cell
+    is computed by one of them, and that of a process that is killed by another one. The last one to
+    finish writes the tables, which are those of a single process.
 
     The warnings of a cell are recorded in its file. For this the warning filters of the process are
     changed while a cell runs, so that other threads should not change them.
@@ -88,15 +100,20 @@ def run_study(
         out: Results folder; created if it does not exist.
         command: Command line that reproduces the study, for the report.
         retry: Whether to recompute cells that failed before.
+        wait: Whether to wait for cells of other processes, which may be killed, when no cell is
+            left to start. False returns at once; `Summary.elsewhere` has their number, and the last
+            process writes the tables.
         progress: True for a progress bar, or a callback with the numbers of finished cells and of
             all cells to compute.
+        watch: Callback with the status of the study, called when a cell starts or ends and while
+            this process waits.
 
     Returns:
         Summary of the run.
 
     Raises:
-        InvalidArgument: The folder holds other files, or the results of another study, or another
-            run writes to it, or this machine does not have the device.
+        InvalidArgument: The folder holds other files, or the results of another study, or this
+            machine does not have the device.
         FastsalError: A model or a task cannot be opened.
         OSError: A result cannot be written; finished cells are kept.
     """
@@ -106,106 +123,95 @@ def run_study(
     device = resolve_device(study.device)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
     store = Store(Path(out), identity)
-    with store.locked():
-        return _run_cells(
-            replace(study, device=str(device)),
-            store,
-            start,
-            command=command,
-            retry=retry,
-            progress=progress,
-        )
-
-
-def _run_cells(
-    study: Study,
-    store: Store,
-    start: float,
-    *,
-    command: str,
-    retry: bool,
-    progress: bool | Report,
-) -> Summary:
-    """Run the unfinished cells of a study, and write its tables; the folder is locked."""
+    study = replace(study, device=str(device))
     tasks = open_tasks(study, store.folder)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
     files |= class_map_digests(study)
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
     files |= digests_of_criteria(study)
     cells = cells_of(study, files)
-    results = {cell.key: store.read(cell.key) for cell in cells}
+    with store.claims() as claims:
+        turns = Turns(store, claims, cells, retry=retry)
+        total = len(turns.left)
 
-    def is_open(cell: Cell) -> bool:
-        found = results[cell.key]
-        return found is None or (retry and found["status"] == FAILED)
+        def tell(here: Cell | None = None) -> None:
+            report(total - len(turns.left), total)
+            if watch is not None:
+                left = len(turns.left)
+                watch(Status(study.name, cells, turns.results, total, left, here, turns.others))
 
-    left = [cell for cell in cells if is_open(cell)]
-    # Only cells to compute count, so that the estimate of the remaining time is right.
-    with reporter(progress, study.name, "cells") as report:
-        report(0, len(left))
-        for done, (source, cell) in enumerate(_with_sources(study, store, tasks, left), start=1):
-            results[cell.key] = _result(store, source, cell)
-            report(done, len(left))
+        with reporter(progress, study.name, "cells") as report:
+            # Only cells to compute count, so that the estimate of the remaining time is right.
+            tell()
+            opened = Opened(study, store, tasks)
+            waits = Waiting(bool(progress))
+            while turns.left:
+                cell = turns.next()
+                tell(cell)
+                if cell is not None:
+                    turns.finish(cell, _result(store, opened.source(cell), cell))
+                    tell()
+                elif not wait and turns.left.keys() <= turns.others.keys():
+                    break
+                else:
+                    waits.on(turns.others)
+        tables = tables_of(study.name, [(c, r) for c in cells if (r := turns.results[c.key])])
+        has_written = False
+        if not turns.left:
+            is_shared = len(turns.computed) < total
+            has_written = _write_once(
+                study, store, claims, turns.results, tables, command, is_shared=is_shared
+            )
+            claims.clear(turns.results)
+    results = turns.results
     failed = {c.key: r["error"] for c in cells if (r := results[c.key]) and r["status"] == FAILED}
-    rows = write_tables(
-        store.folder, study.name, [(c, r) for c in cells if (r := results[c.key]) is not None]
+    return Summary(
+        cells=len(cells),
+        done=len(turns.computed),
+        failed=failed,
+        rows=tables["results"],
+        warned=[c.key for c in cells if (r := results[c.key]) and r.get("warnings")],
+        seconds=time.perf_counter() - start,
+        elsewhere=len(turns.left),
+        has_written=has_written,
     )
-    seconds = time.perf_counter() - start
-    store.describe(
-        {
-            "name": study.name,
-            "command": command,
-            "settings": study.settings(),
-            "models": {r["model"]: r["sizes"] for r in results.values() if r and "sizes" in r},
-            "cells": len(cells),
-            "failures": len(failed),
-            "seconds": round(sum(r["seconds"] for r in results.values() if r), 3),
-            "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in results.values() if r),
-            "versions": versions(),
-            "machine": {**machine(), **device_facts(torch.device(study.device))},
-        }
-    )
-    warned = [c.key for c in cells if (r := results[c.key]) and r.get("warnings")]
-    return Summary(len(cells), len(left), failed, rows, warned, seconds)
 
 
-def _with_sources(
-    study: Study, store: Store, tasks: Mapping[str, Task], cells: list[Cell]
-) -> Iterator[tuple[PruningSource | Exception, Cell]]:
-    """Yield each cell with its source, or with the error that prevented opening it.
-
-    Cells of one model share the backbone; cells of one source and seed share statistics.
-    """
-    for model, of_model in groupby(cells, key=lambda cell: cell.model):
-        backbone: Backbone | Exception
-        try:
-            backbone = open_backbone(study, model, tasks, store.heads)
-        except Exception as error:  # of the user's model too: recorded with its cells
-            backbone = error
-        for (settings, seed, curvature), group in groupby(
-            of_model, key=lambda c: (c.source, c.seed, c.curvature)
-        ):
-            source: PruningSource | Exception
-            try:
-                source = _opened(study, backbone, settings, tasks, seed, curvature)
-            except Exception as error:
-                source = error
-            for cell in group:
-                yield source, cell
-
-
-def _opened(
+def _write_once(
     study: Study,
-    backbone: Backbone | Exception,
-    settings: SourceSettings,
-    tasks: Mapping[str, Task],
-    seed: int,
-    curvature: Curvature,
-) -> PruningSource:
-    if isinstance(backbone, Exception):
-        raise backbone
-    images = source_images(settings, tasks, seed)
-    return PruningSource(study, settings, backbone, images, seed, curvature)
+    store: Store,
+    claims: Claims,
+    results: Mapping[str, dict[str, Any] | None],
+    tables: Mapping[str, Rows],
+    command: str,
+    *,
+    is_shared: bool,
+) -> bool:
+    """Write the tables and `study.json`, unless a process that shared the cells has done so."""
+    while not claims.take(TABLES_CLAIM):
+        time.sleep(POLL)
+    digest = digest_of_results(results)
+    is_mine = not is_shared or not store.describes(digest)
+    if is_mine:
+        write_tables(store.folder, tables)
+        found = [r for r in results.values() if r]
+        store.describe(
+            {
+                "name": study.name,
+                "command": command,
+                "settings": study.settings(),
+                "models": {r["model"]: r["sizes"] for r in found if "sizes" in r},
+                "cells": len(results),
+                "failures": sum(r["status"] == FAILED for r in found),
+                "seconds": round(sum(r["seconds"] for r in found), 3),
+                "peak_memory_bytes": max(r["peak_memory_bytes"] or 0 for r in found),
+                "versions": versions(),
+                "machine": {**machine(), **device_facts(torch.device(study.device))},
+                "results": digest,
+            }
+        )
+    claims.finish(TABLES_CLAIM)
+    return is_mine
 
 
 def _result(store: Store, source: PruningSource | Exception, cell: Cell) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study.folder_format import FORMAT, STUDY_FILE
-from fastsal.utils.json_files import plain, read_json, write_json
-from fastsal.utils.locks import LOCK_FILE, locked
+from fastsal.utils.atomic import write_new
+from fastsal.utils.claims import Claims
+from fastsal.utils.digests import Digest
+from fastsal.utils.json_files import plain, read_json, to_json, write_json
 from fastsal.utils.suggestions import listed
 
 
@@ -35,11 +36,20 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise InvalidArgument(f"out must be a folder, got the file {folder}")
         known = self._identity()
-        if known is None and folder.is_dir() and _others(folder):
-            raise InvalidArgument(
-                "out must be an empty folder or the results folder of this study, got "
-                f"{folder} with other files"
-            )
+        if known is None:
+            if folder.is_dir() and _others(folder):
+                # Of several processes that start at once another one may have been faster.
+                known = self._identity()
+                if known is None:
+                    raise InvalidArgument(
+                        "out must be an empty folder or the results folder of this study, got "
+                        f"{folder} with other files"
+                    )
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                text = to_json({"format": FORMAT, "identity": identity}, indent=1) + "\n"
+                if not write_new(folder / STUDY_FILE, text):
+                    known = self._identity()
         if known is not None:
             differing = differences(known, plain(identity))
             if differing:
@@ -48,17 +58,15 @@ class Store:
                     f"{listed(differing, 4)}); use another folder or the same settings. Models, "
                     "sources, criteria, rounds, sparsities and seeds may be added"
                 )
-        else:
-            self._write(STUDY_FILE, {"format": FORMAT, "identity": identity})
         self.cells.mkdir(parents=True, exist_ok=True)
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Keep other runs from writing to the folder inside a `with` block.
+    def claims(self) -> Claims:
+        """Return the claims of this process on cells, for a `with` block."""
+        return Claims(self.cells)
 
-        Raises:
-            InvalidArgument: Another run holds the lock.
-        """
-        return locked(self.folder)
+    def keys(self) -> set[str]:
+        """Return the keys of the cells that have a result."""
+        return {path.stem for path in self.cells.glob("[!.]*.json")}
 
     def read(self, key: str) -> dict[str, Any] | None:
         """Return the result of a cell; None if it is not finished, or its file is damaged."""
@@ -68,39 +76,59 @@ class Store:
             return None
         return found if isinstance(found, dict) and found.get("key") == key else None
 
-    def write(self, key: str, result: Mapping[str, Any]) -> None:
-        """Store the result of a cell atomically."""
-        self._write(f"cells/{key}.json", {**result, "key": key})
+    def write(self, key: str, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Store the result of a cell atomically, and return it as `read` does."""
+        found: dict[str, Any] = plain({**result, "key": key})
+        self._write(f"cells/{key}.json", found)
+        return found
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Rewrite `study.json` with facts about the study beside its identity."""
         identity = self._identity()
         self._write(STUDY_FILE, {"format": FORMAT, **facts, "identity": identity})
 
+    def describes(self, results: str) -> bool:
+        """Whether the tables are those of the results with this digest, see `digest_of_results`."""
+        found = self._study()
+        return found is not None and found.get("results") == results
+
     def _identity(self) -> dict[str, Any] | None:
+        found = self._study()
+        if found is None:
+            return None
+        identity: dict[str, Any] = found["identity"]
+        return identity
+
+    def _study(self) -> dict[str, Any] | None:
+        """Return the content of `study.json`; None if there is none."""
         path = self.folder / STUDY_FILE
         try:
-            found = read_json(path, "out")
+            found: dict[str, Any] = read_json(path, "out")
             if found["format"] != FORMAT:
                 raise FileFormatError(
                     f"out: format of {path} must be {FORMAT}, got {found['format']}"
                 )
-            identity: dict[str, Any] = found["identity"]
+            found["identity"]  # it must be there
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, FileFormatError):
                 raise
             raise FileFormatError(f"out: {path} is damaged ({error})") from None
-        return identity
+        return found
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.folder / name, value)
 
 
 def _others(folder: Path) -> bool:
-    """Whether a folder has files besides the lock of a run, which may be starting."""
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
+    """Whether a folder has files besides those of a process that is creating `study.json`."""
+    return any(not path.name.startswith(".study.") for path in folder.iterdir())
+
+
+def digest_of_results(results: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """Return a digest of the results of cells, `{key: result}`."""
+    return Digest().json(plain(results)).hexdigest()[:16]
 
 
 def differences(known: Any, asked: Any, name: str = "") -> list[str]:

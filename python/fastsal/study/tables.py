@@ -20,25 +20,19 @@ def require_tables() -> None:
         raise FastsalError("the tables of a study require pyarrow: pip install 'fastsal[study]'")
 
 
-def write_tables(
-    folder: Path, study: str, done: Iterable[tuple[Cell, Mapping[str, Any]]]
-) -> list[dict[str, Any]]:
-    """Write `results` and `layers`, and `loss_line` and `overlap` if they have rows.
+Rows = list[dict[str, Any]]
+
+
+def tables_of(study: str, done: Iterable[tuple[Cell, Mapping[str, Any]]]) -> dict[str, Rows]:
+    """Return the rows of `results`, `layers`, `loss_line` and `overlap`.
 
     Args:
-        folder: Results folder.
         study: Name of the study.
         done: Cells in the order of the grid, with their results.
-
-    Returns:
-        The rows of `results`.
-
-    Raises:
-        OSError: A file cannot be written; its previous content is kept.
     """
-    results: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
-    loss_line: list[dict[str, Any]] = []
+    results: Rows = []
+    layers: Rows = []
+    loss_line: Rows = []
     overlap: dict[tuple[Any, ...], dict[str, Any]] = {}
     for cell, result in done:
         facts = cell.facts()
@@ -51,14 +45,25 @@ def write_tables(
         for row in result.get("overlap", []):
             whole = {**{k: facts[k] for k in ("model", "source", "seed")}, **row}
             overlap[tuple(whole[k] for k in ("model", "source", "seed", "task", "layer"))] = whole
-    tables = {
+    return {
         "results": results, "layers": layers, "loss_line": loss_line,
         "overlap": list(overlap.values()),
     }  # fmt: skip
+
+
+def write_tables(folder: Path, tables: Mapping[str, Rows]) -> None:
+    """Write `results` and `layers`, and `loss_line` and `overlap` if they have rows.
+
+    Args:
+        folder: Results folder.
+        tables: Rows of all tables, from `tables_of`.
+
+    Raises:
+        OSError: A file cannot be written; its previous content is kept.
+    """
     for name, rows in tables.items():
         if rows or name in ("results", "layers"):
             write_table(folder, name, TABLES[name], rows)
-    return results
 
 
 def write_table(

@@ -59,6 +59,44 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_new(path: str | os.PathLike[str], text: str) -> bool:
+    """Write `text` as UTF-8 to `path` unless the file exists; return whether it was written.
+
+    The file appears whole. Of several callers, also on machines that share the folder, one writes.
+
+    Raises:
+        OSError: The folder does not exist or is not writable, or the disk is full.
+    """
+    target = Path(path)
+    temporary = temporary_beside(target)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync_file(temporary)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            # A network file system may have lost the answer to a call that it carried out.
+            return temporary.stat().st_nlink == 2
+        except OSError:  # a file system without hard links: the name appears before the content
+            return _written_new(target, text)
+        sync_folder(target.parent)
+        return True
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _written_new(target: Path, text: str) -> bool:
+    try:
+        file = target.open("x", encoding="utf-8")
+    except FileExistsError:
+        return False
+    with file:
+        file.write(text)
+    sync_file(target)
+    return True
+
+
 def temporary_beside(target: Path) -> Path:
     """Return an unused hidden path in the folder of `target`, with its suffix."""
     stem = target.stem[:_STEM]

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils.machine import peak_memory
@@ -19,8 +20,8 @@ def reporter(progress: bool | Report, description: str, unit: str = "samples") -
     """Yield a function `report(done, total)` to call during a loop.
 
     Args:
-        progress: True shows a bar on stderr, or a line every few seconds if stderr is not a
-            terminal; False shows nothing; a function is called as `progress(done, total)`.
+        progress: True shows a bar on stderr, one of tqdm in a notebook, or a line every few seconds
+            elsewhere; False shows nothing; a function is called as `progress(done, total)`.
         description: Name of the task, one or two words.
         unit: Unit of `done` and `total`.
 
@@ -35,14 +36,20 @@ def reporter(progress: bool | Report, description: str, unit: str = "samples") -
     elif progress is False:
         yield _nothing
     elif progress is True:
-        show = _bar if sys.stderr.isatty() else _lines
-        shown = show(description, unit)
-        with shown as report:
+        show = _notebook_bar if in_notebook() else _bar if sys.stderr.isatty() else _lines
+        with show(description, unit) as report:
             yield report
     else:
         raise InvalidArgument(
             f"progress must be True, False or a function of (done, total), got {progress!r:.80}"
         )
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook (Jupyter, Colab, VS Code)."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return getattr(shell, "kernel", None) is not None and find_spec("tqdm") is not None
 
 
 def _nothing(done: int, total: int | None) -> None:
@@ -61,10 +68,12 @@ def _lines(description: str, unit: str) -> Iterator[Report]:
         done, total = state
         seconds = time.monotonic() - start
         rate = done / seconds if seconds > 0 else 0.0
-        left = f", {_clock((total - done) / rate)} left" if total and rate and done < total else ""
+        left = (
+            f", {clock_time((total - done) / rate)} left" if total and rate and done < total else ""
+        )
         of = f"/{total}" if total else ""
         speed = _rate(rate, unit)
-        text = f"{description}: {done}{of} {unit}, {speed}, {_clock(seconds)}{left}{_peak()}"
+        text = f"{description}: {done}{of} {unit}, {speed}, {clock_time(seconds)}{left}{_peak()}"
         print(text, file=sys.stderr, flush=True)
         written = True
 
@@ -116,6 +125,21 @@ def _bar(description: str, unit: str) -> Iterator[Report]:
         yield report
 
 
+@contextlib.contextmanager
+def _notebook_bar(description: str, unit: str) -> Iterator[Report]:
+    """Show the widget of tqdm if the notebook has ipywidgets, else its bar of text."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=description, unit=f" {unit}") as bar:
+
+        def report(done: int, total: int | None) -> None:
+            if total != bar.total:
+                bar.reset(total)
+            bar.update(done - bar.n)
+
+        yield report
+
+
 def _rate(rate: float, unit: str) -> str:
     """Format a rate per second, or per minute if it is below one per second."""
     if 0 < rate < 1:
@@ -123,7 +147,8 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate:.{0 if rate >= 10 or rate == 0 else 1}f} {unit}/s"
 
 
-def _clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Format seconds as minutes and seconds, or as hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -110,9 +110,10 @@ pub(crate) fn find_bin(counts: &[u64], k: u64) -> (usize, u64) {
 
 /// Count the scores with the key `cut`.
 pub(crate) fn count_equal(scores: &[f32], cut: u32) -> usize {
+    // Counters of 32 bits fill vectors; a part has fewer scores than they count.
     scores
         .par_chunks(SCORES_PER_TASK)
-        .map(|part| part.iter().filter(|s| key(**s) == cut).count())
+        .map(|part| part.iter().map(|s| u32::from(key(*s) == cut)).sum::<u32>() as usize)
         .sum()
 }
 

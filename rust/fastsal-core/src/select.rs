@@ -1,12 +1,13 @@
 //! Exact selection of the `k` smallest scores over many arrays, and of `N:M` groups.
 //!
 //! Scores are read through a key that orders floats as integers, and are neither sorted nor copied. A
-//! sample of them brackets the threshold; one pass counts the keys below the bracket and copies the
-//! few inside it (about one in a hundred), among which the threshold is found. Where the bracket
-//! misses, or floors cap the arrays, a histogram over the upper half of the key finds that half of
-//! the threshold and one over the lower half the rest. A last pass writes the mask. Equal scores are
-//! ordered by position (first array first, first weight first), so the count is exact and the mask
-//! does not depend on the number of threads.
+//! sample of them brackets the threshold; one pass looks for NaN, counts the keys below the bracket
+//! and copies the few inside it (about one in a hundred), among which the threshold is found. Of the
+//! key that is most frequent in the bracket, as that of dead weights may be, scores are only counted.
+//! Where the bracket misses, or floors cap the arrays, a histogram over the upper half of the key
+//! finds that half of the threshold and one over the lower half the rest. A last pass writes the mask.
+//! Equal scores are ordered by position (first array first, first weight first), so the count is exact
+//! and the mask does not depend on the number of threads.
 
 use crate::parallel::prelude::*;
 
@@ -46,14 +47,23 @@ pub fn smallest(
     k: usize,
     floors: &[usize],
 ) -> Result<(Vec<Threshold>, Option<f32>)> {
-    check_nan(arrays)?;
     let isa = Isa::chosen()?;
+    let parts: Vec<Part<'_>> = arrays.iter().flat_map(|a| Part::all(a, u64::MAX)).collect();
+    let total: usize = arrays.iter().map(|a| a.len()).sum();
+    let found = if floors.is_empty() && k <= total {
+        parallel::run(|| bracketed(isa, &parts, k))
+    } else {
+        None
+    };
+    if found.is_none() {
+        check_nan(arrays)?;
+    }
     let caps: Vec<Option<Threshold>> = if floors.is_empty() {
         vec![None; arrays.len()]
     } else {
         check_length("floors", floors.len(), arrays.len())?;
         let cap = |(a, floor): (&&[f32], &usize)| {
-            (*floor > 0).then(|| select(isa, &[*a], a.len().saturating_sub(*floor), &[None]))
+            (*floor > 0).then(|| select(&[*a], a.len().saturating_sub(*floor), &[None]))
         };
         parallel::run(|| arrays.par_iter().zip(floors).map(cap).collect())
     };
@@ -70,7 +80,7 @@ pub fn smallest(
     if k == 0 {
         return Ok((vec![Threshold::NOTHING; arrays.len()], None));
     }
-    let all = parallel::run(|| select(isa, arrays, k, &caps));
+    let all = found.unwrap_or_else(|| parallel::run(|| select(arrays, k, &caps)));
     // Equal scores are pruned in the order of the arrays, as far as the floor of each allows.
     let mut left = all.ties;
     let thresholds = arrays
@@ -102,47 +112,91 @@ pub fn smallest(
 pub fn write_mask(scores: &[f32], threshold: Threshold, kept: &mut [bool]) -> Result<()> {
     check_length("kept", kept.len(), scores.len())?;
     let Threshold { key: cut, ties, equal } = threshold;
+    // Scores are ordered like their keys, and both zeros are equal. No score has a key below that of
+    // -inf, so that a threshold there prunes nothing.
+    let least = key(f32::NEG_INFINITY);
+    let (isa, cut) = (Isa::chosen()?, score(cut.max(least)));
     parallel::run(|| {
         let parts = kept.par_chunks_mut(SCORES_PER_TASK).zip(scores.par_chunks(SCORES_PER_TASK));
         if ties == 0 || ties == equal {
-            let least = u64::from(cut) + u64::from(ties > 0);
-            parts.for_each(|(kept, scores)| {
-                for (kept, s) in kept.iter_mut().zip(scores) {
-                    *kept = u64::from(key(*s)) >= least;
-                }
-            });
+            let keeps_equal = ties == 0;
+            parts
+                .for_each(|(kept, scores)| dispatch(isa, Above { scores, cut, keeps_equal, kept }));
             return;
         }
         // Some of the equal scores are pruned: each part needs the number of those before it.
         let counts: Vec<usize> = scores
             .par_chunks(SCORES_PER_TASK)
-            .map(|part| part.iter().filter(|s| key(**s) == cut).count())
+            .map(|scores| dispatch(isa, Equal { scores, cut }))
             .collect();
         let before = counts.iter().scan(0, |sum, c| {
             let before = *sum;
             *sum += c;
             Some(before)
         });
-        let before: Vec<usize> = before.collect();
-        parts.zip(before).for_each(|((kept, scores), mut seen)| {
+        let before: Vec<(usize, usize)> = before.zip(counts.iter().copied()).collect();
+        parts.zip(before).for_each(|((kept, scores), (mut seen, count))| {
+            if seen >= ties || seen + count <= ties {
+                let keeps_equal = seen >= ties;
+                return dispatch(isa, Above { scores, cut, keeps_equal, kept });
+            }
             for (kept, s) in kept.iter_mut().zip(scores) {
-                let k = key(*s);
-                *kept = k > cut || (k == cut && seen >= ties);
-                seen += usize::from(k == cut);
+                *kept = *s > cut || (*s == cut && seen >= ties);
+                seen += usize::from(*s == cut);
             }
         });
     });
     Ok(())
 }
 
+/// Keeps the scores above a cut, or from it on.
+struct Above<'a> {
+    scores: &'a [f32],
+    cut: f32,
+    keeps_equal: bool,
+    kept: &'a mut [bool],
+}
+
+impl Kernel<f32> for Above<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self, _simd: S) {
+        let Self { scores, cut, keeps_equal, kept } = self;
+        let pairs = kept.iter_mut().zip(scores);
+        if keeps_equal {
+            pairs.for_each(|(kept, s)| *kept = *s >= cut);
+        } else {
+            pairs.for_each(|(kept, s)| *kept = *s > cut);
+        }
+    }
+}
+
+/// Counts the scores that are equal to a cut.
+struct Equal<'a> {
+    scores: &'a [f32],
+    cut: f32,
+}
+
+impl Kernel<f32> for Equal<'_> {
+    type Output = usize;
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> usize {
+        // Counters of 32 bits fill vectors; a part has fewer scores than they count.
+        let equal = self.scores.iter().map(|s| u32::from(*s == self.cut));
+        equal.sum::<u32>() as usize
+    }
+}
+
 /// Return the threshold of one array that prunes keys below `key` and the first `ties` equal to it.
 #[must_use]
 pub fn threshold(scores: &[f32], key: u32, ties: usize) -> Threshold {
-    Threshold { key, ties, equal: parallel::run(|| count_equal(scores, key)) }
+    // Without ties all equal scores are kept, however many they are.
+    let equal = if ties == 0 { 0 } else { parallel::run(|| count_equal(scores, key)) };
+    Threshold { key, ties, equal }
 }
 
 /// Find the threshold below which `k` scores are pruned, each array capped (see [`smallest`]).
-fn select(isa: Isa, arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold {
+fn select(arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> Threshold {
     if k == 0 {
         return Threshold::NOTHING;
     }
@@ -158,11 +212,6 @@ fn select(isa: Isa, arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> 
             }
         }
     };
-    if caps.iter().all(Option::is_none) {
-        if let Some(found) = bracketed(isa, &parts, k) {
-            return found;
-        }
-    }
     let mut counts = histogram(&parts, upper_bin);
     capped(&upper_bin, &mut counts);
     let (upper, left) = find_bin(&counts, k as u64);
@@ -174,12 +223,12 @@ fn select(isa: Isa, arrays: &[&[f32]], k: usize, caps: &[Option<Threshold>]) -> 
     Threshold { key, ties: ties as usize, equal: counts[lower] as usize }
 }
 
-/// Find the threshold by a bracket around it; `None` where there are too few scores for that, or the
-/// bracket misses.
+/// Find the threshold by a bracket around it; `None` where there are too few scores for that, the
+/// bracket misses, or a score is NaN.
 fn bracketed(isa: Isa, parts: &[Part<'_>], k: usize) -> Option<Threshold> {
     const SAMPLE: usize = 1 << 16;
     let total: usize = parts.iter().map(|p| p.scores.len()).sum();
-    if total < 8 * SAMPLE {
+    if total < 8 * SAMPLE || k == 0 {
         return None;
     }
     let step = total / SAMPLE;
@@ -191,57 +240,96 @@ fn bracketed(isa: Isa, parts: &[Part<'_>], k: usize) -> Option<Threshold> {
     let (m, share) = (sample.len() as f64, k as f64 / total as f64);
     let rank = share * m;
     let around = 4.0 * (m * share * (1.0 - share)).sqrt() + 2.0;
-    let low = if rank > around { sample[(rank - around) as usize] } else { 0 };
-    let high = sample.get((rank + around) as usize).copied().unwrap_or(u32::MAX);
+    let from = if rank > around { (rank - around) as usize } else { 0 };
+    let to = ((rank + around) as usize).min(sample.len());
+    let low = if from > 0 { sample[from] } else { 0 };
+    let high = sample.get(to).copied().unwrap_or(u32::MAX);
+    let counted = most_frequent(&sample[from..to]);
 
-    let found: Vec<(usize, Vec<u32>)> = parts
+    let found: Vec<Inside> = parts
         .par_iter()
-        .map(|part| dispatch(isa, Bracket { scores: part.scores, low, high }))
+        .map(|part| dispatch(isa, Bracket { scores: part.scores, low, high, counted }))
         .collect();
-    let below: usize = found.iter().map(|(below, _)| below).sum();
-    let mut inside: Vec<u32> = found.into_iter().flat_map(|(_, inside)| inside).collect();
-    if k <= below || k > below + inside.len() {
+    if found.iter().any(|part| part.has_nan) {
         return None;
     }
-    let cut = *inside.select_nth_unstable(k - below - 1).1;
-    let smaller = inside.iter().filter(|k| **k < cut).count();
-    let equal = inside.iter().filter(|k| **k == cut).count();
-    Some(Threshold { key: cut, ties: k - below - smaller, equal })
+    let sum = |of: fn(&Inside) -> usize| found.iter().map(of).sum::<usize>();
+    let (below, equal) = (sum(|part| part.below), sum(|part| part.equal));
+    let mut others: Vec<u32> = found.into_iter().flat_map(|part| part.others).collect();
+    if k <= below || k > below + equal + others.len() {
+        return None;
+    }
+    let smaller = others.iter().filter(|k| **k < counted).count();
+    let place = k - below - 1;
+    if (smaller..smaller + equal).contains(&place) {
+        return Some(Threshold { key: counted, ties: place + 1 - smaller, equal });
+    }
+    let place = if place < smaller { place } else { place - equal };
+    let cut = *others.select_nth_unstable(place).1;
+    let smaller = others.iter().filter(|k| **k < cut).count();
+    let equal = others.iter().filter(|k| **k == cut).count();
+    Some(Threshold { key: cut, ties: place + 1 - smaller, equal })
 }
 
-/// Counts the keys below a bracket and collects those inside.
+/// Return the most frequent of sorted keys; 0 of none.
+fn most_frequent(sorted: &[u32]) -> u32 {
+    let runs = sorted.chunk_by(|a, b| a == b);
+    runs.max_by_key(|run| run.len()).map_or(0, |run| run[0])
+}
+
+/// Counts the keys below a bracket, and collects those inside; those of one key are only counted.
 struct Bracket<'a> {
     scores: &'a [f32],
     low: u32,
     high: u32,
+    counted: u32,
+}
+
+/// What a bracket has found.
+struct Inside {
+    below: usize,
+    equal: usize,
+    others: Vec<u32>,
+    has_nan: bool,
 }
 
 impl Kernel<f32> for Bracket<'_> {
-    type Output = (usize, Vec<u32>);
+    type Output = Inside;
     #[inline(always)]
-    fn run<S: Simd<T = f32>>(self, _simd: S) -> Self::Output {
+    fn run<S: Simd<T = f32>>(self, _simd: S) -> Inside {
         const AT_A_TIME: usize = 32;
-        let Self { scores, low, high } = self;
+        let Self { scores, low, high, counted } = self;
         let width = high - low;
-        let (mut below, mut inside) = (0usize, Vec::new());
+        // The key that is only counted lies inside, or nowhere.
+        let is_other = |k: u32| (k.wrapping_sub(low) <= width) & (k != counted);
+        let largest = key(f32::INFINITY);
+        let mut found = Inside { below: 0, equal: 0, others: Vec::new(), has_nan: false };
         let (chunks, rest) = scores.as_chunks::<AT_A_TIME>();
         for scores in chunks {
             let keys = scores.map(key);
-            let (mut less, mut within) = (0u32, 0u32);
-            for k in keys {
-                less += u32::from(k < low);
-                within += u32::from(k.wrapping_sub(low) <= width);
+            let (mut less, mut equal, mut within, mut most) = (0u32, 0u32, 0u32, 0u32);
+            for (k, s) in keys.iter().zip(scores) {
+                less += u32::from(*k < low);
+                equal += u32::from(*k == counted);
+                within += u32::from(is_other(*k));
+                // NaN of either sign, without its sign, is above infinity.
+                most = most.max(s.to_bits() & 0x7fff_ffff | 0x8000_0000);
             }
-            below += less as usize;
+            found.below += less as usize;
+            found.equal += equal as usize;
+            found.has_nan |= most > largest;
             if within > 0 {
-                inside.extend(keys.iter().filter(|k| k.wrapping_sub(low) <= width));
+                found.others.extend(keys.iter().filter(|k| is_other(**k)));
             }
         }
-        for k in rest.iter().map(|s| key(*s)) {
-            below += usize::from(k < low);
-            inside.extend((k.wrapping_sub(low) <= width).then_some(k));
+        for s in rest {
+            let k = key(*s);
+            found.below += usize::from(k < low);
+            found.equal += usize::from(k == counted);
+            found.others.extend(is_other(k).then_some(k));
+            found.has_nan |= s.is_nan();
         }
-        (below, inside)
+        found
     }
 }
 
@@ -271,30 +359,78 @@ pub fn n_of_m(
         let got = format!("{n}:{m}");
         return Err(Error::Value { what: "pattern", got, expected: "N:M with N <= M and M >= 1" });
     }
-    let row = (width * inner).max(1);
+    let (isa, row) = (Isa::chosen()?, (width * inner).max(1));
+    let keep = share(m.min(width), n, m);
+    // Rows are joined to tasks; a group does not go beyond its row.
+    let rows = SCORES_PER_TASK.div_ceil(row).min(scores.len().div_ceil(row)).max(1);
+    let whole = width.is_multiple_of(m);
     parallel::run(|| {
-        kept.par_chunks_mut(row).zip(scores.par_chunks(row)).for_each_init(
-            // A group is at most a row, however large it may be.
-            || Vec::with_capacity(m.min(width)),
-            |order, (kept, scores)| {
-                kept.fill(false);
-                for i in 0..inner {
-                    for first in (0..width).step_by(m) {
-                        let size = m.min(width - first);
-                        order.clear();
-                        order.extend((first..first + size).map(|w| w * inner + i));
-                        // Stable: among equal scores the later positions come first, and are kept.
-                        order.reverse();
-                        order.sort_by_key(|at| std::cmp::Reverse(key(scores[*at])));
-                        for at in &order[..share(size, n, m)] {
-                            kept[*at] = true;
-                        }
+        kept.par_chunks_mut(rows * row).zip(scores.par_chunks(rows * row)).for_each(
+            |(kept, scores)| match m {
+                2 if inner == 1 && whole => dispatch(isa, Groups::<2> { scores, keep, kept }),
+                4 if inner == 1 && whole => dispatch(isa, Groups::<4> { scores, keep, kept }),
+                8 if inner == 1 && whole => dispatch(isa, Groups::<8> { scores, keep, kept }),
+                _ => {
+                    let mut order = Vec::new();
+                    for (kept, scores) in kept.chunks_mut(row).zip(scores.chunks(row)) {
+                        keep_in_row(scores, (width, inner), (n, m), &mut order, kept);
                     }
                 }
             },
         );
     });
     Ok(())
+}
+
+/// Keeps the largest `keep` of every `M` neighbors.
+struct Groups<'a, const M: usize> {
+    scores: &'a [f32],
+    keep: usize,
+    kept: &'a mut [bool],
+}
+
+impl<const M: usize> Kernel<f32> for Groups<'_, M> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f32>>(self, _simd: S) {
+        let Self { scores, keep, kept } = self;
+        let (groups, _) = scores.as_chunks::<M>();
+        let (kept, _) = kept.as_chunks_mut::<M>();
+        for (kept, group) in kept.iter_mut().zip(groups) {
+            for i in 0..M {
+                // Of equal scores the later ones rank first, and are kept.
+                let before = (0..M).map(|j| match j > i {
+                    true => u8::from(group[j] >= group[i]),
+                    false => u8::from(group[j] > group[i]),
+                });
+                kept[i] = usize::from(before.sum::<u8>()) < keep;
+            }
+        }
+    }
+}
+
+/// Keep the `n` largest of every `m` scores of a row `[width, inner]`.
+fn keep_in_row(
+    scores: &[f32],
+    (width, inner): (usize, usize),
+    (n, m): (usize, usize),
+    order: &mut Vec<usize>,
+    kept: &mut [bool],
+) {
+    kept.fill(false);
+    for i in 0..inner {
+        for first in (0..width).step_by(m) {
+            let size = m.min(width - first);
+            order.clear();
+            order.extend((first..first + size).map(|w| w * inner + i));
+            // Stable: among equal scores the later positions come first, and are kept.
+            order.reverse();
+            order.sort_by_key(|at| std::cmp::Reverse(key(scores[*at])));
+            for at in &order[..share(size, n, m)] {
+                kept[*at] = true;
+            }
+        }
+    }
 }
 
 #[cfg(test)]

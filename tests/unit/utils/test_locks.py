@@ -1,99 +1,75 @@
-"""One run at a time has a folder; the lock of a killed run does not count."""
+"""The system releases the lock of a process that is killed."""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from fastsal.errors import InvalidArgument
-from fastsal.utils.locks import LOCK_FILE, locked
+from fastsal.utils.locks import is_locked, lock
 
 HOLDER = """
-import sys, time
-from pathlib import Path
-from fastsal.utils.locks import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
+import os, sys
+from fastsal.utils.locks import lock
+assert lock(os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)) is True
+print("held", flush=True)
+sys.stdin.read()
 """
 
 
 @pytest.fixture
-def holder(tmp_path, python_env):
+def opened(tmp_path):
+    places = []
+
+    def open_again() -> int:
+        places.append(os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT))
+        return places[-1]
+
+    yield open_again
+    for place in places:
+        os.close(place)
+
+
+def test_one_open_file_has_the_lock(opened):
+    first, second = opened(), opened()
+    assert is_locked(second) is False
+    assert lock(first) is True
+    assert lock(second) is False
+    assert is_locked(second) is True
+    os.close(os.dup(second))  # of another file: no matter
+    assert is_locked(second) is True
+
+
+def test_looking_leaves_it_free(opened):
+    first, second = opened(), opened()
+    assert [is_locked(first), is_locked(second), is_locked(first)] == [False] * 3
+    assert lock(second) is True
+
+
+def test_the_lock_of_a_killed_process_is_free(opened, tmp_path, python_env):
+    place = opened()
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        [sys.executable, "-c", HOLDER, str(tmp_path / "file")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=python_env,
     )  # fmt: skip
     assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
+    assert is_locked(place) is True
+    os.kill(process.pid, signal.SIGKILL)
     process.communicate()
+    assert is_locked(place) is False
 
 
-def test_a_second_process_is_refused_until_the_first_ends(holder, tmp_path):
-    said = f"^out: .* is in use by another run .process {holder.pid} on {platform.node()}.; wait"
-    with pytest.raises(InvalidArgument, match=said), locked(tmp_path):
-        pass
-    assert (tmp_path / LOCK_FILE).exists()
-    holder.communicate()
-    with locked(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_lock_of_a_killed_process_is_stale(holder, tmp_path):
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait()
-    assert (tmp_path / LOCK_FILE).exists()
-    with locked(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_second_thread_is_refused_too(tmp_path):
-    with (
-        locked(tmp_path),
-        pytest.raises(InvalidArgument, match=f"process {os.getpid()} on"),
-        locked(tmp_path),
-    ):
-        pass
-
-
-def test_an_error_releases_it(tmp_path):
-    with pytest.raises(KeyboardInterrupt), locked(tmp_path):
-        raise KeyboardInterrupt
-    with locked(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("owner", "is_free"),
-    [
-        (json.dumps({"pid": os.getpid(), "host": platform.node()}), False),
-        (json.dumps({"pid": 4194305, "host": platform.node()}), True),  # Linux has none so large
-        (json.dumps({"pid": 1, "host": "elsewhere"}), False),
-        ("", True),
-        ("half", True),
-    ],
-)
-def test_file_systems_without_locks(owner, is_free, tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform == "win32", reason="flock of POSIX")
+def test_file_systems_without_locks(opened, monkeypatch):
     import fcntl
 
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    (tmp_path / LOCK_FILE).write_text(owner)
-    if is_free:
-        with locked(tmp_path), pytest.raises(InvalidArgument), locked(tmp_path):
-            pass
-        return
-    with pytest.raises(InvalidArgument, match="is in use by another run"), locked(tmp_path):
-        pass
-    assert (tmp_path / LOCK_FILE).read_text() == owner
+    place = opened()
+    assert lock(place) is None
+    assert is_locked(place) is None

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import sys
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils import progress as module
 from fastsal.utils.machine import peak_memory
-from fastsal.utils.progress import reporter
+from fastsal.utils.progress import in_notebook, reporter
 
 
 def test_a_function_is_called_itself():
@@ -55,6 +56,33 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch, total):
     assert out == ""
     assert "statistics" in err
     assert "samples/s" in err
+
+
+class Shell:
+    """The shell of a notebook, as IPython has it."""
+
+    kernel = object()
+    config = MappingProxyType({})
+
+
+@pytest.mark.parametrize("total", [64, None])
+def test_a_bar_in_a_notebook(capsys, monkeypatch, total):
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=Shell))
+    with reporter(True, "statistics") as report:
+        report(0, total)
+        report(32, total)
+        report(64, total)
+    err = capsys.readouterr().err
+    assert "statistics" in err.splitlines()[-1]
+    assert ("64/64" if total else "64 samples") in err.splitlines()[-1]
+
+
+def test_a_terminal_of_ipython_is_no_notebook(monkeypatch):
+    assert not in_notebook()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    assert not in_notebook()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=SimpleNamespace))
+    assert not in_notebook()
 
 
 def test_an_error_inside_passes():

@@ -164,7 +164,7 @@ def _model(r: Reader) -> ModelSettings:
         model=model,
         weights=r.optional_text("weights"),
         weights_key=r.optional_text("weights_key"),
-        num_classes=r.optional_count("num_classes"),
+        num_classes=r.optional_count("num_classes", least=0),
         in_chans=r.optional_count("in_chans"),
         size=r.optional_count("size"),
         crop_pct=r.number("crop_pct", None, above=0, most=1) if "crop_pct" in of else None,

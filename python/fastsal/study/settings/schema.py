@@ -34,7 +34,8 @@ class ModelSettings:
         weights: A weights file relative to `root`, or `"pretrained"`; None uses the weights that
             the function returns.
         weights_key: Key of the state dict in the weights file, as for `fastsal.load_model`.
-        num_classes: Number of classes, as for `fastsal.load_model`; None uses the model's.
+        num_classes: Number of classes, as for `fastsal.load_model`, 0 for no classifier; None uses
+            the model's.
         in_chans: Number of image channels, as for `fastsal.load_model`; None uses the model's.
         size: Height and width of the images, in pixels; None uses the model's.
         crop_pct: Input size divided by the size that images are resized to before the crop, as for

@@ -87,7 +87,7 @@ proptest! {
         let (upper, left) = find_bin(&add(None), k as u64);
         let (lower, ties) = find_bin(&add(Some(upper as u32)), left);
         let key = (upper << 16 | lower) as u32;
-        prop_assert_eq!(threshold(&scores, key, ties as usize), select(Isa::best(), &[&scores], k, &[None]));
+        prop_assert_eq!(threshold(&scores, key, ties as usize), select(&[&scores], k, &[None]));
     }
 }
 
@@ -96,6 +96,37 @@ fn refuses_nan_and_too_many() {
     let nan = vec![vec![0.0], vec![1.0, f32::NAN]];
     assert_eq!(fast(&nan, 1, &[]), Err(Error::NanScore { array: 1, index: 1 }));
     assert!(fast(&[vec![0.0; 4]], 4, &[1]).is_err());
+}
+
+#[test]
+fn nan_is_found_among_many() {
+    for at in [0, 5, (1 << 20) - 1, 700_001] {
+        for nan in [f32::NAN, -f32::NAN] {
+            let mut scores: Vec<f32> = random(9, 1 << 20).iter().map(|x| *x as f32).collect();
+            scores[at] = nan;
+            assert_eq!(fast(&[scores], 1000, &[]), Err(Error::NanScore { array: 0, index: at }));
+        }
+    }
+}
+
+#[test]
+fn short_groups_are_those_of_sorting() {
+    let values = [0.0f32, -0.0, 1.0, 2.0, 0.5, f32::INFINITY, 1e-40, -1.0];
+    let scores: Vec<f32> =
+        random(4, 960).iter().map(|x| values[(x.abs() * 1e4) as usize % values.len()]).collect();
+    for m in [2, 4, 8] {
+        for n in 0..=m {
+            for width in [m, 3 * m, 15 * 8] {
+                let rows = 960 / width * width;
+                let (mut kept, mut slow) = (vec![true; rows], vec![true; rows]);
+                n_of_m(&scores[..rows], (rows / width, width, 1), n, m, &mut kept).expect("kept");
+                for (kept, scores) in slow.chunks_mut(width).zip(scores.chunks(width)) {
+                    keep_in_row(scores, (width, 1), (n, m), &mut Vec::new(), kept);
+                }
+                assert_eq!(kept, slow, "{n}:{m} of {width}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -126,8 +157,15 @@ fn a_bracket_finds_what_histograms_find() {
     // Every sampled score is one; the others spread.
     let unlucky: Vec<f32> =
         even.iter().enumerate().map(|(i, x)| if i % 16 == 0 { 1.0 } else { *x }).collect();
-    for (scores, hits) in [(&even, true), (&few, true), (&unlucky, false)] {
-        for k in [1, 2, n / 10, n / 2, 9 * n / 10, n - 1, n] {
+    // A third has one score, in the middle, at the end, at the start; both zeros are one.
+    let dead = |score: f32| -> Vec<f32> {
+        let third = |(i, x): (usize, &f32)| if i % 3 == 0 { score } else { *x };
+        even.iter().enumerate().map(third).collect()
+    };
+    let (middle, most, least) = (dead(0.25), dead(2.0), dead(-0.0));
+    let cases = [(&even, true), (&few, true), (&middle, true), (&most, true), (&least, true)];
+    for (scores, hits) in cases.into_iter().chain([(&unlucky, false)]) {
+        for k in [1, 2, n / 10, n / 3, n / 3 + 1, n / 2, 2 * n / 3, 9 * n / 10, n - 1, n] {
             let mut sorted: Vec<u32> = scores.iter().map(|s| key(*s)).collect();
             let cut = *sorted.select_nth_unstable(k - 1).1;
             let smaller = sorted.iter().filter(|x| **x < cut).count();
@@ -139,7 +177,7 @@ fn a_bracket_finds_what_histograms_find() {
             } else {
                 assert!(!hits, "k = {k}");
             }
-            assert_eq!(select(Isa::best(), &[scores], k, &[None]), expected);
+            assert_eq!(select(&[scores], k, &[None]), expected);
         }
     }
 }
