@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,9 @@ class PixelCache:
             size = pixels[0].nbytes * len(new)
             if not new or not self._fits(size, limit):
                 return
-            # One piece of memory, which does not belong to a worker.
-            copies = pixels[[k for k, _ in new]]
+            # One piece of memory, which does not belong to a worker. Copies by NumPy, as threads of
+            # PyTorch wait long for each other where the workers use all processors.
+            copies = torch.from_numpy(pixels.numpy()[[k for k, _ in new]])
             for (_, i), image in zip(new, copies, strict=True):
                 self._images[i] = image
             self.nbytes += size
@@ -70,7 +72,8 @@ class PixelCache:
             others: Pixels of those that are not in the cache.
         """
         others = others or {}
-        return torch.stack([others[i] if i in others else self._images[i] for i in chosen])
+        images = [others[i] if i in others else self._images[i] for i in chosen]
+        return torch.from_numpy(np.stack([image.numpy() for image in images]))
 
 
 def read_cached(

@@ -27,6 +27,12 @@ _PLAIN = (
 )  # fmt: skip
 # Parts of keys of what is no model.
 _OTHERS = ("optim", "sched", "scaler")
+# Of pairs of networks, the one that the method evaluates, the other, and how a name must begin:
+# DINO and iBOT, BYOL.
+_PAIRS = (
+    ("teacher", "student", "backbone."),
+    ("online_network_state_dict", "target_network_state_dict", ""),
+)
 _DEEPEST = 3
 # What averages of PyTorch store beside their weights.
 _COUNTERS = frozenset({"n_averaged"})
@@ -50,6 +56,12 @@ def choose_state(loaded: Any, key: str | None, path: object) -> tuple[State, str
         return _under(found, key, path), ""
     if "" in found:
         return found[""], ""
+    for chosen, other, begin in _PAIRS:
+        is_there = chosen in found and other in found
+        if is_there and any(plain_name(name).startswith(begin) for name in found[chosen]):
+            return found[chosen], (
+                f"{chosen!r} is loaded, not {other!r}; weights_key chooses another"
+            )
     others = [name for name in _PLAIN if name in found]
     others = others or [name for name in found if not _IS_AVERAGE.search(name)]
     plain = others[0] if others and (others[0] in _PLAIN or len(others) == 1) else None
@@ -78,12 +90,17 @@ def choose_state(loaded: Any, key: str | None, path: object) -> tuple[State, str
 def _under(found: Mapping[str, State], key: str, path: object) -> State:
     if key and key in found:
         return found[key]
-    prefix = key.rstrip(".") + "."
-    named = {
-        n.removeprefix(prefix): v for n, v in found.get("", {}).items() if n.startswith(prefix)
-    }
-    if named:
-        return named
+    # A prefix of names, in a state dict that the key begins with, or in the only one.
+    inside = [(key.removeprefix(f"{k}."), s) for k, s in found.items() if key.startswith(f"{k}.")]
+    inside += [(key, s) for k, s in found.items() if not k or len(found) == 1]
+    for rest, state in inside:
+        prefix = rest.rstrip(".") + "."
+        for bare in (str, plain_name):  # with the segments of wrappers, or without them
+            named = {
+                bare(n)[len(prefix) :]: v for n, v in state.items() if bare(n).startswith(prefix)
+            }
+            if named:
+                return named
     keys = sorted(each for each in found if each)
     prefixes = sorted({name.split(".")[0] for name in found.get("", {}) if "." in name})
     known = keys or prefixes

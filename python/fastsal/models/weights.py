@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.models.classifier_signs import record_fresh
+from fastsal.models.fitting import class_hint, fill_aliases, misfits
+from fastsal.models.layouts import recognized
 from fastsal.models.pickles import read_pickle
 from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.models.state_dicts import choose_state, fitted
-from fastsal.models.wrappers import unwrapped
-from fastsal.utils.suggestions import closest, listed
+from fastsal.models.wrappers import renamed, unwrapped
 from fastsal.utils.warn import warn_user
 
 __all__ = ["check_weights_path", "load_weights", "read_pickle", "read_weights", "save_weights"]
@@ -33,36 +35,75 @@ def load_weights(
     warning. Prefixes of wrappers (`module.`, `_orig_mod.`) and of a module that contains the model
     (`model.` of a Lightning checkpoint) are removed, unless the model itself has them.
 
+    Layouts of self-supervised training (MoCo, DINO, MAE, ...) and of other libraries (transformers,
+    torchvision, mmpretrain, ...) are recognized. A warning says what was found and left out. A file
+    without a classifier leaves that of the model as it is; using it before it is trained warns.
+
     Args:
         model: The module to load into, or a wrapper of it.
         path: A file with a suffix in `WEIGHT_SUFFIXES`. Pickled code is never run; beside tensors,
             numbers and containers it may have `argparse.Namespace` and numbers of NumPy.
         weights_key: Key of the state dict in the file, with dots between those of nested dicts, or
-            the prefix of its names; None chooses as above.
+            the prefix of its names, or both; None chooses as above.
 
     Raises:
         InvalidArgument: There is no such file, or no state dict under `weights_key`.
-        FileFormatError: The file cannot be read, or its names, shapes or types do not fit the
-            model.
+        FileFormatError: The file cannot be read, its names, shapes or types do not fit the model,
+            or several parts of it do.
     """
     model = unwrapped(model)
     state, choice = _read(path, weights_key)
     own = tensors_in(model.state_dict())
+    state, notes, lacks_classifier = _for_model(state, model, own, path, choice)
+    for name, _ in model.named_parameters():
+        if name in state and not bool(torch.isfinite(state[name]).all()):
+            raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
+    kept = {name: value for name, value in own.items() if name not in state}  # of the classifier
+    model.load_state_dict({**kept, **state, **other_state(model, path)}, strict=True)
+    if lacks_classifier:
+        record_fresh(model, f"{Path(path).name} has no classifier")
+    if notes:
+        warn_user(f"weights: {path}: {'; '.join(notes)}")
+
+
+def _for_model(
+    state: dict[str, Tensor],
+    model: nn.Module,
+    own: dict[str, Tensor],
+    path: str | os.PathLike[str],
+    choice: str,
+) -> tuple[dict[str, Tensor], list[str], bool]:
+    """Return the tensors under the names of the model, notes, and whether it has no classifier.
+
+    Names that fit as they are, or but for the prefix of a wrapper, come first, then those of known
+    layouts, then those under any prefix.
+
+    Raises:
+        FileFormatError: The tensors do not fit.
+    """
+    names = renamed(state, own)
+    direct = {names.get(name, name): value for name, value in state.items()}
+    fill_aliases(direct, own)
+    if len(names) < len(state) or misfits(direct, own):
+        found = recognized(state, model, own, path)
+        if found is not None:
+            notes = [note for note in (choice, found.note) if note]
+            return found.state, notes, found.lacks_classifier
     state, change = fitted(state, own, path)
     notes = [note for note in (choice, change) if note]
-    _fill_aliases(state, own)
-    problems = _misfits(state, own)
+    fill_aliases(state, own)
+    problems = misfits(state, own)
+    if problems and change:
+        found = recognized(state, model, own, path)
+        if found is not None:
+            notes += [found.note] if found.note else []
+            return found.state, notes, found.lacks_classifier
     if problems:
-        hint = _class_hint(state, own)
+        hint = class_hint(state, own)
         raise FileFormatError(
             f"weights: {path} does not fit the model: {'; '.join([*problems, *notes])}{hint}"
         )
-    for name, _ in model.named_parameters():
-        if not bool(torch.isfinite(state[name]).all()):
-            raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    model.load_state_dict({**state, **other_state(model, path)}, strict=True)
-    if notes:
-        warn_user(f"weights: {path}: {'; '.join(notes)}")
+    return state, notes, False
 
 
 def read_weights(
@@ -116,68 +157,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise FileFormatError(
             f"weights: {path} is truncated or not a safetensors file ({error})"
         ) from None
-
-
-def _fill_aliases(state: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    """Add the missing names of shared tensors to `state`.
-
-    Batch counters (`num_batches_tracked`) missing in old files keep the value of the model.
-    """
-    by_tensor: dict[tuple[Any, ...], list[str]] = {}
-    for name, value in own.items():
-        if value.numel():
-            key = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-            by_tensor.setdefault(key, []).append(name)
-    for names in by_tensor.values():
-        there = next((name for name in names if name in state), None)
-        for name in names:
-            if there is not None and name not in state:
-                state[name] = state[there]
-    for name, value in own.items():
-        if name.endswith("num_batches_tracked") and name not in state:
-            state[name] = value.clone()
-
-
-def _misfits(state: dict[str, Tensor], own: dict[str, Tensor]) -> list[str]:
-    """Describe how `state` differs from `own`; empty if it fits."""
-    missing = [name for name in own if name not in state]
-    extra = [name for name in state if name not in own]
-    shapes = [
-        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    kinds = [
-        f"{name} {state[name].dtype} instead of {own[name].dtype}"
-        for name in own
-        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
-    ]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing: {listed(missing)}{_similar(missing[0], extra)}")
-    if extra:
-        problems.append(f"{len(extra)} unexpected: {listed(extra)}{_similar(extra[0], missing)}")
-    if shapes:
-        problems.append(f"{len(shapes)} of a different shape: {listed(shapes)}")
-    if kinds:
-        problems.append(f"{len(kinds)} of a different type: {listed(kinds)}")
-    return problems
-
-
-def _similar(name: str, known: list[str]) -> str:
-    near = closest(name, known)
-    return f" (similar: {', '.join(near)})" if near else ""
-
-
-def _class_hint(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """Suggest `num_classes` if only the outputs of one layer differ in number."""
-    wrong = [n for n in own if n in state and state[n].shape != own[n].shape]
-    if not wrong or set(own) != set(state):
-        return ""
-    if any(state[n].shape[1:] != own[n].shape[1:] for n in wrong):
-        return ""
-    counts = {(state[n].shape[:1], own[n].shape[:1]) for n in wrong}
-    if len(counts) > 1 or len({n.rpartition(".")[0] for n in wrong}) > 1:
-        return ""
-    classes = state[wrong[0]].shape[0]
-    return f". The classifier in the file has {classes} classes: pass num_classes={classes}"
