@@ -12,7 +12,7 @@ from PIL import Image
 from fastsal.data.folders import load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.data.items import pixels_of
-from fastsal.data.opening import open_images
+from fastsal.data.opening import is_name, open_images
 from fastsal.errors import DataError, FastsalError, InvalidArgument
 from fastsal.transfer.tasks import Task
 
@@ -470,3 +470,21 @@ def test_the_true_library_of_hugging_face(tmp_path):
     assert len(open_images(f"hf:{tmp_path / 'two'}", train=False)) == 6
     with pytest.raises(DataError, match="nothing is downloaded without download=true"):
         open_images("hf:no-such-user/no-such-images?split=train")
+
+
+def test_names_of_the_readers_of_timm(tmp_path):
+    arguments = "?size=6&image_size=3,8,8&num_classes=2"
+    found = open_images(f"torch/fake_data{arguments}", root=tmp_path)
+    expected = open_images(f"torchvision:FakeData{arguments}", root=tmp_path)
+    assert (found.x == expected.x).all()
+    assert found.source == expected.source
+    assert is_name("torch/cifar10")
+    assert is_name("hfds/cifar10?split=train")
+    assert not is_name("images/train")
+    with pytest.raises(InvalidArgument, match="'wds/imagenet' is streamed, which is not supported"):
+        open_images("wds/imagenet")
+    folder = tmp_path / "torch" / "fake_data"  # a folder of this name comes first
+    for k in range(2):
+        (folder / f"class{k}").mkdir(parents=True)
+        Image.fromarray(pixels(1)[0]).save(folder / f"class{k}" / "0.png")
+    assert open_images("torch/fake_data", root=tmp_path).classes == ("class0", "class1")
