@@ -18,8 +18,12 @@ import os, sys, time
 from pathlib import Path
 from fastsal.utils.presence import Presence
 there = Presence(Path(sys.argv[1]))
-if "fork" in sys.argv and not os.fork():
-    time.sleep(600)  # a worker of a data loader, whose parent is killed
+if "fork" in sys.argv:
+    r, w = os.pipe()
+    if not os.fork():
+        os.write(w, b"x")
+        time.sleep(600)  # a worker of a data loader, whose parent is killed
+    os.read(r, 1)  # it runs, and has closed what it inherited
 print(there.token, flush=True)
 sys.stdin.read()
 """
