@@ -76,7 +76,7 @@ def test_a_model_from_a_file(tiny_file):
         ("number", {}, "must return a torch.nn.Module, got int"),
         ("rigid", {"num_classes": 4}, "num_classes must be None for .*rigid.*got 4"),
         ("tiny", {"in_chans": 1}, "in_chans must be None for .*arguments are num_classes, got 1"),
-        ("tiny", {"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ("tiny", {"num_classes": -1}, "num_classes must be at least 0, got -1"),
         (
             "tiny",
             {"weights": "pretrained"},
