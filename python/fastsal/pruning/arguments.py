@@ -57,6 +57,11 @@ class Arguments:
     batch: BatchRule | None = None
     refit: str | Sequence[str] | Refit | None = None
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether the sparsity is searched for within a limit."""
+        return self.max_loss_increase is not None or self.max_accuracy_drop is not None
+
     def normalized(self) -> Arguments:
         """Return them with plain numbers, the unwrapped model, and batches by the rule.
 

@@ -86,7 +86,7 @@ class Round:
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; the last five attributes only where they are not None."""
         found = {**vars(self)}
-        for name in ("recalibration", "refit", "ranks"):
+        for name in _KINDS:
             if found[name] is not None:
                 found[name] = asdict(found[name])
         return {k: v for k, v in found.items() if v is not None or k not in _OPTIONAL}

@@ -26,11 +26,7 @@ def with_curvature(given: Arguments) -> Arguments:
     """
     if given.curvature is not None:
         return given
-    needs_labels = (
-        given.loss != "cross-entropy"
-        or given.max_loss_increase is not None
-        or given.max_accuracy_drop is not None
-    )
+    needs_labels = given.loss != "cross-entropy" or given.has_limit
     if given.batches is None or needs_labels:
         return replace(given, curvature="empirical")
     is_labeled, batches = has_labels(given.batches)
@@ -39,12 +35,11 @@ def with_curvature(given: Arguments) -> Arguments:
 
 def recalibrates_by_default(given: Arguments, recipe: Recipe) -> bool:
     """Whether images are held out anyway that can tell whether recalibration helps."""
-    is_limited = given.max_loss_increase is not None or given.max_accuracy_drop is not None
     return (
         given.curvature == "features"
         and recipe.needs_fisher
         and recipe.is_auto
-        and not is_limited
+        and not given.has_limit
         and not isinstance(given.batches, Iterator)
         and bool(tracked(given.model))
     )

@@ -110,11 +110,13 @@ pub(crate) fn find_bin(counts: &[u64], k: u64) -> (usize, u64) {
 
 /// Count the scores with the key `cut`.
 pub(crate) fn count_equal(scores: &[f32], cut: u32) -> usize {
+    scores.par_chunks(SCORES_PER_TASK).map(|part| equal_in(part, cut)).sum()
+}
+
+/// [`count_equal`] of one task.
+pub(crate) fn equal_in(part: &[f32], cut: u32) -> usize {
     // Counters of 32 bits fill vectors; a part has fewer scores than they count.
-    scores
-        .par_chunks(SCORES_PER_TASK)
-        .map(|part| part.iter().map(|s| u32::from(key(*s) == cut)).sum::<u32>() as usize)
-        .sum()
+    part.iter().map(|s| u32::from(key(*s) == cut)).sum::<u32>() as usize
 }
 
 /// Whether any score is NaN.

@@ -1,4 +1,4 @@
-//! Exact selection of the `k` smallest scores over many arrays, and of `N:M` groups.
+//! Exact selection of the `k` smallest scores over many arrays, and of `N:M` groups (`n_of_m`).
 //!
 //! Scores are read through a key that orders floats as integers, and are neither sorted nor copied. A
 //! sample of them brackets the threshold; one pass looks for NaN, counts the keys below the bracket
@@ -9,17 +9,20 @@
 //! Equal scores are ordered by position (first array first, first weight first), so the count is exact
 //! and the mask does not depend on the number of threads.
 
+mod n_of_m;
+
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Error, Result};
-use crate::groups::volume;
 use crate::isa::Isa;
 use crate::keys::{
-    check_nan, count_equal, find_bin, histogram, key, lower_bin, score, upper_bin, Part,
+    check_nan, count_equal, equal_in, find_bin, histogram, key, lower_bin, score, upper_bin, Part,
     SCORES_PER_TASK,
 };
 use crate::parallel;
 use crate::simd::{dispatch, Kernel, Simd};
+pub use n_of_m::n_of_m;
+pub(crate) use n_of_m::share;
 
 /// A cut through ordered scores: smaller keys are pruned, and the first `ties` of those equal to `key`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,11 +114,11 @@ pub fn smallest(
 /// [`Error::Length`] when the arrays differ in length.
 pub fn write_mask(scores: &[f32], threshold: Threshold, kept: &mut [bool]) -> Result<()> {
     check_length("kept", kept.len(), scores.len())?;
-    let Threshold { key: cut, ties, equal } = threshold;
+    let Threshold { key: cut_key, ties, equal } = threshold;
     // Scores are ordered like their keys, and both zeros are equal. No score has a key below that of
     // -inf, so that a threshold there prunes nothing.
     let least = key(f32::NEG_INFINITY);
-    let (isa, cut) = (Isa::chosen()?, score(cut.max(least)));
+    let (isa, cut) = (Isa::chosen()?, score(cut_key.max(least)));
     parallel::run(|| {
         let parts = kept.par_chunks_mut(SCORES_PER_TASK).zip(scores.par_chunks(SCORES_PER_TASK));
         if ties == 0 || ties == equal {
@@ -125,10 +128,8 @@ pub fn write_mask(scores: &[f32], threshold: Threshold, kept: &mut [bool]) -> Re
             return;
         }
         // Some of the equal scores are pruned: each part needs the number of those before it.
-        let counts: Vec<usize> = scores
-            .par_chunks(SCORES_PER_TASK)
-            .map(|scores| dispatch(isa, Equal { scores, cut }))
-            .collect();
+        let counts: Vec<usize> =
+            scores.par_chunks(SCORES_PER_TASK).map(|part| equal_in(part, cut_key)).collect();
         let before = counts.iter().scan(0, |sum, c| {
             let before = *sum;
             *sum += c;
@@ -168,22 +169,6 @@ impl Kernel<f32> for Above<'_> {
         } else {
             pairs.for_each(|(kept, s)| *kept = *s > cut);
         }
-    }
-}
-
-/// Counts the scores that are equal to a cut.
-struct Equal<'a> {
-    scores: &'a [f32],
-    cut: f32,
-}
-
-impl Kernel<f32> for Equal<'_> {
-    type Output = usize;
-    #[inline(always)]
-    fn run<S: Simd<T = f32>>(self, _simd: S) -> usize {
-        // Counters of 32 bits fill vectors; a part has fewer scores than they count.
-        let equal = self.scores.iter().map(|s| u32::from(*s == self.cut));
-        equal.sum::<u32>() as usize
     }
 }
 
@@ -330,106 +315,6 @@ impl Kernel<f32> for Bracket<'_> {
             found.has_nan |= s.is_nan();
         }
         found
-    }
-}
-
-/// Return `ceil(size n / m)`, for `n <= m`, of sizes whose product may have no number.
-pub(crate) fn share(size: usize, n: usize, m: usize) -> usize {
-    (size as u128 * n as u128).div_ceil(m as u128) as usize
-}
-
-/// Keep the `n` largest of every `m` scores along the middle axis of `[outer, width, inner]`.
-///
-/// A short last group of `r` scores keeps `ceil(r n / m)`. Among equal scores the first are pruned.
-///
-/// # Errors
-/// [`Error::Length`] and [`Error::Value`] for arguments that do not fit.
-pub fn n_of_m(
-    scores: &[f32],
-    shape: (usize, usize, usize),
-    n: usize,
-    m: usize,
-    kept: &mut [bool],
-) -> Result<()> {
-    let (_, width, inner) = shape;
-    check_length("scores", scores.len(), volume(shape)?)?;
-    check_length("kept", kept.len(), scores.len())?;
-    check_nan(&[scores])?;
-    if n > m || m == 0 {
-        let got = format!("{n}:{m}");
-        return Err(Error::Value { what: "pattern", got, expected: "N:M with N <= M and M >= 1" });
-    }
-    let (isa, row) = (Isa::chosen()?, (width * inner).max(1));
-    let keep = share(m.min(width), n, m);
-    // Rows are joined to tasks; a group does not go beyond its row.
-    let rows = SCORES_PER_TASK.div_ceil(row).min(scores.len().div_ceil(row)).max(1);
-    let whole = width.is_multiple_of(m);
-    parallel::run(|| {
-        kept.par_chunks_mut(rows * row).zip(scores.par_chunks(rows * row)).for_each(
-            |(kept, scores)| match m {
-                2 if inner == 1 && whole => dispatch(isa, Groups::<2> { scores, keep, kept }),
-                4 if inner == 1 && whole => dispatch(isa, Groups::<4> { scores, keep, kept }),
-                8 if inner == 1 && whole => dispatch(isa, Groups::<8> { scores, keep, kept }),
-                _ => {
-                    let mut order = Vec::new();
-                    for (kept, scores) in kept.chunks_mut(row).zip(scores.chunks(row)) {
-                        keep_in_row(scores, (width, inner), (n, m), &mut order, kept);
-                    }
-                }
-            },
-        );
-    });
-    Ok(())
-}
-
-/// Keeps the largest `keep` of every `M` neighbors.
-struct Groups<'a, const M: usize> {
-    scores: &'a [f32],
-    keep: usize,
-    kept: &'a mut [bool],
-}
-
-impl<const M: usize> Kernel<f32> for Groups<'_, M> {
-    type Output = ();
-    #[inline(always)]
-    fn run<S: Simd<T = f32>>(self, _simd: S) {
-        let Self { scores, keep, kept } = self;
-        let (groups, _) = scores.as_chunks::<M>();
-        let (kept, _) = kept.as_chunks_mut::<M>();
-        for (kept, group) in kept.iter_mut().zip(groups) {
-            for i in 0..M {
-                // Of equal scores the later ones rank first, and are kept.
-                let before = (0..M).map(|j| match j > i {
-                    true => u8::from(group[j] >= group[i]),
-                    false => u8::from(group[j] > group[i]),
-                });
-                kept[i] = usize::from(before.sum::<u8>()) < keep;
-            }
-        }
-    }
-}
-
-/// Keep the `n` largest of every `m` scores of a row `[width, inner]`.
-fn keep_in_row(
-    scores: &[f32],
-    (width, inner): (usize, usize),
-    (n, m): (usize, usize),
-    order: &mut Vec<usize>,
-    kept: &mut [bool],
-) {
-    kept.fill(false);
-    for i in 0..inner {
-        for first in (0..width).step_by(m) {
-            let size = m.min(width - first);
-            order.clear();
-            order.extend((first..first + size).map(|w| w * inner + i));
-            // Stable: among equal scores the later positions come first, and are kept.
-            order.reverse();
-            order.sort_by_key(|at| std::cmp::Reverse(key(scores[*at])));
-            for at in &order[..share(size, n, m)] {
-                kept[*at] = true;
-            }
-        }
     }
 }
 

@@ -1,3 +1,4 @@
+use super::n_of_m::keep_in_row;
 use super::*;
 use crate::keys::count_keys;
 use crate::testing::random;
