@@ -201,24 +201,31 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
 /// Factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive definite in
 /// double precision. Entries below the diagonal are scratch.
 pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize) -> bool {
-    dispatch(isa, Cholesky { a, size })
+    cholesky_rows(isa, a, size, size)
+}
+
+/// The first `rows` rows of the factor in place: `[U W]` from `A = [UᵀU, UᵀW; ·, ·]`. The other rows are
+/// not touched.
+pub(crate) fn cholesky_rows(isa: Isa, a: &mut [f64], size: usize, rows: usize) -> bool {
+    dispatch(isa, Cholesky { a, size, rows })
 }
 
 struct Cholesky<'a> {
     a: &'a mut [f64],
     size: usize,
+    rows: usize,
 }
 
 impl Kernel<f64> for Cholesky<'_> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, _simd: S) -> bool {
-        let Self { a, size } = self;
+        let Self { a, size, rows } = self;
         let stride = padded(size);
-        assert!(a.len() >= size * stride);
-        for start in (0..size).step_by(ROWS) {
+        assert!(a.len() >= size * stride && rows <= size);
+        for start in (0..rows).step_by(ROWS) {
             checkpoint_at(start, size);
-            let end = size.min(start + ROWS);
+            let end = rows.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
             if end - start == ROWS {
@@ -256,23 +263,25 @@ impl Kernel<f64> for Cholesky<'_> {
     }
 }
 
-/// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`].
-pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize) {
-    dispatch(isa, InvertFactor { u, m, size });
+/// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`]; rows of both
+/// are `stride` apart.
+pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize, stride: usize) {
+    dispatch(isa, InvertFactor { u, m, size, stride });
 }
 
 struct InvertFactor<'a> {
     u: &'a [f64],
     m: &'a mut [f64],
     size: usize,
+    stride: usize,
 }
 
 impl Kernel<f64> for InvertFactor<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, _simd: S) {
-        let Self { u, m, size } = self;
-        let stride = padded(size);
+        let Self { u, m, size, stride } = self;
+        assert!(stride >= padded(size));
         assert!(u.len() >= size * stride && m.len() >= size * stride);
         m[..size * stride].fill(0.0);
         let factor = u.as_ptr();

@@ -20,6 +20,7 @@ pub mod greedy;
 mod greedy_large;
 mod greedy_small;
 mod greedy_state;
+mod group_costs;
 pub mod groups;
 pub mod inverse;
 pub mod isa;
@@ -33,6 +34,7 @@ mod scratch;
 pub mod select;
 mod simd;
 pub mod statistics;
+mod swept;
 mod syrk;
 #[cfg(test)]
 mod testing;

@@ -213,7 +213,7 @@ impl<'a> Damped<'a> {
         if !cholesky(isa, a, size) {
             return None;
         }
-        invert_factor(isa, a, m, size);
+        invert_factor(isa, a, m, size, padded(size));
         Some(largest)
     }
 

@@ -75,7 +75,20 @@ pub(crate) fn syrk<T: Real>(
 /// Set `packed` to `panelᵀ panel` for a square lower triangular `panel`: zero above its diagonal.
 pub(crate) fn syrk_of_lower(isa: Isa, panel: &[f64], size: usize, packed: &mut [f64]) {
     let (n, stride) = (size, padded(size));
-    let (first, fresh, between) = (Reads::FromDiagonal, true, None);
+    let (first, fresh, between) = (Reads::FromDiagonal { until: usize::MAX }, true, None);
+    dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
+}
+
+/// [`syrk`] for a panel whose first `n` columns are lower triangular: zero above its diagonal.
+pub(crate) fn syrk_of_lower_and_rest(
+    isa: Isa,
+    panel: &[f64],
+    n: usize,
+    size: usize,
+    stride: usize,
+    packed: &mut [f64],
+) {
+    let (first, fresh, between) = (Reads::FromDiagonal { until: n }, false, None);
     dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
 }
 
@@ -83,7 +96,10 @@ pub(crate) fn syrk_of_lower(isa: Isa, panel: &[f64], size: usize, packed: &mut [
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Reads {
     All,
-    FromDiagonal,
+    /// Those from the diagonal on, in the columns before `until`.
+    FromDiagonal {
+        until: usize,
+    },
 }
 
 /// The kernel of [`syrk`], with its options.
@@ -220,7 +236,10 @@ impl<S: Simd> Tiles<'_, S> {
             let mut half_sum = [S::Half::zero(); R];
             let start = match self.first {
                 Reads::All => 0,
-                Reads::FromDiagonal => j0 - if HALF { half } else { 0 },
+                Reads::FromDiagonal { until } if j0 + NV * S::W <= until => {
+                    j0 - if HALF { half } else { 0 }
+                }
+                Reads::FromDiagonal { .. } => 0,
             };
             let panel = self.panel.add(start * self.stride);
             let (mut left, mut right) = (panel.add(i0), panel.wrapping_add(j0));
