@@ -10,7 +10,7 @@ use crate::cholesky::{cholesky, solve};
 use crate::error::{check_length, check_weights, Result};
 use crate::isa::Isa;
 use crate::parallel;
-use crate::scratch::{room, Failure, Scratch};
+use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::{positions, Damped};
 
@@ -79,7 +79,7 @@ impl Kernel<f64> for Block<'_> {
         let was_kept = |j: usize| before.is_none_or(|k| k[j]);
         let kept: Vec<usize> = (0..size).filter(|j| mask[*j] && was_kept(*j)).collect();
         let pruned: Vec<usize> = (0..size).filter(|j| !mask[*j] && was_kept(*j)).collect();
-        let a = room(&mut scratch.upper, size * stride);
+        let a = scratch.upper.room(size * stride);
         damped.write(b, a);
         let at = |i: usize, j: usize| a[i.min(j) * stride + i.max(j)];
         let theta = |j: usize| f64::from(weights[j]);
@@ -92,7 +92,7 @@ impl Kernel<f64> for Block<'_> {
         let rhs = step.clone();
 
         let inner = padded(kept.len());
-        let a_kk = room(&mut scratch.lower, (kept.len() * inner).max(1));
+        let a_kk = scratch.lower.room((kept.len() * inner).max(1));
         for (i, k) in kept.iter().enumerate() {
             for (j, l) in kept.iter().enumerate().skip(i) {
                 a_kk[i * inner + j] = at(*k, *l);

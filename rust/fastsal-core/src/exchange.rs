@@ -21,8 +21,9 @@ use crate::error::{check_length, check_weights, Result};
 use crate::groups::Groups;
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle};
+use crate::memory::Aligned;
 use crate::parallel;
-use crate::scratch::{room, zeros, Failure, Scratch};
+use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Damped;
 use crate::swept::{Pair, Swept};
@@ -138,7 +139,7 @@ impl Kernel<f64> for Block<'_> {
             return;
         }
         let t = &mut lower[..size * stride];
-        let (w, diagonal) = zeros(row, 2 * stride).split_at_mut(stride);
+        let (w, diagonal) = row.zeros(2 * stride).split_at_mut(stride);
         for (i, j) in order.iter().enumerate() {
             diagonal[i] = t[i * stride + i];
             let theta = f64::from(weights[*j]);
@@ -178,13 +179,13 @@ fn sweep_kept<S: Simd<T = f64>>(
     order: &[usize],
     place: &[usize],
     count: usize,
-    (upper, lower, packed): (&mut Vec<f64>, &mut Vec<f64>, &mut Vec<f64>),
+    (upper, lower, packed): (&mut Aligned<f64>, &mut Aligned<f64>, &mut Aligned<f64>),
 ) -> bool {
     let (size, stride) = (order.len(), padded(order.len()));
     let all = damped.layout().size(b);
-    let from = room(upper, all * padded(all));
+    let from = upper.room(all * padded(all));
     damped.write(b, from);
-    let a = room(lower, size * stride);
+    let a = lower.room(size * stride);
     let (kept, pruned) = order.split_at(count);
     for (at, i) in order.iter().enumerate() {
         let row = &from[i * padded(all)..i * padded(all) + all];
@@ -208,12 +209,12 @@ fn sweep_kept<S: Simd<T = f64>>(
     if !cholesky_rows(simd.isa(), a, size, count) {
         return false;
     }
-    let panel = room(upper, size * stride);
+    let panel = upper.room(size * stride);
     invert_factor(simd.isa(), a, panel, count, stride);
     for (to, from) in panel.chunks_mut(stride).zip(a.chunks(stride)).take(count) {
         to[count..size].copy_from_slice(&from[count..size]);
     }
-    let packed = room(packed, triangle(size));
+    let packed = packed.room(triangle(size));
     packed[..row_base(size, count) + count].fill(0.0);
     for i in count..size {
         let to = &mut packed[row_base(size, i) + i..row_base(size, i) + size];

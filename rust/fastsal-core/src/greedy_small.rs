@@ -7,7 +7,7 @@
 
 use crate::greedy_state::{begin, Block, Candidates, Order, MOST_LANES};
 use crate::layout::triangle;
-use crate::scratch::{room, unpack, Scratch};
+use crate::scratch::{unpack, Scratch};
 use crate::simd::{padded, Kernel, Simd};
 
 /// The largest block that is processed here.
@@ -92,13 +92,13 @@ impl<'a> Elimination<'a> {
         let (size, stride) = (weights.len(), NV * S::W);
         assert!(size <= stride && stride <= ROW);
         let packed = &packed[..triangle(size)];
-        let inverse = room(upper, size * stride);
+        let inverse = upper.room(size * stride);
         unpack(packed, size, inverse, stride);
         for row in inverse.chunks_mut(stride) {
             // Columns beyond the last are read, but no weight is there.
             row[size..].fill(0.0);
         }
-        let columns = room(lower, (size + 1) * stride);
+        let columns = lower.room((size + 1) * stride);
         columns[..stride].fill(0.0);
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
         let mut elimination = Self { inverse, columns, steps: 0, candidates, order };

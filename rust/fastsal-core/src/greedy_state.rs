@@ -2,7 +2,8 @@
 //! in which they are removed.
 
 use crate::layout::row_base;
-use crate::scratch::{zeros, Scratch};
+use crate::memory::Aligned;
+use crate::scratch::Scratch;
 
 /// Lanes of the widest vector of doubles.
 pub(crate) const MOST_LANES: usize = 8;
@@ -40,7 +41,7 @@ pub(crate) struct Order<'a> {
 /// Begin with a block: its candidates in `memory`, in rows of `stride`, and the order of the weights
 /// that are already pruned.
 pub(crate) fn begin<'a>(
-    memory: &'a mut Vec<f64>,
+    memory: &'a mut Aligned<f64>,
     stride: usize,
     packed: &[f64],
     weights: &[f32],
@@ -49,7 +50,7 @@ pub(crate) fn begin<'a>(
     turns: &'a mut [u32],
 ) -> (Candidates<'a>, Order<'a>) {
     let size = weights.len();
-    let (theta, rest) = zeros(memory, 4 * stride).split_at_mut(stride);
+    let (theta, rest) = memory.zeros(4 * stride).split_at_mut(stride);
     let (diagonal, rest) = rest.split_at_mut(stride);
     let (out, costs) = rest.split_at_mut(stride);
     for (j, w) in weights.iter().enumerate() {

@@ -12,9 +12,9 @@ use crate::exchange::{refine_block, Workspace};
 use crate::group_costs::{Batches, Cheapest, Whole};
 use crate::groups::Groups;
 use crate::isa::Isa;
-use crate::memory::reserve;
+use crate::memory::Aligned;
 use crate::parallel::{self, checkpoint};
-use crate::scratch::{room, Failure, Scratch};
+use crate::scratch::{Failure, Scratch};
 use crate::select::share;
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Damped;
@@ -85,7 +85,7 @@ fn for_each_window<T: Send>(
             .zip(weights.par_chunks(len))
             .enumerate()
             .map_init(
-                || (Workspace::default(), Vec::new()),
+                || (Workspace::default(), Aligned::default()),
                 |(workspace, table), (i, (out, weights))| {
                     let first = i * len / layout.block();
                     let failed = Vec::new();
@@ -124,7 +124,7 @@ struct Window<'a> {
     failed: Vec<usize>,
     /// `[M, len]`: `(A⁻¹)_jj`, then the entry of `j` and the next member of its group, then that of `j`
     /// and the one after, and so on. Entries between two blocks are zero.
-    table: &'a mut Vec<f64>,
+    table: &'a mut Aligned<f64>,
 }
 
 impl Window<'_> {
@@ -133,8 +133,8 @@ impl Window<'_> {
         let Self { isa, damped, groups, weights, first, .. } = *self;
         let len = weights.len();
         let entries = groups.size().saturating_mul(len);
-        reserve("the inverses of the groups", self.table, entries)?;
-        let table = room(self.table, entries);
+        self.table.reserve("the inverses of the groups", entries)?;
+        let table = self.table.room(entries);
         for (k, start) in (0..len).step_by(damped.layout().block()).enumerate() {
             checkpoint();
             let b = first + k;

@@ -4,9 +4,12 @@
 //! instantiates it for each instruction set. One table maps the operations of the trait to
 //! intrinsics. On arm64 NEON is part of the baseline, so the portable lanes compile to it.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod plain;
 
 use crate::isa::{Isa, Set};
+use crate::memory::Zero;
 use crate::rows::Element;
 
 /// `W` lanes of one real type. Every function reads or writes `W` lanes from its pointer.
@@ -187,16 +190,16 @@ registers! {
     mul_add _mm256_fmadd_ps, add _mm256_add_ps, mul _mm256_mul_ps, div _mm256_div_ps,
     min _mm256_min_ps, max _mm256_max_ps;
     equal(a, b) _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b)) as u32;
-    load_lanes(p, lo, hi) load_each::<Self, 8>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 8>(p, v, lo, hi);
+    load_lanes(p, lo, hi) _mm256_maskload_ps(p, avx2::window(lo, hi));
+    store_lanes(p, v) avx2::store_window(p, v, lo, hi);
 
     Avx2F64: f64, __m256d, 4 lanes of Avx2, tiles of 6 rows, half Self;
     zero _mm256_setzero_pd, load _mm256_loadu_pd, store _mm256_storeu_pd, splat _mm256_set1_pd,
     mul_add _mm256_fmadd_pd, add _mm256_add_pd, mul _mm256_mul_pd, div _mm256_div_pd,
     min _mm256_min_pd, max _mm256_max_pd;
     equal(a, b) _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_EQ_OQ>(a, b)) as u32;
-    load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
+    load_lanes(p, lo, hi) _mm256_maskload_pd(p, avx2::window(2 * lo, 2 * hi));
+    store_lanes(p, v) avx2::store_window(p.cast(), _mm256_castpd_ps(v), 2 * lo, 2 * hi);
 
     Avx512F32: f32, __m512, 16 lanes of Avx512, tiles of 8 rows, half Avx2F32;
     zero _mm512_setzero_ps, load _mm512_loadu_ps, store _mm512_storeu_ps, splat _mm512_set1_ps,
@@ -248,7 +251,7 @@ unsafe fn store_each<S: Simd, const W: usize>(p: *mut S::T, v: S::V, lo: usize, 
 
 /// A real type that statistics are kept in, with its registers.
 pub trait Real:
-    Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + 'static
+    Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + Zero + 'static
 {
     type Portable: Simd<T = Self>;
     type Avx2: Simd<T = Self>;
@@ -355,3 +358,6 @@ pub(crate) fn prefetch<T>(p: *const T) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use crate::error::{check_length, check_positive, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
-use crate::scratch::{room, unpack, Scratch};
+use crate::scratch::{unpack, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd};
 use crate::syrk::syrk_of_lower;
 
@@ -207,8 +207,8 @@ impl<'a> Damped<'a> {
     #[inline(always)]
     pub(crate) fn factor(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
         let size = self.layout().size(b);
-        let a = room(&mut scratch.upper, size * padded(size));
-        let m = room(&mut scratch.lower, size * padded(size));
+        let a = scratch.upper.room(size * padded(size));
+        let m = scratch.lower.room(size * padded(size));
         let largest = self.write(b, a);
         if !cholesky(isa, a, size) {
             return None;
@@ -239,7 +239,7 @@ impl Kernel<f64> for Invert<'_> {
         let Self { damped, b, scratch } = self;
         let largest = damped.factor(simd.isa(), b, scratch)?;
         let size = damped.layout().size(b);
-        let packed = room(&mut scratch.packed, triangle(size));
+        let packed = scratch.packed.room(triangle(size));
         syrk_of_lower(simd.isa(), &scratch.lower, size, packed);
         let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
         Some(damped.sensitivity(b, largest, trace))

@@ -5,8 +5,8 @@
 //! each sweep, and a column is brought up to date when it is swept on.
 
 use crate::cholesky::subtract_row;
+use crate::memory::Aligned;
 use crate::parallel::checkpoint_at;
-use crate::scratch::room;
 use crate::simd::Simd;
 
 /// Sweeps whose columns are subtracted from the matrix together.
@@ -52,11 +52,11 @@ impl<'a> Swept<'a> {
         stride: usize,
         w: &'a mut [f64],
         diagonal: &'a mut [f64],
-        memory: &'a mut Vec<f64>,
+        memory: &'a mut Aligned<f64>,
         pairs: &'a mut [Pair],
     ) -> Self {
         let most = STEPS.min(t.len() / stride / 2).max(1);
-        let (columns, scaled) = room(memory, 2 * most * stride).split_at_mut(most * stride);
+        let (columns, scaled) = memory.room(2 * most * stride).split_at_mut(most * stride);
         Self { t, stride, w, diagonal, pairs, columns, scaled, steps: 0 }
     }
 

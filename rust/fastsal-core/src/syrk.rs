@@ -206,9 +206,15 @@ impl<S: Simd> Tiles<'_, S> {
         while i < i1 {
             // SAFETY: rows i..i + rows and columns from j0 on lie inside the block.
             i += unsafe {
-                match i1 - i {
+                let left = i1 - i;
+                // Tiles of about equal heights: the lower one is, the more of its time is loads.
+                let rows =
+                    if const { S::ROWS == 6 } { left.div_ceil(left.div_ceil(6)) } else { left };
+                match rows {
                     1 => self.tile::<1, NV, HALF>(i, j0),
-                    2..4 => self.tile::<2, NV, HALF>(i, j0),
+                    3 if const { S::ROWS == 6 } => self.tile::<3, NV, HALF>(i, j0),
+                    2 | 3 => self.tile::<2, NV, HALF>(i, j0),
+                    5 if const { S::ROWS == 6 } => self.tile::<5, NV, HALF>(i, j0),
                     8.. if const { S::ROWS >= 8 } => self.tile::<8, NV, HALF>(i, j0),
                     6.. if const { S::ROWS >= 6 } => self.tile::<6, NV, HALF>(i, j0),
                     _ => self.tile::<4, NV, HALF>(i, j0),
