@@ -3,8 +3,10 @@
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Result};
+use crate::interleaved::{self, Diagonals};
 use crate::isa::Isa;
 use crate::layout::{triangle, Layout};
+use crate::memory::Aligned;
 use crate::parallel;
 use crate::scratch::{unpack, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
@@ -17,9 +19,44 @@ use crate::statistics::{Damped, Report};
 pub fn inverse_diagonal(damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
     let (isa, layout) = (Isa::chosen()?, damped.layout());
     check_length("out", out.len(), layout.len())?;
+    if layout.block() <= interleaved::LARGEST {
+        return Ok(small_blocks(isa, damped, out));
+    }
     for_each_block(layout, out, layout.block(), |scratch, b, out| {
         dispatch(isa, Diagonal { damped, b, scratch, out })
     })
+}
+
+/// [`inverse_diagonal`] of small blocks.
+fn small_blocks(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Report {
+    let block = damped.layout().block();
+    let found: Vec<Vec<Option<f64>>> = parallel::run(|| {
+        out.par_chunks_mut(interleaved::BLOCKS * block)
+            .enumerate()
+            .map_init(Aligned::default, |memory, (i, out)| {
+                let mut found = Vec::with_capacity(interleaved::BLOCKS);
+                // A short last block is processed by itself: no block depends on those beside it.
+                let (whole, short) = out.split_at_mut(out.len() / block * block);
+                let (last, size) = (whole.len() / block, short.len());
+                for (k, size, out) in [(0, block, whole), (last, size, short)] {
+                    if out.is_empty() {
+                        continue;
+                    }
+                    let b = i * interleaved::BLOCKS + k;
+                    let kernel = Diagonals { damped, b, size, memory, out: &mut *out };
+                    let each = dispatch(isa, kernel);
+                    for (out, sensitivity) in out.chunks_mut(size).zip(each) {
+                        if sensitivity.is_none() {
+                            out.fill(f64::NAN);
+                        }
+                        found.push(sensitivity);
+                    }
+                }
+                found
+            })
+            .collect()
+    });
+    found.into_iter().flatten().collect::<Vec<_>>().into()
 }
 
 /// Write `A⁻¹` of every block to `out` (`[blocks, B, B]`, a short last block padded with zeros).

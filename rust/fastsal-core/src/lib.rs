@@ -22,6 +22,7 @@ mod greedy_small;
 mod greedy_state;
 mod group_costs;
 pub mod groups;
+mod interleaved;
 pub mod inverse;
 pub mod isa;
 pub mod keys;

@@ -36,6 +36,7 @@ macro_rules! with_packed {
         }
     };
 }
+pub(crate) use with_packed;
 
 /// The statistics of one parameter, borrowed; its parts fit each other.
 #[derive(Debug, Clone, Copy)]
@@ -155,6 +156,21 @@ impl<'a> Damped<'a> {
     /// Which weights of block `b` are kept.
     pub(crate) fn kept_in(&self, b: usize) -> Option<&'a [bool]> {
         self.statistics.kept_in(b)
+    }
+
+    /// The sums over samples.
+    pub(crate) fn packed(&self) -> Packed<'a> {
+        self.statistics.packed
+    }
+
+    /// Number of samples.
+    pub(crate) fn samples(&self) -> f64 {
+        self.statistics.samples
+    }
+
+    /// `λ`.
+    pub(crate) fn damping(&self) -> f64 {
+        self.damping
     }
 
     /// Compute [`Report::sensitivity`] of block `b` from `max_i F_ii` and `tr A_b⁻¹ >= ‖A_b⁻¹‖`.

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 pub(crate) unsafe fn window(lo: usize, hi: usize) -> __m256i {
     // Ones in the middle of zeros: the vector at 8 - lo has ones from lane lo on, that at 16 - hi up
     // to lane hi.
-    const ONES: [i32; 24] = {
+    static ONES: [i32; 24] = {
         let mut ones = [0; 24];
         let mut i = 8;
         while i < 16 {
@@ -29,7 +29,7 @@ pub(crate) unsafe fn window(lo: usize, hi: usize) -> __m256i {
 /// tens of cycles on some processors.
 #[inline(always)]
 pub(crate) unsafe fn store_window(p: *mut f32, v: __m256, lo: usize, hi: usize) {
-    const PLACES: [i32; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7];
+    static PLACES: [i32; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7];
     debug_assert!(lo <= hi && hi <= 8);
     // SAFETY: the vectors of places lie in the array, as `lo <= hi <= 8`; each store is of lanes
     // within lo..hi, which are valid by contract, and so is AVX2.

@@ -1,0 +1,341 @@
+//! Diagonals of the inverses of small blocks, one block in each lane of a vector.
+//!
+//! In a small block most vectors of a row are short and every step waits for the one before; here
+//! each operation is one of several blocks. `A = UᵀU` and `M = U⁻ᵀ` are formed together, four rows at a
+//! time, `U` above the diagonal of one square and `M` below it; `(A⁻¹)_jj` is the sum of squares of column
+//! `j` of `M`.
+
+// Loops over registers index several arrays at once; iterators would hide that.
+#![allow(clippy::needless_range_loop)]
+
+use crate::isa::Set;
+use crate::layout::triangle;
+use crate::memory::Aligned;
+use crate::simd::{Kernel, Real, Simd};
+use crate::statistics::{with_packed, Damped, Packed};
+
+/// The largest block that is processed here: its square in all lanes lies in a second-level cache.
+pub(crate) const LARGEST: usize = 64;
+
+/// Blocks that are processed in one call: a whole number of vectors.
+pub(crate) const BLOCKS: usize = 8;
+
+/// Rows that are formed together.
+const ROWS: usize = 4;
+
+/// `diag(A_b⁻¹)` of up to [`BLOCKS`] blocks of one size, the first of them `b`, to `out`.
+///
+/// Returns their sensitivities, `None` for those that are not positive definite.
+pub(crate) struct Diagonals<'a> {
+    pub damped: Damped<'a>,
+    pub b: usize,
+    pub size: usize,
+    pub memory: &'a mut Aligned<f64>,
+    pub out: &'a mut [f64],
+}
+
+impl Kernel<f64> for Diagonals<'_> {
+    type Output = [Option<f64>; BLOCKS];
+
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self, simd: S) -> [Option<f64>; BLOCKS] {
+        let Self { damped, b, size, memory, out } = self;
+        assert!(0 < size && size <= LARGEST && BLOCKS.is_multiple_of(S::W));
+        let mut found = [None; BLOCKS];
+        for (k, out) in out.chunks_mut(S::W * size).enumerate() {
+            let first = k * S::W;
+            let mut group = Group::<S>::new(simd, memory, size);
+            group.read(damped, b + first, out.len() / size);
+            group.invert();
+            for (lane, out) in out.chunks_mut(size).enumerate() {
+                found[first + lane] = group.write(damped, b + first + lane, lane, out);
+            }
+        }
+        found
+    }
+}
+
+/// Blocks of one size, one in each lane.
+struct Group<'a, S: Simd<T = f64>> {
+    simd: S,
+    /// Rows of the square: a multiple of [`ROWS`], of which those after `size` are of the identity.
+    rows: usize,
+    size: usize,
+    /// `[rows, rows, W]`
+    square: &'a mut [f64],
+    /// `max_i F_ii`, `[W]`
+    largest: &'a mut [f64],
+    /// Of `A = UᵀU`, `[rows, W]`
+    pivots: &'a mut [f64],
+    /// `(A⁻¹)_jj`, `[rows, W]`
+    diagonal: &'a mut [f64],
+}
+
+impl<'a, S: Simd<T = f64>> Group<'a, S> {
+    #[inline(always)]
+    fn new(simd: S, memory: &'a mut Aligned<f64>, size: usize) -> Self {
+        let rows = size.next_multiple_of(ROWS);
+        let (w, row) = (S::W, rows * S::W);
+        let (square, rest) = memory.room(row * rows + 2 * row + w).split_at_mut(row * rows);
+        let (pivots, rest) = rest.split_at_mut(row);
+        let (diagonal, largest) = rest.split_at_mut(row);
+        Self { simd, rows, size, square, largest, pivots, diagonal }
+    }
+
+    /// Write `A` of `count` blocks, the first of them `b`; the other lanes are those of `b`, too.
+    #[inline(always)]
+    fn read(&mut self, damped: Damped<'_>, b: usize, count: usize) {
+        let lanes = |lane: usize| if lane < count { b + lane } else { b };
+        with_packed!(damped.packed(), packed => {
+            self.read_from(packed, damped, lanes);
+        });
+        for i in self.size..self.rows {
+            let row = &mut self.square[i * self.rows * S::W..(i + 1) * self.rows * S::W];
+            row.fill(0.0);
+            row[i * S::W..(i + 1) * S::W].fill(1.0);
+        }
+        for lane in 0..S::W {
+            if let Some(kept) = damped.kept_in(lanes(lane)) {
+                self.strike(damped, kept, lane);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn read_from<T: Real>(
+        &mut self,
+        packed: &[T],
+        damped: Damped<'_>,
+        lanes: impl Fn(usize) -> usize,
+    ) {
+        let (w, rows, size) = (S::W, self.rows, self.size);
+        let layout = damped.layout();
+        let start: [usize; BLOCKS] =
+            std::array::from_fn(
+                |lane| {
+                    if lane < w {
+                        layout.packed_range(lanes(lane)).start
+                    } else {
+                        0
+                    }
+                },
+            );
+        let from: [&[T]; BLOCKS] = start.map(|start| &packed[start..start + triangle(size)]);
+        let scale = 1.0 / damped.samples();
+        // Where weights are pruned, `strike` adds it to the others.
+        let damping = if damped.kept_in(0).is_none() { damped.damping() } else { 0.0 };
+        self.largest.fill(0.0);
+        let mut at = 0;
+        for i in 0..size {
+            let row = &mut self.square[(i * rows + i) * w..(i + 1) * rows * w];
+            for to in row.chunks_exact_mut(w).take(size - i) {
+                for lane in 0..w {
+                    to[lane] = from[lane][at].into() * scale;
+                }
+                at += 1;
+            }
+            row[(size - i) * w..].fill(0.0);
+            for (largest, x) in self.largest.iter_mut().zip(row) {
+                *largest = largest.max(*x);
+                *x += damping;
+            }
+        }
+    }
+
+    /// Replace the rows and columns of pruned weights by those of the identity; damp the others.
+    fn strike(&mut self, damped: Damped<'_>, kept: &[bool], lane: usize) {
+        let (w, rows, size) = (S::W, self.rows, self.size);
+        let mut largest = 0.0f64;
+        for i in 0..size {
+            if kept[i] {
+                let x = &mut self.square[(i * rows + i) * w + lane];
+                largest = largest.max(*x);
+                *x += damped.damping();
+                continue;
+            }
+            for j in 0..size {
+                let (row, column) = (i.min(j), i.max(j));
+                self.square[(row * rows + column) * w + lane] = f64::from(u8::from(i == j));
+            }
+        }
+        self.largest[lane] = largest;
+    }
+
+    /// Turn the square of `A` into those of `U` and `M`, and add up the diagonal.
+    #[inline(always)]
+    fn invert(&mut self) {
+        self.diagonal.fill(0.0);
+        let (w, rows) = (S::W, self.rows);
+        assert!(self.square.len() == rows * rows * w && self.diagonal.len() == rows * w);
+        assert!(self.pivots.len() == rows * w && rows.is_multiple_of(ROWS));
+        let _ = self.simd;
+        let (square, diagonal) = (self.square.as_mut_ptr(), self.diagonal.as_mut_ptr());
+        let pivots = self.pivots.as_mut_ptr();
+        // Four vectors of four rows need more than sixteen registers.
+        // SAFETY: the assertions make all rows and columns valid; `simd` is the proof of the
+        // instruction set.
+        unsafe {
+            if const { matches!(S::SET, Set::Avx512) } {
+                invert::<S, 4>(square, pivots, diagonal, rows);
+            } else {
+                invert::<S, 2>(square, pivots, diagonal, rows);
+            }
+        }
+    }
+
+    /// Write the diagonal of one lane; return its sensitivity.
+    #[inline(always)]
+    fn write(&self, damped: Damped<'_>, b: usize, lane: usize, out: &mut [f64]) -> Option<f64> {
+        let (w, mut is_fine, mut trace) = (S::W, true, 0.0);
+        for (i, out) in out.iter_mut().enumerate() {
+            let pivot = self.pivots[i * w + lane];
+            is_fine &= pivot > 0.0 && pivot.is_finite();
+            *out = self.diagonal[i * w + lane];
+            trace += *out;
+        }
+        is_fine.then(|| damped.sensitivity(b, self.largest[lane], trace))
+    }
+}
+
+/// [`Group::invert`], `C` columns of four rows at a time.
+///
+/// # Safety
+/// `square` is valid for `[rows, rows]` vectors, `pivots` and `diagonal` for `rows`; `rows` is a multiple
+/// of four; the processor has the instruction set.
+#[inline(always)]
+unsafe fn invert<S: Simd<T = f64>, const C: usize>(
+    square: *mut f64,
+    pivots: *mut f64,
+    diagonal: *mut f64,
+    rows: usize,
+) {
+    let w = S::W;
+    let at = |i: usize, j: usize| square.wrapping_add((i * rows + j) * w);
+    let (one, minus) = (1.0, -1.0);
+    // SAFETY: all places are of rows and columns below `rows`.
+    unsafe {
+        let (one, minus) = (S::splat(&raw const one), S::splat(&raw const minus));
+        let mut i = 0;
+        while i < rows {
+            // The square on the diagonal: its factor, the reciprocals of the diagonal of that, and the
+            // factor's inverse.
+            for j in (i..i + ROWS).step_by(C) {
+                let known = products::<S, C>(at(0, i), at(0, j), i, rows);
+                for r in 0..ROWS {
+                    for c in 0..C {
+                        let to = at(i + r, j + c);
+                        S::store(to, S::mul_add(minus, known[r][c], S::load(to)));
+                    }
+                }
+            }
+            let mut u = [[S::zero(); ROWS]; ROWS];
+            let mut scale = [S::zero(); ROWS];
+            for r in 0..ROWS {
+                for c in r..ROWS {
+                    let mut x = S::load(at(i + r, i + c));
+                    for q in 0..r {
+                        x = S::mul_add(S::mul(minus, u[q][r]), u[q][c], x);
+                    }
+                    if c == r {
+                        S::store(pivots.wrapping_add((i + r) * w), x);
+                        scale[r] = S::div(one, S::sqrt(x));
+                    } else {
+                        u[r][c] = S::mul(x, scale[r]);
+                    }
+                }
+            }
+            // Negated: what the solutions below subtract.
+            let mut factor = [[S::zero(); ROWS]; ROWS];
+            for r in 0..ROWS {
+                for q in 0..r {
+                    factor[r][q] = S::mul(minus, u[q][r]);
+                }
+            }
+            for c in 0..ROWS {
+                let mut m = [S::zero(); ROWS];
+                let mut sum = S::load(diagonal.wrapping_add((i + c) * w));
+                for r in 0..ROWS {
+                    if r == c {
+                        m[r] = scale[r];
+                    } else if r > c {
+                        let mut x = S::zero();
+                        for q in c..r {
+                            x = S::mul_add(factor[r][q], m[q], x);
+                        }
+                        m[r] = S::mul(x, scale[r]);
+                    }
+                    sum = S::mul_add(m[r], m[r], sum);
+                    S::store(at(i + r, i + c), m[r]);
+                }
+                S::store(diagonal.wrapping_add((i + c) * w), sum);
+            }
+            // The rows of `U` right of it.
+            for j in (i + ROWS..rows).step_by(C) {
+                let known = products::<S, C>(at(0, i), at(0, j), i, rows);
+                for c in 0..C {
+                    let mut x = [S::zero(); ROWS];
+                    for r in 0..ROWS {
+                        let to = at(i + r, j + c);
+                        let mut sum = S::mul_add(minus, known[r][c], S::load(to));
+                        for q in 0..r {
+                            sum = S::mul_add(factor[r][q], x[q], sum);
+                        }
+                        x[r] = S::mul(sum, scale[r]);
+                        S::store(to, x[r]);
+                    }
+                }
+            }
+            // The rows of `M` left of it; its columns begin on the diagonal.
+            for j in (0..i).step_by(C) {
+                let from = j / ROWS * ROWS;
+                let known = products::<S, C>(at(from, i), at(from, j), i - from, rows);
+                for c in 0..C {
+                    let mut x = [S::zero(); ROWS];
+                    let place = diagonal.wrapping_add((j + c) * w);
+                    let mut total = S::load(place);
+                    for r in 0..ROWS {
+                        let mut sum = S::mul(minus, known[r][c]);
+                        for q in 0..r {
+                            sum = S::mul_add(factor[r][q], x[q], sum);
+                        }
+                        x[r] = S::mul(sum, scale[r]);
+                        total = S::mul_add(x[r], x[r], total);
+                        S::store(at(i + r, j + c), x[r]);
+                    }
+                    S::store(place, total);
+                }
+            }
+            i += ROWS;
+        }
+    }
+}
+
+/// `sum_k left[k][r] * right[k][c]` over `count` rows, `rows` vectors apart.
+///
+/// # Safety
+/// Both are valid for `count` rows of that many vectors, and the processor has the instruction set.
+#[inline(always)]
+unsafe fn products<S: Simd<T = f64>, const C: usize>(
+    left: *const f64,
+    right: *const f64,
+    count: usize,
+    rows: usize,
+) -> [[S::V; C]; ROWS] {
+    // SAFETY: by contract.
+    unsafe {
+        let mut sum = [[S::zero(); C]; ROWS];
+        let mut offset = 0;
+        for _ in 0..count {
+            let (left, right) = (left.wrapping_add(offset), right.wrapping_add(offset));
+            let right: [S::V; C] = std::array::from_fn(|c| S::load(right.wrapping_add(c * S::W)));
+            for r in 0..ROWS {
+                let factor = S::load(left.wrapping_add(r * S::W));
+                for c in 0..C {
+                    sum[r][c] = S::mul_add(factor, right[c], sum[r][c]);
+                }
+            }
+            offset += rows * S::W;
+        }
+        sum
+    }
+}
