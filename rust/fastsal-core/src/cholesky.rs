@@ -317,7 +317,32 @@ impl Kernel<f64> for InvertFactor<'_> {
     }
 }
 
-/// Solve `UᵀU x = b` in place.
+/// Add up products in lanes, the same on every processor.
+#[inline(always)]
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let mut sums = [0.0; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    for (sum, (a, b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += a * b;
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// Solve `UᵀU x = b` in place. Inlined into the kernels that end with it.
+#[inline(always)]
 pub(crate) fn solve(u: &[f64], size: usize, x: &mut [f64]) {
     let stride = padded(size);
     for i in 0..size {
@@ -329,8 +354,7 @@ pub(crate) fn solve(u: &[f64], size: usize, x: &mut [f64]) {
     }
     for i in (0..size).rev() {
         let row = &u[i * stride + i + 1..i * stride + size];
-        let known: f64 = row.iter().zip(&x[i + 1..size]).map(|(u, x)| u * x).sum();
-        x[i] = (x[i] - known) / u[i * stride + i];
+        x[i] = (x[i] - dot(row, &x[i + 1..size])) / u[i * stride + i];
     }
 }
 
