@@ -7,7 +7,7 @@
 
 use crate::greedy_state::{begin, Block, Candidates, Order, MOST_LANES};
 use crate::layout::triangle;
-use crate::scratch::{unpack, Scratch};
+use crate::scratch::unpack;
 use crate::simd::{padded, Kernel, Simd};
 
 /// The largest block that is processed here.
@@ -87,8 +87,7 @@ struct Elimination<'a> {
 impl<'a> Elimination<'a> {
     #[inline(always)]
     fn new<S: Simd<T = f64>, const NV: usize>(_simd: S, block: Block<'a>) -> Self {
-        let Block { scratch, weights, kept, scores, turns } = block;
-        let Scratch { upper, lower, row, packed, .. } = scratch;
+        let Block { upper, lower, row, inverse: packed, weights, kept, scores, turns } = block;
         let (size, stride) = (weights.len(), NV * S::W);
         assert!(size <= stride && stride <= ROW);
         let packed = &packed[..triangle(size)];

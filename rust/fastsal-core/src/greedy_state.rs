@@ -3,14 +3,18 @@
 
 use crate::layout::row_base;
 use crate::memory::Aligned;
-use crate::scratch::Scratch;
 
 /// Lanes of the widest vector of doubles.
 pub(crate) const MOST_LANES: usize = 8;
 
-/// A block to be processed; its inverse `H` is in `scratch.packed`.
+/// A block to be processed.
 pub(crate) struct Block<'a> {
-    pub scratch: &'a mut Scratch,
+    /// Memory for two matrices and a few rows of it.
+    pub upper: &'a mut Aligned<f64>,
+    pub lower: &'a mut Aligned<f64>,
+    pub row: &'a mut Aligned<f64>,
+    /// Its inverse `H`, which is overwritten.
+    pub inverse: &'a mut [f64],
     pub weights: &'a [f32],
     /// Weights that are not kept are removed first, at no cost.
     pub kept: Option<&'a [bool]>,

@@ -1,15 +1,15 @@
-//! Diagonals of the inverses of small blocks, one block in each lane of a vector.
+//! Inverses of small blocks, or their diagonals, one block in each lane of a vector.
 //!
 //! In a small block most vectors of a row are short and every step waits for the one before; here
 //! each operation is one of several blocks. `A = UᵀU` and `M = U⁻ᵀ` are formed together, four rows at a
 //! time, `U` above the diagonal of one square and `M` below it; `(A⁻¹)_jj` is the sum of squares of column
-//! `j` of `M`.
+//! `j` of `M`, and `A⁻¹ = MᵀM`.
 
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
 use crate::isa::Set;
-use crate::layout::triangle;
+use crate::layout::{row_base, triangle};
 use crate::memory::Aligned;
 use crate::simd::{Kernel, Real, Simd};
 use crate::statistics::{with_packed, Damped, Packed};
@@ -23,32 +23,50 @@ pub(crate) const BLOCKS: usize = 8;
 /// Rows that are formed together.
 const ROWS: usize = 4;
 
-/// `diag(A_b⁻¹)` of up to [`BLOCKS`] blocks of one size, the first of them `b`, to `out`.
+/// What is formed of the inverses.
+pub(crate) enum Wanted<'a> {
+    /// Their diagonals, `[count, size]`.
+    Diagonals(&'a mut [f64]),
+    /// All of them, `[count, size (size + 1) / 2]`, packed.
+    Inverses(&'a mut [f64]),
+}
+
+/// `A_b⁻¹` of `count` blocks of one size, at most [`BLOCKS`], the first of them `b`.
 ///
 /// Returns their sensitivities, `None` for those that are not positive definite.
-pub(crate) struct Diagonals<'a> {
+pub(crate) struct Invert<'a> {
     pub damped: Damped<'a>,
     pub b: usize,
     pub size: usize,
+    pub count: usize,
     pub memory: &'a mut Aligned<f64>,
-    pub out: &'a mut [f64],
+    pub wanted: Wanted<'a>,
 }
 
-impl Kernel<f64> for Diagonals<'_> {
+impl Kernel<f64> for Invert<'_> {
     type Output = [Option<f64>; BLOCKS];
 
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, simd: S) -> [Option<f64>; BLOCKS] {
-        let Self { damped, b, size, memory, out } = self;
-        assert!(0 < size && size <= LARGEST && BLOCKS.is_multiple_of(S::W));
+        let Self { damped, b, size, count, memory, mut wanted } = self;
+        assert!(0 < size && size <= LARGEST && count <= BLOCKS && BLOCKS.is_multiple_of(S::W));
         let mut found = [None; BLOCKS];
-        for (k, out) in out.chunks_mut(S::W * size).enumerate() {
-            let first = k * S::W;
+        for first in (0..count).step_by(S::W) {
+            let lanes = S::W.min(count - first);
             let mut group = Group::<S>::new(simd, memory, size);
-            group.read(damped, b + first, out.len() / size);
+            group.read(damped, b + first, lanes);
             group.invert();
-            for (lane, out) in out.chunks_mut(size).enumerate() {
-                found[first + lane] = group.write(damped, b + first + lane, lane, out);
+            for lane in 0..lanes {
+                found[first + lane] = group.sensitivity(damped, b + first + lane, lane);
+            }
+            match &mut wanted {
+                Wanted::Diagonals(out) => {
+                    group.write_diagonals(&mut out[first * size..(first + lanes) * size]);
+                }
+                Wanted::Inverses(out) => {
+                    let len = triangle(size);
+                    group.write_inverses(&mut out[first * len..(first + lanes) * len]);
+                }
             }
         }
         found
@@ -183,17 +201,73 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
         }
     }
 
-    /// Write the diagonal of one lane; return its sensitivity.
+    /// Return the sensitivity of a lane; `None` if it is not positive definite.
     #[inline(always)]
-    fn write(&self, damped: Damped<'_>, b: usize, lane: usize, out: &mut [f64]) -> Option<f64> {
+    fn sensitivity(&self, damped: Damped<'_>, b: usize, lane: usize) -> Option<f64> {
         let (w, mut is_fine, mut trace) = (S::W, true, 0.0);
-        for (i, out) in out.iter_mut().enumerate() {
+        for i in 0..self.size {
             let pivot = self.pivots[i * w + lane];
             is_fine &= pivot > 0.0 && pivot.is_finite();
-            *out = self.diagonal[i * w + lane];
-            trace += *out;
+            trace += self.diagonal[i * w + lane];
         }
         is_fine.then(|| damped.sensitivity(b, self.largest[lane], trace))
+    }
+
+    /// Write the diagonals of the first lanes.
+    #[inline(always)]
+    fn write_diagonals(&self, out: &mut [f64]) {
+        for (lane, out) in out.chunks_mut(self.size).enumerate() {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = self.diagonal[i * S::W + lane];
+            }
+        }
+    }
+
+    /// Write the inverses of the first lanes, packed.
+    #[inline(always)]
+    fn write_inverses(&self, out: &mut [f64]) {
+        if const { matches!(S::SET, Set::Avx512) } {
+            self.write_products::<4>(out);
+        } else {
+            self.write_products::<2>(out);
+        }
+    }
+
+    /// [`Group::write_inverses`], `C` columns of four rows at a time.
+    #[inline(always)]
+    fn write_products<const C: usize>(&self, out: &mut [f64]) {
+        let (w, rows, size) = (S::W, self.rows, self.size);
+        assert!(self.square.len() == rows * rows * w && rows.is_multiple_of(ROWS));
+        let (count, square) = (out.len() / triangle(size), self.square.as_ptr());
+        let at = |i: usize, j: usize| square.wrapping_add((i * rows + j) * w);
+        for i in (0..rows).step_by(ROWS) {
+            for j in (i..rows).step_by(C) {
+                // The columns of `M` begin on the diagonal.
+                let from = j / ROWS * ROWS;
+                let mut tile = [[[0.0; BLOCKS]; C]; ROWS];
+                // SAFETY: rows from..rows and the columns of both tiles lie in the square, by the
+                // assertion; no vector is longer than `BLOCKS`. `simd` is the proof of the
+                // instruction set.
+                unsafe {
+                    let sum = products::<S, C>(at(from, i), at(from, j), rows - from, rows);
+                    for r in 0..ROWS {
+                        for c in 0..C {
+                            S::store(tile[r][c].as_mut_ptr(), sum[r][c]);
+                        }
+                    }
+                }
+                for r in 0..ROWS.min(size.saturating_sub(i)) {
+                    for c in 0..C.min(size.saturating_sub(j)) {
+                        if i + r <= j + c {
+                            let place = row_base(size, i + r) + j + c;
+                            for lane in 0..count {
+                                out[lane * triangle(size) + place] = tile[r][c][lane];
+                            }
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Result};
-use crate::interleaved::{self, Diagonals};
+use crate::interleaved::{self, Invert, Wanted};
 use crate::isa::Isa;
 use crate::layout::{triangle, Layout};
 use crate::memory::Aligned;
@@ -17,13 +17,23 @@ use crate::statistics::{Damped, Report};
 /// # Errors
 /// [`crate::Error::Length`] when `out` does not fit; [`crate::Error::Memory`].
 pub fn inverse_diagonal(damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
-    let (isa, layout) = (Isa::chosen()?, damped.layout());
+    inverse_diagonal_with(Isa::chosen()?, damped, out)
+}
+
+fn inverse_diagonal_with(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
+    let layout = damped.layout();
     check_length("out", out.len(), layout.len())?;
     if layout.block() <= interleaved::LARGEST {
         return Ok(small_blocks(isa, damped, out));
     }
     for_each_block(layout, out, layout.block(), |scratch, b, out| {
-        dispatch(isa, Diagonal { damped, b, scratch, out })
+        let size = out.len();
+        if size > interleaved::LARGEST {
+            return dispatch(isa, Diagonal { damped, b, scratch, out });
+        }
+        // How a block is processed depends on its own size alone.
+        let (count, memory, wanted) = (1, &mut scratch.upper, Wanted::Diagonals(out));
+        dispatch(isa, Invert { damped, b, size, count, memory, wanted })[0]
     })
 }
 
@@ -43,8 +53,8 @@ fn small_blocks(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Report {
                         continue;
                     }
                     let b = i * interleaved::BLOCKS + k;
-                    let kernel = Diagonals { damped, b, size, memory, out: &mut *out };
-                    let each = dispatch(isa, kernel);
+                    let (count, wanted) = (out.len() / size, Wanted::Diagonals(&mut *out));
+                    let each = dispatch(isa, Invert { damped, b, size, count, memory, wanted });
                     for (out, sensitivity) in out.chunks_mut(size).zip(each) {
                         if sensitivity.is_none() {
                             out.fill(f64::NAN);
