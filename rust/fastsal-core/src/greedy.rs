@@ -59,10 +59,12 @@ fn eliminate_with(
     check_length("turns", turns.len(), layout.len())?;
     check_weights(weights)?;
     let block = layout.block();
-    let per_task = match block {
-        ..=interleaved::LARGEST => interleaved::BLOCKS,
-        ..=IN_TURNS_UP_TO => IN_TURNS,
-        _ => 1,
+    let per_task = if block <= interleaved::LARGEST {
+        interleaved::BLOCKS
+    } else if block <= IN_TURNS_UP_TO {
+        IN_TURNS
+    } else {
+        1
     };
     let mut sensitivities: Vec<Option<f64>> = vec![None; layout.blocks()];
     let failure = Failure::default();
