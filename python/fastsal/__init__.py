@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.ranking import rank
     from fastsal.pruning.prune import prune
     from fastsal.pruning.prune_result import PruneResult
+    from fastsal.pruning.reconstruction.reconstruct import reconstruct
+    from fastsal.pruning.reconstruction_result import Reconstruction
     from fastsal.pruning.refit.refit import refit
     from fastsal.pruning.refit.settings import Refit
     from fastsal.pruning.refit_result import RefitResult
@@ -99,6 +101,8 @@ _HOME = {
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
+    "Reconstruction": "pruning.reconstruction_result",
+    "reconstruct": "pruning.reconstruction.reconstruct",
     "Refit": "pruning.refit.settings",
     "RefitResult": "pruning.refit_result",
     "refit": "pruning.refit.refit",
@@ -136,6 +140,7 @@ __all__ = [
     "NonFiniteLoss",
     "PrecisionWarning",
     "PruneResult",
+    "Reconstruction",
     "Refit",
     "RefitResult",
     "SafetyReport",
@@ -165,6 +170,7 @@ __all__ = [
     "prune",
     "rank",
     "rank_pattern",
+    "reconstruct",
     "refit",
     "run_study",
     "score",

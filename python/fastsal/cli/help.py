@@ -12,7 +12,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
-        "parameters", "rounds", "compensate", "damping", "recalibrate", "refit", "refit_steps",
+        "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
+        "refit_steps",
     ),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
