@@ -172,7 +172,8 @@ def prune(
         reconstruct: Whether the kept weights of each layer are solved for after each round, so that
             the layer restores its outputs in the dense model from its inputs in the pruned one: a
             least squares problem in all inputs of a row. It is undone unless it lowers the held-out
-            loss; one sample in eight is held out for it. None does it with `curvature="features"`
+            loss (before the last round, unless that rises by more than half); one sample in eight
+            is held out for it. None does it with `curvature="features"`
             where samples are held out anyway, for `damping="auto"`.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end. The file of a run with another model, images, labels, loss or

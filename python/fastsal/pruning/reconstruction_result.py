@@ -12,7 +12,8 @@ class Reconstruction:
     Attributes:
         before: Mean loss before it.
         after: Mean loss after it.
-        kept: Whether it was kept, that is whether it lowered the loss.
+        kept: Whether it was kept: it lowered the loss or, before the last round, did not raise it
+            by more than half.
         layers: Number of layers whose kept weights were solved for.
         images: Number of images that they were solved on.
     """

@@ -160,7 +160,8 @@ def prune_in_rounds(
             del result, best  # they refer to scores
             found, fisher = found.without_statistics(), None
             judged = found if found.held is not None else replace(own, recalibrates=recalibrate)
-            history[-1] = _reconstructed(job, judged, masks, dense, history[-1])
+            entry = history[-1]
+            history[-1] = _reconstructed(job, judged, masks, dense, entry, is_last=is_last)
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:
@@ -204,7 +205,13 @@ def _held_out_apart(job: Job) -> RoundStatistics:
 
 
 def _reconstructed(
-    job: Job, found: RoundStatistics, masks: Masks, dense: Mapping[str, Tensor], entry: Round
+    job: Job,
+    found: RoundStatistics,
+    masks: Masks,
+    dense: Mapping[str, Tensor],
+    entry: Round,
+    *,
+    is_last: bool,
 ) -> Round:
     """Reconstruct the model if that lowers the held-out loss; return the entry with the effect."""
     if job.reconstruction is None or found.tuned is None or found.held is None:
@@ -218,6 +225,7 @@ def _reconstructed(
         found.held.without(job.source()),
         partial(found.loss, job.model),
         job.shelf,
+        is_last=is_last,
     )
     clock.lap("reconstruction")
     return replace(entry, reconstruction=effect, seconds=entry.seconds | clock.seconds)

@@ -14,6 +14,9 @@ from fastsal.pruning.reconstruction.passes import DAMPING, reconstruct_on
 from fastsal.pruning.reconstruction_result import Reconstruction
 from fastsal.pruning.shelf import Shelf, all_or_nothing, restore
 
+# A reconstruction between rounds may raise the held-out loss by this factor.
+_TOLERANCE = 1.5
+
 
 @dataclass(frozen=True)
 class ReconstructionStage:
@@ -41,8 +44,14 @@ class ReconstructionStage:
         source: Iterable[Pair],
         loss: Callable[[], float],
         shelf: Shelf,
+        *,
+        is_last: bool = True,
     ) -> Reconstruction:
         """Reconstruct a pruned model in place; undo it unless `loss` is lower.
+
+        If further rounds follow, it is undone only if `loss` rises by more than half: layers that
+        are close to the dense ones lose less in later rounds, even where compensation, which
+        lowers the loss itself, is ahead of them for now.
 
         Args:
             model: The pruned model.
@@ -52,6 +61,7 @@ class ReconstructionStage:
             source: Images.
             loss: Measures the model on held-out images.
             shelf: Where copies of the weights are stored.
+            is_last: Whether no further round follows.
         """
         before = loss()
         with all_or_nothing(tensors, shelf) as pruned:
@@ -66,7 +76,7 @@ class ReconstructionStage:
                 room=self.room,
             )
             after = loss()
-            kept = after < before  # False for NaN
+            kept = after < before * (1.0 if is_last else _TOLERANCE)  # False for NaN
             if not kept:
                 restore(tensors, pruned, shelf)
         return Reconstruction(before, after, kept, len(solved), images)
