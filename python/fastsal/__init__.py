@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastsal.data.image_set import ImageSet
     from fastsal.data.imbalance import imbalanced
     from fastsal.data.opening import open_images
+    from fastsal.deploy.runs import load_run, save_run
     from fastsal.errors import (
         DataError,
         FactorizationError,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.refit.refit import refit
     from fastsal.pruning.refit.settings import Refit
     from fastsal.pruning.refit_result import RefitResult
+    from fastsal.pruning.structured.prune_structure import prune_structure
+    from fastsal.pruning.structured.result import StructureResult
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.fisher_overlap import fisher_overlap
@@ -99,6 +102,10 @@ _HOME = {
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
+    "StructureResult": "pruning.structured.result",
+    "prune_structure": "pruning.structured.prune_structure",
+    "load_run": "deploy.runs",
+    "save_run": "deploy.runs",
     "Refit": "pruning.refit.settings",
     "RefitResult": "pruning.refit_result",
     "refit": "pruning.refit.refit",
@@ -113,7 +120,7 @@ _HOME = {
 
 # Packages that `fastsal.NAME` imports on first use, so that `import fastsal` is enough for them.
 _ROOMS = (
-    "data", "distributed", "finetuning", "fisher", "gradients",
+    "data", "deploy", "distributed", "finetuning", "fisher", "gradients",
     "models", "pruning", "study", "transfer",
 )  # fmt: skip
 
@@ -140,6 +147,7 @@ __all__ = [
     "RefitResult",
     "SafetyReport",
     "Shares",
+    "StructureResult",
     "Study",
     "Task",
     "UnknownParameter",
@@ -157,16 +165,19 @@ __all__ = [
     "input_spec",
     "load_images",
     "load_model",
+    "load_run",
     "load_study",
     "merge_files",
     "open_images",
     "per_sample_gradients",
     "plan_memory",
     "prune",
+    "prune_structure",
     "rank",
     "rank_pattern",
     "refit",
     "run_study",
+    "save_run",
     "score",
     "select_parameters",
     "set_num_threads",

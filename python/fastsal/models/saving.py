@@ -2,7 +2,8 @@
 
 A safetensors file has tensors only, none of which may share memory. Tensors with several names are
 written once, others that share memory are written in full. State that is not a tensor (of
-`get_extra_state`) is stored in the metadata of the file, as `torch.save` writes it.
+`get_extra_state`) is stored in the metadata of the file, as `torch.save` writes it, and so are the
+widths of a model from which units were removed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.widths import Widths, encoded, widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.warn import warn_user
@@ -95,17 +97,19 @@ class _State:
         tensors: Name to tensor, each tensor once.
         aliases: Another name of a tensor to its name in `tensors`.
         others: Name to a value that is not a tensor.
+        widths: Numbers of layers from which units were removed.
     """
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
     others: dict[str, Any]
+    widths: Widths
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the file."""
         stored = {name: _encoded(value) for name, value in self.others.items()}
         stored = {name: text for name, text in stored.items() if text is not None}
-        found = {"format": "pt", **self.aliases}
+        found = {"format": "pt", **self.aliases, **encoded(self.widths)}
         return found | ({_EXTRA: json.dumps(stored)} if stored else {})
 
     def separate(self) -> dict[str, Tensor]:
@@ -154,7 +158,8 @@ class _State:
 
 
 def _state_of(model: nn.Module) -> _State:
-    state = unwrapped(model).state_dict()
+    model = unwrapped(model)
+    state = model.state_dict()
     groups: dict[Any, list[str]] = {}
     for name, value in tensors_in(state).items():
         place: Any = name  # of a tensor that shares no memory
@@ -168,6 +173,7 @@ def _state_of(model: nn.Module) -> _State:
         {name: value for name, value in tensors_in(state).items() if chosen[name] == name},
         {name: first for name, first in chosen.items() if name != first},
         {name: value for name, value in state.items() if not isinstance(value, Tensor)},
+        widths_of(model),
     )
 
 

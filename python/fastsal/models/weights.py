@@ -16,6 +16,7 @@ from fastsal.models.layouts import recognized
 from fastsal.models.pickles import read_pickle
 from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.models.state_dicts import choose_state, fitted
+from fastsal.models.widths import read_widths, resized
 from fastsal.models.wrappers import renamed, unwrapped
 from fastsal.utils.warn import warn_user
 
@@ -53,13 +54,14 @@ def load_weights(
     """
     model = unwrapped(model)
     state, choice = _read(path, weights_key)
-    own = tensors_in(model.state_dict())
-    state, notes, lacks_classifier = _for_model(state, model, own, path, choice)
-    for name, _ in model.named_parameters():
-        if name in state and not bool(torch.isfinite(state[name]).all()):
-            raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    kept = {name: value for name, value in own.items() if name not in state}  # of the classifier
-    model.load_state_dict({**kept, **state, **other_state(model, path)}, strict=True)
+    with resized(model, read_widths(path), state, path):
+        own = tensors_in(model.state_dict())
+        state, notes, lacks_classifier = _for_model(state, model, own, path, choice)
+        for name, _ in model.named_parameters():
+            if name in state and not bool(torch.isfinite(state[name]).all()):
+                raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
+        kept = {name: value for name, value in own.items() if name not in state}  # of the head
+        model.load_state_dict({**kept, **state, **other_state(model, path)}, strict=True)
     if lacks_classifier:
         record_fresh(model, f"{Path(path).name} has no classifier")
     if notes:

@@ -7,8 +7,9 @@ metadata of its file, so that a model built at its original size can be made as 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,34 +85,64 @@ def decoded(metadata: Mapping[str, str] | None, path: object) -> Widths:
     return checked
 
 
-def set_widths(
+@contextlib.contextmanager
+def resized(
     model: nn.Module, widths: Widths, state: Mapping[str, Tensor], path: object
-) -> None:
-    """Make a model as small as the one that was stored, in place.
+) -> Iterator[None]:
+    """Make a model as small as the one that was stored; if the block raises, it is as before.
 
-    Tensors of the named layers are replaced by ones of the shapes in `state`, whose values are
-    loaded afterwards. A model that has these widths already is unchanged.
+    Tensors are replaced by ones of the shapes in `state`, whose values the block loads.
 
     Args:
-        model: A model of the original size.
-        widths: Name of a module to its attributes.
+        model: A model of the original size, or of the stored one.
+        widths: Name of a module to its numbers; empty for a model of the original size.
         state: Names and shapes of the stored tensors.
         path: The file, for messages.
 
     Raises:
-        FileFormatError: The model has no such layers, or fewer axes. The model is unchanged.
+        FileFormatError: The model has no such layers, or is smaller.
     """
-    if widths == widths_of(model):
+    before = widths_of(model)
+    if widths == before or not widths:
+        yield
         return
     modules = dict(model.named_modules())
     for name, values in widths.items():
-        missing = [key for key in values if as_integer(getattr(modules.get(name), key, None)) is None]
-        if missing:
-            raise FileFormatError(
-                f"weights: {path} is of a model whose {name!r} has {missing[0]}, this model has "
-                "none; build the model that was pruned"
-            )
-    changed = []
+        module = modules.get(name)
+        for key in values:
+            if as_integer(getattr(module, key, None)) is None:
+                raise FileFormatError(
+                    f"weights: {path} is of a model whose {name!r} has {key}, which this model has "
+                    "not; build the model that was pruned"
+                )
+    changes = _smaller(model, state, path)
+    numbers = [
+        (modules[name], key, value, getattr(modules[name], key))
+        for name, values in widths.items()
+        for key, value in values.items()
+    ]
+    old_data = [tensor.data for tensor, _ in changes]
+    try:
+        for tensor, shape in changes:
+            tensor.data = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+        for module, key, value, _ in numbers:
+            setattr(module, key, value)
+        record_widths(model, widths)
+        yield
+    except BaseException:
+        for (tensor, _), data in zip(changes, old_data, strict=True):
+            tensor.data = data
+        for module, key, _, old in numbers:
+            setattr(module, key, old)
+        record_widths(model, before)
+        raise
+
+
+def _smaller(
+    model: nn.Module, state: Mapping[str, Tensor], path: object
+) -> list[tuple[Tensor, torch.Size]]:
+    """Return the tensors that are stored in smaller shapes, and these shapes."""
+    found = []
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         stored = state.get(name)
         if stored is None or stored.shape == tensor.shape:
@@ -124,14 +155,8 @@ def set_widths(
                 f"weights: {path} has {name!r} in shape {list(stored.shape)}, which is no part of "
                 f"the model's {list(tensor.shape)}; build the model that was pruned"
             )
-        changed.append((tensor, stored.shape))
-    with torch.no_grad():
-        for tensor, shape in changed:
-            tensor.data = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    for name, values in widths.items():
-        for key, value in values.items():
-            setattr(modules[name], key, value)
-    record_widths(model, widths)
+        found.append((tensor, stored.shape))
+    return found
 
 
 def read_widths(path: Any) -> Widths:

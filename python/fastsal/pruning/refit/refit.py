@@ -24,6 +24,7 @@ from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
 from fastsal.models.evaluating import evaluating
+from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.fitting import Fitting
@@ -62,7 +63,8 @@ def refit(
 
     Args:
         model: The pruned model.
-        dense: The dense model, of the same architecture; not changed.
+        dense: The dense model, of the same architecture; not changed. It may have units that were
+            removed from `model` by `fastsal.prune_structure`.
         batches: Images `[n, ...]`, or pairs `(images, anything)`; labels are ignored. Iterable
             several times, such as a list or a `DataLoader`.
         masks: Masks, True = kept; applied to the model first.
@@ -182,6 +184,8 @@ def _images(
 def _check_same(model: nn.Module, dense: nn.Module) -> None:
     if model is dense:
         raise InvalidArgument("dense must be another module than model, got the same one")
+    if widths_of(model) != widths_of(dense):  # units were removed; outputs of blocks have one size
+        return
     shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, dense)]
     if shapes[0] != shapes[1]:
         names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]

@@ -36,8 +36,8 @@ class Moments:
         """Add vectors `[R, D]`, float32 or float64."""
         if self._shift is None:
             self._shift = rows[:_ROWS].mean(dim=0)
-        for some in rows.split(_ROWS):
-            centered = some - self._shift
+        for start in range(0, len(rows), _ROWS):
+            centered = rows[start : start + _ROWS] - self._shift
             self._sum += centered.sum(dim=0, dtype=_widest(centered)).cpu()
             self._products += (centered.T @ centered).cpu()
         self.count += len(rows)
@@ -75,8 +75,9 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     if set(layer.kernel_size) == {1} and not any(_padding(layer)):
-        steps = tuple(slice(None, None, step) for step in layer.stride)
-        return inputs[(slice(None), slice(None), *steps)].movedim(1, -1).reshape(-1, inputs.shape[1])
+        places: list[slice] = [slice(None), slice(None)]
+        places += [slice(None, None, step) for step in layer.stride]
+        return inputs[tuple(places)].movedim(1, -1).reshape(-1, inputs.shape[1])
     is_line = inputs.dim() == 3
     patches = nn.functional.unfold(
         inputs[:, :, None] if is_line else inputs,

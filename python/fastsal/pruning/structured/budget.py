@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
@@ -192,11 +191,11 @@ def _uniform(
     The largest such fraction that meets the goal, or for units the one nearest to it.
     """
 
+    def nearest(group: Group, goal: float) -> int:
+        return min(allowed[group.name], key=lambda width: abs(width - goal))
+
     def at(fraction: float) -> dict[str, int]:
-        return {
-            g.name: min(allowed[g.name], key=lambda width, g=g: abs(width - fraction * g.units))
-            for g in groups
-        }
+        return {group.name: nearest(group, fraction * group.units) for group in groups}
 
     if what == "units":
         return at(goal / sizes.total(what))
@@ -205,31 +204,3 @@ def _uniform(
         middle = (low + high) / 2
         low, high = (middle, high) if sizes.total(what, at(middle)) <= goal else (low, middle)
     return at(low)
-
-
-def simple_scores(model: nn.Module, group: Group, criterion: str, variance: Tensor, seed: int) -> (
-    Tensor
-):  # fmt: skip
-    """Return scores of units that do not depend on which others go, `[m]`, float64.
-
-    Args:
-        model: The model.
-        group: The group.
-        criterion: `"magnitude"`: the product of the norms of the weights that make and that use a
-            unit; `"variance"`: of its activations; `"random"`.
-        variance: Variances of the columns of the consumer, `[D]`.
-        seed: Seed of `"random"`.
-    """
-    if criterion == "random":
-        draw = torch.Generator().manual_seed(seed)
-        return torch.rand(group.units, generator=draw, dtype=torch.float64)
-    if criterion == "variance":
-        return variance.view(group.units, -1).mean(dim=1)
-    squares = {0: torch.zeros(group.units, dtype=torch.float64)}
-    squares[1] = squares[0].clone()
-    for part in group.slices:
-        if part.tensor == "weight" and part.module in {*group.producers, *group.consumers}:
-            value = tensor_of(model, part).detach().double().cpu().movedim(part.axis, 0)
-            each = value.flatten(1).square().sum(dim=1)
-            squares[part.axis] += each[part.index].sum(dim=1)
-    return (squares[0] * squares[1]).sqrt()

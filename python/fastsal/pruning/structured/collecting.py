@@ -24,6 +24,7 @@ from fastsal.models.evaluating import differentiable, evaluating, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
 from fastsal.utils.progress import Report
+from fastsal.utils.sizes import gib
 
 # Images that the curvature of outputs is averaged over.
 CURVATURE_SAMPLES = 256
@@ -69,10 +70,7 @@ def collect_statistics(
         Name to statistics, and the number of images.
     """
     layers = {name: model.get_submodule(name) for name in names}
-    found = {
-        name: Statistics(Moments(layer.weight[0].numel()))  # type: ignore[union-attr, operator]
-        for name, layer in layers.items()
-    }
+    found = {name: Statistics(Moments(_flat(layer).shape[1])) for name, layer in layers.items()}
     noise = torch.Generator().manual_seed(seed)
     first, done, curved = next(model.parameters()), 0, 0
     with evaluating(model), _frozen(model), _observing(layers, found), torch.no_grad():
@@ -85,7 +83,7 @@ def collect_statistics(
                 with differentiable(), _gradients(layers, curvature, found):
                     f = feature_outputs(model, moved)
                     if f.requires_grad:
-                        feature_matching(f, draw_noise(f, noise)).sum().backward()
+                        feature_matching(f, draw_noise(f, noise)).sum().backward()  # type: ignore[no-untyped-call]
                 curved += len(images)
             else:
                 feature_outputs(model, moved)
@@ -100,9 +98,46 @@ def collect_statistics(
     return found, done
 
 
+def in_passes(model: nn.Module, names: Sequence[str], room: int | None) -> list[list[str]]:
+    """Divide layers into groups whose statistics fit into memory together.
+
+    Args:
+        model: The model.
+        names: Names of layers.
+        room: Bytes of the statistics, and of the scores of one layer; None for no limit.
+
+    Raises:
+        InvalidArgument: The statistics of one layer do not fit.
+    """
+    if room is None:
+        return [list(names)]
+    found: list[list[str]] = [[]]
+    used = 0
+    for name in names:
+        outputs, columns = _flat(model.get_submodule(name)).shape
+        own, working = 8 * (columns**2 + outputs**2), 8 * 4 * columns**2
+        if own + working > room:
+            raise InvalidArgument(
+                f"memory_budget must be at least {gib(own + working)} for {name!r}, got {gib(room)}"
+            )
+        if found[-1] and used + own + working > room:
+            found.append([])
+            used = 0
+        found[-1].append(name)
+        used += own
+    return found
+
+
+def _flat(layer: nn.Module) -> Tensor:
+    """Return the weight of a layer, `[O, D]`."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight.flatten(1)
+
+
 def _parts(pairs: Iterator[Pair]) -> Iterator[Tensor]:
     for images, _ in pairs:
-        yield from images.split(_IMAGES)
+        for start in range(0, len(images), _IMAGES):
+            yield images[start : start + _IMAGES]
 
 
 @contextlib.contextmanager
@@ -142,7 +177,7 @@ def _gradients(
         def hook(_: nn.Module, __: object, result: Tensor) -> None:
             if not result.requires_grad:
                 result.requires_grad_()  # the graph starts at the first of the layers
-            result.register_hook(add)
+            result.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 

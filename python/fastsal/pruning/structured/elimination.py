@@ -91,10 +91,8 @@ class _State:
             self._u[past, rows].T @ self._p[past] + self._p[past, rows].T @ self._u[past]
         )
         pivot = inverse[:, rows]
-        if c == 1:
-            a = inverse / pivot.clamp_min(self._least)
-        else:
-            a = torch.linalg.solve(pivot, inverse)
+        is_one = c == 1
+        a = inverse / pivot.clamp_min(self._least) if is_one else torch.linalg.solve(pivot, inverse)
         u = s - 0.5 * (s[:, rows] @ a)
         now = slice(held * c, (held + 1) * c)
         self._b[now], self._p[now], self._u[now] = inverse, a, u

@@ -121,7 +121,7 @@ class Graph:
     @contextlib.contextmanager
     def _recording(self, model: nn.Module) -> Iterator[None]:
         sources: dict[nn.Module, Node] = {}
-        names = {
+        names: dict[nn.Module, str] = {
             module: name
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, *_CONVOLUTIONS))

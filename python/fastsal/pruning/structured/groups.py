@@ -7,7 +7,7 @@ convolution), and columns of the layers that consume it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -172,16 +172,3 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
 def names_of(groups: Sequence[Group]) -> list[str]:
     """Return the names of all consumers, each once."""
     return list(dict.fromkeys(name for group in groups for name in group.consumers))
-
-
-def kept_of(removed: Mapping[str, Tensor], groups: Sequence[Group]) -> list[tuple[Group, Tensor]]:
-    """Return groups with the units that remain, for groups that lose any."""
-    found = []
-    for group in groups:
-        gone = removed.get(group.name)
-        if gone is None or not len(gone):
-            continue
-        mask = torch.ones(group.units, dtype=torch.bool)
-        mask[gone] = False
-        found.append((group, mask.nonzero()[:, 0]))
-    return found

@@ -69,10 +69,10 @@ def _failure(
             found = _outputs(model, groups, images)
     except Exception as error:  # whatever a model raises that does not run with fewer units
         return f"the model does not run without them ({type(error).__name__}: {first_line(error)})"
-    for name, value in wanted.items():
+    for name, whole in wanted.items():
         other = found.get(name)
-        if name in kept:  # the layer produces units of another group
-            value = _rows(model, name, value, *kept[name])
+        # A layer that produces units of another group has fewer outputs.
+        value = _rows(model, name, whole, *kept[name]) if name in kept else whole
         if other is None or other.shape != value.shape:
             return f"without them the output of {name or 'the model'!r} has another shape"
         scale = float(value.abs().max())
@@ -82,7 +82,7 @@ def _failure(
 
 
 def _stir(model: nn.Module, groups: Sequence[Group]) -> None:
-    """Change parameters and buffers between the layers of groups that have the same value everywhere.
+    """Change what acts between the layers of groups and has the same value everywhere.
 
     At their initial values, such as zero, some operations that mix units do nothing.
     """
@@ -92,7 +92,11 @@ def _stir(model: nn.Module, groups: Sequence[Group]) -> None:
         for part in group.slices:
             value = tensor_of(model, part)
             is_between = part.module not in layers and group.kind != "heads"
-            if is_between and value.is_floating_point() and bool((value == value.flatten()[0]).all()):
+            if (
+                is_between
+                and value.is_floating_point()
+                and bool((value == value.flatten()[0]).all())
+            ):
                 change = (torch.rand(value.shape, generator=draw) + 1) / 10
                 value.data = value.data + change.to(value.device, value.dtype)
 

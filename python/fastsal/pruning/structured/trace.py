@@ -63,9 +63,10 @@ def find_units(graph: Graph, model: nn.Module, kind: str, heads: set[str]) -> Fo
             between; `"channels"`: all others between convolutions.
         heads: Names of layers of attention, whose units are heads.
     """
-    names = _Names(model, graph)
+    spaces = list(graph.spaces())
+    names = _Names(model, graph, spaces)
     found = Found([], {})
-    for space in graph.spaces():
+    for space in spaces:
         producers = [call.name for call in space.producers]
         if heads.intersection(producers):
             continue
@@ -81,8 +82,6 @@ def find_units(graph: Graph, model: nn.Module, kind: str, heads: set[str]) -> Fo
     return found
 
 
-
-
 def _kernel(layer: nn.Module) -> tuple[int, ...]:
     return tuple(getattr(layer, "kernel_size", ()))
 
@@ -90,9 +89,16 @@ def _kernel(layer: nn.Module) -> tuple[int, ...]:
 class _Names:
     """Modules and names of the tensors of a model."""
 
-    def __init__(self, model: nn.Module, graph: Graph) -> None:
+    def __init__(self, model: nn.Module, graph: Graph, spaces: list[Space]) -> None:
         self._uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._calls = Counter(call.name for call in graph.calls)
+        # Layers whose outputs, one for all positions, scale the units of others.
+        self._gates = {
+            call
+            for space in spaces
+            for call in space.producers
+            if call.positions == 1 < max(other.positions for other in space.producers)
+        }
         self._owners = {
             id(p): (name, module, own)
             for name, module in model.named_modules()
@@ -109,7 +115,7 @@ class _Names:
         owners = [self._owners[id(p)][1] for p in space.parameters if id(p) in self._owners]
         if any(is_depthwise(m) or isinstance(m, BATCH_NORMALIZATION) for m in owners):
             return "channels"
-        return "gate" if all(call.positions == 1 for call in calls) else "mlp"
+        return "gate" if self._gates.issuperset(space.consumers) else "mlp"
 
     def group(self, space: Space, kind: str) -> Group:
         """Return the group of a space.
@@ -153,22 +159,12 @@ class _Names:
 
     def _check(self, space: Space) -> None:
         calls = space.producers + space.consumers
+        for call in calls:
+            self._check_layer(call)
         if space.reaches_output:
             raise LeftOutError("its units are outputs or features of the model")
         if not space.consumers:
             raise LeftOutError("no linear layer or convolution uses its units alone")
-        for call in calls:
-            if self._calls[call.name] > 1:
-                raise LeftOutError(f"{call.name!r} is called {self._calls[call.name]} times")
-            if call.source is None and call in space.consumers:
-                raise LeftOutError("its units are the images")
-            if parametrize.is_parametrized(call.layer):
-                raise LeftOutError(f"the weight of {call.name!r} is computed")
-            if getattr(call.layer, "groups", 1) != 1:
-                raise LeftOutError(f"{call.name!r} is a grouped convolution")
-            for p in call.layer.parameters(recurse=False):
-                if self._uses[id(p)] > 1:
-                    raise LeftOutError(f"{call.name!r} shares its weight with another layer")
         for node in space.nodes:
             for pattern, why in _BETWEEN.items():
                 if pattern.search(node.name()):
@@ -191,6 +187,16 @@ class _Names:
             pads = getattr(call.layer, "padding_mode", "zeros") != "zeros"
             if set(_kernel(call.layer)) - {1} and (has_own or pads or len(_kernel(call.layer)) > 2):
                 raise LeftOutError(f"the padding of {call.name!r} is its own")
+
+    def _check_layer(self, call: Call) -> None:
+        if self._calls[call.name] > 1:
+            raise LeftOutError(f"{call.name!r} is called {self._calls[call.name]} times")
+        if parametrize.is_parametrized(call.layer):
+            raise LeftOutError(f"the weight of {call.name!r} is computed")
+        if getattr(call.layer, "groups", 1) != 1:
+            raise LeftOutError(f"{call.name!r} is a grouped convolution")
+        if any(self._uses[id(p)] > 1 for p in call.layer.parameters(recurse=False)):
+            raise LeftOutError(f"{call.name!r} shares its weight with another layer")
 
     def _between(self, parameter: Tensor, units: int) -> tuple[list[Slice], list[Number]]:
         """Return the places of the units in a parameter that acts on them."""
