@@ -165,8 +165,8 @@ def test_public_names_resolve(name):
     assert getattr(fastsal, name) is not None
 
 
-ROOMS = ("data", "deploy", "distributed", "finetuning", "fisher", "gradients", "models", "pruning", "study",
-         "transfer")  # fmt: skip
+ROOMS = ("data", "deploy", "distributed", "finetuning", "fisher", "gradients", "models", "pruning",
+         "study", "transfer")  # fmt: skip
 
 
 @pytest.mark.parametrize("room", ROOMS)

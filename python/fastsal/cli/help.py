@@ -14,6 +14,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
         "parameters", "rounds", "compensate", "damping", "recalibrate", "refit", "refit_steps",
     ),
+    "Units": ("structure", "budget", "unit_criterion", "multiple", "layers"),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),

@@ -81,9 +81,15 @@ def test_held_back_updates_change_nothing(m, c):
 def test_the_fold_is_least_squares(has_bias):
     draw = torch.Generator().manual_seed(0)
     n, d, outputs, lam = 200, 15, 6, 1e-3
-    h = torch.randn(n, d, generator=draw, dtype=torch.float64) @ torch.randn(d, d, generator=draw).double()
+    h = (
+        torch.randn(n, d, generator=draw, dtype=torch.float64)
+        @ torch.randn(d, d, generator=draw).double()
+    )
     h += 3 * torch.randn(d, generator=draw, dtype=torch.float64)
-    w, b = torch.randn(outputs, d, generator=draw).double(), torch.randn(outputs, generator=draw).double()
+    w, b = (
+        torch.randn(outputs, d, generator=draw).double(),
+        torch.randn(outputs, generator=draw).double(),
+    )
     kept = torch.tensor([0, 2, 3, 7, 8, 11, 14])
     moments = Moments(d)
     for rows in h.split(61):
@@ -111,7 +117,10 @@ def test_the_fold_is_least_squares(has_bias):
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_costs_are_the_errors_that_the_fold_leaves(has_bias):
     draw = torch.Generator().manual_seed(1)
-    h = torch.randn(400, 10, generator=draw).double() @ torch.randn(10, 10, generator=draw).double() + 1
+    h = (
+        torch.randn(400, 10, generator=draw).double() @ torch.randn(10, 10, generator=draw).double()
+        + 1
+    )
     w = torch.randn(4, 10, generator=draw).double()
     g = torch.diag(torch.tensor([1.0, 4.0, 0.5, 2.0], dtype=torch.float64))
     moments = Moments(10)

@@ -41,7 +41,11 @@ FAMILIES = [
         32, "heads", 4,
     ),
     ("poolformer_s12", {}, 32, "mlp", 12),
-    ("pvt_v2_b0", dict(depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 2, 4)), 64, "mlp", 4),
+    (
+        "pvt_v2_b0",
+        dict(depths=(1, 1, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 2, 4)),
+        64, "mlp", 4,
+    ),
     ("resnet18", dict(layers=(1, 1, 1, 1), channels=(8, 12, 16, 24)), 32, "channels", 4),
     ("resnet50", dict(layers=(1, 1, 1, 1), channels=(8, 12, 16, 24)), 32, "channels", 8),
     ("seresnet50", dict(layers=(1, 1, 1, 1), channels=(8, 12, 16, 24)), 32, "channels", 8),
