@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fastsal.data.image_set import ImageSet
     from fastsal.data.imbalance import imbalanced
     from fastsal.data.opening import open_images
+    from fastsal.deploy.export import ExportResult, export
+    from fastsal.deploy.meter import Measurement, measure_against
     from fastsal.deploy.runs import load_run, save_run
     from fastsal.errors import (
         DataError,
@@ -104,6 +106,10 @@ _HOME = {
     "prune": "pruning.prune",
     "StructureResult": "pruning.structured.result",
     "prune_structure": "pruning.structured.prune_structure",
+    "ExportResult": "deploy.export",
+    "export": "deploy.export",
+    "Measurement": "deploy.meter",
+    "measure_against": "deploy.meter",
     "load_run": "deploy.runs",
     "save_run": "deploy.runs",
     "Refit": "pruning.refit.settings",
@@ -129,6 +135,7 @@ __all__ = [
     "BlockFisher",
     "CompensationReport",
     "DataError",
+    "ExportResult",
     "FactorizationError",
     "FastsalError",
     "FileFormatError",
@@ -138,6 +145,7 @@ __all__ = [
     "InvalidArgument",
     "MaskError",
     "Masks",
+    "Measurement",
     "MemoryPlan",
     "NonFiniteGradient",
     "NonFiniteLoss",
@@ -157,6 +165,7 @@ __all__ = [
     "compensate",
     "corrupt",
     "evaluate",
+    "export",
     "finetune",
     "fisher_overlap",
     "fit_heads",
@@ -167,6 +176,7 @@ __all__ = [
     "load_model",
     "load_run",
     "load_study",
+    "measure_against",
     "merge_files",
     "open_images",
     "per_sample_gradients",

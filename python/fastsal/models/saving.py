@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.packed import pack
 from fastsal.models.widths import Widths, encoded, widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.atomic import atomic_path
@@ -46,6 +47,32 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state.check()
     with atomic_path(path) as temporary:
         save_file(state.separate(), str(temporary), metadata=state.metadata())
+
+
+def save_packed(
+    model: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write the state dict of `model` as a packed file, see `fastsal.models.packed`.
+
+    Args:
+        model: The model, or a wrapper of it.
+        path: The file, written atomically.
+        dtype: Type that floating-point tensors are rounded to; None keeps every bit.
+
+    Raises:
+        InvalidArgument: The state dict has a tensor or a name that the file cannot have.
+        OSError: The file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    state = _state_of(model)
+    state.check()
+    tensors = state.separate()
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    packed, metadata = pack(tensors)
+    with atomic_path(path) as temporary:
+        save_file(packed, str(temporary), metadata={**state.metadata(), **metadata})
 
 
 def check_savable(model: nn.Module) -> int:

@@ -72,3 +72,10 @@ Interpolation = Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lan
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 CropMode = Literal["center", "squash", "border"]
 CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
+
+# Files that `fastsal.export` writes.
+ExportFormat = Literal["packed", "onnx"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
+# Libraries that `fastsal measure` times a model with.
+Runtime = Literal["torch", "onnxruntime"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
