@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastsal.utils.float64 import in_float64
+
 # Rows of one product in float32; products are added up in float64.
 _ROWS = 4096
 
@@ -38,7 +40,7 @@ class Moments:
             self._shift = rows[:_ROWS].mean(dim=0)
         for start in range(0, len(rows), _ROWS):
             centered = rows[start : start + _ROWS] - self._shift
-            self._sum += centered.sum(dim=0, dtype=_widest(centered)).cpu()
+            self._sum += in_float64(centered).sum(dim=0).cpu()
             self._products += (centered.T @ centered).cpu()
         self.count += len(rows)
 
@@ -46,7 +48,7 @@ class Moments:
     def mean(self) -> Tensor:
         """Mean `[D]`, float64."""
         assert self._shift is not None
-        return self._sum / self.count + self._shift.double().cpu()
+        return self._sum / self.count + self._shift.cpu().double()
 
     def covariance(self) -> Tensor:
         """Return `E[(h - Eh)(h - Eh)ᵀ]` `[D, D]`, float64."""
@@ -99,8 +101,3 @@ def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
 
 def _pair(values: tuple[int, ...], first: int) -> tuple[int, int]:
     return (first, values[0]) if len(values) == 1 else (values[0], values[1])
-
-
-def _widest(tensor: Tensor) -> torch.dtype:
-    """Return float64, but for devices without it."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -170,7 +170,7 @@ def _gradients(
             is_last = isinstance(layers[name], nn.Linear)
             g = gradient.detach() if is_last else gradient.detach().movedim(1, -1)
             g = g.reshape(-1, g.shape[-1]).float()
-            product = (g.T @ g).double().cpu()
+            product = (g.T @ g).cpu().double()
             before = found[name].curvature
             found[name].curvature = product if before is None else before + product
 

@@ -114,7 +114,7 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
-        return lambda _, __, result: caught.__setitem__(name, result.detach().double().cpu())
+        return lambda _, __, result: caught.__setitem__(name, result.detach().cpu().double())
 
     names = {name for group in groups for name in group.consumers}
     hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
@@ -126,5 +126,5 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
         for hook in hooks:
             hook.remove()
     if isinstance(result, Tensor):
-        caught[""] = result.double().cpu()
+        caught[""] = result.cpu().double()
     return caught

@@ -127,19 +127,19 @@ class Work:
         columns = group.kept_columns(layer, kept)
         weight, shift = fold(self._weight(name), damped, columns)
         own: Tensor = layer.weight  # type: ignore[assignment]
-        found = [(own, weight.view(own.shape).to(own.device, own.dtype))]
+        found = [(own, weight.view(own.shape).to(own.dtype).to(own.device))]
         if shift is not None:
             bias = layer.bias
             if bias is None:  # the normalization after it subtracts its mean
                 normalization = self._model.get_submodule(self._normalization[name])
                 bias, shift = normalization.running_mean, -shift
             assert isinstance(bias, Tensor)
-            found.append((bias, (bias.double().cpu() + shift).to(bias.device, bias.dtype)))
+            found.append((bias, (bias.cpu().double() + shift).to(bias.dtype).to(bias.device)))
         return found
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = self._model.get_submodule(name).weight  # type: ignore[assignment]
-        return weight.detach().double().cpu().flatten(1)
+        return weight.detach().cpu().double().flatten(1)
 
     def _damped(self, name: str, statistics: Statistics) -> Damped:
         layer = self._model.get_submodule(name)
