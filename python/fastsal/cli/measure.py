@@ -115,12 +115,17 @@ def _sizes(found: Measurement) -> Table:
         ("non-zero parameters", "nonzeros", "{:,}".format),
         ("multiply-accumulates", "macs", "{:,}".format),
         ("file, dense", "dense_bytes", gib),
-        ("file, zipped", "zipped_bytes", gib),
-        ("file, packed", "packed_bytes", gib),
     ]
     for label, name, shown in rows:
         before, after = getattr(found.dense, name), getattr(found.pruned, name)
         table.add_row(label, shown(before), shown(after), f"{after / max(1, before):.3f}")
+    dense = found.dense.dense_bytes  # the run has the values of the pruned model alone
+    for label, size in (
+        ("file, zipped", found.pruned.zipped_bytes),
+        ("file, packed", found.pruned.packed_bytes),
+    ):
+        if size is not None:
+            table.add_row(label, "", gib(size), f"{size / dense:.3f} of the dense file")
     return table
 
 

@@ -88,7 +88,10 @@ def measure_against(
         raise InvalidArgument("batches must have at least one number of images, got none")
     dense, pruned = unwrapped(dense), unwrapped(pruned)
     images = example_images(pruned) if images is None else images
-    sizes = model_size(dense, images), model_size(pruned, images)
+    sizes = (
+        model_size(dense, images, has_values=False),
+        model_size(pruned, images, has_values=True),
+    )
     runs = [_repeated(images, count) for count in counts]
     if runtime == "torch":
         timings = [time_models(dense, pruned, some, seconds=seconds) for some in runs]

@@ -27,8 +27,8 @@ class ModelSize:
         macs: Multiply-accumulates of linear layers and convolutions for one image.
         nonzero_macs: Those with a weight that is not zero; no dense library skips the others.
         dense_bytes: All tensors in their own types.
-        zipped_bytes: The same, compressed by deflate.
-        packed_bytes: The tensors of a packed file.
+        zipped_bytes: The same, compressed by deflate; None for a model without its values.
+        packed_bytes: The tensors of a packed file; None for a model without its values.
     """
 
     parameters: int
@@ -36,16 +36,17 @@ class ModelSize:
     macs: int
     nonzero_macs: int
     dense_bytes: int
-    zipped_bytes: int
-    packed_bytes: int
+    zipped_bytes: int | None
+    packed_bytes: int | None
 
 
-def model_size(model: nn.Module, images: Tensor) -> ModelSize:
+def model_size(model: nn.Module, images: Tensor, *, has_values: bool) -> ModelSize:
     """Return the size of a model; one image runs through it.
 
     Args:
         model: The model, in any mode.
         images: `[n, ...]`.
+        has_values: Whether the model has its values, and not random ones.
     """
     parameters = list(model.parameters())
     macs, nonzero = _macs(model, images[:1])
@@ -55,21 +56,23 @@ def model_size(model: nn.Module, images: Tensor) -> ModelSize:
         if tensor.data_ptr() not in seen or not tensor.numel():
             state[name] = tensor
         seen.add(tensor.data_ptr())
-    packed, _ = pack(state)
-    zipped = zlib.compressobj(6)
-    size = 0
-    for tensor in state.values():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        size += len(zipped.compress(flat.numpy().data))
     return ModelSize(
         sum(p.numel() for p in parameters),
         sum(int(p.count_nonzero()) for p in parameters),
         macs,
         nonzero,
         sum(t.nbytes for t in state.values()),
-        size + len(zipped.flush()),
-        sum(t.nbytes for t in packed.values()),
+        _zipped(state) if has_values else None,
+        sum(t.nbytes for t in pack(state)[0].values()) if has_values else None,
     )
+
+
+def _zipped(state: dict[str, Tensor]) -> int:
+    zipped, size = zlib.compressobj(6), 0
+    for tensor in state.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        size += len(zipped.compress(flat.numpy().data))
+    return size + len(zipped.flush())
 
 
 def _macs(model: nn.Module, image: Tensor) -> tuple[int, int]:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from fastsal.models.evaluating import evaluating, to_model
 
+# Distance of the quartiles of ratios around 1 from which they say nothing.
+_NOISY = 0.5
+
 Run = Callable[[], object]
 
 
@@ -43,11 +46,16 @@ class Timing:
     def verdict(self) -> str:
         """What the ratios say, in words."""
         middle, low, high = self.speedup
+        ratio = f"{middle:.2f} times as fast ({low:.2f} to {high:.2f})"
         if self.is_faster:
-            return f"{middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+            return ratio
         if high < 1:
-            return f"slower here: {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
-        return f"no faster here: {middle:.2f} times as fast ({low:.2f} to {high:.2f})"
+            return f"slower here: {ratio}"
+        if high - low > _NOISY:
+            return (
+                f"not measurable here, as times vary too much: {ratio}; repeat on an idle machine"
+            )
+        return f"no faster here: {ratio}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; of three values the first is the median."""

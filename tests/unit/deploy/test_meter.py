@@ -33,7 +33,7 @@ def test_sizes_by_hand():
     with torch.no_grad():
         model[0].weight[:2] = 0
         model[5].weight[0, 0] = 0
-    size = model_size(model, torch.randn(2, 3, 8, 8))
+    size = model_size(model, torch.randn(2, 3, 8, 8), has_values=True)
     assert size.parameters == 4 * 27 + 8 + 36 + 4 + 20 + 5
     assert size.nonzeros == size.parameters - 2 * 27 - 1 - 4  # biases of batch normalization
     assert size.macs == 16 * 4 * 27 + 16 * 36 + 20
@@ -48,7 +48,7 @@ def test_sizes_by_hand():
 @pytest.mark.parametrize(
     ("ratios", "words"),
     [((1.5, 1.4, 1.6), "1.50 times as fast"), ((1.01, 0.95, 1.1), "no faster here"),
-     ((0.8, 0.7, 0.9), "slower here")],
+     ((0.8, 0.7, 0.9), "slower here"), ((1.7, 0.9, 2.2), "not measurable here")],
 )  # fmt: skip
 def test_words(ratios, words):
     timing = Timing(1, (1, 1, 1), (1, 1, 1), ratios, 7)
