@@ -71,6 +71,9 @@ def collect_statistics(
     """
     layers = {name: model.get_submodule(name) for name in names}
     found = {name: Statistics(Moments(_flat(layer).shape[1])) for name, layer in layers.items()}
+    for name in curvature:
+        outputs = len(_flat(layers[name]))
+        found[name].curvature = torch.zeros(outputs, outputs, dtype=torch.float64)
     noise = torch.Generator().manual_seed(seed)
     first, done, curved = next(model.parameters()), 0, 0
     with evaluating(model), _frozen(model), _observing(layers, found), torch.no_grad():
@@ -171,8 +174,9 @@ def _gradients(
             g = gradient.detach() if is_last else gradient.detach().movedim(1, -1)
             g = g.reshape(-1, g.shape[-1]).float()
             product = (g.T @ g).cpu().double()
-            before = found[name].curvature
-            found[name].curvature = product if before is None else before + product
+            total = found[name].curvature
+            assert total is not None
+            total += product
 
         def hook(_: nn.Module, __: object, result: Tensor) -> None:
             if not result.requires_grad:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from fastsal.models.evaluating import outputs
+from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.graph import Graph
 from fastsal.pruning.structured.groups import Group
 from fastsal.pruning.structured.heads import find_heads
@@ -45,7 +48,14 @@ def find(model: nn.Module, images: Tensor, kind: str) -> Units:
     else:
         layers = {name for group in heads.groups for name in group.producers}
         found = find_units(graph, model, kind, layers)
-    groups, failed = proven(model, found.groups, images)
+    used = _used(model, images, [name for group in found.groups for name in group.consumers])
+    unused = {
+        group.name: "its units do not contribute to the features"
+        for group in found.groups
+        if not used.issuperset(group.consumers)
+    }
+    candidates = [group for group in found.groups if group.name not in unused]
+    groups, failed = proven(model, candidates, images)
     consumers = {name for group in groups for name in group.consumers}
     after = {
         call.name: graph.normalization_after(call, model)
@@ -54,7 +64,24 @@ def find(model: nn.Module, images: Tensor, kind: str) -> Units:
     }
     return Units(
         groups,
-        {**found.left_out, **failed},
+        {**found.left_out, **unused, **failed},
         graph.positions,
         {name: other for name, other in after.items() if other is not None},
     )
+
+
+def _used(model: nn.Module, images: Tensor, names: list[str]) -> set[str]:
+    """Return the layers that are called for the features of a model."""
+    found: set[str] = set()
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: found.add(name))
+        for name in names
+    ]
+    try:
+        find_feature_layer(model, images)
+        with torch.random.fork_rng(devices=[]):
+            outputs(model, images[:2], feature_outputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

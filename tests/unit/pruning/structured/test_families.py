@@ -145,6 +145,28 @@ def test_what_cannot_be_proven_is_listed():
     assert "normalization" in everything["normal1"]
 
 
+class Hidden(nn.Module):
+    """A head with a hidden layer of its own, after the features."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(12, 9), nn.Linear(9, 12)
+        self.head1, self.head2 = nn.Linear(12, 8), nn.Linear(8, 2)
+
+    def forward_features(self, x):
+        x = x.flatten(1)
+        return x + self.fc2(torch.relu(self.fc1(x)))
+
+    def forward(self, x):
+        return self.head2(torch.relu(self.head1(self.forward_features(x))))
+
+
+def test_units_after_the_features_are_left():
+    units = find(Hidden(), torch.randn(2, 3, 2, 2), "mlp")
+    assert [group.name for group in units.groups] == ["fc1"]
+    assert "features" in units.left_out["head1"]
+
+
 class Sneaky(nn.Module):
     """A hidden layer whose softmax in plain arithmetic only a check of values finds."""
 
