@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import fastsal
 from fastsal.models.features import features
+from fastsal.pruning.structured.elimination import eliminate
 from fastsal.transfer.ridge import solve_ridge
 from fastsal.utils.machine import versions
 
@@ -78,6 +79,42 @@ class Heads:
         return float(((f.double() @ self._weight.T + self._bias).argmax(1) == y).double().mean())
 
 
+def elimination(units: int) -> dict[str, Any]:
+    """Return the seconds of a greedy elimination, and whether a smaller one equals a plain loop."""
+
+    def problem(size: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(size)
+        mixed = torch.randn(size, size, generator=draw, dtype=torch.float64)
+        a = mixed @ mixed.T / size + 1e-3 * torch.eye(size, dtype=torch.float64)
+        return a, torch.randn(size // 4, size, generator=draw, dtype=torch.float64)
+
+    a, w = problem(units // 6)
+    inverse, quadratic, left = torch.linalg.inv(a), w.T @ w, torch.ones(len(a), dtype=torch.bool)
+    order, costs = eliminate(inverse.clone(), quadratic.clone(), len(a))
+    for unit, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        found = (quadratic.diagonal() / inverse.diagonal()).masked_fill(~left, torch.inf)
+        assert int(found.argmin()) == unit
+        assert abs(float(found.min()) - cost) <= 1e-8 * cost
+        step = inverse[unit] / inverse[unit, unit]
+        row, own = quadratic[unit].clone(), float(quadratic[unit, unit])
+        inverse = inverse - torch.outer(inverse[:, unit], step)
+        quadratic = quadratic - torch.outer(row, step) - torch.outer(step, row)
+        quadratic += own * torch.outer(step, step)
+        left[unit] = False
+    a, w = problem(units)
+    quadratic = w.T @ w
+    start = time.perf_counter()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a))
+    middle, own = time.perf_counter(), time.process_time()
+    eliminate(inverse, quadratic, units)
+    return {
+        "units": units,
+        "inverse, seconds": round(middle - start, 2),
+        "elimination, seconds": round(time.perf_counter() - middle, 2),
+        "elimination, seconds of processors": round(time.process_time() - own, 2),
+    }
+
+
 def main() -> None:
     """Run the cases that the file does not have, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,7 +130,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES))
     parser.add_argument("--refit", type=int, default=0, help="steps of refitting")
     parser.add_argument("--cache", type=Path, help="file for the dense features")
+    parser.add_argument(
+        "--elimination", type=int, metavar="UNITS", help="time a greedy elimination and stop"
+    )
     given = parser.parse_args()
+    if given.elimination is not None:
+        print(elimination(given.elimination))
+        return
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
     model = fastsal.load_model(spec, weights=given.data / "vit_small_dino.safetensors").float()
     x, y = images(given.data, "train", given.samples + given.head, given.seed)

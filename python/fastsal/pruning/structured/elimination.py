@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 # Updates that are held back and then done by one product of matrices.
-_HELD = 64
+_HELD = 128
 # Matrices are made smaller once this fraction of their units is left.
-_COMPACTS_AT = 0.8
+_COMPACTS_AT = 0.65
 # A cost below zero is a rounding error, as is a pivot of this fraction of its first value.
 _LEAST_PIVOT = 1e-14
 
