@@ -108,6 +108,11 @@ def test_commands_work_on_it(folder, mlp_file, tiny_npz, tmp_path):
         "--sparsity", 0.5, "--out", again, "--quiet",
     )  # fmt: skip
     assert fastsal.load_run(again)[3].fc1.out_features == 6
+    pytest.importorskip("pyarrow")
+    run(
+        "transfer", model, "--weights", folder, "--task", f"a={tiny_npz}", "--source", "a",
+        "--sparsity", 0.5, "--out", tmp_path / "transfer", "--quiet",
+    )  # fmt: skip
     masked = tmp_path / "masked"
     run(
         "prune", model, "--weights", folder, "--data", tiny_npz, "--sparsity", 0.5, "--criterion",

@@ -217,6 +217,6 @@ def _size(sizes: Sizes, kept: dict[str, int] | None = None) -> Size:
 def _all_kept(model: nn.Module, units: Units, recipe: dict[str, Any]) -> Masks:
     """Return masks of the weights of all groups, True everywhere."""
     names = {p.name for group in units.groups for p in group.slices if p.tensor == "weight"}
-    shapes = {name: p.shape for name, p in model.named_parameters() if name in names}
+    shapes = {n: p.shape for n, p in model.named_parameters() if n in names and p.dim() > 1}
     masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
     return Masks(masks, recipe, copy=False)

@@ -119,6 +119,19 @@ def test_each_layer_loses_the_same(model, batches):
     assert set(widths_of(model)) >= {"blocks.0.attn", "blocks.0.attn.proj", "blocks.0.mlp.fc1"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types(original, batches, dtype):
+    model = copy.deepcopy(original).to(dtype)
+    result = fastsal.prune_structure(model, batches, 0.25, scope="layer")
+    assert {after for _, after in result.widths.values()} == {72}
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    dense = copy.deepcopy(original)
+    fastsal.prune_structure(dense, batches, 0.25, scope="layer")
+    found, wanted = model(batches[0].to(dtype)).float(), dense(batches[0])
+    rest = original(batches[0]) - wanted
+    assert (found - wanted).norm() < 0.5 * rest.norm() + 0.05 * wanted.norm()
+
+
 def test_several_passes_within_a_memory_budget_are_equal(original, batches):
     found = []
     for budget in (None, 2 * 8 * 96**2 * 4):
