@@ -95,7 +95,7 @@ def test_commands_work_on_it(folder, mlp_file, tiny_npz, tmp_path):
     said = json.loads(run("eval", model, "--weights", folder, "--data", tiny_npz, "--json"))
     assert 0 <= said["accuracy"] <= 1
     assert "OK" in run("verify", folder)
-    run("inspect", folder)
+    assert "mlp: 24 -> 12 units, " in run("inspect", folder)
     tuned = tmp_path / "tuned"
     run(
         "finetune", model, "--weights", folder, "--data", tiny_npz, "--epochs", 1, "--lr", 0.01,
