@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsal
-from benches.quality import DATA_HELP, ROOT, accuracy, draw, load
+from benches.quality.subjects import DATA_HELP, ROOT, accuracy, drawn, load_resnet20
 
 Images = tuple[Tensor, Tensor]
 # idea(model, images, sparsity) prunes the model in place
@@ -42,7 +42,7 @@ class Fresh:
 
     def __iter__(self) -> Iterator[Images]:
         self.turn += 1
-        return iter([draw(self.train, 100 + self.turn, self.n)])
+        return iter([drawn(*self.train, 100 + self.turn, self.n)])
 
 
 def linear_goals(sparsity: float, rounds: int) -> list[float]:
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run only groups whose name contains this text")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
-    model, train, test = load(given.data)
+    model, train, test = load_resnet20(given.data)
     sparsities = {"one round": (0.7, 0.8, 0.9), "eight rounds": (0.8, 0.9)}
     found = []
     start = time.perf_counter()
@@ -206,7 +206,7 @@ def main() -> None:
                 values = []
                 for seed in given.seeds:
                     pruned = copy.deepcopy(model)
-                    idea(pruned, draw(train, seed, given.samples), sparsity)
+                    idea(pruned, drawn(*train, seed, given.samples), sparsity)
                     values.append(accuracy(pruned, test))
                 found.append(
                     {"group": group, "idea": name, "sparsity": sparsity, "accuracy": values}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import fastsal
-from benches.quality import DATA_HELP, ROOT, accuracy, load
+from benches.quality.subjects import DATA_HELP, ROOT, accuracy, load_resnet20
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     given = parser.parse_args()
-    model, train, test = load(given.data)
+    model, train, test = load_resnet20(given.data)
     rows = []
     for draw in range(given.draws):
         generator = torch.Generator().manual_seed(draw)

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.ranking import rank
     from fastsal.pruning.prune import prune
     from fastsal.pruning.prune_result import PruneResult
+    from fastsal.pruning.reconstruction.reconstruct import reconstruct
+    from fastsal.pruning.reconstruction_result import Reconstruction
     from fastsal.pruning.refit.refit import refit
     from fastsal.pruning.refit.settings import Refit
     from fastsal.pruning.refit_result import RefitResult
@@ -112,6 +114,8 @@ _HOME = {
     "measure_against": "deploy.meter",
     "load_run": "deploy.runs",
     "save_run": "deploy.runs",
+    "Reconstruction": "pruning.reconstruction_result",
+    "reconstruct": "pruning.reconstruction.reconstruct",
     "Refit": "pruning.refit.settings",
     "RefitResult": "pruning.refit_result",
     "refit": "pruning.refit.refit",
@@ -151,6 +155,7 @@ __all__ = [
     "NonFiniteLoss",
     "PrecisionWarning",
     "PruneResult",
+    "Reconstruction",
     "Refit",
     "RefitResult",
     "SafetyReport",
@@ -185,6 +190,7 @@ __all__ = [
     "prune_structure",
     "rank",
     "rank_pattern",
+    "reconstruct",
     "refit",
     "run_study",
     "save_run",

@@ -12,7 +12,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
-        "parameters", "rounds", "compensate", "damping", "recalibrate", "refit", "refit_steps",
+        "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
+        "refit_steps",
     ),
     "Units": ("structure", "budget", "unit_criterion", "multiple", "layers"),
     "Accuracy or loss limit": (

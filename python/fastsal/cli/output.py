@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fastsal.models.left_out import LeftOut
     from fastsal.pruning.masks.in_use import InUse
+    from fastsal.pruning.reconstruction_result import Reconstruction
     from fastsal.pruning.refit_result import RefitResult
 
 BAR = 20  # characters of a full bar
@@ -76,6 +77,14 @@ def run_summary(report: Mapping[str, Any]) -> str:
     seconds = sum(report["seconds"].values())
     memory = report["peak_memory_mib"]
     return text + f"; {seconds:.1f} s" + (f", peak {memory} MiB" if memory else "")
+
+
+def reconstruction_summary(done: Reconstruction) -> str:
+    """Return a line that says what a reconstruction did."""
+    change = f"held-out loss {done.before:.4g} -> {done.after:.4g}"
+    if not done.kept:
+        return f"Reconstruction of {done.layers} layers undone: {change}"
+    return f"Reconstruction of {done.layers} layers on {done.images} images: {change}"
 
 
 def refit_summary(done: RefitResult) -> str:

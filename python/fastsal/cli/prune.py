@@ -55,6 +55,14 @@ if TYPE_CHECKING:
     "the held-out loss.",
 )
 @click.option(
+    "--reconstruct/--no-reconstruct",
+    "reconstruct",
+    default=None,
+    show_default="reconstruct with --curvature features and --damping auto",
+    help="After each round, solve for the kept weights of each layer so that it restores its "
+    "outputs in the dense model, if that lowers the held-out loss.",
+)
+@click.option(
     "--refit",
     type=choice(REFIT_WINDOWS),
     help="After pruning, train the kept weights without labels to match the dense model: the "
@@ -200,6 +208,7 @@ def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> No
         console,
         kept_table,
         print_selection,
+        reconstruction_summary,
         refit_summary,
         run_summary,
     )
@@ -219,6 +228,8 @@ def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> No
         if not has_picture:
             screen.print("To draw this curve: pip install 'fastsal[report]'")
     for entry in done.history:
+        if entry.reconstruction is not None:
+            screen.print(f"\n{reconstruction_summary(entry.reconstruction)}", soft_wrap=True)
         if entry.refit is not None:
             screen.print(f"\n{refit_summary(entry.refit)}", soft_wrap=True)
     screen.print(f"\n[bold]{run_summary(result)}[/bold]")
@@ -254,6 +265,7 @@ def _pruned(
         confidence=given["confidence"],
         held_out=held_out or None,
         recalibrate=given["recalibrate"],
+        reconstruct=given["reconstruct"],
         checkpoint=given["checkpoint"],
         refit=given["refit"] and fastsal.Refit(given["refit"], steps=given["refit_steps"]),
         **ranked,

@@ -70,11 +70,8 @@ def prune(
         options["progress"] = False
     process = RankProcess(ranks, exchange, gathered_bytes(model))
     with whole_weights(model) as inner, ranks.together("prune"):
-        if options.get("refit") is not None and ranks.size > 1:
-            raise InvalidArgument(
-                f"refit must be None with {ranks.size} processes, got {options['refit']!r}; refit "
-                "the pruned model in one process with fastsal.refit"
-            )
+        if ranks.size > 1:
+            _check_alone(options, ranks.size)
         ranks.check_same(same_arguments(sparsity=sparsity, exchange=exchange, **options))
         call = inspect.signature(prune_alone).bind(inner, batches, sparsity, **options)
         call.apply_defaults()
@@ -82,3 +79,14 @@ def prune(
     traffic = RankTraffic(ranks.size, dict(ranks.sent), ranks.in_flight)
     result.history[-1] = replace(result.history[-1], ranks=traffic)
     return result
+
+
+def _check_alone(options: dict[str, Any], size: int) -> None:
+    """Disable what runs in one process only; raise InvalidArgument if it is asked for."""
+    for name in ("refit", "reconstruct"):
+        if options.get(name):
+            raise InvalidArgument(
+                f"{name} must be None with {size} processes, got {options[name]!r}; use "
+                f"fastsal.{name} on the pruned model in one process"
+            )
+    options["reconstruct"] = False

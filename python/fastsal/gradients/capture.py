@@ -23,18 +23,23 @@ from fastsal.gradients.rules.operations import (
 OnCall = Callable[[str, Operation, Call, Tensor], Tensor]
 
 
-class Capture(TorchFunctionMode):
-    """Passes supported calls on tracked weights to `on_call` and records every other use.
+class Interception(TorchFunctionMode):
+    """Passes supported calls on tracked weights to `around` and records every other use.
 
     Attributes:
         unsupported: Parameter name to the reason why no rule supports its uses.
     """
 
-    def __init__(self, tracked: Mapping[str, Tensor], on_call: OnCall) -> None:
+    def __init__(self, tracked: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(value): name for name, value in tracked.items()}
-        self._on_call = on_call
         self.unsupported: dict[str, str] = {}
+
+    def around(
+        self, name: str, operation: Operation, call: Call, run: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return the output that the model continues with, such as `run()`."""
+        raise NotImplementedError
 
     def __torch_function__(
         self,
@@ -88,8 +93,7 @@ class Capture(TorchFunctionMode):
                 self.unsupported.setdefault(
                     other, f"used by {operation.name} as an argument other than the weight"
                 )
-        # Without grad mode the output does not affect the loss.
-        if name is None or not torch.is_grad_enabled():
+        if name is None or not self._follows():
             return func(*args, **kwargs)
         try:
             # Before the call, because a refused call may change the weight.
@@ -99,7 +103,29 @@ class Capture(TorchFunctionMode):
         except UnreadCallError as reason:
             self.unsupported.setdefault(name, str(reason))
             return func(*args, **kwargs)
-        return self._on_call(name, operation, call, func(*args, **kwargs))
+        return self.around(name, operation, call, lambda: func(*args, **kwargs))
+
+    def _follows(self) -> bool:
+        """Whether calls are passed on now."""
+        return True
+
+
+class Capture(Interception):
+    """Passes the outputs of supported calls on tracked weights to `on_call`."""
+
+    def __init__(self, tracked: Mapping[str, Tensor], on_call: OnCall) -> None:
+        super().__init__(tracked)
+        self._on_call = on_call
+
+    def around(
+        self, name: str, operation: Operation, call: Call, run: Callable[[], Tensor]
+    ) -> Tensor:
+        """Return what `on_call` returns for the output."""
+        return self._on_call(name, operation, call, run())
+
+    def _follows(self) -> bool:
+        # Without grad mode the output does not affect the loss.
+        return torch.is_grad_enabled()
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

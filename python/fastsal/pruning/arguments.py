@@ -52,6 +52,7 @@ class Arguments:
     confidence: float
     held_out: Batches | None
     recalibrate: bool | None
+    reconstruct: bool | None
     checkpoint: str | os.PathLike[str] | None
     head: str | Sequence[str] | None = None
     batch: BatchRule | None = None

@@ -7,10 +7,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fastsal.pruning.recalibration import Recalibration
+from fastsal.pruning.reconstruction_result import Reconstruction
 from fastsal.pruning.refit_result import RefitResult
 
 # Left out of `Round.as_dict` where they are None.
-_OPTIONAL = ("held_out_joined", "memory_plan", "recalibration", "refit", "ranks")
+_OPTIONAL = (
+    "held_out_joined",
+    "memory_plan",
+    "reconstruction",
+    "recalibration",
+    "refit",
+    "ranks",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class RankTraffic:
 
 
 _KINDS: dict[str, Callable[..., Any]] = {
+    "reconstruction": Reconstruction,
     "recalibration": Recalibration,
     "refit": RefitResult,
     "ranks": RankTraffic,
@@ -52,6 +61,7 @@ class Round:
             statistics that the result was pruned with; None where none were held out.
         memory_plan: With `memory_budget`, the plan that was followed, as
             `fastsal.MemoryPlan.as_dict` returns it.
+        reconstruction: With `reconstruct=True`: its effect on the held-out loss.
         recalibration: In the last round with `recalibrate=True`: its effect on the held-out loss.
         refit: With `refit`, in the last round or in each: what refitting did.
         ranks: In the last round of a distributed job: its number of processes and its traffic.
@@ -66,6 +76,7 @@ class Round:
     seconds: dict[str, float]
     held_out_joined: bool | None = None
     memory_plan: dict[str, Any] | None = None
+    reconstruction: Reconstruction | None = None
     recalibration: Recalibration | None = None
     refit: RefitResult | None = None
     ranks: RankTraffic | None = None
@@ -84,7 +95,7 @@ class Round:
         return f"Round({self.round}, {', '.join(facts)})"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON; the last five attributes only where they are not None."""
+        """Return plain values for JSON; the last six attributes only where they are not None."""
         found = {**vars(self)}
         for name in _KINDS:
             if found[name] is not None:

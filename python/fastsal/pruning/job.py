@@ -25,8 +25,9 @@ from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.measured import HeldOut, HeldOutFeatures, InMicroBatches, Measured
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
-from fastsal.pruning.refit.stage import RefitStage, tensors_of
-from fastsal.pruning.shelf import Shelf, all_or_nothing, restore
+from fastsal.pruning.reconstruction.stage import ReconstructionStage
+from fastsal.pruning.refit.stage import RefitStage
+from fastsal.pruning.shelf import Shelf, all_or_nothing, restore, tensors_of
 from fastsal.pruning.step import Step
 
 
@@ -42,11 +43,12 @@ class Job:
         chosen: Name to parameter that may be pruned.
         statistics: Arguments of `collect` except model, batches, samples and seed.
         loss: `(outputs, labels)` to losses `[n]`.
-        dense: With `curvature="features"`, name to the weights whose features are matched; None
-            where the model has them.
+        dense: With `curvature="features"`, name to the tensors of `changed` in the model whose
+            features are matched; None where the model has them.
         process: Computes statistics, scores, masks and weights.
         shelf: Where copies of weights and scores are stored.
         refit: How the pruned model is refitted to the dense one, or None.
+        reconstruction: How its layers are solved for, or None.
         seen: Records the images that passes see, for a checkpoint; None without one.
     """
 
@@ -62,6 +64,7 @@ class Job:
     shelf: Shelf = field(default_factory=Shelf)
     seen: SeenImages | None = None
     refit: RefitStage | None = None
+    reconstruction: ReconstructionStage | None = None
 
     @property
     def step(self) -> Step:
@@ -149,12 +152,12 @@ class Job:
             return HeldOutFeatures.of(self.refit.dense, batches, all_features)
         if self.dense is None:
             return HeldOutFeatures.of(self.model, batches, all_features)
-        present = self.shelf.put("present", self.chosen)
-        restore(self.chosen, self.dense)
+        present = self.shelf.put("present", self.changed)
+        restore(self.changed, self.dense)
         try:
             return HeldOutFeatures.of(self.model, batches, all_features)
         finally:
-            restore(self.chosen, present)
+            restore(self.changed, present)
 
     def examination(
         self, images: Iterable[Pair], limit: Limit, fisher: Statistics | None
@@ -198,8 +201,9 @@ class Job:
 
     @property
     def changed(self) -> Mapping[str, Tensor]:
-        """The tensors that the job may change: refitting changes all."""
-        return self.chosen if self.refit is None else tensors_of(self.model)
+        """The tensors that the job may change: reconstruction and refitting change all."""
+        changes_all = self.refit is not None or self.reconstruction is not None
+        return tensors_of(self.model) if changes_all else self.chosen
 
 
 def planned_micro_batch(fisher: Statistics | None) -> int | None:

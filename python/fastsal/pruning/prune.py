@@ -36,7 +36,9 @@ from fastsal.pruning.rounds import prune_in_rounds, rising_goals
 from fastsal.pruning.shelf import Shelf, copies
 from fastsal.pruning.stages import (
     collection_options,
+    holds_out_by_default,
     recalibrates_by_default,
+    reconstruction_stage,
     refit_stage,
     with_curvature,
 )
@@ -77,6 +79,7 @@ def prune(
     confidence: float = 0.95,
     held_out: Batches | None = None,
     recalibrate: bool | None = None,
+    reconstruct: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     head: str | Sequence[str] | None = None,
     batch: BatchRule | None = None,
@@ -166,6 +169,11 @@ def prune(
             eight is held out for it. With `damping="auto"`, each `λ` is then judged by the lower of
             the losses with and without it. None does it with `curvature="features"` where samples
             are held out anyway, for `damping="auto"`.
+        reconstruct: Whether the kept weights of each layer are solved for after each round, so that
+            the layer restores its outputs in the dense model from its inputs in the pruned one: a
+            least squares problem in all inputs of a row. It is undone unless it lowers the held-out
+            loss; one sample in eight is held out for it. None does it with `curvature="features"`
+            where samples are held out anyway, for `damping="auto"`.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end. The file of a run with another model, images, labels, loss or
             other arguments is rejected; the images are read once to compare them.
@@ -216,8 +224,16 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     refits = given.refit is not None
     if given.recalibrate is None:
         given = replace(given, recalibrate=recalibrates_by_default(given, recipe))
-    recalibrate = bool(given.recalibrate)
-    recipe.check(given.rounds, given.batches, recalibrate=recalibrate, refits=refits)
+    if given.reconstruct is None:
+        given = replace(given, reconstruct=holds_out_by_default(given, recipe))
+    recalibrate, reconstructs = bool(given.recalibrate), bool(given.reconstruct)
+    recipe.check(
+        given.rounds,
+        given.batches,
+        recalibrate=recalibrate,
+        reconstruct=reconstructs,
+        refits=refits,
+    )
     loss = resolve_loss(given.loss)
     limit = Limit.of(
         given.max_loss_increase,
@@ -247,7 +263,8 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     statistics = collection_options(given, recipe, chosen, process, nbytes)
     stage = refit_stage(given, chosen, nbytes)
     # The model has its dense weights until the second round.
-    needs_copy = given.curvature == "features" and recalibrate and given.rounds > 1
+    holds_out_later = given.rounds > 1 and (recalibrate or reconstructs)
+    needs_copy = given.curvature == "features" and holds_out_later
     job = Job(
         model,
         batches,
@@ -256,12 +273,15 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         chosen,
         statistics,
         loss,
-        copies(chosen) if needs_copy and not refits else None,
+        None,
         process,
         Shelf(given.scratch),
         None if given.checkpoint is None else SeenImages(),
         stage,
+        reconstruction_stage(given, chosen, nbytes),
     )
+    if needs_copy and not refits:
+        job = replace(job, dense=copies(job.changed))
     result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
     in_use = result.masks.in_use(model, images)
     return replace(result, left_out=left_out(model, chosen), in_use=in_use)
@@ -292,6 +312,7 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
             "loss_scale": given.loss_scale,
             "micro_batch": given.micro_batch,
             "recalibrate": given.recalibrate,
+            "reconstruct": given.reconstruct,
             "refit": None if job.refit is None else job.refit.settings.as_dict(),
         }
         rest = model_digest(job.model, without=job.chosen.values())
@@ -308,6 +329,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
         "rounds": given.rounds != 1,
         "pattern": given.pattern is not None,
         "recalibrate": bool(given.recalibrate),
+        "reconstruct": bool(given.reconstruct),
         "refit": given.refit is not None,
         "checkpoint": given.checkpoint is not None,
     }

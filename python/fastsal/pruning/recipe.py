@@ -101,7 +101,13 @@ class Recipe:
         return Pattern.parse(pattern).m <= LARGEST_GROUP
 
     def check(
-        self, rounds: int, batches: Batches | None, *, recalibrate: bool, refits: bool = False
+        self,
+        rounds: int,
+        batches: Batches | None,
+        *,
+        recalibrate: bool,
+        reconstruct: bool = False,
+        refits: bool = False,
     ) -> None:
         """Raise InvalidArgument for arguments that exclude each other."""
         if rounds > 1 and (pattern := self.ranking["pattern"]) is not None:
@@ -114,12 +120,14 @@ class Recipe:
                 "recalibrate must be False without statistics: it is tested on images held out of "
                 "them; use another criterion, or compensate=True"
             )
-        if refits and batches is None:
-            raise InvalidArgument("batches must be images for refit, got None")
-        if (rounds > 1 or recalibrate or refits) and isinstance(batches, Iterator):
+        for stage, is_on in (("reconstruct", reconstruct), ("refit", refits)):
+            if is_on and batches is None:
+                raise InvalidArgument(f"batches must be images for {stage}, got None")
+        repeats = rounds > 1 or recalibrate or reconstruct or refits
+        if repeats and isinstance(batches, Iterator):
             raise InvalidArgument(
                 "batches must be iterable several times (a list or a DataLoader) with rounds > 1, "
-                "recalibrate=True or refit, got an iterator"
+                "recalibrate=True, reconstruct=True or refit, got an iterator"
             )
 
     def asked(self) -> dict[str, Any]:

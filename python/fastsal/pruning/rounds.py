@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -48,7 +48,9 @@ class RoundStatistics:
 
     def without_statistics(self) -> RoundStatistics:
         """Return the held-out images alone, so that the memory of statistics is free."""
-        return RoundStatistics(tuned=self.tuned, held=self.held)
+        return replace(
+            RoundStatistics(), tuned=self.tuned, held=self.held, recalibrates=self.recalibrates
+        )
 
     def keeps(self, model: nn.Module, best: Attempt | None) -> bool:
         """Return whether the model is no worse than the best attempt."""
@@ -125,7 +127,7 @@ def prune_in_rounds(
     history: list[Round] = []
     scores: dict[str, Tensor] = {}
     found = RoundStatistics()
-    with job.all_or_nothing(), moments_kept_on_error(model):
+    with job.all_or_nothing() as dense, moments_kept_on_error(model):
         if checkpoint is not None:
             masks, history = checkpoint.resume(job.changed, job.images, job.chosen)
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
@@ -136,15 +138,10 @@ def prune_in_rounds(
             is_last = number == len(goals)
             refits = job.refit is not None and (is_last or job.refit.settings.between_rounds)
             holds_out = chooses or refits or (recalibrate and is_last)
+            holds_out = holds_out or job.reconstruction is not None
             found = replace(find(number, holds_out=holds_out), recalibrates=recalibrate)
             clock.lap("statistics")
-            choice: DampingChoice | None = None
-            best: Attempt | None = None
-            if chooses and found.fisher is not None and found.tuned is not None:
-                loss = partial(found.loss, model)
-                choice, best = step.choose_damping(found.fisher, masks, goals[-1], loss)
-            elif recipe.is_auto and history and (first := history[0].damping) is not None:
-                choice = DampingChoice(first, [])
+            choice, best = _chosen_damping(job, found, masks, goals[-1], history)
             clock.lap("damping")
             fisher = found.joined()
             choice = choice or DampingChoice(step.given_damping(fisher), [])
@@ -159,6 +156,7 @@ def prune_in_rounds(
             history.append(replace(entry, held_out_joined=joined) if chooses else entry)
             del result, best  # they refer to scores
             found, fisher = found.without_statistics(), None
+            history[-1] = _reconstructed(job, found, masks, dense, history[-1])
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:
@@ -171,6 +169,47 @@ def prune_in_rounds(
         if checkpoint is not None:
             checkpoint.remove()
     return masks, scores, history
+
+
+def _chosen_damping(
+    job: Job,
+    found: RoundStatistics,
+    masks: Masks | None,
+    goal: float | None,
+    history: Sequence[Round],
+) -> tuple[DampingChoice | None, Attempt | None]:
+    """Return the damping of the recipe or of the first round, and the best attempt of the latter.
+
+    None is left to the recipe.
+    """
+    if not job.recipe.is_auto:
+        return None, None
+    if history:
+        first = history[0].damping
+        return (None if first is None else DampingChoice(first, [])), None
+    if found.fisher is None or found.tuned is None:
+        return None, None
+    return job.step.choose_damping(found.fisher, masks, goal, partial(found.loss, job.model))
+
+
+def _reconstructed(
+    job: Job, found: RoundStatistics, masks: Masks, dense: Mapping[str, Tensor], entry: Round
+) -> Round:
+    """Reconstruct the model if that lowers the held-out loss; return the entry with the effect."""
+    if job.reconstruction is None or found.tuned is None or found.held is None:
+        return entry
+    clock = Clock()
+    effect = job.reconstruction.run(
+        job.model,
+        job.changed,
+        dense,
+        masks,
+        found.held.without(job.source()),
+        partial(found.loss, job.model),
+        job.shelf,
+    )
+    clock.lap("reconstruction")
+    return replace(entry, reconstruction=effect, seconds=entry.seconds | clock.seconds)
 
 
 def _recalibrated(job: Job, found: RoundStatistics, entry: Round) -> Round:

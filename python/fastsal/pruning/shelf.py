@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal.utils.mapped_files import FileArrays, aligned
 
@@ -98,3 +98,14 @@ def restore(
             tensors[name].copy_(value)
             if shelf is not None:
                 shelf.release()
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Return the bytes of the parameters and buffers of a model that a fit may change."""
+    return sum(tensor.nbytes for tensor in tensors_of(model).values())
+
+
+def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
+    """Return the parameters and buffers of a model that a fit may change."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}

@@ -15,8 +15,11 @@ from fastsal.pruning.criteria import CRITERIA
 from fastsal.pruning.process import Process
 from fastsal.pruning.recalibration import tracked
 from fastsal.pruning.recipe import Recipe
+from fastsal.pruning.reconstruction.passes import moment_bytes
+from fastsal.pruning.reconstruction.stage import ReconstructionStage
 from fastsal.pruning.refit.stage import RefitStage
-from fastsal.utils.sizes import parse_bytes
+from fastsal.pruning.shelf import weight_bytes
+from fastsal.utils.sizes import gib, parse_bytes
 
 
 def with_curvature(given: Arguments) -> Arguments:
@@ -33,16 +36,20 @@ def with_curvature(given: Arguments) -> Arguments:
     return replace(given, curvature="empirical" if is_labeled else "features", batches=batches)
 
 
-def recalibrates_by_default(given: Arguments, recipe: Recipe) -> bool:
-    """Whether images are held out anyway that can tell whether recalibration helps."""
+def holds_out_by_default(given: Arguments, recipe: Recipe) -> bool:
+    """Whether images are held out anyway that can tell whether a further stage helps."""
     return (
         given.curvature == "features"
         and recipe.needs_fisher
         and recipe.is_auto
         and not given.has_limit
         and not isinstance(given.batches, Iterator)
-        and bool(tracked(given.model))
     )
+
+
+def recalibrates_by_default(given: Arguments, recipe: Recipe) -> bool:
+    """Whether recalibration is tested on images that are held out anyway."""
+    return holds_out_by_default(given, recipe) and bool(tracked(given.model))
 
 
 def refit_stage(
@@ -67,6 +74,34 @@ def refit_stage(
     )
 
 
+def reconstruction_stage(
+    given: Arguments, chosen: dict[str, nn.Parameter], images: int
+) -> ReconstructionStage | None:
+    """Return how to solve for the kept weights of the layers; None without it.
+
+    `images` is the bytes of held-out images that are kept.
+
+    Raises:
+        InvalidArgument: A memory budget does not leave room for it.
+    """
+    if not given.reconstruct:
+        return None
+    room = None
+    if given.memory_budget is not None:
+        budget = parse_bytes(given.memory_budget)
+        weights = sum(p.numel() for p in chosen.values())
+        # Copies of the weights: dense, before it, and pruned; scores and masks.
+        needed = 3 * weight_bytes(given.model) + (4 + 2) * weights + images
+        room = budget - needed
+        least = 2 * moment_bytes(chosen.values())
+        if room < least:
+            raise InvalidArgument(
+                f"memory_budget must be at least {gib(needed + least)} with reconstruct, got "
+                f"{gib(budget)}; set reconstruct=False"
+            )
+    return ReconstructionStage(given.autocast, given.seed, room)
+
+
 def collection_options(
     given: Arguments,
     recipe: Recipe,
@@ -78,6 +113,7 @@ def collection_options(
 
     `images` is the bytes of held-out images that are kept.
     """
+    images += _further_copies(given, chosen)
     statistics: dict[str, Any] = {
         "block_size": recipe.block_size,
         "loss": given.loss,
@@ -111,3 +147,14 @@ def collection_options(
         "scratch_budget": given.scratch_budget,
         "use": use,
     }
+
+
+def _further_copies(given: Arguments, chosen: dict[str, nn.Parameter]) -> int:
+    """Return the bytes of copies of weights that further stages keep during collection."""
+    every = weight_bytes(given.model)
+    needs_dense = given.refit is not None or (given.reconstruct and given.rounds > 1)
+    copied = every if needs_dense else 0
+    if given.refit is not None or given.reconstruct:
+        # The copy that undoes everything has all tensors then, not only those to prune.
+        copied += every - sum(p.nbytes for p in chosen.values())
+    return copied

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.reconstruction.stage import ReconstructionStage
 from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.refit.stage import RefitStage
 from fastsal.pruning.rounds import RoundStatistics, prune_in_rounds, rising_goals
@@ -35,8 +36,13 @@ class Pruned:
 def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
     """Prune the dense backbone of a source in place, with the settings of a cell."""
     job = source.job(cell.criterion, cell.seed)
-    if (how := cell.criterion.refit) is not None:
-        job = replace(job, batches=source.all_images(), refit=_stage(how, job, cell.seed))
+    how = cell.criterion.refit
+    if how is not None or cell.criterion.reconstruct:
+        job = replace(job, batches=source.all_images())
+    if how is not None:
+        job = replace(job, refit=_stage(how, job, cell.seed))
+    if cell.criterion.reconstruct:
+        job = replace(job, reconstruction=ReconstructionStage(None, cell.seed, None))
     recipe = job.recipe
     waited = 0.0
     own: list[float] = []

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsal.gradients.rules.operations import Call, Operation, UnreadCallError, register
+from fastsal.gradients.rules.windows import is_padded, padded, windows
 from fastsal.gradients.workspace import Workspace
 
 Implementation = Callable[[Call, Tensor, Tensor, Workspace], None]
@@ -89,7 +90,7 @@ def choose(call: Call, grad_output: Tensor) -> str:
     kernel = math.prod(call.weight_shape[2:])
     positions = math.prod(grad_output.shape[2:])
     if call.groups == 1:
-        if kernel == 1 and not _is_padded(call):
+        if kernel == 1 and not is_padded(call):
             return "pointwise"
         overlaps = any(k > s for k, s in zip(call.weight_shape[2:], call.stride, strict=True))
         # Unfolding reads each pixel k² times; direct kernels of the library are faster for large
@@ -103,33 +104,6 @@ def choose(call: Call, grad_output: Tensor) -> str:
         # The library has fast depthwise kernels up to 3x3; 5x5 on 28² is 12 times slower there.
         return "offsets"
     return "each" if positions >= 48 * 48 else "grouped"
-
-
-def _is_padded(call: Call) -> bool:
-    return any(before or after for before, after in call.padding)
-
-
-def _padded(call: Call, x: Tensor) -> Tensor:
-    # F.pad keeps the memory format; windows over channels-last memory are slow to read.
-    x = x.contiguous()
-    if not _is_padded(call):
-        return x
-    # F.pad counts from the last axis backwards.
-    return F.pad(x, [side for pair in reversed(call.padding) for side in pair])
-
-
-def _windows(call: Call, x: Tensor, outputs: tuple[int, ...]) -> Tensor:
-    """View a padded input as `[n, C, *k, *P]`, without a copy."""
-    spatial = x.stride()[2:]
-    return x.as_strided(
-        (*x.shape[:2], *call.weight_shape[2:], *outputs),
-        (
-            *x.stride()[:2],
-            *(s * d for s, d in zip(spatial, call.dilation, strict=True)),
-            *(s * t for s, t in zip(spatial, call.stride, strict=True)),
-        ),
-        x.storage_offset(),
-    )
 
 
 def pointwise(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) -> None:
@@ -156,7 +130,7 @@ def columns(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
     step = max(1, _COLUMN_BYTES // max(1, per_sample * out.element_size()))
     dy = grad_output.reshape(n, groups, channels_out // groups, positions)
     for start in range(0, n, step):
-        view = _windows(call, _padded(call, call.input[start : start + step]), outputs)
+        view = windows(call, padded(call, call.input[start : start + step]), outputs)
         m = view.shape[0]
         unfolded = workspace.take("columns", view.shape, out)
         unfolded.copy_(view)
@@ -194,14 +168,14 @@ def offsets(call: Call, grad_output: Tensor, out: Tensor, workspace: Workspace) 
     """Shift, multiply and sum per kernel offset, for depthwise kernels with G = C = O."""
     spatial = len(call.stride)
     outputs = tuple(grad_output.shape[2:])
-    windows = _windows(call, _padded(call, call.input), outputs)
+    view = windows(call, padded(call, call.input), outputs)
     dy = grad_output.contiguous()
     product = workspace.take("offsets", grad_output.shape, out)
     axes = tuple(range(-spatial, 0))
     for offset in itertools.product(*(range(k) for k in call.weight_shape[2:])):
         shifted: tuple[slice | int, ...] = (slice(None), slice(None), *offset)
         entry: tuple[slice | int, ...] = (slice(None), slice(None), 0, *offset)
-        torch.mul(dy, windows[shifted], out=product)
+        torch.mul(dy, view[shifted], out=product)
         torch.sum(product, axes, out=out[entry])
 
 
@@ -209,7 +183,7 @@ def _symmetric(call: Call) -> tuple[Tensor, list[int]]:
     """Return an input and a symmetric padding, as the library needs it."""
     if all(before == after for before, after in call.padding):
         return call.input, [before for before, _ in call.padding]
-    return _padded(call, call.input), [0] * len(call.padding)
+    return padded(call, call.input), [0] * len(call.padding)
 
 
 def _weight_gradient(
@@ -235,7 +209,7 @@ def _weight_gradient(
 def implementations_for(call: Call) -> list[str]:
     """Return the names of all implementations that support a call."""
     names = ["columns", "each", "grouped"]
-    if call.groups == 1 and math.prod(call.weight_shape[2:]) == 1 and not _is_padded(call):
+    if call.groups == 1 and math.prod(call.weight_shape[2:]) == 1 and not is_padded(call):
         names.append("pointwise")
     if call.groups == call.input.shape[1] == call.weight_shape[0]:
         names.append("offsets")

@@ -18,20 +18,21 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from fastsal.data.batches import Batches, Pair, as_batches
-from fastsal.data.held_out import HELD_OUT_MOST, HeldOutSamples, Repeated, require_some
+from fastsal.data.batches import Batches, Pair
 from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
 from fastsal.models.evaluating import evaluating
 from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
+from fastsal.pruning.images_apart import images_apart
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.fitting import Fitting
 from fastsal.pruning.refit.matching import Matching
 from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.refit.windows import find_blocks
 from fastsal.pruning.refit_result import RefitResult
+from fastsal.pruning.same_model import check_same
 from fastsal.pruning.shelf import all_or_nothing
 from fastsal.utils.numbers import whole
 from fastsal.utils.progress import Report, reporter
@@ -94,7 +95,9 @@ def refit(
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")
     model, dense = unwrapped(model), unwrapped(dense)
-    _check_same(model, dense)
+    # Without some of its units a model has other shapes; outputs of blocks have the same.
+    if widths_of(model) == widths_of(dense):
+        check_same(model, dense)
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     for name, given in (("batches", batches), ("held_out", held_out)):
         if isinstance(given, Iterator):
@@ -102,7 +105,7 @@ def refit(
                 f"{name} must be iterable several times, such as a list or a DataLoader, got an "
                 "iterator"
             )
-    source, held = _images(batches, samples, held_out, seed)
+    source, held = images_apart(batches, samples, held_out, seed)
     return refit_on(
         model, dense, source, held, masks, how, autocast=autocast, progress=progress, seed=seed
     )
@@ -167,32 +170,6 @@ def _windows(model: nn.Module, how: Refit) -> list[str]:
         if name not in known:
             raise InvalidArgument(f"windows must be names of modules, got {name!r}")
     return list(how.windows)
-
-
-def _images(
-    batches: Batches, samples: int | None, held_out: Batches | None, seed: int
-) -> tuple[Repeated, list[Pair]]:
-    """Return training images, iterable again, and held-out images."""
-    source = Repeated(lambda: as_batches(batches, samples, "ignored"))
-    if held_out is not None:
-        return source, list(as_batches(held_out, None, "ignored"))
-    held = HeldOutSamples(source.__iter__, seed=seed, most=HELD_OUT_MOST)
-    require_some(held)
-    return held.others, list(held)
-
-
-def _check_same(model: nn.Module, dense: nn.Module) -> None:
-    if model is dense:
-        raise InvalidArgument("dense must be another module than model, got the same one")
-    if widths_of(model) != widths_of(dense):  # units were removed; outputs of blocks have one size
-        return
-    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, dense)]
-    if shapes[0] != shapes[1]:
-        names = [n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)]
-        raise InvalidArgument(
-            f"dense must have the parameters of model, got another {names[0]!r}: "
-            f"{shapes[1].get(names[0])}, not {shapes[0].get(names[0])}"
-        )
 
 
 @contextlib.contextmanager

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastsal.data.batches import Pair
 from fastsal.errors import InvalidArgument
@@ -15,6 +15,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.refit import refit_on
 from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.refit_result import RefitResult
+from fastsal.pruning.shelf import weight_bytes
 from fastsal.utils.sizes import gib
 
 # Copies of all weights while a model is refitted: dense, before the step, best, gradients, and two
@@ -111,14 +112,3 @@ class RefitStage:
             seed=self.seed,
             room=self.room,
         )
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers of a model that refitting may change."""
-    return sum(tensor.nbytes for tensor in tensors_of(model).values())
-
-
-def tensors_of(model: nn.Module) -> Mapping[str, Tensor]:
-    """Return the parameters and buffers of a model that refitting may change."""
-    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}

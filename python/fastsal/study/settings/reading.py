@@ -244,7 +244,7 @@ def _criterion(r: Reader) -> CriterionSettings:
 
     r.only(
         "name", "criterion", "compensate", "damping", "curvature", "rounds", "scope", "floor",
-        "pattern", "refit",
+        "pattern", "reconstruct", "refit",
     )  # fmt: skip
     criterion = r.choice("criterion", list(dict.fromkeys((*CRITERION_NAMES, *CRITERIA))), None)
     compensate = r.flag("compensate", CRITERIA[criterion].needs_damping)
@@ -263,6 +263,9 @@ def _criterion(r: Reader) -> CriterionSettings:
     if curvature is not None:
         name += f", {curvature}"
     rounds = tuple(r.counts("rounds", [1], least=1)) if "rounds" in r.table else None
+    reconstruct = r.flag("reconstruct", False)
+    if reconstruct:
+        name += ", reconstructed"
     refit = _refit(r)
     pattern = r.optional_text("pattern")
     if pattern is not None:
@@ -285,6 +288,7 @@ def _criterion(r: Reader) -> CriterionSettings:
         scope=r.choice("scope", SCOPES, "global"),
         floor=r.number("floor", 0.0, least=0, most=1),
         pattern=pattern,
+        reconstruct=reconstruct,
         refit=refit,
     )
 

@@ -153,6 +153,7 @@ class CriterionSettings:
         floor: Smallest kept fraction of any parameter, 0 to 1.
         pattern: Sparsity pattern such as `"2:4"`, as for `fastsal.rank`; the pattern then sets a
             lower bound on the sparsity.
+        reconstruct: Whether the kept weights of each layer are solved for after each round.
         refit: How the pruned model is refitted to the dense one; None does not refit.
     """
 
@@ -165,6 +166,7 @@ class CriterionSettings:
     scope: Scope = "global"
     floor: float = 0.0
     pattern: str | None = None
+    reconstruct: bool = False
     refit: RefitSettings | None = None
 
 

@@ -1,0 +1,1 @@
+"""Accuracy after pruning, of fastsal and of its peers, on real models."""

@@ -1,0 +1,84 @@
+"""Accuracy after pruning: `python -m benches.quality [--subjects NAME ...] [--methods TEXT ...]`.
+
+Each subject of `benches.quality.subjects` is pruned by each method of `benches.quality.methods`
+without labels and without fine-tuning, for several random draws of calibration images. A cell that
+is in the file of results already is not run again, so that a long table can be made in several
+sittings; rows that were measured with other code are removed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.quality.methods import METHODS
+from benches.quality.subjects import DATA, DATA_HELP, SUBJECTS
+from benches.quality.table import tables
+from fastsal.utils.machine import fastsal_version, processor
+
+KEYS = ("subject", "method", "samples", "seed", "sparsity")
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.json"
+
+
+def main() -> None:
+    """Run the cells that are missing, and print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benches.quality", description=__doc__)
+    parser.add_argument("--data", type=Path, default=DATA, help=DATA_HELP)
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names of rows")
+    parser.add_argument("--samples", type=int, nargs="+", help="numbers of calibration images")
+    parser.add_argument("--sparsities", type=float, nargs="+", help="sparsities")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of all cells")
+    parser.add_argument("--show", action="store_true", help="print the tables only")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    rows: list[dict[str, Any]] = []
+    if given.out.is_file():
+        rows = json.loads(given.out.read_text())
+    if not given.show:
+        for name in given.subjects:
+            _run(name, given, rows)
+    print(tables(rows))
+
+
+def _run(name: str, given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    subject = SUBJECTS[name](given.data)
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+
+    def cell(method: str, samples: int, seed: int, sparsity: float) -> None:
+        key = (name, method, samples, seed, sparsity)
+        if key in done:
+            return
+        model, start = copy.deepcopy(subject.model), time.perf_counter()
+        if method != "dense":
+            METHODS[method](model, subject.draw(seed, samples), sparsity)
+        seconds = time.perf_counter() - start
+        found = subject.measure(model)
+        facts = {"seconds": round(seconds, 1), "machine": processor(), "fastsal": fastsal_version()}
+        rows.append(dict(zip(KEYS, key, strict=True)) | {"measures": found} | facts)
+        whole = given.out.with_suffix(".part")
+        whole.write_text(json.dumps(rows, indent=1) + "\n")
+        os.replace(whole, given.out)
+        print(f"{seconds:6.0f} s  {', '.join(map(str, key))}: {found}", flush=True)
+
+    cell("dense", 0, 0, 0.0)
+    wanted = [m for m in METHODS if any(fnmatch.fnmatch(m, p) for p in given.methods)]
+    for seed in given.seeds:
+        for samples in given.samples or subject.samples[:1]:
+            for method in wanted:
+                for sparsity in given.sparsities or subject.sparsities:
+                    cell(method, samples, seed, sparsity)
+
+
+if __name__ == "__main__":
+    main()

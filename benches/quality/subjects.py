@@ -1,0 +1,215 @@
+"""The models that are pruned, their images, and what is measured after it.
+
+Calibration images are unlabeled and disjoint from all others.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastsal
+from fastsal.models.inputs import IMAGENET_MEAN, IMAGENET_STD
+from fastsal.models.loading import load_model
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
+DATA_HELP = "folder of the data sets and of the weights"
+Labeled = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to prune.
+
+    Attributes:
+        model: The dense model, in evaluation mode.
+        images: All calibration images `[n, C, H, W]`; draws are random parts of them.
+        labels: Their labels, or None.
+        measure: Returns the measures of a model, name to value; the first one decides.
+        samples: Numbers of images of a draw.
+        sparsities: Sparsities to prune to.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor | None
+    measure: Callable[[nn.Module], dict[str, float]]
+    samples: tuple[int, ...]
+    sparsities: tuple[float, ...]
+
+    def draw(self, seed: int, n: int) -> list[tuple[Tensor, None]]:
+        """Return `n` calibration images in batches: the first ones for seed 0, else a draw."""
+        images, _ = drawn(self.images, self.labels, seed, n)
+        return [(x, None) for x in images.split(64)]
+
+
+def drawn(images: Tensor, labels: Tensor | None, seed: int, n: int) -> tuple[Tensor, Tensor | None]:
+    """Return `n` images and labels: the first ones for seed 0, else a random draw."""
+    order = torch.arange(len(images))
+    if seed:
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[:n]], None if labels is None else labels[order[:n]]
+
+
+def accuracy(model: nn.Module, test: Labeled, size: int = 250) -> float:
+    """Return the top-1 accuracy on test images."""
+    with torch.no_grad():
+        parts = zip(*(t.split(size) for t in test), strict=True)
+        right = [int((model(x).argmax(1) == y).sum()) for x, y in parts]
+    return sum(right) / len(test[1])
+
+
+def read_npz(path: Path) -> Labeled:
+    """Return images `[n, C, H, W]` in [0, 1] and labels."""
+    with np.load(path, allow_pickle=False) as file:
+        x = torch.from_numpy(file["x"])
+        x = x.permute(0, 3, 1, 2) if x.ndim == 4 else x[:, None]
+        return x.float() / 255, torch.from_numpy(file["y"]).long()
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Subtract the ImageNet mean from images in [0, 1], and divide by its standard deviation."""
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return (images - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+
+
+def load_resnet20(folder: Path) -> tuple[nn.Module, Labeled, Labeled]:
+    """Return the CIFAR ResNet-20, its training images and its test images."""
+    spec = f"{ROOT / 'examples' / 'resnet20.py'}:resnet20"
+    model = load_model(spec, weights=folder / "resnet20_cifar10.safetensors")
+    sets = [read_npz(folder / f"cifar10_{part}.npz") for part in ("train", "test")]
+    (train, train_y), (test, test_y) = sets
+    return model, (normalized(train), train_y), (normalized(test), test_y)
+
+
+def resnet20(folder: Path) -> Subject:
+    """Return the ResNet-20, which is measured by its accuracy on 3,000 test images."""
+    model, train, test = load_resnet20(folder)
+    return Subject(
+        model,
+        *train,
+        lambda m: {"accuracy": accuracy(m, test)},
+        samples=(1024, 4096),
+        sparsities=(0.7, 0.8, 0.9, 0.95),
+    )
+
+
+def lite0(folder: Path) -> Subject:
+    """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
+    from fastsal.models.inputs import input_spec
+    from fastsal.models.lite0 import load_backbone
+
+    model = load_backbone().eval()
+    named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
+    found = list(named.batches(input_spec(model), 50))
+    x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    test = x[order[512:]], y[order[512:]]
+    return Subject(
+        model,
+        x[order[:512]],
+        None,
+        lambda m: {"accuracy": accuracy(m, test, 61)},
+        samples=(448,),
+        sparsities=(0.4, 0.5, 0.6, 0.7),
+    )
+
+
+def vit_small(folder: Path, size: int = 126) -> Subject:
+    """Return the ViT-S/14: ridge accuracy on CIFAR-10 and CIFAR-100, error of ImageNet features."""
+    spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
+    model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
+
+    def resized(x: Tensor) -> Tensor:
+        return F.interpolate(normalized(x), size=(size, size), mode="bicubic")
+
+    sets: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for name in ("cifar10", "cifar100"):
+        train, train_y = read_npz(folder / f"{name}_train.npz")
+        test, test_y = read_npz(folder / f"{name}_test.npz")
+        weights = _ridge(_features(model, resized(train[-2000:])), train_y[-2000:])
+        sets[name] = resized(test[:600]), test_y[:600], weights
+    named = fastsal.load_images(folder / "imagenet_sample")
+    spec_of = fastsal.input_spec(model, size=(3, size, size))
+    photos = torch.cat([x for x, _ in named.batches(spec_of, 50)][::5])
+    wanted = _features(model, photos)
+
+    def measure(m: nn.Module) -> dict[str, float]:
+        found = {}
+        for name, (x, y, weights) in sets.items():
+            scores = _with_constant(_features(m, x)) @ weights
+            found[f"{name} ridge accuracy"] = float((scores.argmax(1) == y).double().mean())
+        error = (_features(m, photos) - wanted).square().sum()
+        found["ImageNet feature error"] = float(error / (wanted - wanted.mean(0)).square().sum())
+        return found
+
+    train, _ = read_npz(folder / "cifar10_train.npz")
+    return Subject(
+        model,
+        resized(train[:512]),
+        None,
+        measure,
+        samples=(256,),
+        sparsities=(0.4, 0.5, 0.6, 0.7),
+    )
+
+
+def mnist_vit(folder: Path) -> Subject:
+    """Return the small ViT of `examples/`, trained here on 4,976 digits, 12 epochs."""
+    module = example("small_vit")
+    x, y = module.load(folder / "mnist_train.npz")
+    test = module.load(folder / "mnist_test.npz")
+    model = module.train(x[1024:], y[1024:], epochs=12)
+    return Subject(
+        model,
+        x[:1024],
+        y[:1024],
+        lambda m: {"accuracy": accuracy(m, test)},
+        samples=(1024,),
+        sparsities=(0.7, 0.8, 0.9, 0.95),
+    )
+
+
+SUBJECTS: Mapping[str, Callable[[Path], Subject]] = {
+    "resnet20": resnet20,
+    "lite0": lite0,
+    "vit-small": vit_small,
+    "mnist-vit": mnist_vit,
+}
+
+
+def example(name: str) -> ModuleType:
+    """Import a file of `examples/`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module: Any = None if spec is None else importlib.util.module_from_spec(spec)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"examples/{name}.py cannot be read")
+    spec.loader.exec_module(module)
+    return module
+
+
+def _features(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(x).double() for x in images.split(50)])
+
+
+def _with_constant(features: Tensor) -> Tensor:
+    return torch.cat([features, features.new_ones(len(features), 1)], 1)
+
+
+def _ridge(features: Tensor, y: Tensor) -> Tensor:
+    """Return the weights `[F + 1, classes]` of ridge regression on one-hot labels."""
+    x = _with_constant(features)
+    targets = F.one_hot(y).double()
+    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype) * x.square().mean()
+    return torch.linalg.solve(gram, x.T @ targets)

@@ -1,0 +1,1 @@
+"""Reconstruction: layer by layer, solve for the kept weights that restore the dense outputs."""
