@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastsal.data.batches import Batches, Pair, as_batches
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_images, draw_noise, feature_matching
-from fastsal.models.evaluating import differentiable, evaluating, to_model
+from fastsal.models.evaluating import differentiable, drop_kept, evaluating, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
 from fastsal.utils.progress import Report
@@ -197,6 +197,7 @@ def _gradients(
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Form no gradients of parameters: those of outputs are enough."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
+    drop_kept(model)
     try:
         for p, _ in flags:
             p.requires_grad_(False)
@@ -204,3 +205,4 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
+        drop_kept(model)

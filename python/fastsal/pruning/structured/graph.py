@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.classifier import classifier_of
-from fastsal.models.evaluating import differentiable, evaluating, to_model, twice
+from fastsal.models.evaluating import differentiable, drop_kept, evaluating, to_model, twice
 
 BATCH_NORMALIZATION = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -257,3 +257,4 @@ def traced(model: nn.Module) -> Iterator[None]:
                 module._forward_pre_hooks = before
             for p, flag in flags:
                 p.requires_grad_(flag)
+            drop_kept(model)

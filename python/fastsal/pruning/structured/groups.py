@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastsal.models.evaluating import drop_kept
 from fastsal.models.widths import record_widths, widths_of, with_widths
 
 
@@ -100,6 +101,7 @@ def cut(model: nn.Module, cuts: Iterable[tuple[Group, Tensor]]) -> None:
         cuts: Groups and the units to keep, sorted, int64.
     """
     changes: dict[str, dict[str, int]] = {}
+    drop_kept(model)
     with torch.no_grad():
         for group, kept in cuts:
             for part in group.slices:
@@ -119,6 +121,7 @@ def silence(model: nn.Module, cuts: Iterable[tuple[Group, Tensor]]) -> None:
 
     So the units are as if they were zero, at the size that the model has.
     """
+    drop_kept(model)
     with torch.no_grad():
         for group, kept in cuts:
             for name in group.consumers:
@@ -159,6 +162,7 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
         for module, key, value in numbers:
             setattr(module, key, value)
         record_widths(model, widths)
+        drop_kept(model)
 
     try:
         yield

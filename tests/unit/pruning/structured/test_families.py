@@ -40,6 +40,11 @@ FAMILIES = [
         dict(img_size=32, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2, 4)),
         32, "heads", 4,
     ),
+    (
+        "levit_128s",
+        dict(embed_dim=(16, 24, 32), key_dim=8, num_heads=(2, 2, 2), depth=(1, 1, 1)),
+        224, "mlp", 3,
+    ),
     ("poolformer_s12", {}, 32, "mlp", 12),
     (
         "pvt_v2_b0",
