@@ -63,6 +63,20 @@ def test_refitting_is_a_stage_of_the_report(model, weights, tiny_npz, tmp_path):
     assert recipe["refit"]["steps"] == 20
 
 
+def test_reconstruction_is_a_stage_of_the_report(model, weights, tiny_npz, tmp_path):
+    for criterion in ("magnitude", "obs-greedy"):
+        out = tmp_path / criterion
+        result = run(
+            "prune", model, "--weights", weights, "--data", tiny_npz, "--sparsity", 0.5,
+            "--criterion", criterion, "--reconstruct", "--quiet", "--out", out,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "Reconstruction of 2 layers" in result.stdout
+        (entry,) = json.loads((out / "report.json").read_text())["history"]
+        assert entry["reconstruction"]["layers"] == 2
+        assert run("verify", out).exit_code == 0
+
+
 def test_a_run_folder_is_whole_and_verifies(pruned, model, tiny_npz):
     assert sorted(p.name for p in pruned.iterdir()) == [
         "masks.safetensors", "model.safetensors", "report.json"

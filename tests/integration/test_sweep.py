@@ -313,16 +313,29 @@ def test_a_criterion_with_refitting_is_a_row_of_its_own(study_file, tmp_path):
         assert row["measured_increase"] == rows[key]["measured_increase"]
 
 
+def test_reconstruction_is_a_row_of_its_own(study_file, tmp_path):
+    text = '[[criteria]]\ncriterion = "{}"\nreconstruct = true\n\n'
+    more = text.format("magnitude") + text.format("obs-greedy") + "[[criteria]]"
+    edited(study_file, ("[[criteria]]", more), ("[0.0, 0.5, 0.75]", "[0.75]"), ("[0, 1]", "[0]"))
+    out = tmp_path / "out"
+    assert run_study(load_study(study_file), out).failed == {}
+    rows = {(r["criterion"], r["task"]): r for r in rows_of(out)}
+    for name in ("magnitude", "obs-greedy"):
+        plain, other = rows[name, "bars"], rows[f"{name}, reconstructed", "bars"]
+        assert plain["sparsity_reached"] == other["sparsity_reached"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ('reconstruct = "yes"', "reconstruct must be true or false, got 'yes'"),
         ('refit = "layers"', "refit must be 'blocks' or 'whole', got 'layers'"),
         ("refit = {steps = 0}", "steps must be"),
         ("refit = {step = 5}", "step"),
         ("refit = true", "refit"),
     ],
 )
-def test_wrong_settings_of_refitting_are_told(study_file, line, message):
+def test_wrong_settings_of_stages_are_told(study_file, line, message):
     edited(study_file, ('criterion = "magnitude"', f'criterion = "magnitude"\n{line}'))
     with pytest.raises(InvalidArgument, match=message):
         load_study(study_file)

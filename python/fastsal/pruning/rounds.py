@@ -122,6 +122,9 @@ def prune_in_rounds(
         Masks, scores of the last round, history.
     """
     recipe, model, step = job.recipe, job.model, job.step
+    # Statistics that are shared, or not needed, come without their held-out images.
+    needs_own = job.reconstruction is not None and (find is not None or not recipe.needs_fisher)
+    own = _held_out_apart(job) if needs_own else RoundStatistics()
     find = find or partial(find_statistics, job, len(goals))
     masks: Masks | None = None
     history: list[Round] = []
@@ -156,7 +159,8 @@ def prune_in_rounds(
             history.append(replace(entry, held_out_joined=joined) if chooses else entry)
             del result, best  # they refer to scores
             found, fisher = found.without_statistics(), None
-            history[-1] = _reconstructed(job, found, masks, dense, history[-1])
+            judged = found if found.held is not None else replace(own, recalibrates=recalibrate)
+            history[-1] = _reconstructed(job, judged, masks, dense, history[-1])
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:
@@ -190,6 +194,13 @@ def _chosen_damping(
     if found.fisher is None or found.tuned is None:
         return None, None
     return job.step.choose_damping(found.fisher, masks, goal, partial(found.loss, job.model))
+
+
+def _held_out_apart(job: Job) -> RoundStatistics:
+    """Hold out images of a job, whose model is dense now."""
+    held = job.tuning_samples(job.source(), job.total)
+    require_some(held)
+    return RoundStatistics(tuned=job.held_out(held), held=held)
 
 
 def _reconstructed(

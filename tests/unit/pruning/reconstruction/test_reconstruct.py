@@ -335,6 +335,18 @@ def test_prune_measures_the_dense_features_in_every_round():
     assert effect.after == pytest.approx(loss, rel=0.5)
 
 
+def test_criteria_without_statistics_hold_images_out_for_it():
+    dense = seeded(Net)
+    batches = [(images((6,), 64, seed), None) for seed in range(4)]
+    model = copy.deepcopy(dense)
+    options = {"criterion": "magnitude", "compensate": False, "reconstruct": True}
+    result = fastsal.prune(model, batches, 0.6, **options)
+    effect = result.history[-1].reconstruction
+    assert effect.kept
+    assert effect.images == 224
+    result.masks.verify(model)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [

@@ -19,7 +19,7 @@ LAYERS = {
         nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
         (2, 4, 9, 8),
     ),
-    "same": (nn.Conv2d(4, 6, 4, padding="same"), (2, 4, 7, 7)),
+    "same": (nn.Conv2d(4, 6, (3, 5), padding="same"), (2, 4, 7, 7)),
     "depthwise": (nn.Conv2d(4, 8, 3, padding=1, groups=4), (2, 4, 6, 5)),
     "pointwise": (nn.Conv2d(4, 6, 1, stride=2), (2, 4, 7, 7)),
     "conv3d": (nn.Conv3d(2, 3, 2, padding=(1, 0, 1)), (2, 2, 4, 5, 3)),
