@@ -1,28 +1,49 @@
-"""Print a results file of `fastsal bench` as Markdown: `python -m benches.table FILE.json`."""
+"""Print results files of `fastsal bench` as Markdown: `python -m benches.table FILE.json ...`.
+
+Machines are beside each other.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
-    """Print the table and the machine of the results file."""
-    record = json.loads(Path(sys.argv[1]).read_text())
-    print("| what | against | ratio | aim |\n|---|---|---|---|")
-    for r in record["results"]:
-        if r["ratio"] is None:
-            continue
-        aim = f"{'≥' if r['at_least'] else '≤'} {r['limit']:g}"
-        figure = f"{r['ratio']:.2f} {r['figure']}"
-        note = f" ({r['note']})" if r["note"] else ""
-        print(f"| {r['name']} | {r['peer']} | {figure}{note} | {aim} |")
-    m = record["machine"]
-    print(
-        f"\n{m['processor']}, {m['cores']} cores, {m['instructions']}, {m['threads']} threads; "
-        f"PyTorch {m['torch']}; first touch of fresh memory "
-        f"{m['first touch of fresh memory, s/GiB']} s/GiB."
+    """Print the table and the machines of the results files."""
+    records = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    print("\n".join(table(records)))
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table, then those of the machines."""
+    machines = [record["machine"] for record in records]
+    titles = [f"{m['processor']}, {m['instructions']}" for m in machines]
+    lines = [f"| what | against | {' | '.join(titles)} |", "|---" * (2 + len(records)) + "|"]
+    by_case = [{(r["name"], r["peer"]): r for r in record["results"]} for record in records]
+    for case in dict.fromkeys(case for results in by_case for case in results):
+        cells = [_cell(results.get(case)) for results in by_case]
+        if any(cells):
+            lines.append(f"| {' | '.join([*case, *cells])} |")
+    return [*lines, "", *(_conditions(m) for m in machines)]
+
+
+def _cell(result: dict[str, Any] | None) -> str:
+    """Return ratio, aim and note of a case, nothing if it did not run."""
+    if result is None or result["ratio"] is None:
+        return ""
+    aim = f"{'≥' if result['at_least'] else '≤'} {result['limit']:g}"
+    note = f"; {result['note']}" if result["note"] else ""
+    return f"{result['ratio']:.2f} {result['figure']} ({aim}{note})"
+
+
+def _conditions(machine: dict[str, Any]) -> str:
+    return (
+        f"{machine['processor']}, {machine['cores']} cores, {machine['instructions']}, "
+        f"{machine['threads']} threads; PyTorch {machine['torch']}; first touch of fresh memory "
+        f"{machine['first touch of fresh memory, s/GiB']} s/GiB."
     )
 
 

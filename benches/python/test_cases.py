@@ -9,7 +9,8 @@ import os
 
 import pytest
 
-from fastsal.cli.bench.cases import BenchSize, cases_of
+from fastsal.cli.bench.cases import cases_of
+from fastsal.cli.bench.sizes import BenchSize
 from fastsal.cli.bench.timing import run
 
 SIZE = BenchSize.full() if os.environ.get("FASTSAL_BENCH") == "full" else BenchSize()

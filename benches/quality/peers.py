@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import fastsal
 from fastsal.gradients.capture import Interception
 from fastsal.gradients.rules.operations import Call, Operation
-from fastsal.gradients.rules.windows import input_rows
+from fastsal.gradients.rules.windows import InputRows
 
 ROWS = 2**16
 PERCENT_DAMPING = 0.01  # SparseGPT's and OBC's: of the mean diagonal of H
@@ -146,7 +146,7 @@ class _Sweep(Interception):
         weight = self._tracked[name]
         total = output.numel() // len(weight)
         places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:ROWS]
-        x = input_rows(call, output.shape, places).transpose(0, 1).double()
+        x = InputRows(call, output.shape).at(places).transpose(0, 1).double()
         moments = x.transpose(1, 2) @ x / len(places)
         wide = weight.detach().double().reshape(call.groups, -1, x.shape[2])
         goal = self._goals[name]

@@ -14,6 +14,7 @@ use crate::error::{check_length, Error, Result};
 use crate::finite::check_finite;
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
+use crate::memory::Aligned;
 use crate::parallel;
 use crate::rows::{with_rows, AnyRows, Element, Rows};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd, PADDING};
@@ -121,7 +122,7 @@ fn add_rows<T: Real>(
             .par_chunks_mut(group * triangle(block))
             .zip(sums.par_chunks_mut(group * block))
             .enumerate()
-            .map_init(Vec::new, |scratch, (task, (packed, sums))| {
+            .map_init(Aligned::default, |scratch, (task, (packed, sums))| {
                 let first_column = task * group * block;
                 Task { block, rows, first_column, packed, sums, fresh, scratch }.run(isa)
             })
@@ -150,7 +151,7 @@ struct Task<'a, T> {
     packed: &'a mut [T],
     sums: &'a mut [T],
     fresh: bool,
-    scratch: &'a mut Vec<T>,
+    scratch: &'a mut Aligned<T>,
 }
 
 impl<T: Real> Task<'_, T> {
@@ -163,10 +164,7 @@ impl<T: Real> Task<'_, T> {
         let items = blocks * rows.n().div_ceil(ROWS_PER_STEP);
         let panel_len = ROWS_PER_STEP.min(rows.n()) * stride;
         // Values that an earlier task left in the padding are read but never used.
-        if scratch.len() < 2 * panel_len + block {
-            scratch.resize(2 * panel_len + block, T::default());
-        }
-        let (panels, chunk_sums) = scratch.split_at_mut(2 * panel_len);
+        let (panels, chunk_sums) = scratch.room(2 * panel_len + block).split_at_mut(2 * panel_len);
         let (mut panel, mut next) = panels.split_at_mut(panel_len);
         let packing = |item: usize| {
             let (first, start) = (item / blocks * ROWS_PER_STEP, item % blocks * block);

@@ -201,24 +201,31 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
 /// Factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive definite in
 /// double precision. Entries below the diagonal are scratch.
 pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize) -> bool {
-    dispatch(isa, Cholesky { a, size })
+    cholesky_rows(isa, a, size, size)
+}
+
+/// The first `rows` rows of the factor in place: `[U W]` from `A = [UᵀU, UᵀW; ·, ·]`. The other rows are
+/// not touched.
+pub(crate) fn cholesky_rows(isa: Isa, a: &mut [f64], size: usize, rows: usize) -> bool {
+    dispatch(isa, Cholesky { a, size, rows })
 }
 
 struct Cholesky<'a> {
     a: &'a mut [f64],
     size: usize,
+    rows: usize,
 }
 
 impl Kernel<f64> for Cholesky<'_> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, _simd: S) -> bool {
-        let Self { a, size } = self;
+        let Self { a, size, rows } = self;
         let stride = padded(size);
-        assert!(a.len() >= size * stride);
-        for start in (0..size).step_by(ROWS) {
+        assert!(a.len() >= size * stride && rows <= size);
+        for start in (0..rows).step_by(ROWS) {
             checkpoint_at(start, size);
-            let end = size.min(start + ROWS);
+            let end = rows.min(start + ROWS);
             // Rows above the panel serve all of its rows at once, if it is whole.
             let mut done = 0;
             if end - start == ROWS {
@@ -256,23 +263,25 @@ impl Kernel<f64> for Cholesky<'_> {
     }
 }
 
-/// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`].
-pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize) {
-    dispatch(isa, InvertFactor { u, m, size });
+/// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`]; rows of both
+/// are `stride` apart.
+pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize, stride: usize) {
+    dispatch(isa, InvertFactor { u, m, size, stride });
 }
 
 struct InvertFactor<'a> {
     u: &'a [f64],
     m: &'a mut [f64],
     size: usize,
+    stride: usize,
 }
 
 impl Kernel<f64> for InvertFactor<'_> {
     type Output = ();
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, _simd: S) {
-        let Self { u, m, size } = self;
-        let stride = padded(size);
+        let Self { u, m, size, stride } = self;
+        assert!(stride >= padded(size));
         assert!(u.len() >= size * stride && m.len() >= size * stride);
         m[..size * stride].fill(0.0);
         let factor = u.as_ptr();
@@ -308,7 +317,32 @@ impl Kernel<f64> for InvertFactor<'_> {
     }
 }
 
-/// Solve `UᵀU x = b` in place.
+/// Add up products in lanes, the same on every processor.
+#[inline(always)]
+pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
+    const LANES: usize = 8;
+    let mut sums = [0.0; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    for (sum, (a, b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += a * b;
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+/// Solve `UᵀU x = b` in place. Inlined into the kernels that end with it.
+#[inline(always)]
 pub(crate) fn solve(u: &[f64], size: usize, x: &mut [f64]) {
     let stride = padded(size);
     for i in 0..size {
@@ -320,8 +354,7 @@ pub(crate) fn solve(u: &[f64], size: usize, x: &mut [f64]) {
     }
     for i in (0..size).rev() {
         let row = &u[i * stride + i + 1..i * stride + size];
-        let known: f64 = row.iter().zip(&x[i + 1..size]).map(|(u, x)| u * x).sum();
-        x[i] = (x[i] - known) / u[i * stride + i];
+        x[i] = (x[i] - dot(row, &x[i + 1..size])) / u[i * stride + i];
     }
 }
 

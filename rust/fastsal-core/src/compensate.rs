@@ -6,11 +6,11 @@
 
 use crate::parallel::prelude::*;
 
-use crate::cholesky::{cholesky, solve};
+use crate::cholesky::{cholesky, dot, solve};
 use crate::error::{check_length, check_weights, Result};
 use crate::isa::Isa;
 use crate::parallel;
-use crate::scratch::{room, Failure, Scratch};
+use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::{positions, Damped};
 
@@ -27,7 +27,8 @@ pub struct Compensation {
 
 /// Prune `weights` to `mask` (true = kept) in place and move the kept ones to compensate.
 ///
-/// Weights that were pruned before the statistics were collected stay pruned.
+/// Weights that were pruned before the statistics were collected stay pruned. A block of which nothing
+/// is pruned now is not factored, and so does not fail.
 ///
 /// # Errors
 /// [`crate::Error::Length`] for arrays that do not fit, [`crate::Error::NonFiniteWeight`], and
@@ -43,11 +44,21 @@ pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Res
             .par_chunks_mut(layout.block())
             .zip(mask.par_chunks(layout.block()))
             .enumerate()
-            .map_init(Scratch::default, |scratch, (b, (weights, mask))| {
-                if !failure.check(scratch.reserve(weights.len())) {
+            .map_init(Workspace::default, |workspace, (b, (weights, mask))| {
+                if !failure.check(workspace.scratch.reserve(weights.len())) {
                     return (0.0, 0.0, false);
                 }
-                dispatch(isa, Block { damped, b, weights, mask, scratch })
+                let kept = damped.kept_in(b);
+                workspace.divide(mask, kept);
+                let found = if workspace.pruned.is_empty() {
+                    (0.0, 0.0, true)
+                } else {
+                    dispatch(isa, Block { damped, b, weights: &mut *weights, workspace })
+                };
+                for (weight, _) in weights.iter_mut().zip(mask).filter(|(_, kept)| !**kept) {
+                    *weight = 0.0;
+                }
+                found
             })
             .collect()
     });
@@ -58,13 +69,34 @@ pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Res
     })
 }
 
+/// A worker's memory.
+#[derive(Default)]
+struct Workspace {
+    scratch: Scratch,
+    /// Places of the weights that are kept, and of those that are pruned now.
+    kept: Vec<usize>,
+    pruned: Vec<usize>,
+}
+
+impl Workspace {
+    /// Tell kept from pruned weights, of those that were `kept` before.
+    fn divide(&mut self, mask: &[bool], kept: Option<&[bool]>) {
+        self.kept.clear();
+        self.pruned.clear();
+        for (j, stays) in mask.iter().enumerate() {
+            if kept.is_none_or(|kept| kept[j]) {
+                if *stays { &mut self.kept } else { &mut self.pruned }.push(j);
+            }
+        }
+    }
+}
+
 /// One block: predicted increase with and without compensation, and whether it could be factored.
 struct Block<'a> {
     damped: Damped<'a>,
     b: usize,
     weights: &'a mut [f32],
-    mask: &'a [bool],
-    scratch: &'a mut Scratch,
+    workspace: &'a mut Workspace,
 }
 
 impl Kernel<f64> for Block<'_> {
@@ -72,44 +104,57 @@ impl Kernel<f64> for Block<'_> {
 
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, simd: S) -> Self::Output {
-        let Self { damped, b, weights, mask, scratch } = self;
+        let Self { damped, b, weights, workspace } = self;
+        let Workspace { scratch: Scratch { upper, lower, row, .. }, kept, pruned } = workspace;
         let size = weights.len();
         let stride = padded(size);
-        let before = damped.kept_in(b);
-        let was_kept = |j: usize| before.is_none_or(|k| k[j]);
-        let kept: Vec<usize> = (0..size).filter(|j| mask[*j] && was_kept(*j)).collect();
-        let pruned: Vec<usize> = (0..size).filter(|j| !mask[*j] && was_kept(*j)).collect();
-        let a = room(&mut scratch.upper, size * stride);
+        let a = upper.room(size * stride);
         damped.write(b, a);
-        let at = |i: usize, j: usize| a[i.min(j) * stride + i.max(j)];
-        let theta = |j: usize| f64::from(weights[j]);
 
-        // A_:P θ_P: the rows of P determine the loss without compensation, those of K the step.
-        let product =
-            |i: usize| -> f64 { pruned.iter().map(|p| at(i, *p) * theta(*p)).sum::<f64>() };
-        let bare: f64 = pruned.iter().map(|p| theta(*p) * product(*p)).sum::<f64>() / 2.0;
-        let mut step: Vec<f64> = kept.iter().map(|k| product(*k)).collect();
-        let rhs = step.clone();
+        // A θ, for θ that is zero where not pruned: its entries at P determine the loss without
+        // compensation, those at K the step.
+        let (theta, rest) = row.zeros(4 * stride).split_at_mut(stride);
+        let (product, rest) = rest.split_at_mut(stride);
+        let (step, known) = rest.split_at_mut(stride);
+        for p in &*pruned {
+            theta[*p] = f64::from(weights[*p]);
+        }
+        for i in 0..size {
+            let row = &a[i * stride + i..i * stride + size];
+            product[i] += dot(row, &theta[i..size]);
+            if theta[i] != 0.0 {
+                for (y, x) in product[i + 1..size].iter_mut().zip(&row[1..]) {
+                    *y += x * theta[i];
+                }
+            }
+        }
+        let bare = dot(theta, product) / 2.0;
+        let (step, known) = (&mut step[..kept.len()], &mut known[..kept.len()]);
+        for (x, k) in step.iter_mut().zip(&*kept) {
+            *x = product[*k];
+        }
+        known.copy_from_slice(step);
 
         let inner = padded(kept.len());
-        let a_kk = room(&mut scratch.lower, (kept.len() * inner).max(1));
+        let a_kk = lower.room(kept.len() * inner);
         for (i, k) in kept.iter().enumerate() {
-            for (j, l) in kept.iter().enumerate().skip(i) {
-                a_kk[i * inner + j] = at(*k, *l);
+            let row = &a[k * stride..k * stride + size];
+            for (to, l) in a_kk[i * inner + i..].iter_mut().zip(&kept[i..]) {
+                *to = row[*l];
             }
         }
         let fine = cholesky(simd.isa(), a_kk, kept.len()) && bare.is_finite();
         let mut increase = bare;
         if fine {
-            solve(a_kk, kept.len(), &mut step);
-            increase -= rhs.iter().zip(&step).map(|(r, x)| r * x).sum::<f64>() / 2.0;
-            for (k, x) in kept.iter().zip(&step) {
+            solve(a_kk, kept.len(), step);
+            increase -= dot(known, step) / 2.0;
+            for (k, x) in kept.iter().zip(&*step) {
                 weights[*k] = (f64::from(weights[*k]) + x) as f32;
             }
-        }
-        for j in (0..size).filter(|j| !mask[*j]) {
-            weights[j] = 0.0;
         }
         (increase.max(0.0), bare, fine)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,10 +11,10 @@ use crate::cholesky::{cholesky, subtract_row};
 use crate::error::{check_length, check_positive, Error, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
-use crate::memory::{self, reserve};
+use crate::memory::{self, Aligned};
 use crate::parallel::{self, checkpoint_at};
 use crate::rows::{with_rows, AnyRows, Element};
-use crate::scratch::{zeros, Failure, Scratch};
+use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Report;
 use crate::syrk::syrk;
@@ -99,8 +99,8 @@ impl Block<'_> {
         let (n, size) = (self.rows.n(), out.len());
         let gram = self.gram(isa, size)?;
         let mut trace = 0.0;
-        reserve(GRAM, &mut scratch.upper, n * padded(n))?;
-        let u = zeros(&mut scratch.upper, (n * padded(n)).max(1));
+        scratch.upper.reserve(GRAM, n * padded(n))?;
+        let u = scratch.upper.zeros((n * padded(n)).max(1));
         for i in 0..n {
             let row = &mut u[i * padded(n) + i..i * padded(n) + n];
             row.copy_from_slice(&gram[row_base(n, i) + i..row_base(n, i) + n]);
@@ -112,8 +112,8 @@ impl Block<'_> {
             return Ok(None);
         }
         let (u, failure): (&[f64], _) = (u, Failure::default());
-        out.par_chunks_mut(STRIP).enumerate().for_each_init(Vec::new, |y, (strip, out)| {
-            if !failure.check(reserve(COLUMNS, y, n.saturating_mul(STRIP))) {
+        out.par_chunks_mut(STRIP).enumerate().for_each_init(Aligned::default, |y, (strip, out)| {
+            if !failure.check(y.reserve(COLUMNS, n.saturating_mul(STRIP))) {
                 return;
             }
             let first = strip * STRIP;
@@ -138,14 +138,14 @@ impl Block<'_> {
             .into_par_iter()
             .map(|p| {
                 let mut packed = memory::zeros(GRAM, triangle(n))?;
-                let (mut panel, mut strip) = (Vec::new(), Vec::new());
-                reserve(COLUMNS, &mut panel, padded(n).saturating_mul(WEIGHTS))?;
-                reserve(COLUMNS, &mut strip, n.saturating_mul(WEIGHTS))?;
+                let (mut panel, mut strip) = (Aligned::default(), Aligned::default());
+                panel.reserve(COLUMNS, padded(n).saturating_mul(WEIGHTS))?;
+                strip.reserve(COLUMNS, n.saturating_mul(WEIGHTS))?;
                 for first in (p * part..size.min((p + 1) * part)).step_by(WEIGHTS) {
                     let width = WEIGHTS.min(size - first);
                     self.gather(&mut strip, first, width, WEIGHTS);
                     // The kernel sums over rows of its panel, here the weights.
-                    let panel = zeros(&mut panel, width * padded(n));
+                    let panel = panel.zeros(width * padded(n));
                     for r in 0..n {
                         for c in 0..width {
                             panel[c * padded(n) + r] = strip[r * WEIGHTS + c];
@@ -164,8 +164,8 @@ impl Block<'_> {
     }
 
     /// Columns `first..first + width` of the block as `[n, stride]`, zero where pruned.
-    fn gather(&self, to: &mut Vec<f64>, first: usize, width: usize, stride: usize) {
-        let to = zeros(to, self.rows.n() * stride);
+    fn gather(&self, to: &mut Aligned<f64>, first: usize, width: usize, stride: usize) {
+        let to = to.zeros(self.rows.n() * stride);
         let start = self.first + first;
         with_rows!(self.rows, rows => {
             for (r, to) in to.chunks_mut(stride).enumerate() {

@@ -7,22 +7,27 @@
 //!
 //! With `A` swept on the kept weights `K` (Goodnight 1979; `T_KK = -A_KK⁻¹`, `T_KP = A_KK⁻¹ A_KP`,
 //! `T_PP = A_PP - A_PK A_KK⁻¹ A_KP`) and the vector `Aθ` beside it (`w_K` the compensated weights, `w_P`
-//! the slope of the loss), restoring `p` saves `w_p² / (2 T_pp)`, and removing `k` then costs
-//! `(w_k - T_kp w_p / T_pp)² / (2 (T_kp² / T_pp - T_kk))`: the price of a pair is a few operations, and
-//! an exchange is two sweeps.
+//! the slope of the loss), to restore `p` and remove `k` saves half of
+//! `(2 w_k w_p T_kp - w_p² T_kk - w_k² T_pp) / (T_kp² - T_kk T_pp)`: the price of a pair is a few operations,
+//! and an exchange is two sweeps ([`Swept`]).
+//!
+//! `T` comes from one product: with `A_KK = UᵀU`, `M = U⁻ᵀ` and `W = M A_KP`, the Gram matrix of
+//! `[M W]` is `[-T_KK, T_KP; T_PK, A_PP - T_PP]`.
 
 use crate::parallel::prelude::*;
 
+use crate::cholesky::{cholesky_rows, invert_factor};
 use crate::error::{check_length, check_weights, Result};
 use crate::groups::Groups;
 use crate::isa::Isa;
-use crate::parallel::{self, checkpoint_at};
-use crate::scratch::{room, zeros, Failure, Scratch};
+use crate::layout::{row_base, triangle};
+use crate::memory::Aligned;
+use crate::parallel;
+use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
 use crate::statistics::Damped;
-
-/// The part of a saving that must remain, so that rounding alone exchanges nothing.
-const LEAST: f64 = 1e-9;
+use crate::swept::{Pair, Swept};
+use crate::syrk::syrk_of_lower_and_rest;
 
 /// Exchange pruned and kept weights of a group and block until no pair lowers the joint cost.
 ///
@@ -48,13 +53,37 @@ pub fn refine(
         kept.par_chunks_mut(layout.block())
             .zip(weights.par_chunks(layout.block()))
             .enumerate()
-            .for_each_init(Scratch::default, |scratch, (b, (kept, weights))| {
-                if failure.check(scratch.reserve(weights.len())) {
-                    dispatch(isa, Block { damped, b, weights, groups, kept, scratch });
+            .for_each_init(Workspace::default, |workspace, (b, (kept, weights))| {
+                if failure.check(workspace.scratch.reserve(weights.len())) {
+                    refine_block(isa, damped, b, weights, groups, kept, workspace);
                 }
             });
     });
     failure.or(())
+}
+
+/// [`refine`] for one block.
+pub(crate) fn refine_block(
+    isa: Isa,
+    damped: Damped<'_>,
+    b: usize,
+    weights: &[f32],
+    groups: Groups,
+    kept: &mut [bool],
+    workspace: &mut Workspace,
+) {
+    dispatch(isa, Block { damped, b, weights, groups, kept, workspace });
+}
+
+/// A worker's memory.
+#[derive(Default)]
+pub(crate) struct Workspace {
+    pub scratch: Scratch,
+    /// Weights in the order of `T`: the kept ones, then the pruned ones.
+    order: Vec<usize>,
+    /// Their places in this order.
+    place: Vec<usize>,
+    pairs: Vec<Pair>,
 }
 
 struct Block<'a> {
@@ -63,21 +92,36 @@ struct Block<'a> {
     weights: &'a [f32],
     groups: Groups,
     kept: &'a mut [bool],
-    scratch: &'a mut Scratch,
+    workspace: &'a mut Workspace,
 }
 
 impl Block<'_> {
-    /// Pairs of weights of one group, both in the model.
-    fn pairs(&self) -> Vec<(usize, usize)> {
-        let (start, size) = (self.b * self.damped.layout().block(), self.kept.len());
-        let before = self.damped.kept_in(self.b);
+    /// Write the order of the weights of the model, and the pairs of weights of one group; return the
+    /// number of kept weights, or `None` if there is nothing to exchange.
+    fn begin(&mut self) -> Option<usize> {
+        let Self { damped, b, groups, kept, workspace, .. } = self;
+        let Workspace { order, place, pairs, .. } = &mut **workspace;
+        let (start, size) = (*b * damped.layout().block(), kept.len());
+        let before = damped.kept_in(*b);
         let there = |j: usize| before.is_none_or(|kept| kept[j]);
-        let mut pairs = Vec::new();
-        for i in (0..size).filter(|i| there(*i)) {
-            let later = self.groups.later(start + i).map(|place| place - start);
-            pairs.extend(later.take_while(|j| *j < size).filter(|j| there(*j)).map(|j| (i, j)));
+        order.clear();
+        order.extend((0..size).filter(|j| kept[*j] && there(*j)));
+        let count = order.len();
+        order.extend((0..size).filter(|j| !kept[*j] && there(*j)));
+        place.clear();
+        place.resize(size, 0);
+        for (at, j) in order.iter().enumerate() {
+            place[*j] = at;
         }
-        pairs
+        pairs.clear();
+        for i in (0..size).filter(|i| there(*i)) {
+            let later = groups.later(start + i).map(|place| place - start);
+            let later = later.take_while(|j| *j < size).filter(|j| there(*j));
+            pairs.extend(later.map(|j| Pair::new(place[i], place[j])));
+        }
+        // Without a pair to exchange now there is none later: a group keeps its count in a block.
+        let differ = |pair: &Pair| (pair.i < count) != (pair.j < count);
+        pairs.iter().any(differ).then_some(count)
     }
 }
 
@@ -85,119 +129,111 @@ impl Kernel<f64> for Block<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self, _simd: S) {
-        let size = self.kept.len();
-        let pairs = self.pairs();
-        let Self { damped, b, weights, kept, scratch, .. } = self;
-        // Without a pair to exchange now there is none later: a group keeps its count in a block.
-        if pairs.iter().all(|(i, j)| kept[*i] == kept[*j]) {
+    fn run<S: Simd<T = f64>>(mut self, simd: S) {
+        let Some(count) = self.begin() else { return };
+        let Self { damped, b, weights, kept, workspace, .. } = self;
+        let Workspace { scratch, order, place, pairs } = workspace;
+        let Scratch { upper, lower, row, packed, .. } = scratch;
+        let (size, stride) = (order.len(), padded(order.len()));
+        if !sweep_kept(simd, damped, b, order, place, count, (upper, lower, packed)) {
             return;
         }
-        let stride = padded(size);
-        let t = room(&mut scratch.upper, size * stride);
-        damped.write(b, t);
-        let (w, column) = zeros(&mut scratch.row, 2 * stride).split_at_mut(stride);
-        for i in 0..size {
-            for j in i..size {
-                let entry = t[i * stride + j];
-                w[i] += entry * f64::from(weights[j]);
-                if j > i {
-                    w[j] += entry * f64::from(weights[i]);
-                }
+        let t = &mut lower[..size * stride];
+        let (w, diagonal) = row.zeros(2 * stride).split_at_mut(stride);
+        for (i, j) in order.iter().enumerate() {
+            diagonal[i] = t[i * stride + i];
+            let theta = f64::from(weights[*j]);
+            if i < count {
+                w[i] = theta;
+                continue;
+            }
+            for (w, x) in w[..size].iter_mut().zip(&t[i * stride..]) {
+                *w += x * theta;
             }
         }
-        let mut swept = Swept { t, w, column, size, stride };
-        if !(0..size).filter(|j| kept[*j]).all(|j| swept.sweep(j, false)) {
-            return;
+        for pair in &mut *pairs {
+            pair.across = t[pair.i * stride + pair.j];
         }
+        // `place` is no longer needed: it says which weights are kept.
+        place.clear();
+        place.extend((0..size).map(|i| usize::from(i < count)));
+        let mut swept = Swept::new(t, stride, w, diagonal, upper, pairs);
         // Each exchange lowers the cost, so the loop ends; the limit holds against rounding, too.
-        for _ in 0..4 * size {
-            let mut best = (0.0, None);
-            for pair in &pairs {
-                let (p, k) = if kept[pair.0] { (pair.1, pair.0) } else { *pair };
-                if !kept[p] && kept[k] {
-                    let less = swept.saving(p, k);
-                    if less > best.0 {
-                        best = (less, Some((p, k)));
-                    }
-                }
-            }
-            let Some((p, k)) = best.1 else { break };
-            if !(swept.sweep(p, false) && swept.sweep(k, true)) {
+        for _ in 0..4 * kept.len() {
+            let Some((p, k)) = swept.best(place) else { break };
+            if !(swept.sweep(simd, p, false) && swept.sweep(simd, k, true)) {
                 break;
             }
-            (kept[p], kept[k]) = (true, false);
+            (place[p], place[k]) = (1, 0);
+            (kept[order[p]], kept[order[k]]) = (true, false);
         }
     }
 }
 
-/// `T` (upper triangle by rows, `stride` apart) and `w`; `column` is scratch.
-struct Swept<'a> {
-    t: &'a mut [f64],
-    w: &'a mut [f64],
-    column: &'a mut [f64],
-    size: usize,
-    stride: usize,
-}
-
-impl Swept<'_> {
-    fn at(&self, i: usize, j: usize) -> f64 {
-        self.t[i.min(j) * self.stride + i.max(j)]
-    }
-
-    /// By how much the cost falls when `p` is restored and `k` removed; zero where it does not.
-    #[inline(always)]
-    fn saving(&self, p: usize, k: usize) -> f64 {
-        let (pivot, across) = (self.at(p, p), self.at(p, k));
-        let saved = self.w[p] * self.w[p] / pivot;
-        let left = self.w[k] - across * self.w[p] / pivot;
-        let cost = left * left / (across * across / pivot - self.at(k, k));
-        if cost < (1.0 - LEAST) * saved {
-            (saved - cost) / 2.0
-        } else {
-            0.0
+/// Write `T`, in full, to the second matrix; false when `A_KK` is not positive definite.
+#[inline(always)]
+fn sweep_kept<S: Simd<T = f64>>(
+    simd: S,
+    damped: Damped<'_>,
+    b: usize,
+    order: &[usize],
+    place: &[usize],
+    count: usize,
+    (upper, lower, packed): (&mut Aligned<f64>, &mut Aligned<f64>, &mut Aligned<f64>),
+) -> bool {
+    let (size, stride) = (order.len(), padded(order.len()));
+    let all = damped.layout().size(b);
+    let from = upper.room(all * padded(all));
+    damped.write(b, from);
+    let a = lower.room(size * stride);
+    let (kept, pruned) = order.split_at(count);
+    for (at, i) in order.iter().enumerate() {
+        let row = &from[i * padded(all)..i * padded(all) + all];
+        // Each list is ascending: the rest of a list is right of the diagonal.
+        let first = pruned.partition_point(|j| j < i);
+        let rest = if at < count { &kept[at..] } else { &[] };
+        for (to, j) in a[at * stride + at..].iter_mut().zip(rest) {
+            *to = row[*j];
         }
-    }
-
-    /// Sweep on `j`, which joins the kept weights or, with `leaves`, leaves them; false, and nothing
-    /// changed, when rounding has left no pivot.
-    #[inline(always)]
-    fn sweep(&mut self, j: usize, leaves: bool) -> bool {
-        let Self { t, w, column, size, stride } = self;
-        let (size, stride) = (*size, *stride);
-        checkpoint_at(0, size);
-        for i in 0..j {
-            column[i] = t[i * stride + j];
+        let to = &mut a[at * stride + count + first..];
+        for (to, j) in to.iter_mut().zip(&pruned[first..]) {
+            *to = row[*j];
         }
-        column[j..size].copy_from_slice(&t[j * stride + j..j * stride + size]);
-        let pivot = column[j];
-        let sign = if leaves { -1.0 } else { 1.0 };
-        // `!(x > 0)` also catches NaN.
-        if !(sign * pivot > 0.0 && pivot.is_finite()) {
-            return false;
-        }
-        let slope = w[j] / pivot;
-        for i in 0..size {
-            let factor = column[i] / pivot;
-            // Whole vectors: entries below the diagonal, or beyond the last column, are not read.
-            let from = i & !7;
-            let row = &mut t[i * stride + from..(i + 1) * stride];
-            for (x, c) in row.iter_mut().zip(&column[from..stride]) {
-                *x -= factor * c;
+        if at >= count {
+            let first = kept.partition_point(|j| j < i);
+            for j in &kept[first..] {
+                a[place[*j] * stride + at] = row[*j];
             }
-            w[i] -= column[i] * slope;
         }
-        let scale = sign / pivot;
-        for i in 0..j {
-            t[i * stride + j] = column[i] * scale;
-        }
-        for (x, c) in t[j * stride + j..j * stride + size].iter_mut().zip(&column[j..size]) {
-            *x = c * scale;
-        }
-        t[j * stride + j] = -1.0 / pivot;
-        w[j] = sign * slope;
-        true
     }
+    if !cholesky_rows(simd.isa(), a, size, count) {
+        return false;
+    }
+    let panel = upper.room(size * stride);
+    invert_factor(simd.isa(), a, panel, count, stride);
+    for (to, from) in panel.chunks_mut(stride).zip(a.chunks(stride)).take(count) {
+        to[count..size].copy_from_slice(&from[count..size]);
+    }
+    let packed = packed.room(triangle(size));
+    packed[..row_base(size, count) + count].fill(0.0);
+    for i in count..size {
+        let to = &mut packed[row_base(size, i) + i..row_base(size, i) + size];
+        for (to, x) in to.iter_mut().zip(&a[i * stride + i..]) {
+            *to = -x;
+        }
+    }
+    syrk_of_lower_and_rest(simd.isa(), panel, count, size, stride, packed);
+    for i in 0..size {
+        let base = row_base(size, i);
+        for j in i..size {
+            let x = packed[base + j];
+            let x = if i < count && j >= count { x } else { -x };
+            a[i * stride + j] = x;
+            a[j * stride + i] = x;
+        }
+        a[i * stride + size..(i + 1) * stride].fill(0.0);
+    }
+    true
 }
 
 #[cfg(test)]

@@ -13,7 +13,10 @@ use crate::error::{check_length, check_weights, Result};
 use crate::greedy_large::Large;
 use crate::greedy_small::{Small, LARGEST_SMALL};
 use crate::greedy_state::Block;
+use crate::interleaved::{self, Invert, Wanted};
 use crate::isa::Isa;
+use crate::layout::triangle;
+use crate::memory::Aligned;
 use crate::parallel;
 use crate::scratch::{Failure, Scratch};
 use crate::simd::dispatch;
@@ -56,48 +59,118 @@ fn eliminate_with(
     check_length("turns", turns.len(), layout.len())?;
     check_weights(weights)?;
     let block = layout.block();
-    let in_turns = if block <= IN_TURNS_UP_TO { IN_TURNS } else { 1 };
+    let per_task = if block <= interleaved::LARGEST {
+        interleaved::BLOCKS
+    } else if block <= IN_TURNS_UP_TO {
+        IN_TURNS
+    } else {
+        1
+    };
     let mut sensitivities: Vec<Option<f64>> = vec![None; layout.blocks()];
     let failure = Failure::default();
     parallel::run(|| {
         scores
-            .par_chunks_mut(in_turns * block)
-            .zip(turns.par_chunks_mut(in_turns * block))
-            .zip(weights.par_chunks(in_turns * block))
-            .zip(sensitivities.par_chunks_mut(in_turns))
+            .par_chunks_mut(per_task * block)
+            .zip(turns.par_chunks_mut(per_task * block))
+            .zip(weights.par_chunks(per_task * block))
+            .zip(sensitivities.par_chunks_mut(per_task))
             .enumerate()
             .for_each_init(
-                <[Scratch; IN_TURNS]>::default,
-                |scratches, (i, (((scores, turns), weights), sensitivities))| {
-                    let parts = scores.chunks_mut(block).zip(turns.chunks_mut(block));
-                    let parts = parts.zip(weights.chunks(block)).zip(sensitivities).zip(scratches);
-                    let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
-                    for (k, ((((scores, turns), weights), sensitivity), scratch)) in
-                        parts.enumerate()
-                    {
-                        let b = i * in_turns + k;
-                        if failure.check(scratch.reserve(weights.len())) {
-                            *sensitivity = damped.invert(isa, b, scratch);
-                        }
-                        if sensitivity.is_none() {
-                            scores.fill(f32::NAN);
-                            continue;
-                        }
-                        let kept = damped.kept_in(b);
-                        blocks[k] = Some(Block { scratch, weights, kept, scores, turns });
-                    }
-                    if weights.len().is_multiple_of(block) {
-                        remove(isa, blocks);
-                    } else {
-                        // How a block is processed depends on its own size alone.
-                        for block in blocks {
-                            remove(isa, [block, None]);
-                        }
-                    }
+                Workspace::default,
+                |workspace, (i, (((scores, turns), weights), sensitivities))| {
+                    let first = i * per_task;
+                    // A short last block is processed by itself: how a block is processed depends on
+                    // its own size alone.
+                    let (count, whole) = (weights.len() / block, weights.len() / block * block);
+                    let (scores, short_scores) = scores.split_at_mut(whole);
+                    let (turns, short_turns) = turns.split_at_mut(whole);
+                    let (weights, short_weights) = weights.split_at(whole);
+                    let (sensitivities, short) = sensitivities.split_at_mut(count);
+                    let task = Task { isa, damped, first, scores, turns, weights, sensitivities };
+                    failure.check(task.run(block, workspace));
+                    let (scores, turns, weights) = (short_scores, short_turns, short_weights);
+                    let (first, sensitivities) = (first + count, short);
+                    let size = weights.len();
+                    let task = Task { isa, damped, first, scores, turns, weights, sensitivities };
+                    failure.check(task.run(size, workspace));
                 },
             );
     });
     failure.or(sensitivities.into())
+}
+
+/// A worker's memory.
+#[derive(Default)]
+struct Workspace {
+    scratches: [Scratch; IN_TURNS],
+    /// Of [`interleaved`].
+    square: Aligned<f64>,
+    inverses: Aligned<f64>,
+}
+
+/// A few neighboring blocks of one size, the first of them `first`.
+struct Task<'a> {
+    isa: Isa,
+    damped: Damped<'a>,
+    first: usize,
+    scores: &'a mut [f32],
+    turns: &'a mut [u32],
+    weights: &'a [f32],
+    sensitivities: &'a mut [Option<f64>],
+}
+
+impl Task<'_> {
+    fn run(self, size: usize, workspace: &mut Workspace) -> Result<()> {
+        let Self { isa, damped, first, scores, turns, weights, sensitivities } = self;
+        let Workspace { scratches, square, inverses } = workspace;
+        let count = sensitivities.len();
+        if count == 0 {
+            return Ok(());
+        }
+        for scratch in scratches.iter_mut().take(count) {
+            scratch.reserve(size)?;
+        }
+        let len = triangle(size);
+        if size <= interleaved::LARGEST {
+            let wanted = Wanted::Inverses(inverses.room(count * len));
+            let memory = &mut *square;
+            let found = dispatch(isa, Invert { damped, b: first, size, count, memory, wanted });
+            sensitivities.copy_from_slice(&found[..count]);
+        } else {
+            for (k, (sensitivity, scratch)) in
+                sensitivities.iter_mut().zip(&mut *scratches).enumerate()
+            {
+                *sensitivity = damped.invert(isa, first + k, scratch);
+            }
+        }
+        let mut inverses = inverses.chunks_mut(len);
+        let parts = scores.chunks_mut(IN_TURNS * size).zip(turns.chunks_mut(IN_TURNS * size));
+        let parts = parts.zip(weights.chunks(IN_TURNS * size));
+        let parts = parts.zip(sensitivities.chunks(IN_TURNS));
+        for (turn, (((scores, turns), weights), sensitivities)) in parts.enumerate() {
+            let parts = scores.chunks_mut(size).zip(turns.chunks_mut(size));
+            let parts = parts.zip(weights.chunks(size)).zip(sensitivities);
+            let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
+            for (k, ((((scores, turns), weights), sensitivity), scratch)) in
+                parts.zip(&mut *scratches).enumerate()
+            {
+                let Scratch { upper, lower, row, packed, .. } = scratch;
+                let inverse = match inverses.next() {
+                    Some(inverse) if size <= interleaved::LARGEST => inverse,
+                    _ => &mut packed[..len],
+                };
+                if sensitivity.is_none() {
+                    scores.fill(f32::NAN);
+                    continue;
+                }
+                let kept = damped.kept_in(first + turn * IN_TURNS + k);
+                blocks[k] =
+                    Some(Block { upper, lower, row, inverse, weights, kept, scores, turns });
+            }
+            remove(isa, blocks);
+        }
+        Ok(())
+    }
 }
 
 /// Process blocks of one size in turns.

@@ -6,7 +6,6 @@ use crate::cholesky::subtract_row;
 use crate::greedy_state::{begin, Block, Candidates, Order, MOST_LANES};
 use crate::layout::{row_base, triangle};
 use crate::parallel::checkpoint_at;
-use crate::scratch::Scratch;
 use crate::simd::{padded, Kernel, Simd};
 use crate::syrk::syrk;
 
@@ -54,8 +53,7 @@ struct Elimination<'a> {
 impl<'a> Elimination<'a> {
     #[inline(always)]
     fn new<S: Simd<T = f64>>(simd: S, block: Block<'a>) -> Self {
-        let Block { scratch, weights, kept, scores, turns } = block;
-        let Scratch { upper, row, packed, .. } = scratch;
+        let Block { upper, row, inverse: packed, weights, kept, scores, turns, .. } = block;
         let (size, stride) = (weights.len(), padded(weights.len()));
         let packed = &mut packed[..triangle(size)];
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
@@ -63,8 +61,7 @@ impl<'a> Elimination<'a> {
         rest.price(simd);
         // Negated, so that the kernel, which adds, subtracts columns from it.
         packed.iter_mut().for_each(|x| *x = -*x);
-        // The factor is no longer needed: its memory holds the columns.
-        let columns = &mut upper[..STEPS.min(size) * stride];
+        let columns = upper.room(STEPS.min(size) * stride);
         columns.fill(0.0);
         Self { rest, negated: packed, columns, steps: 0, order }
     }

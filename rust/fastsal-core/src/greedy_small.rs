@@ -7,7 +7,7 @@
 
 use crate::greedy_state::{begin, Block, Candidates, Order, MOST_LANES};
 use crate::layout::triangle;
-use crate::scratch::{room, unpack, Scratch};
+use crate::scratch::unpack;
 use crate::simd::{padded, Kernel, Simd};
 
 /// The largest block that is processed here.
@@ -87,18 +87,17 @@ struct Elimination<'a> {
 impl<'a> Elimination<'a> {
     #[inline(always)]
     fn new<S: Simd<T = f64>, const NV: usize>(_simd: S, block: Block<'a>) -> Self {
-        let Block { scratch, weights, kept, scores, turns } = block;
-        let Scratch { upper, lower, row, packed, .. } = scratch;
+        let Block { upper, lower, row, inverse: packed, weights, kept, scores, turns } = block;
         let (size, stride) = (weights.len(), NV * S::W);
         assert!(size <= stride && stride <= ROW);
         let packed = &packed[..triangle(size)];
-        let inverse = room(upper, size * stride);
+        let inverse = upper.room(size * stride);
         unpack(packed, size, inverse, stride);
         for row in inverse.chunks_mut(stride) {
             // Columns beyond the last are read, but no weight is there.
             row[size..].fill(0.0);
         }
-        let columns = room(lower, (size + 1) * stride);
+        let columns = lower.room((size + 1) * stride);
         columns[..stride].fill(0.0);
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
         let mut elimination = Self { inverse, columns, steps: 0, candidates, order };

@@ -2,14 +2,19 @@
 //! in which they are removed.
 
 use crate::layout::row_base;
-use crate::scratch::{zeros, Scratch};
+use crate::memory::Aligned;
 
 /// Lanes of the widest vector of doubles.
 pub(crate) const MOST_LANES: usize = 8;
 
-/// A block to be processed; its inverse `H` is in `scratch.packed`.
+/// A block to be processed.
 pub(crate) struct Block<'a> {
-    pub scratch: &'a mut Scratch,
+    /// Memory for two matrices and a few rows of it.
+    pub upper: &'a mut Aligned<f64>,
+    pub lower: &'a mut Aligned<f64>,
+    pub row: &'a mut Aligned<f64>,
+    /// Its inverse `H`, which is overwritten.
+    pub inverse: &'a mut [f64],
     pub weights: &'a [f32],
     /// Weights that are not kept are removed first, at no cost.
     pub kept: Option<&'a [bool]>,
@@ -40,7 +45,7 @@ pub(crate) struct Order<'a> {
 /// Begin with a block: its candidates in `memory`, in rows of `stride`, and the order of the weights
 /// that are already pruned.
 pub(crate) fn begin<'a>(
-    memory: &'a mut Vec<f64>,
+    memory: &'a mut Aligned<f64>,
     stride: usize,
     packed: &[f64],
     weights: &[f32],
@@ -49,7 +54,7 @@ pub(crate) fn begin<'a>(
     turns: &'a mut [u32],
 ) -> (Candidates<'a>, Order<'a>) {
     let size = weights.len();
-    let (theta, rest) = zeros(memory, 4 * stride).split_at_mut(stride);
+    let (theta, rest) = memory.zeros(4 * stride).split_at_mut(stride);
     let (diagonal, rest) = rest.split_at_mut(stride);
     let (out, costs) = rest.split_at_mut(stride);
     for (j, w) in weights.iter().enumerate() {

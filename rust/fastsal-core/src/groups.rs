@@ -78,12 +78,6 @@ impl Groups {
         let inner = self.inner;
         (1..left).map(move |k| place + k * inner)
     }
-
-    /// Place in a row of the first member of the group of the weight at place `at` of the row.
-    pub(crate) fn first(&self, at: usize) -> usize {
-        let (w, i) = (at / self.inner, at % self.inner);
-        w / self.size * self.size * self.inner + i
-    }
 }
 
 /// Number of weights of a parameter `[outer, width, inner]`.
@@ -107,7 +101,6 @@ mod tests {
         for g in 0..groups.per_row() {
             let members: Vec<usize> = groups.members(g).collect();
             for (k, at) in members.iter().enumerate() {
-                assert_eq!(groups.first(*at), members[0]);
                 assert_eq!(groups.later(*at).collect::<Vec<_>>(), members[k + 1..]);
             }
         }

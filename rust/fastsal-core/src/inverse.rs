@@ -3,8 +3,10 @@
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Result};
+use crate::interleaved::{self, Invert, Wanted};
 use crate::isa::Isa;
 use crate::layout::{triangle, Layout};
+use crate::memory::Aligned;
 use crate::parallel;
 use crate::scratch::{unpack, Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
@@ -15,11 +17,56 @@ use crate::statistics::{Damped, Report};
 /// # Errors
 /// [`crate::Error::Length`] when `out` does not fit; [`crate::Error::Memory`].
 pub fn inverse_diagonal(damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
-    let (isa, layout) = (Isa::chosen()?, damped.layout());
+    inverse_diagonal_with(Isa::chosen()?, damped, out)
+}
+
+fn inverse_diagonal_with(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
+    let layout = damped.layout();
     check_length("out", out.len(), layout.len())?;
+    if layout.block() <= interleaved::LARGEST {
+        return Ok(small_blocks(isa, damped, out));
+    }
     for_each_block(layout, out, layout.block(), |scratch, b, out| {
-        dispatch(isa, Diagonal { damped, b, scratch, out })
+        let size = out.len();
+        if size > interleaved::LARGEST {
+            return dispatch(isa, Diagonal { damped, b, scratch, out });
+        }
+        // How a block is processed depends on its own size alone.
+        let (count, memory, wanted) = (1, &mut scratch.upper, Wanted::Diagonals(out));
+        dispatch(isa, Invert { damped, b, size, count, memory, wanted })[0]
     })
+}
+
+/// [`inverse_diagonal`] of small blocks.
+fn small_blocks(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Report {
+    let block = damped.layout().block();
+    let found: Vec<Vec<Option<f64>>> = parallel::run(|| {
+        out.par_chunks_mut(interleaved::BLOCKS * block)
+            .enumerate()
+            .map_init(Aligned::default, |memory, (i, out)| {
+                let mut found = Vec::with_capacity(interleaved::BLOCKS);
+                // A short last block is processed by itself: no block depends on those beside it.
+                let (whole, short) = out.split_at_mut(out.len() / block * block);
+                let (last, size) = (whole.len() / block, short.len());
+                for (k, size, out) in [(0, block, whole), (last, size, short)] {
+                    if out.is_empty() {
+                        continue;
+                    }
+                    let b = i * interleaved::BLOCKS + k;
+                    let (count, wanted) = (out.len() / size, Wanted::Diagonals(&mut *out));
+                    let each = dispatch(isa, Invert { damped, b, size, count, memory, wanted });
+                    for (out, sensitivity) in out.chunks_mut(size).zip(each) {
+                        if sensitivity.is_none() {
+                            out.fill(f64::NAN);
+                        }
+                        found.push(sensitivity);
+                    }
+                }
+                found
+            })
+            .collect()
+    });
+    found.into_iter().flatten().collect::<Vec<_>>().into()
 }
 
 /// Write `A⁻¹` of every block to `out` (`[blocks, B, B]`, a short last block padded with zeros).

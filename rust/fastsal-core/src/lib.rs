@@ -20,7 +20,9 @@ pub mod greedy;
 mod greedy_large;
 mod greedy_small;
 mod greedy_state;
+mod group_costs;
 pub mod groups;
+mod interleaved;
 pub mod inverse;
 pub mod isa;
 pub mod keys;
@@ -33,6 +35,7 @@ mod scratch;
 pub mod select;
 mod simd;
 pub mod statistics;
+mod swept;
 mod syrk;
 #[cfg(test)]
 mod testing;

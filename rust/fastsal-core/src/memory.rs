@@ -1,6 +1,8 @@
 //! Memory whose size comes from arguments: an error where there is none, instead of an abort.
 
 use std::alloc::{alloc_zeroed, Layout};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 
 use crate::error::{Error, Result};
 
@@ -40,14 +42,74 @@ pub fn zeros<T: Zero>(what: &'static str, len: usize) -> Result<Vec<T>> {
     Ok(unsafe { Vec::from_raw_parts(memory.cast(), len, len) })
 }
 
-/// Make room for `len` elements in all, so that growing to this length cannot fail.
-///
-/// # Errors
-/// [`Error::Memory`] when there is no memory of this size.
-pub(crate) fn reserve<T>(what: &'static str, v: &mut Vec<T>, len: usize) -> Result<()> {
-    let more = len.saturating_sub(v.len());
-    let bytes = len.saturating_mul(size_of::<T>());
-    v.try_reserve_exact(more).map_err(|_| Error::Memory { what, bytes })
+/// A cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u64; 8]);
+
+/// A growing array that begins with a cache line: whole vectors of rows of whole lines lie in one line.
+pub(crate) struct Aligned<T> {
+    lines: Vec<Line>,
+    element: PhantomData<T>,
+}
+
+impl<T> Default for Aligned<T> {
+    fn default() -> Self {
+        Self { lines: Vec::new(), element: PhantomData }
+    }
+}
+
+impl<T: Zero> Aligned<T> {
+    /// Lines that hold `len` elements.
+    fn lines(len: usize) -> usize {
+        const { assert!(size_of::<Line>().is_multiple_of(size_of::<T>())) };
+        const { assert!(align_of::<T>() <= align_of::<Line>()) };
+        len.div_ceil(size_of::<Line>() / size_of::<T>())
+    }
+
+    /// Make room for `len` elements in all, so that growing to this length cannot fail.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when there is no memory of this size.
+    pub(crate) fn reserve(&mut self, what: &'static str, len: usize) -> Result<()> {
+        let more = Self::lines(len).saturating_sub(self.lines.len());
+        let bytes = len.saturating_mul(size_of::<T>());
+        self.lines.try_reserve_exact(more).map_err(|_| Error::Memory { what, bytes })
+    }
+
+    /// Return the first `len` elements, with unspecified contents.
+    pub(crate) fn room(&mut self, len: usize) -> &mut [T] {
+        let lines = Self::lines(len);
+        if self.lines.len() < lines {
+            self.lines.resize(lines, Line([0; 8]));
+        }
+        &mut self[..len]
+    }
+
+    /// Return `len` zeros.
+    pub(crate) fn zeros(&mut self, len: usize) -> &mut [T] {
+        self.lines.clear();
+        self.lines.resize(Self::lines(len), Line([0; 8]));
+        &mut self[..len]
+    }
+}
+
+impl<T: Zero> Deref for Aligned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        let len = self.lines.len() * (size_of::<Line>() / size_of::<T>());
+        // SAFETY: the lines are that many elements, aligned for any of them (`lines`); they began as
+        // zero bits, a value of `T`, and have been written only as `T` since.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), len) }
+    }
+}
+
+impl<T: Zero> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        let len = self.lines.len() * (size_of::<Line>() / size_of::<T>());
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), len) }
+    }
 }
 
 #[cfg(test)]
@@ -62,7 +124,22 @@ mod tests {
         for len in [usize::MAX, usize::MAX / 8, 1 << 60] {
             let bytes = len.saturating_mul(8);
             assert_eq!(zeros::<f64>("x", len), Err(Error::Memory { what: "x", bytes }));
-            assert!(reserve("x", &mut vec![1.0f64], len).is_err());
+            assert!(Aligned::<f64>::default().reserve("x", len).is_err());
         }
+    }
+
+    #[test]
+    fn aligned_arrays_begin_with_a_cache_line() {
+        let mut array = Aligned::<f32>::default();
+        assert!(array.is_empty());
+        for len in [1, 15, 16, 17, 1000, 3] {
+            let before = array.to_vec();
+            let room = array.room(len);
+            assert_eq!((room.len(), room.as_ptr().align_offset(64)), (len, 0));
+            let kept = len.min(before.len());
+            assert_eq!(room[..kept], before[..kept]);
+            room.fill(len as f32);
+        }
+        assert_eq!(array.zeros(40), [0.0; 40]);
     }
 }

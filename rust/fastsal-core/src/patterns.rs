@@ -2,22 +2,28 @@
 //!
 //! Removing a set `P` of a block at once and moving the others costs `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2`
 //! (Optimal Brain Surgeon for several weights; Kurtic et al. 2022, oBERT, eq. 5). The members of a
-//! group may belong to two blocks, between which `A⁻¹` is zero.
+//! group may belong to two blocks, between which `A⁻¹` is zero. Of `A⁻¹` only the entries between members
+//! of one group are formed, for a few rows of a parameter at a time.
 
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, check_weights, Error, Result};
-use crate::exchange;
-use crate::groups::{Groups, LARGEST_GROUP};
+use crate::exchange::{refine_block, Workspace};
+use crate::group_costs::{Batches, Cheapest, Whole};
+use crate::groups::Groups;
 use crate::isa::Isa;
-use crate::layout::{row_base, triangle};
-use crate::memory::zeros;
-use crate::parallel;
+use crate::memory::Aligned;
+use crate::parallel::{self, checkpoint};
 use crate::scratch::{Failure, Scratch};
 use crate::select::share;
-use crate::statistics::{positions, Damped};
+use crate::simd::{dispatch, padded, Kernel, Simd};
+use crate::statistics::Damped;
 
-/// Keep `n` of every group: those whose complement costs least by itself, then [`exchange::refine`].
+/// Least number of weights that a worker processes at a time.
+const WINDOW: usize = 1024;
+
+/// Keep `n` of every group: those whose complement costs least by itself, then
+/// [`refine`](crate::exchange::refine).
 ///
 /// A short last group of `r` members keeps `ceil(r n / M)`. Returns the blocks that could not be
 /// factored; groups that reach into them lose their first members.
@@ -32,30 +38,14 @@ pub fn n_of_m(
     n: usize,
     kept: &mut [bool],
 ) -> Result<Vec<usize>> {
-    let failed = each_alone(damped, weights, groups, n, kept)?;
-    exchange::refine(damped, weights, groups, kept)?;
-    Ok(failed)
-}
-
-/// Keep `n` of every group, those whose complement costs least as if no other group lost any; ties
-/// keep the later members. Returns the blocks that could not be factored.
-fn each_alone(
-    damped: Damped<'_>,
-    weights: &[f32],
-    groups: Groups,
-    n: usize,
-    kept: &mut [bool],
-) -> Result<Vec<usize>> {
     check_length("kept", kept.len(), weights.len())?;
     if n > groups.size() {
         let got = format!("{n}:{}", groups.size());
         return Err(Error::Value { what: "pattern", got, expected: "N:M with N <= M" });
     }
-    for_each_group(damped, weights, groups, kept, |group, g, kept| {
-        let out = group.cheapest(group.len - share(group.len, n, groups.size()));
-        for (k, at) in groups.members(g).enumerate() {
-            kept[at] = out & 1 << k == 0;
-        }
+    for_each_window(damped, weights, groups, kept, |window, workspace, kept| {
+        window.choose(n, kept);
+        window.refine(kept, workspace);
     })
 }
 
@@ -72,140 +62,170 @@ pub fn group_costs(
     costs: &mut [f32],
 ) -> Result<Vec<usize>> {
     check_length("costs", costs.len(), weights.len())?;
-    for_each_group(damped, weights, groups, costs, |group, g, costs| {
-        let cost = group.cost((1 << group.len) - 1) as f32;
-        for at in groups.members(g) {
-            costs[at] = cost;
-        }
-    })
+    for_each_window(damped, weights, groups, costs, |window, _, costs| window.price(costs))
 }
 
-/// Call `job` with every group, its number in its row, and this row of `out`. Returns the blocks that
-/// could not be factored.
-fn for_each_group<T: Send>(
+/// Call `job` with every window and its part of `out`. Returns the blocks that could not be factored.
+fn for_each_window<T: Send>(
     damped: Damped<'_>,
     weights: &[f32],
     groups: Groups,
     out: &mut [T],
-    job: impl Fn(&Group, usize, &mut [T]) + Sync + Send,
+    job: impl Fn(&Window<'_>, &mut Workspace, &mut [T]) + Sync + Send,
 ) -> Result<Vec<usize>> {
-    let (table, failed) = neighbors(damped, weights, groups)?;
-    let row = groups.row();
-    parallel::run(|| {
-        out.par_chunks_mut(row.max(1)).enumerate().for_each(|(o, out)| {
-            for g in 0..groups.per_row() {
-                let group = Group::new(&table, weights, groups, o * row, g);
-                job(&group, g, out);
-            }
-        });
-    });
-    Ok(failed)
-}
-
-/// For each weight, its row of `A⁻¹` among the members of its group: `[d, M]`; and failed blocks.
-fn neighbors(
-    damped: Damped<'_>,
-    weights: &[f32],
-    groups: Groups,
-) -> Result<(Vec<f64>, Vec<usize>)> {
     let layout = damped.layout();
     check_length("weights", weights.len(), layout.len())?;
     check_length("shape", groups.len(), layout.len())?;
-    let (isa, m, row) = (Isa::chosen()?, groups.size(), groups.row());
+    let isa = Isa::chosen()?;
     check_weights(weights)?;
-    let mut table = zeros("the inverses of all groups", layout.len().saturating_mul(m))?;
+    let len = window_len(groups, layout.block());
     let failure = Failure::default();
-    let fine: Vec<bool> = parallel::run(|| {
-        table
-            .par_chunks_mut(layout.block() * m)
+    let failed: Vec<Vec<usize>> = parallel::run(|| {
+        out.par_chunks_mut(len)
+            .zip(weights.par_chunks(len))
             .enumerate()
-            .map_init(Scratch::default, |scratch, (b, table)| {
-                let has_room = failure.check(scratch.reserve(layout.size(b)));
-                if !has_room || damped.invert(isa, b, scratch).is_none() {
-                    table.fill(f64::NAN);
-                    return false;
-                }
-                let (start, size) = (layout.range(b).start, layout.size(b));
-                let inverse = &scratch.packed[..triangle(size)];
-                for i in 0..size {
-                    let place = start + i;
-                    let base = place / row * row;
-                    let first = groups.first(place - base);
-                    for k in 0..m {
-                        // Entries of members in other blocks remain zero.
-                        let other = base + first + k * groups.step();
-                        if let Some(j) = other.checked_sub(start).filter(|j| *j < size) {
-                            table[i * m + k] = inverse[row_base(size, i.min(j)) + i.max(j)];
-                        }
+            .map_init(
+                || (Workspace::default(), Aligned::default()),
+                |(workspace, table), (i, (out, weights))| {
+                    let first = i * len / layout.block();
+                    let failed = Vec::new();
+                    let mut window = Window { isa, damped, groups, weights, first, failed, table };
+                    if failure.check(window.factor(&mut workspace.scratch)) {
+                        job(&window, workspace, out);
                     }
-                }
-                true
-            })
+                    window.failed
+                },
+            )
             .collect()
     });
-    failure.or((table, positions(&fine, |fine| !fine)))
+    failure.or(failed.into_iter().flatten().collect())
 }
 
-/// One group: its weights and their part of `A⁻¹`.
-struct Group {
-    len: usize,
-    theta: [f64; LARGEST_GROUP],
-    inverse: [[f64; LARGEST_GROUP]; LARGEST_GROUP],
-}
-
-impl Group {
-    fn new(table: &[f64], weights: &[f32], groups: Groups, row: usize, g: usize) -> Self {
-        let mut group = Self {
-            len: 0,
-            theta: [0.0; LARGEST_GROUP],
-            inverse: [[0.0; LARGEST_GROUP]; LARGEST_GROUP],
-        };
-        for at in groups.members(g) {
-            let at = row + at;
-            group.theta[group.len] = f64::from(weights[at]);
-            group.inverse[group.len][..groups.size()]
-                .copy_from_slice(&table[at * groups.size()..(at + 1) * groups.size()]);
-            group.len += 1;
-        }
-        group
+/// Length of windows that neither a block nor a group leaves; of the parameter where there are none.
+fn window_len(groups: Groups, block: usize) -> usize {
+    let row = groups.row().max(1);
+    let (mut divisor, mut rest) = (row, block);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
     }
+    let least = row.saturating_mul(block / divisor);
+    least.saturating_mul(WINDOW.div_ceil(least)).min(groups.len().max(1))
+}
 
-    /// Compute `θ_Pᵀ ([A⁻¹]_PP)⁻¹ θ_P / 2` by a Cholesky factorization of `[A⁻¹]_PP`; `P` as bits.
-    fn cost(&self, out: usize) -> f64 {
-        let mut factor = [[0.0f64; LARGEST_GROUP]; LARGEST_GROUP];
-        let mut solved = [0.0f64; LARGEST_GROUP];
-        let mut cost = 0.0;
-        let members = |end: usize| (0..end).filter(|i| out & 1 << i != 0).enumerate();
-        for (row, i) in members(self.len) {
-            let mut value = self.theta[i];
-            let mut pivot = self.inverse[i][i];
-            for (column, j) in members(i) {
-                let known: f64 = (0..column).map(|k| factor[row][k] * factor[column][k]).sum();
-                let entry = (self.inverse[i][j] - known) / factor[column][column];
-                factor[row][column] = entry;
-                value -= entry * solved[column];
-                pivot -= entry * entry;
+/// A part of a parameter that neither a block nor a group leaves.
+struct Window<'a> {
+    isa: Isa,
+    damped: Damped<'a>,
+    groups: Groups,
+    weights: &'a [f32],
+    /// The first block.
+    first: usize,
+    /// Blocks that cannot be factored.
+    failed: Vec<usize>,
+    /// `[M, len]`: `(A⁻¹)_jj`, then the entry of `j` and the next member of its group, then that of `j`
+    /// and the one after, and so on. Entries between two blocks are zero.
+    table: &'a mut Aligned<f64>,
+}
+
+impl Window<'_> {
+    /// Factor the blocks and fill the table.
+    fn factor(&mut self, scratch: &mut Scratch) -> Result<()> {
+        let Self { isa, damped, groups, weights, first, .. } = *self;
+        let len = weights.len();
+        let entries = groups.size().saturating_mul(len);
+        self.table.reserve("the inverses of the groups", entries)?;
+        let table = self.table.room(entries);
+        for (k, start) in (0..len).step_by(damped.layout().block()).enumerate() {
+            checkpoint();
+            let b = first + k;
+            scratch.reserve(damped.layout().size(b))?;
+            if !dispatch(isa, Bands { damped, b, groups, scratch, table, start, len }) {
+                self.failed.push(b);
             }
-            let root = pivot.max(f64::MIN_POSITIVE).sqrt();
-            factor[row][row] = root;
-            solved[row] = value / root;
-            cost += solved[row] * solved[row];
         }
-        cost / 2.0
+        Ok(())
     }
 
-    /// Find the set of `count` members that costs least, as bits; the earliest members among equals.
-    fn cheapest(&self, count: usize) -> usize {
-        let mut best = (f64::INFINITY, (1 << count) - 1);
-        for out in 0..1usize << self.len {
-            if out.count_ones() as usize == count {
-                let cost = self.cost(out);
-                if cost < best.0 {
-                    best = (cost, out);
+    /// Keep `n` of every group, those whose complement costs least as if no other group lost any;
+    /// ties keep the later members.
+    fn choose(&self, n: usize, kept: &mut [bool]) {
+        let Self { isa, groups, weights, .. } = *self;
+        for batch in Batches::new(groups, weights, self.table) {
+            let count = batch.len - share(batch.len, n, groups.size());
+            let out = dispatch(isa, Cheapest { batch: &batch, count });
+            for (first, out) in batch.first().iter().zip(out) {
+                for k in 0..batch.len {
+                    kept[first + k * groups.step()] = out & 1 << k == 0;
                 }
             }
         }
-        best.1
+    }
+
+    /// Write the cost of each whole group at each of its members.
+    fn price(&self, costs: &mut [f32]) {
+        let Self { isa, groups, weights, .. } = *self;
+        for batch in Batches::new(groups, weights, self.table) {
+            let found = dispatch(isa, Whole { batch: &batch });
+            for (first, cost) in batch.first().iter().zip(found) {
+                for k in 0..batch.len {
+                    costs[first + k * groups.step()] = cost as f32;
+                }
+            }
+        }
+    }
+
+    /// Exchange weights in every block.
+    fn refine(&self, kept: &mut [bool], workspace: &mut Workspace) {
+        let Self { isa, damped, groups, weights, first, .. } = *self;
+        let block = damped.layout().block();
+        for (k, (kept, weights)) in kept.chunks_mut(block).zip(weights.chunks(block)).enumerate() {
+            checkpoint();
+            if self.failed.binary_search(&(first + k)).is_err() {
+                refine_block(isa, damped, first + k, weights, groups, kept, workspace);
+            }
+        }
+    }
+}
+
+/// The part of one block in the table of a window: the sums of products of the columns of `M`, where
+/// `A⁻¹ = MᵀM`. False, and all NaN, where `A` is not positive definite.
+struct Bands<'a> {
+    damped: Damped<'a>,
+    b: usize,
+    groups: Groups,
+    scratch: &'a mut Scratch,
+    table: &'a mut [f64],
+    /// Place of the block in the window.
+    start: usize,
+    /// Length of the window.
+    len: usize,
+}
+
+impl Kernel<f64> for Bands<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self, simd: S) -> bool {
+        let Self { damped, b, groups, scratch, table, start, len } = self;
+        let size = damped.layout().size(b);
+        let is_fine = damped.factor(simd.isa(), b, scratch).is_some();
+        let stride = padded(size);
+        for (k, band) in table.chunks_mut(len).take(groups.size()).enumerate() {
+            let (band, shift) = (&mut band[start..start + size], k.saturating_mul(groups.step()));
+            if !is_fine {
+                band.fill(f64::NAN);
+                continue;
+            }
+            band.fill(0.0);
+            for (i, row) in scratch.lower.chunks(stride).take(size).enumerate() {
+                let n = (i + 1).saturating_sub(shift);
+                let later = &row[shift.min(stride)..];
+                for ((sum, x), y) in band[..n].iter_mut().zip(row).zip(later) {
+                    *sum += x * y;
+                }
+            }
+        }
+        is_fine
     }
 }
 

@@ -4,20 +4,20 @@ use std::sync::OnceLock;
 
 use crate::error::{Error, Result};
 use crate::layout::{row_base, triangle};
-use crate::memory::reserve;
+use crate::memory::Aligned;
 use crate::simd::{padded, Real};
 
 /// A worker's memory for the matrices of one block.
 #[derive(Default)]
 pub(crate) struct Scratch {
     /// `A`, then its factor `U`, upper triangle by rows.
-    pub upper: Vec<f64>,
+    pub upper: Aligned<f64>,
     /// `M = U⁻ᵀ`, lower triangle by rows, zero above.
-    pub lower: Vec<f64>,
+    pub lower: Aligned<f64>,
     /// Vectors of a block.
-    pub row: Vec<f64>,
+    pub row: Aligned<f64>,
     /// A packed triangle.
-    pub packed: Vec<f64>,
+    pub packed: Aligned<f64>,
     /// Weights of the largest block that there is room for.
     reserved: usize,
 }
@@ -36,10 +36,10 @@ impl Scratch {
         let stride = padded(size);
         // A row more than the matrix: the columns of the elimination end with one of zeros.
         let matrix = size.saturating_add(1).saturating_mul(stride);
-        reserve(WHAT, &mut self.upper, matrix)?;
-        reserve(WHAT, &mut self.lower, matrix)?;
-        reserve(WHAT, &mut self.row, stride.saturating_mul(4))?;
-        reserve(WHAT, &mut self.packed, triangle(size))?;
+        self.upper.reserve(WHAT, matrix)?;
+        self.lower.reserve(WHAT, matrix)?;
+        self.row.reserve(WHAT, stride.saturating_mul(4))?;
+        self.packed.reserve(WHAT, triangle(size))?;
         self.reserved = size;
         Ok(())
     }
@@ -60,21 +60,6 @@ impl Failure {
     pub fn or<T>(self, value: T) -> Result<T> {
         self.0.into_inner().map_or(Ok(value), Err)
     }
-}
-
-/// Return the first `len` elements of `v`, with unspecified contents.
-pub(crate) fn room(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
-    if v.len() < len {
-        v.resize(len, 0.0);
-    }
-    &mut v[..len]
-}
-
-/// Make `v` hold `len` zeros.
-pub(crate) fn zeros(v: &mut Vec<f64>, len: usize) -> &mut [f64] {
-    v.clear();
-    v.resize(len, 0.0);
-    v
 }
 
 /// Write a packed triangle as a full symmetric matrix with rows `stride` apart.

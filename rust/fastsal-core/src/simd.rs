@@ -4,9 +4,12 @@
 //! instantiates it for each instruction set. One table maps the operations of the trait to
 //! intrinsics. On arm64 NEON is part of the baseline, so the portable lanes compile to it.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod plain;
 
 use crate::isa::{Isa, Set};
+use crate::memory::Zero;
 use crate::rows::Element;
 
 /// `W` lanes of one real type. Every function reads or writes `W` lanes from its pointer.
@@ -52,6 +55,7 @@ pub trait Simd: Copy {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sqrt(a: Self::V) -> Self::V;
     /// The smaller one; `b` where either is NaN.
     unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
     /// The larger one; `b` where either is NaN.
@@ -71,7 +75,7 @@ macro_rules! registers {
     ($(
         $name:ident: $t:ty, $v:ty, $w:literal lanes of $isa:ident, tiles of $rows:literal rows, half $half:ty;
         zero $zero:path, load $load:path, store $store:path, splat $splat:path, mul_add $fma:path,
-        add $add:path, mul $mul:path, div $div:path, min $min:path, max $max:path;
+        add $add:path, mul $mul:path, div $div:path, sqrt $sqrt:path, min $min:path, max $max:path;
         equal($a:ident, $b:ident) $equal:expr;
         load_lanes($from:ident, $lo:ident, $hi:ident) $load_lanes:expr;
         store_lanes($to:ident, $value:ident) $store_lanes:expr;
@@ -131,6 +135,11 @@ macro_rules! registers {
                 unsafe { $div(a, b) }
             }
             #[inline(always)]
+            unsafe fn sqrt(a: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $sqrt(a) }
+            }
+            #[inline(always)]
             unsafe fn min(a: $v, b: $v) -> $v {
                 // SAFETY: the instruction set and valid pointers, by contract.
                 unsafe { $min(a, b) }
@@ -162,16 +171,16 @@ macro_rules! registers {
 registers! {
     PortableF32: f32, [f32; 4], 4 lanes of Portable, tiles of 4 rows, half Self;
     zero plain::zero, load plain::load, store plain::store, splat plain::splat,
-    mul_add plain::mul_add_f32, add plain::add, mul plain::mul, div plain::div, min plain::min,
-    max plain::max;
+    mul_add plain::mul_add_f32, add plain::add, mul plain::mul, div plain::div,
+    sqrt plain::sqrt_f32, min plain::min, max plain::max;
     equal(a, b) plain::equal(a, b);
     load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
     store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
 
     PortableF64: f64, [f64; 2], 2 lanes of Portable, tiles of 4 rows, half Self;
     zero plain::zero, load plain::load, store plain::store, splat plain::splat,
-    mul_add plain::mul_add_f64, add plain::add, mul plain::mul, div plain::div, min plain::min,
-    max plain::max;
+    mul_add plain::mul_add_f64, add plain::add, mul plain::mul, div plain::div,
+    sqrt plain::sqrt_f64, min plain::min, max plain::max;
     equal(a, b) plain::equal(a, b);
     load_lanes(p, lo, hi) load_each::<Self, 2>(p, lo, hi);
     store_lanes(p, v) store_each::<Self, 2>(p, v, lo, hi);
@@ -185,23 +194,23 @@ registers! {
     Avx2F32: f32, __m256, 8 lanes of Avx2, tiles of 6 rows, half Self;
     zero _mm256_setzero_ps, load _mm256_loadu_ps, store _mm256_storeu_ps, splat _mm256_set1_ps,
     mul_add _mm256_fmadd_ps, add _mm256_add_ps, mul _mm256_mul_ps, div _mm256_div_ps,
-    min _mm256_min_ps, max _mm256_max_ps;
+    sqrt _mm256_sqrt_ps, min _mm256_min_ps, max _mm256_max_ps;
     equal(a, b) _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b)) as u32;
-    load_lanes(p, lo, hi) load_each::<Self, 8>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 8>(p, v, lo, hi);
+    load_lanes(p, lo, hi) _mm256_maskload_ps(p, avx2::window(lo, hi));
+    store_lanes(p, v) avx2::store_window(p, v, lo, hi);
 
     Avx2F64: f64, __m256d, 4 lanes of Avx2, tiles of 6 rows, half Self;
     zero _mm256_setzero_pd, load _mm256_loadu_pd, store _mm256_storeu_pd, splat _mm256_set1_pd,
     mul_add _mm256_fmadd_pd, add _mm256_add_pd, mul _mm256_mul_pd, div _mm256_div_pd,
-    min _mm256_min_pd, max _mm256_max_pd;
+    sqrt _mm256_sqrt_pd, min _mm256_min_pd, max _mm256_max_pd;
     equal(a, b) _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_EQ_OQ>(a, b)) as u32;
-    load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
+    load_lanes(p, lo, hi) _mm256_maskload_pd(p, avx2::window(2 * lo, 2 * hi));
+    store_lanes(p, v) avx2::store_window(p.cast(), _mm256_castpd_ps(v), 2 * lo, 2 * hi);
 
     Avx512F32: f32, __m512, 16 lanes of Avx512, tiles of 8 rows, half Avx2F32;
     zero _mm512_setzero_ps, load _mm512_loadu_ps, store _mm512_storeu_ps, splat _mm512_set1_ps,
     mul_add _mm512_fmadd_ps, add _mm512_add_ps, mul _mm512_mul_ps, div _mm512_div_ps,
-    min _mm512_min_ps, max _mm512_max_ps;
+    sqrt _mm512_sqrt_ps, min _mm512_min_ps, max _mm512_max_ps;
     equal(a, b) u32::from(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b));
     load_lanes(p, lo, hi) _mm512_maskz_loadu_ps(bits(lo, hi) as __mmask16, p);
     store_lanes(p, v) _mm512_mask_storeu_ps(p, bits(lo, hi) as __mmask16, v);
@@ -209,7 +218,7 @@ registers! {
     Avx512F64: f64, __m512d, 8 lanes of Avx512, tiles of 8 rows, half Avx2F64;
     zero _mm512_setzero_pd, load _mm512_loadu_pd, store _mm512_storeu_pd, splat _mm512_set1_pd,
     mul_add _mm512_fmadd_pd, add _mm512_add_pd, mul _mm512_mul_pd, div _mm512_div_pd,
-    min _mm512_min_pd, max _mm512_max_pd;
+    sqrt _mm512_sqrt_pd, min _mm512_min_pd, max _mm512_max_pd;
     equal(a, b) u32::from(_mm512_cmp_pd_mask::<_CMP_EQ_OQ>(a, b));
     load_lanes(p, lo, hi) _mm512_maskz_loadu_pd(bits(lo, hi) as __mmask8, p);
     store_lanes(p, v) _mm512_mask_storeu_pd(p, bits(lo, hi) as __mmask8, v);
@@ -248,7 +257,7 @@ unsafe fn store_each<S: Simd, const W: usize>(p: *mut S::T, v: S::V, lo: usize, 
 
 /// A real type that statistics are kept in, with its registers.
 pub trait Real:
-    Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + 'static
+    Copy + Send + Sync + Default + PartialOrd + Into<f64> + std::ops::AddAssign + Zero + 'static
 {
     type Portable: Simd<T = Self>;
     type Avx2: Simd<T = Self>;
@@ -355,3 +364,6 @@ pub(crate) fn prefetch<T>(p: *const T) {
     #[cfg(not(target_arch = "x86_64"))]
     let _ = p;
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use crate::error::{check_length, check_positive, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
 use crate::parallel;
-use crate::scratch::{room, unpack, Scratch};
+use crate::scratch::{unpack, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd};
 use crate::syrk::syrk_of_lower;
 
@@ -36,6 +36,7 @@ macro_rules! with_packed {
         }
     };
 }
+pub(crate) use with_packed;
 
 /// The statistics of one parameter, borrowed; its parts fit each other.
 #[derive(Debug, Clone, Copy)]
@@ -157,6 +158,21 @@ impl<'a> Damped<'a> {
         self.statistics.kept_in(b)
     }
 
+    /// The sums over samples.
+    pub(crate) fn packed(&self) -> Packed<'a> {
+        self.statistics.packed
+    }
+
+    /// Number of samples.
+    pub(crate) fn samples(&self) -> f64 {
+        self.statistics.samples
+    }
+
+    /// `λ`.
+    pub(crate) fn damping(&self) -> f64 {
+        self.damping
+    }
+
     /// Compute [`Report::sensitivity`] of block `b` from `max_i F_ii` and `tr A_b⁻¹ >= ‖A_b⁻¹‖`.
     pub(crate) fn sensitivity(&self, b: usize, largest: f64, inverse_trace: f64) -> f64 {
         // Pruned weights add ones to the trace that are not part of the kept matrix.
@@ -207,13 +223,13 @@ impl<'a> Damped<'a> {
     #[inline(always)]
     pub(crate) fn factor(&self, isa: Isa, b: usize, scratch: &mut Scratch) -> Option<f64> {
         let size = self.layout().size(b);
-        let a = room(&mut scratch.upper, size * padded(size));
-        let m = room(&mut scratch.lower, size * padded(size));
+        let a = scratch.upper.room(size * padded(size));
+        let m = scratch.lower.room(size * padded(size));
         let largest = self.write(b, a);
         if !cholesky(isa, a, size) {
             return None;
         }
-        invert_factor(isa, a, m, size);
+        invert_factor(isa, a, m, size, padded(size));
         Some(largest)
     }
 
@@ -239,7 +255,7 @@ impl Kernel<f64> for Invert<'_> {
         let Self { damped, b, scratch } = self;
         let largest = damped.factor(simd.isa(), b, scratch)?;
         let size = damped.layout().size(b);
-        let packed = room(&mut scratch.packed, triangle(size));
+        let packed = scratch.packed.room(triangle(size));
         syrk_of_lower(simd.isa(), &scratch.lower, size, packed);
         let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
         Some(damped.sensitivity(b, largest, trace))

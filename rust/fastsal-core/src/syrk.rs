@@ -75,7 +75,20 @@ pub(crate) fn syrk<T: Real>(
 /// Set `packed` to `panelᵀ panel` for a square lower triangular `panel`: zero above its diagonal.
 pub(crate) fn syrk_of_lower(isa: Isa, panel: &[f64], size: usize, packed: &mut [f64]) {
     let (n, stride) = (size, padded(size));
-    let (first, fresh, between) = (Reads::FromDiagonal, true, None);
+    let (first, fresh, between) = (Reads::FromDiagonal { until: usize::MAX }, true, None);
+    dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
+}
+
+/// [`syrk`] for a panel whose first `n` columns are lower triangular: zero above its diagonal.
+pub(crate) fn syrk_of_lower_and_rest(
+    isa: Isa,
+    panel: &[f64],
+    n: usize,
+    size: usize,
+    stride: usize,
+    packed: &mut [f64],
+) {
+    let (first, fresh, between) = (Reads::FromDiagonal { until: n }, false, None);
     dispatch(isa, Syrk { panel, n, size, stride, packed, first, fresh, between });
 }
 
@@ -83,7 +96,10 @@ pub(crate) fn syrk_of_lower(isa: Isa, panel: &[f64], size: usize, packed: &mut [
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Reads {
     All,
-    FromDiagonal,
+    /// Those from the diagonal on, in the columns before `until`.
+    FromDiagonal {
+        until: usize,
+    },
 }
 
 /// The kernel of [`syrk`], with its options.
@@ -190,9 +206,15 @@ impl<S: Simd> Tiles<'_, S> {
         while i < i1 {
             // SAFETY: rows i..i + rows and columns from j0 on lie inside the block.
             i += unsafe {
-                match i1 - i {
+                let left = i1 - i;
+                // Tiles of about equal heights: the lower one is, the more of its time is loads.
+                let rows =
+                    if const { S::ROWS == 6 } { left.div_ceil(left.div_ceil(6)) } else { left };
+                match rows {
                     1 => self.tile::<1, NV, HALF>(i, j0),
-                    2..4 => self.tile::<2, NV, HALF>(i, j0),
+                    3 if const { S::ROWS == 6 } => self.tile::<3, NV, HALF>(i, j0),
+                    2 | 3 => self.tile::<2, NV, HALF>(i, j0),
+                    5 if const { S::ROWS == 6 } => self.tile::<5, NV, HALF>(i, j0),
                     8.. if const { S::ROWS >= 8 } => self.tile::<8, NV, HALF>(i, j0),
                     6.. if const { S::ROWS >= 6 } => self.tile::<6, NV, HALF>(i, j0),
                     _ => self.tile::<4, NV, HALF>(i, j0),
@@ -220,7 +242,10 @@ impl<S: Simd> Tiles<'_, S> {
             let mut half_sum = [S::Half::zero(); R];
             let start = match self.first {
                 Reads::All => 0,
-                Reads::FromDiagonal => j0 - if HALF { half } else { 0 },
+                Reads::FromDiagonal { until } if j0 + NV * S::W <= until => {
+                    j0 - if HALF { half } else { 0 }
+                }
+                Reads::FromDiagonal { .. } => 0,
             };
             let panel = self.panel.add(start * self.stride);
             let (mut left, mut right) = (panel.add(i0), panel.wrapping_add(j0));

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -14,49 +13,18 @@ from torch import Tensor, nn
 
 import fastsal
 import fastsal._core as _core
+from fastsal.cli.bench.kernels import kernel_cases
 from fastsal.cli.bench.peers import (
     sparseml_fisher,
     torch_fisher,
     torch_func_gradients,
     torch_inverse_diagonal,
 )
+from fastsal.cli.bench.sizes import BenchSize, by_instructions, faster, longer, random_rows
 from fastsal.cli.bench.timing import Case, Comparison, Skip, keep_freed_memory
 from fastsal.gradients import GradientEngine, select_parameters
-from fastsal.gradients.workspace import empty_pages
 
 _DAMPING = 1e-5
-
-
-@dataclass(frozen=True)
-class BenchSize:
-    """Sizes of the cases: `BenchSize()` runs about a minute, `BenchSize.full()` half an hour."""
-
-    gram_weights: int = 1 << 20
-    weights: int = 1 << 18
-    samples: tuple[int, ...] = (256,)
-    scores: int = 16_000_000
-    models: tuple[str, ...] = ("resnet18",)
-    images: int = 16
-    pairs: int = 3
-
-    @classmethod
-    def full(cls) -> BenchSize:
-        """Return the sizes of the published figures."""
-        return cls(
-            gram_weights=1 << 22,
-            weights=1 << 20,
-            samples=(256, 1024),
-            scores=86_000_000,
-            models=(
-                "resnet50",
-                "vit_small_patch16_224",
-                "resnet18",
-                "convnext_tiny",
-                "tf_efficientnet_lite0",
-            ),
-            images=64,
-            pairs=5,
-        )
 
 
 # Models whose gradients may cost at most a quarter of a pass; for others it is half.
@@ -65,16 +33,16 @@ _CLOSE = ("resnet50", "vit_small_patch16_224")
 
 def cases_of(size: BenchSize) -> Iterator[Case]:
     """Yield all cases at the given sizes."""
-    for block in (64, 128):
+    for block, wanted in ((64, by_instructions(0.72, 0.60)), (128, by_instructions(0.82, 0.68))):
         yield Case(
             f"Gram kernel, blocks of {block}, 64 rows of {size.gram_weights:,} weights",
             "useful FLOP/s over torch.mm's",
-            0.6,
+            wanted,
             partial(_gram, size, block),
         )
     for n in size.samples:
         name = f"statistics and inverse diagonal, {size.weights:,} weights, {n} gradients"
-        wanted = 40.0 if n < 1024 else 60.0
+        wanted = by_instructions(55.0, 45.0) if n < 1024 else by_instructions(75.0, 65.0)
         yield Case(name, "times as fast", wanted, partial(_against_sparseml, size, n))
     yield Case(
         f"statistics and inverse diagonal, {size.weights:,} weights, 256 gradients",
@@ -82,20 +50,15 @@ def cases_of(size: BenchSize) -> Iterator[Case]:
         1.0,
         partial(_against_torch, size),
     )
-    yield Case(
-        f"inverse diagonal of {size.weights // 64:,} blocks of 64, in float64",
-        "times as fast",
-        5.0,
-        partial(_inverse_diagonal, size),
-    )
     for block in (32, 64, 128, 256):
         yield Case(
             f"greedy elimination of {size.weights:,} weights in blocks of {block}",
             "times as long",
-            3.0,
+            2.2,
             partial(_greedy, size, block),
             at_least=False,
         )
+    yield from kernel_cases(size)
     for peer, wanted in (("torch.kthvalue", 12.0), ("np.partition", 1.0)):
         name = f"threshold of {size.scores:,} scores"
         yield Case(name, "times as fast", wanted, partial(_threshold, size, peer))
@@ -132,23 +95,9 @@ def cases_of(size: BenchSize) -> Iterator[Case]:
         )
 
 
-def _rows(n: int, d: int) -> Tensor:
-    """Return random gradients in memory allocated as by `collect`."""
-    rows = empty_pages(n * d, torch.float32).view(n, d)
-    return rows.normal_(0, 1e-2, generator=torch.Generator().manual_seed(0))
-
-
-def _faster(ours: float, theirs: float) -> float:
-    return theirs / ours
-
-
-def _longer(ours: float, theirs: float) -> float:
-    return ours / theirs
-
-
 def _gram(size: BenchSize, block: int) -> Comparison:
     n, d, side = 64, size.gram_weights, 3072
-    rows = _rows(n, d).numpy()
+    rows = random_rows(n, d).numpy()
     packed, sums = np.zeros(_core.packed_len(d, block), np.float32), np.zeros(d, np.float32)
     a, b, out = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
     # One multiply-add per entry: of the triangles for the core, of the square for torch.
@@ -180,7 +129,7 @@ def _against_sparseml(size: BenchSize, n: int) -> Comparison:
     except ImportError as missing:
         raise Skip(f"SparseML is not installed; {missing}") from missing
     keep_freed_memory()
-    rows = _rows(n, size.weights)
+    rows = random_rows(n, size.weights)
     made: list[object] = []
 
     def peer() -> None:
@@ -200,28 +149,16 @@ def _against_sparseml(size: BenchSize, n: int) -> Comparison:
             f"memory {memory:.3f} of SparseML's"
         )
 
-    return Comparison(lambda: _statistics(rows), peer, "SparseML", _faster, 3, after)
+    return Comparison(lambda: _statistics(rows), peer, "SparseML", faster, 3, after)
 
 
 def _against_torch(size: BenchSize) -> Comparison:
-    rows = _rows(256, size.weights)
+    rows = random_rows(256, size.weights)
     return Comparison(
         lambda: _statistics(rows),
         lambda: torch_inverse_diagonal(torch_fisher(rows, 64), _DAMPING),
         "torch.bmm, batched Cholesky and inverse, float32",
-        _faster,
-        size.pairs,
-    )
-
-
-def _inverse_diagonal(size: BenchSize) -> Comparison:
-    fisher, _ = _statistics(_rows(256, size.weights))
-    dense = fisher.blocks("w").float()
-    return Comparison(
-        lambda: fisher.inverse_diagonals(1e-3),
-        lambda: torch_inverse_diagonal(dense, 1e-3),
-        "torch's batched Cholesky and inverse, float32",
-        _faster,
+        faster,
         size.pairs,
     )
 
@@ -229,14 +166,14 @@ def _inverse_diagonal(size: BenchSize) -> Comparison:
 def _greedy(size: BenchSize, block: int) -> Comparison:
     d = size.weights
     fisher = fastsal.BlockFisher({"w": (d,)}, block_size=block)
-    fisher.update({"w": _rows(2 * block, d)})
+    fisher.update({"w": random_rows(2 * block, d)})
     model = nn.Module()
-    model.w = nn.Parameter(_rows(1, d)[0])
+    model.w = nn.Parameter(random_rows(1, d)[0])
     return Comparison(
         lambda: fastsal.score(model, fisher, "obs-greedy", 1e-3),
         lambda: fisher.inverse_diagonals(1e-3),
         "the inverse diagonal of the same blocks",
-        _longer,
+        longer,
         2 * size.pairs - 1,
     )
 
@@ -249,7 +186,7 @@ def _threshold(size: BenchSize, peer: str) -> Comparison:
         "torch.kthvalue": lambda: torch.from_numpy(scores).kthvalue(k),
         "np.partition": lambda: np.partition(scores, k),
     }
-    return Comparison(lambda: _core.kth_smallest([scores], k), jobs[peer], peer, _faster, 3)
+    return Comparison(lambda: _core.kth_smallest([scores], k), jobs[peer], peer, faster, 3)
 
 
 def _model(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
@@ -269,7 +206,7 @@ def _gradients(name: str) -> Comparison:
         lambda: engine.run(images, labels, lambda *_: None),
         lambda: torch_func_gradients(model, images, labels),
         "torch.func.vmap",
-        _faster,
+        faster,
         3,
     )
 
@@ -280,7 +217,7 @@ def _start() -> Comparison:
         return lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
     ours, peer = python("-m", "fastsal", "--help"), python("-c", "import torch")
-    return Comparison(ours, peer, "import torch", _longer, 3)
+    return Comparison(ours, peer, "import torch", longer, 3)
 
 
 def _collect(size: BenchSize, name: str) -> Comparison:
@@ -299,14 +236,14 @@ def _collect(size: BenchSize, name: str) -> Comparison:
         lambda: fastsal.collect(model, [(images, labels)], micro_batch=8),
         plain,
         "the plain forward and backward passes",
-        _longer,
+        longer,
         3,
     )
 
 
 def _growth_in_weights(size: BenchSize) -> Comparison:
     keep_freed_memory()
-    rows = _rows(64, size.gram_weights)
+    rows = random_rows(64, size.gram_weights)
 
     def sums(parameters: int) -> int:
         names = [f"w{i}" for i in range(parameters)]
@@ -318,14 +255,14 @@ def _growth_in_weights(size: BenchSize) -> Comparison:
         lambda: sums(16),
         lambda: [sums(1) for _ in range(16)],
         "sixteen times the smaller",
-        _longer,
+        longer,
         3,
     )
 
 
 def _growth_in_samples(size: BenchSize) -> Comparison:
     keep_freed_memory()
-    rows = _rows(1024, size.weights)
+    rows = random_rows(1024, size.weights)
     held: dict[int, int] = {}
 
     def sums(n: int, times: int) -> None:
@@ -338,7 +275,7 @@ def _growth_in_samples(size: BenchSize) -> Comparison:
         lambda: sums(1024, 1),
         lambda: sums(64, 16),
         "sixteen times the smaller",
-        _longer,
+        longer,
         3,
         lambda: f"memory {held[1024] / held[64]:.3f} of the smaller's",
     )

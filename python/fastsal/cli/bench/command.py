@@ -47,8 +47,9 @@ def bench(**given: Any) -> None:
     import torch
 
     import fastsal._core as _core
-    from fastsal.cli.bench.cases import BenchSize, cases_of
+    from fastsal.cli.bench.cases import cases_of
     from fastsal.cli.bench.conditions import describe, refuse_debug_build
+    from fastsal.cli.bench.sizes import BenchSize
     from fastsal.cli.bench.timing import run
     from fastsal.cli.output import console, emit
     from fastsal.utils.json_files import write_json

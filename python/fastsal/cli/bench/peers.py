@@ -50,6 +50,32 @@ def torch_inverse_diagonal(fisher: Tensor, damping: float) -> Tensor:
     return inverse.diagonal(dim1=1, dim2=2)
 
 
+def torch_compensation(damped: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+    """Return compensated weights `[blocks, B]` of blocks `F + λI` by batched Cholesky."""
+    both = kept[:, :, None] & kept[:, None, :]
+    inside = torch.where(both, damped, torch.eye(damped.shape[1], dtype=damped.dtype))
+    step = torch.einsum("bij,bj->bi", damped, weights * ~kept) * kept
+    moved = torch.cholesky_solve(step[:, :, None], torch.linalg.cholesky(inside))[:, :, 0]
+    return (weights + moved) * kept
+
+
+def torch_dual_diagonal(gradients: Tensor, block_size: int, damping: float) -> Tensor:
+    """Return `diag((F + λI)⁻¹)` of all blocks from the Gram matrices of their gradients."""
+    n = gradients.shape[0]
+    blocks = gradients.reshape(n, -1, block_size).permute(1, 0, 2)
+    gram = torch.bmm(blocks, blocks.mT) + n * damping * torch.eye(n)
+    solved = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), blocks, upper=False)
+    diagonal: Tensor = (1 - solved.square().sum(1)) / damping
+    return diagonal
+
+
+def torch_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Return the mask of the `n` largest of every `m` neighbors."""
+    groups = scores.view(-1, m)
+    kept = torch.zeros(groups.shape, dtype=torch.bool)
+    return kept.scatter_(1, groups.topk(n, dim=1).indices, True).view(scores.shape)
+
+
 def torch_func_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Return per-sample gradients of the cross-entropy by `torch.func`, name to `[n, *shape]`."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}

@@ -57,24 +57,39 @@ def output_rows(op: str, output: Tensor, places: Tensor) -> Tensor:
     return output.flatten(2)[places // pixels, :, places % pixels]
 
 
-def input_rows(call: Call, outputs: Sequence[int], places: Tensor) -> Tensor:
-    """Return the inputs `[R, G, d]` whose products with a weight `[O, d]` are those outputs.
+class InputRows:
+    """The inputs of a layer, by the places of its outputs.
 
     Args:
         call: The call.
         outputs: Shape of its output.
-        places: `[R]`, as for `output_rows`.
     """
-    if call.op == "linear":
-        return call.input.reshape(-1, call.input.shape[-1])[places].unsqueeze(1)
-    sizes = tuple(outputs[2:])
-    spatial = len(sizes)
-    view = windows(call, padded(call, call.input), sizes)
-    # Axes that are indexed come first: [n, P..., C, k...].
-    view = view.permute(0, *range(2 + spatial, 2 + 2 * spatial), *range(1, 2 + spatial))
-    index = []
-    rest = places
-    for size in reversed((len(view), *sizes)):
-        index.append(rest % size)
-        rest = rest // size
-    return view[tuple(reversed(index))].reshape(len(places), call.groups, -1)
+
+    def __init__(self, call: Call, outputs: Sequence[int]) -> None:
+        self._groups = call.groups
+        self._sizes: tuple[int, ...] = ()
+        self._view = call.input
+        if call.op == "linear":
+            self._view = call.input.reshape(-1, call.input.shape[-1])
+            return
+        spatial = len(outputs) - 2
+        view = windows(call, padded(call, call.input), tuple(outputs[2:]))
+        # Axes that are indexed come first: [n, P..., C, k...].
+        axes = (0, *range(2 + spatial, 2 + 2 * spatial), *range(1, 2 + spatial))
+        self._view = view.permute(axes)
+        self._sizes = (len(view), *outputs[2:])
+
+    def at(self, places: Tensor) -> Tensor:
+        """Return the rows `[R, G, d]` whose products with a weight `[O, d]` are the outputs.
+
+        Args:
+            places: `[R]`, as for `output_rows`.
+        """
+        if not self._sizes:
+            return self._view[places].unsqueeze(1)
+        index = []
+        rest = places
+        for size in reversed(self._sizes):
+            index.append(rest % size)
+            rest = rest // size
+        return self._view[tuple(reversed(index))].reshape(len(places), self._groups, -1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastsal.gradients.precision import at_least_float32
 from fastsal.gradients.rules.operations import Call, Operation
-from fastsal.gradients.rules.windows import input_rows
+from fastsal.gradients.rules.windows import InputRows
 from fastsal.pruning.reconstruction.dense_outputs import Target
 from fastsal.pruning.reconstruction.expressions import evaluated, results_in
 from fastsal.pruning.reconstruction.solving import solve_rows
@@ -130,11 +130,12 @@ class _Sums:
     def of(cls, call: Call, target: Target, wanted: Tensor, *, centered: bool) -> _Sums:
         """Return the means over the rows of a target."""
         step = max(1, _CHUNK // (call.groups * math.prod(call.weight_shape[1:])))
+        inputs = InputRows(call, target.shape)
         sums: list[Tensor] = []
         shift: float | Tensor = 0.0
         for start in range(0, len(target.places), step):
             places = target.places[start : start + step]
-            x = at_least_float32(input_rows(call, target.shape, places)).transpose(0, 1)
+            x = at_least_float32(inputs.at(places)).transpose(0, 1)
             y = wanted[start : start + step].reshape(len(places), call.groups, -1).transpose(0, 1)
             if centered:
                 # Close to the mean, so that little is lost when it is subtracted in the end.
@@ -143,8 +144,8 @@ class _Sums:
             some = [
                 torch.bmm(x.transpose(1, 2), x).double(),
                 torch.bmm(y.transpose(1, 2), x).double(),
-                x.double().sum(1),
-                y.double().sum(1),
+                x.sum(1).double(),
+                y.sum(1).double(),
             ]
             sums = [a.add_(b) for a, b in zip(sums, some, strict=True)] if sums else some
         moments, products, mean, target_mean = (value / len(target.places) for value in sums)

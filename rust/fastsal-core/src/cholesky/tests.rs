@@ -21,7 +21,7 @@ fn the_factor_and_its_inverse_give_the_matrix_and_one() {
             let (a, stride) = (matrix(size), padded(size));
             let (mut u, mut m) = (a.clone(), vec![f64::NAN; a.len()]);
             assert!(cholesky(isa, &mut u, size));
-            invert_factor(isa, &u, &mut m, size);
+            invert_factor(isa, &u, &mut m, size, stride);
             let mut x: Vec<f64> = (0..size).map(|i| i as f64).collect();
             solve(&u, size, &mut x);
             for i in 0..size {

@@ -6,9 +6,15 @@ use crate::Layout;
 
 #[test]
 fn no_exchange_is_left_that_compensation_would_prefer() {
-    for (width, inner, block, m, struck) in
-        [(16, 1, 16, 4, 0), (6, 3, 10, 4, 0), (12, 2, 24, 8, 7), (9, 1, 5, 2, 3), (7, 1, 64, 4, 0)]
-    {
+    for (width, inner, block, m, struck) in [
+        (16, 1, 16, 4, 0),
+        (6, 3, 10, 4, 0),
+        (12, 2, 24, 8, 7),
+        (9, 1, 5, 2, 3),
+        (7, 1, 64, 4, 0),
+        // Enough exchanges that columns are subtracted from the matrix on the way.
+        (48, 1, 96, 8, 5),
+    ] {
         let groups = Groups::new((2, width, inner), m).expect("groups");
         let layout = Layout::new(2 * width * inner, block).expect("layout");
         let samples = 40;

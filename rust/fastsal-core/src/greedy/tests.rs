@@ -94,3 +94,25 @@ fn a_block_does_not_depend_on_its_company() {
         }
     }
 }
+
+#[test]
+fn equal_costs_are_removed_in_order() {
+    for isa in Isa::available() {
+        for block in [1usize, 7, 16, 33, 48, 64, 100, 130, 200] {
+            let layout = Layout::new(3 * block, block).expect("layout");
+            let packed = vec![0.0f64; layout.packed_len()];
+            let statistics = Statistics::new(layout, Packed::F64(&packed), 1.0, None);
+            let damped = statistics.expect("statistics").damped(0.5).expect("damped");
+            // Also costs that overflow, which are all alike.
+            for weight in [0.0f32, 0.25, f32::MAX] {
+                let weights = vec![weight; layout.len()];
+                let (mut scores, mut turns) = (vec![0.0; layout.len()], vec![0; layout.len()]);
+                eliminate_with(isa, damped, &weights, &mut scores, &mut turns).expect("report");
+                let order: Vec<u32> = (0..3 * block).map(|j| (j % block) as u32).collect();
+                assert_eq!(turns, order, "{isa:?}, blocks of {block}");
+                let cost = f64::from(weight) * f64::from(weight) / 4.0;
+                assert!(scores.iter().all(|s| *s == cost as f32), "{isa:?}, blocks of {block}");
+            }
+        }
+    }
+}

@@ -86,3 +86,68 @@ fn bad_blocks_are_named_and_nan() {
         assert!(statistics.damped(damping).is_err());
     }
 }
+
+#[test]
+fn lanes_of_small_blocks_are_the_diagonals_of_the_inverse() {
+    let sizes = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 50, 63, 64];
+    for isa in Isa::available() {
+        for (k, block) in sizes.into_iter().enumerate() {
+            // Every number of blocks of a vector, and a short one after them.
+            let (blocks, samples) = (k % 10 + 1, 2 * block);
+            let layout = Layout::new(blocks * block + block / 3, block).expect("layout");
+            let packed = random_statistics(k as u64, layout, samples);
+            let kept: Vec<bool> = (0..layout.len()).map(|i| i % 5 != 1).collect();
+            for kept in [None, Some(kept.as_slice())] {
+                let packed = Packed::F64(&packed);
+                let statistics = Statistics::new(layout, packed, samples as f64, kept);
+                let damped = statistics.expect("statistics").damped(1e-3).expect("damped");
+                let mut full = vec![0.0; layout.dense_len()];
+                inverse(damped, &mut full).expect("inverse");
+                let mut out = vec![0.0; layout.len()];
+                let report = small_blocks(isa, damped, &mut out);
+                assert!(report.failed.is_empty());
+                for (j, x) in out.iter().enumerate() {
+                    let (b, i) = (j / block, j % block);
+                    let want = full[(b * block + i) * block + i];
+                    assert!((x / want - 1.0).abs() < 1e-10, "{isa:?} {block}: {x} {want}");
+                }
+                let mut scratch = Scratch::default();
+                for b in 0..layout.blocks() {
+                    scratch.reserve(block).expect("room");
+                    let want = damped.invert(isa, b, &mut scratch).expect("inverse");
+                    assert!((report.sensitivity[b] - want).abs() <= 1e-10 * want);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_small_block_does_not_depend_on_those_beside_it() {
+    for isa in Isa::available() {
+        for (block, blocks, last) in
+            [(8, 19, 3), (16, 9, 15), (30, 11, 1), (64, 10, 63), (72, 3, 17), (80, 2, 64)]
+        {
+            let layout = Layout::new(blocks * block + last, block).expect("layout");
+            let mut packed = random_statistics(3, layout, 5);
+            let bad = blocks / 2;
+            packed[layout.packed_range(bad).start] = f64::NAN;
+            let diagonal = |layout: Layout, packed: &[f64]| {
+                let statistics = Statistics::new(layout, Packed::F64(packed), 5.0, None);
+                let damped = statistics.expect("statistics").damped(1e-8).expect("damped");
+                let mut out = vec![0.0; layout.len()];
+                let report = inverse_diagonal_with(isa, damped, &mut out).expect("diagonal");
+                let bits: Vec<u64> = out.iter().map(|x| x.to_bits()).collect();
+                (bits, report)
+            };
+            let (all, report) = diagonal(layout, &packed);
+            assert_eq!(report.failed, [bad]);
+            for b in 0..layout.blocks() {
+                let alone = Layout::new(layout.size(b), block).expect("layout");
+                let (own, own_report) = diagonal(alone, &packed[layout.packed_range(b)]);
+                assert!(own == all[layout.range(b)], "{isa:?}: {b} of {block}");
+                assert_eq!(own_report.sensitivity[0], report.sensitivity[b]);
+            }
+        }
+    }
+}

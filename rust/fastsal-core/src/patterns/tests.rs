@@ -53,7 +53,10 @@ fn the_cheapest_choice_of_each_group_alone_stays_out() {
             }
         }
         let mut kept = vec![false; layout.len()];
-        assert!(each_alone(damped, &weights, groups, n, &mut kept).expect("n of m").is_empty());
+        let alone =
+            |window: &Window<'_>, _: &mut Workspace, kept: &mut [bool]| window.choose(n, kept);
+        let failed = for_each_window(damped, &weights, groups, &mut kept, alone);
+        assert!(failed.expect("n of m").is_empty());
         let mut costs = vec![0.0; layout.len()];
         group_costs(damped, &weights, groups, &mut costs).expect("costs");
         for o in 0..outer {
@@ -99,4 +102,56 @@ fn bad_arguments_are_refused() {
     assert!(run(12, 4, 2).is_ok());
     assert!(run(11, 4, 2).is_err() && run(12, 9, 2).is_err() && run(12, 4, 5).is_err());
     assert!(run(12, 0, 0).is_err());
+}
+
+#[test]
+fn rows_of_whole_blocks_do_not_depend_on_each_other() {
+    let (outer, width, inner, block, samples) = (12, 101, 3, 101, 20);
+    let row = width * inner;
+    let run = |first: usize, rows: usize| {
+        let layout = Layout::new(outer * row, block).expect("layout");
+        let (packed, weights) =
+            (random_statistics(5, layout, samples), random_f32(6, layout.len()));
+        let part = Layout::new(rows * row, block).expect("layout");
+        let start = layout.packed_range(first * row / block).start;
+        let packed = Packed::F64(&packed[start..start + part.packed_len()]);
+        let statistics = Statistics::new(part, packed, samples as f64, None);
+        let damped = statistics.expect("statistics").damped(1e-2).expect("damped");
+        let groups = Groups::new((rows, width, inner), 4).expect("groups");
+        let weights = &weights[first * row..(first + rows) * row];
+        let (mut kept, mut costs) = (vec![false; part.len()], vec![0.0; part.len()]);
+        assert!(n_of_m(damped, weights, groups, 2, &mut kept).expect("n of m").is_empty());
+        assert!(group_costs(damped, weights, groups, &mut costs).expect("costs").is_empty());
+        (kept, costs)
+    };
+    // Several windows of four rows.
+    assert_eq!(window_len(Groups::new((outer, width, inner), 4).expect("groups"), block), 4 * row);
+    let (kept, costs) = run(0, outer);
+    for o in 0..outer {
+        let alone = run(o, 1);
+        assert_eq!(alone.0, kept[o * row..(o + 1) * row]);
+        assert_eq!(alone.1, costs[o * row..(o + 1) * row]);
+    }
+}
+
+#[test]
+fn groups_of_blocks_that_cannot_be_factored_lose_their_first_members() {
+    let layout = Layout::new(2048 + 16, 8).expect("layout");
+    let mut packed = vec![0.0f64; layout.packed_len()];
+    let bad = [0, 1, 130, 257];
+    bad.iter().for_each(|b| packed[layout.packed_range(*b).start] = -9.0);
+    let statistics = Statistics::new(layout, Packed::F64(&packed), 1.0, None);
+    let damped = statistics.expect("statistics").damped(1.0).expect("damped");
+    let groups = Groups::new((258, 8, 1), 4).expect("groups");
+    let (weights, mut kept) = (random_f32(6, layout.len()), vec![false; layout.len()]);
+    let mut costs = vec![0.0; layout.len()];
+    assert_eq!(n_of_m(damped, &weights, groups, 2, &mut kept).expect("n of m"), bad);
+    assert_eq!(group_costs(damped, &weights, groups, &mut costs).expect("costs"), bad);
+    for b in 0..layout.blocks() {
+        let part = layout.range(b);
+        assert_eq!(costs[part.clone()].iter().all(|x| x.is_nan()), bad.contains(&b));
+        if bad.contains(&b) {
+            assert_eq!(kept[part], [false, false, true, true, false, false, true, true]);
+        }
+    }
 }

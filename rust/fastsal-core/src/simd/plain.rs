@@ -71,3 +71,13 @@ macro_rules! mul_add {
 }
 mul_add!(mul_add_f32, f32);
 mul_add!(mul_add_f64, f64);
+macro_rules! sqrt {
+    ($name:ident, $t:ty) => {
+        #[inline(always)]
+        pub(crate) unsafe fn $name<const W: usize>(a: [$t; W]) -> [$t; W] {
+            from_fn(|i| a[i].sqrt())
+        }
+    };
+}
+sqrt!(sqrt_f32, f32);
+sqrt!(sqrt_f64, f64);

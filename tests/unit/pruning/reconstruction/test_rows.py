@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastsal.gradients.capture import Capture
-from fastsal.gradients.rules.windows import input_rows, output_rows
+from fastsal.gradients.rules.windows import InputRows, output_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +42,7 @@ def test_rows(name):
     _, _, call, output = calls[0]
     total = output.numel() // len(layer.weight)
     places = torch.randperm(total, generator=generator)[: max(1, total - 2)]
-    rows = input_rows(call, output.shape, places)
+    rows = InputRows(call, output.shape).at(places)
     weight = layer.weight.reshape(call.groups, -1, rows.shape[2])
     found = torch.einsum("rgd,god->rgo", rows, weight).reshape(len(places), -1)
     if layer.bias is not None:
