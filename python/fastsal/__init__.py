@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fastsal.data.image_set import ImageSet
     from fastsal.data.imbalance import imbalanced
     from fastsal.data.opening import open_images
+    from fastsal.deploy.export import ExportResult, export
+    from fastsal.deploy.meter import Measurement, measure_against
+    from fastsal.deploy.runs import load_run, save_run
     from fastsal.errors import (
         DataError,
         FactorizationError,
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from fastsal.pruning.refit.refit import refit
     from fastsal.pruning.refit.settings import Refit
     from fastsal.pruning.refit_result import RefitResult
+    from fastsal.pruning.structured.prune_structure import prune_structure
+    from fastsal.pruning.structured.result import StructureResult
     from fastsal.study import Study, load_study, run_study
     from fastsal.transfer import Task, evaluate, fit_heads
     from fastsal.transfer.fisher_overlap import fisher_overlap
@@ -101,6 +106,14 @@ _HOME = {
     "rank_pattern": "pruning.masks.joint",
     "SafetyReport": "pruning.limits.limit",
     "prune": "pruning.prune",
+    "StructureResult": "pruning.structured.result",
+    "prune_structure": "pruning.structured.prune_structure",
+    "ExportResult": "deploy.export",
+    "export": "deploy.export",
+    "Measurement": "deploy.meter",
+    "measure_against": "deploy.meter",
+    "load_run": "deploy.runs",
+    "save_run": "deploy.runs",
     "Reconstruction": "pruning.reconstruction_result",
     "reconstruct": "pruning.reconstruction.reconstruct",
     "Refit": "pruning.refit.settings",
@@ -117,7 +130,7 @@ _HOME = {
 
 # Packages that `fastsal.NAME` imports on first use, so that `import fastsal` is enough for them.
 _ROOMS = (
-    "data", "distributed", "finetuning", "fisher", "gradients",
+    "data", "deploy", "distributed", "finetuning", "fisher", "gradients",
     "models", "pruning", "study", "transfer",
 )  # fmt: skip
 
@@ -126,6 +139,7 @@ __all__ = [
     "BlockFisher",
     "CompensationReport",
     "DataError",
+    "ExportResult",
     "FactorizationError",
     "FastsalError",
     "FileFormatError",
@@ -135,6 +149,7 @@ __all__ = [
     "InvalidArgument",
     "MaskError",
     "Masks",
+    "Measurement",
     "MemoryPlan",
     "NonFiniteGradient",
     "NonFiniteLoss",
@@ -145,6 +160,7 @@ __all__ = [
     "RefitResult",
     "SafetyReport",
     "Shares",
+    "StructureResult",
     "Study",
     "Task",
     "UnknownParameter",
@@ -154,6 +170,7 @@ __all__ = [
     "compensate",
     "corrupt",
     "evaluate",
+    "export",
     "finetune",
     "fisher_overlap",
     "fit_heads",
@@ -162,17 +179,21 @@ __all__ = [
     "input_spec",
     "load_images",
     "load_model",
+    "load_run",
     "load_study",
+    "measure_against",
     "merge_files",
     "open_images",
     "per_sample_gradients",
     "plan_memory",
     "prune",
+    "prune_structure",
     "rank",
     "rank_pattern",
     "reconstruct",
     "refit",
     "run_study",
+    "save_run",
     "score",
     "select_parameters",
     "set_num_threads",

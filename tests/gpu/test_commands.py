@@ -40,6 +40,31 @@ points = 2
 """
 
 
+UNITS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.conv1, self.norm = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.conv2 = nn.Conv2d(12, 8, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.head = nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (x + self.conv2(torch.relu(self.norm(self.conv1(x))))).mean(dim=(2, 3))
+        return self.head(x + self.fc2(torch.relu(self.fc1(x))))
+
+
+def net(num_classes=3):
+    return Net(num_classes)
+"""
+
+
 def run(*arguments):
     result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="fastsal")
     assert result.exit_code == 0, result.output
@@ -68,6 +93,28 @@ def test_prune_and_what_follows(device, given, tmp_path):
     found = run("finetune", model, "--weights", pruned, "--data", data, *more, *where)
     assert found["device"]["device"] == str(device)
     assert run("verify", tuned, "--json")["ok"]
+
+
+@pytest.mark.parametrize(("structure", "layer"), [("mlp", "fc1"), ("channels", "conv1")])
+def test_units(device, given, tmp_path, structure, layer):
+    _, data, where = given
+    file = tmp_path / "net.py"
+    file.write_text(UNITS)
+    states = []
+    for how in (where, ("--device", "cpu", "--quiet", "--json")):
+        out = tmp_path / f"run{len(states)}"
+        found = run(
+            "prune", f"{file}:net", "--data", data, "--test", data, "--structure", structure,
+            "--sparsity", 0.5, *how, "--out", out,
+        )  # fmt: skip
+        states.append(load_file(out / "model.safetensors"))
+        assert found["structure"]["widths"][layer][1] == len(states[-1][f"{layer}.weight"])
+    assert_close(states[0], states[1], 1e-3)
+    after = run("eval", f"{file}:net", "--weights", tmp_path / "run0", "--data", data, *where)
+    assert 0 <= after["accuracy"] <= 1
+    given = ("--device", where[1], "--json", "--seconds", 0.01, "--batch", 2, "--size", 8)
+    if device.type in ("cpu", "cuda"):
+        assert run("measure", tmp_path / "run0", *given)["timings"][0]["batch"] == 2
 
 
 def test_score_and_compensate(given, tmp_path):

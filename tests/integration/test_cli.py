@@ -402,7 +402,7 @@ def test_an_interrupt_leaves_no_files(model, tiny_npz, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastsal.cli.runfolder.file_digest", interrupted)
+    monkeypatch.setattr("fastsal.deploy.run_folder.file_digest", interrupted)
     out = tmp_path / "out" / "run"
     result = run(
         "prune", model, "--data", tiny_npz, "--criterion", "magnitude", "--sparsity", 0.5,

@@ -8,9 +8,11 @@ from fastsal.cli.bench.command import bench as bench_command
 from fastsal.cli.compensate import compensate as compensate_command
 from fastsal.cli.demo.command import demo as demo_command
 from fastsal.cli.evaluate import evaluate as evaluate_command
+from fastsal.cli.export import export as export_command
 from fastsal.cli.finetune import finetune as finetune_command
 from fastsal.cli.group import Group
 from fastsal.cli.inspect import inspect as inspect_command
+from fastsal.cli.measure import measure as measure_command
 from fastsal.cli.plan import plan as plan_command
 from fastsal.cli.prune import prune as prune_command
 from fastsal.cli.rank import rank as rank_command
@@ -46,7 +48,7 @@ def main(debug: bool) -> None:
 _COMMANDS = (
     prune_command, plan_command, score_command, rank_command, compensate_command,
     finetune_command, evaluate_command, verify_command, inspect_command, transfer_command,
-    sweep_command, report_command, bench_command, demo_command,
+    export_command, measure_command, sweep_command, report_command, bench_command, demo_command,
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)

@@ -8,13 +8,14 @@ import click
 
 # Name of an option's parameter -> heading, headings in the order of the page.
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "Model": ("weights", "weights_key", "masks", "num_classes", "in_chans", "meta"),
+    "Model": ("weights", "weights_key", "model", "masks", "num_classes", "in_chans", "meta"),
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
         "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
         "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
         "refit_steps",
     ),
+    "Units": ("structure", "budget", "unit_criterion", "multiple", "layers"),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),
@@ -32,6 +33,8 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Memory and disk": ("memory_budget", "scratch", "scratch_budget", "image_cache"),
     "Estimate": ("tokens", "ranks", "no_time"),
     "Cases": ("full", "models", "only"),
+    "File": ("file_format", "dtype", "tolerance"),
+    "Timing": ("runtime", "batches", "seconds"),
     "Report": ("kind", "figures", "figure", "margin", "diagnostics"),
     "Run": (
         "device", "autocast", "quick", "dry_run", "root", "retry_failed", "no_wait", "checkpoint",

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.masks import Masks
 
 
+_SIZES = ("units", "parameters", "macs")  # of a run from which units were removed
+
+
 @click.command(cls=Command, short_help="Show what a run has pruned, layer by layer.")
 @click.argument("run", type=PATH, metavar="DIR")
 @click.option(
@@ -192,6 +195,10 @@ def _history_table(history: Sequence[Mapping[str, Any]]) -> Table | None:
 
 def _print_facts(screen: Console, masks: Masks, report: Mapping[str, Any]) -> None:
     """Print the recipe, the accuracy and the command of a run."""
+    found = report.get("structure")
+    if isinstance(found, Mapping) and {"before", "after", "structure"} <= found.keys():
+        sizes = [f"{found['before'][key]:,} -> {found['after'][key]:,} {key}" for key in _SIZES]
+        screen.print(f"{found['structure']}: {', '.join(sizes)}", soft_wrap=True)
     accuracy = report.get("accuracy") or {}
     if {"before", "after"} <= accuracy.keys():
         before, after = accuracy["before"]["accuracy"], accuracy["after"]["accuracy"]

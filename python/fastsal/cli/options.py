@@ -126,16 +126,23 @@ crop_options: Callable[[F], F] = together(
         help="Interpolation for resizing images.",
     ),
 )
+size_option: Callable[[F], F] = click.option(
+    "--size",
+    metavar="PIXELS",
+    callback=parse_size,
+    show_default="the model's own",
+    help="Size of the input: 96, 64x96 (height x width), native for that of the images, or the "
+    "size at which timm trains or evaluates the model (train, test).",
+)
+model_spec_option: Callable[[F], F] = click.option(
+    "--model",
+    metavar="MODEL",
+    show_default="as the report of the run says",
+    help="How the original model is built: a timm name, or file.py:function if the file was moved.",
+)
 input_options: Callable[[F], F] = together(
     class_map_option,
-    click.option(
-        "--size",
-        metavar="PIXELS",
-        callback=parse_size,
-        show_default="the model's own",
-        help="Size of the input: 96, 64x96 (height x width), native for that of the images, or the "
-        "size at which timm trains or evaluates the model (train, test).",
-    ),
+    size_option,
     crop_options,
     click.option(
         "--mean",

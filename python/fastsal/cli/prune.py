@@ -8,6 +8,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
+from fastsal.cli.structure import check_options, prune_units, structure_options
 from fastsal.cli.types import COUNT, NUMBER, PATH, choice
 from fastsal.utils.choices import REFIT_WINDOWS
 from fastsal.utils.warn import warn_user
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
 @options.model_options
 @options.ranking_options
+@structure_options
 @options.criterion_option("obs-greedy")
 @options.damping_option("auto")
 @options.statistics_options
@@ -122,6 +124,10 @@ def prune(**given: Any) -> None:
     Under torchrun each process computes gradients of a share of the images and holds a share of
     the statistics: torchrun --nproc-per-node 4 -m fastsal prune ...
     """
+    check_options(given)
+    if given["structure"] is not None:
+        prune_units(given)
+        return
     from fastsal.cli.torchrun import joined
 
     with joined(given["device"]) as rank:

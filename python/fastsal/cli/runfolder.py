@@ -1,20 +1,18 @@
-"""The folder of a run: `model.safetensors`, `masks.safetensors`, `report.json`, and a figure."""
+"""The folder of a run as the command line checks it before its work, and reads its report."""
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsal.deploy.run_folder import MASKS, MODEL, REPORT, masks_file, weights_file, write_run
 from fastsal.errors import FileFormatError, InvalidArgument
-from fastsal.utils.atomic import check_writable, note_written, sync_folder, temporary_beside
+from fastsal.utils.atomic import check_writable
 from fastsal.utils.devices import device_facts, resolve_device
-from fastsal.utils.digests import file_digest
-from fastsal.utils.json_files import read_json, write_json
+from fastsal.utils.json_files import read_json
 from fastsal.utils.machine import peak_memory, versions
 
 if TYPE_CHECKING:
@@ -24,20 +22,12 @@ if TYPE_CHECKING:
     from fastsal.pruning.masks.in_use import InUse
     from fastsal.pruning.masks.masks import Masks
 
-MODEL, MASKS, REPORT = "model.safetensors", "masks.safetensors", "report.json"
-FIGURE = "safety.svg"
-RUN_FILES = (MODEL, MASKS, FIGURE, REPORT)
+__all__ = [
+    "REPORT", "check_model", "check_target", "masks_file", "recorded_digests", "recorded_in_use",
+    "run_facts", "selection_facts", "weights_file", "write_run",
+]  # fmt: skip
+
 _REPORT_BYTES = 2**20
-
-
-def weights_file(path: Path) -> Path:
-    """Return `path`, or the file of weights in it if it is the folder of a run."""
-    return _within(path, MODEL) if path.is_dir() else path
-
-
-def masks_file(path: Path) -> Path:
-    """Return `path`, or the file of masks in it if it is the folder of a run."""
-    return _within(path, MASKS) if path.is_dir() else path
 
 
 def check_target(folder: Path, force: bool) -> None:
@@ -64,73 +54,6 @@ def check_model(path: Path, model: nn.Module) -> None:
 
     # Masks have a bit for each weight; reports and headers are small.
     check_writable(path, "out", check_savable(model) * 33 // 32 + _REPORT_BYTES)
-
-
-def write_run(
-    folder: Path,
-    model: nn.Module,
-    masks: Masks,
-    recipe: Mapping[str, Any],
-    report: Mapping[str, Any],
-    draw: Callable[[Path], object] | None = None,
-) -> None:
-    """Write the files of a run to `folder`: all of them or none.
-
-    They are written to a temporary folder, then moved. No file of an earlier run in `folder` is
-    left; other files are not changed. `report` is extended by the SHA-256 of both tensor files.
-
-    Args:
-        folder: Folder of the run.
-        model: The model.
-        masks: Its masks.
-        recipe: Entries to add to the recipe of the masks.
-        report: Fields of the report.
-        draw: Writes the figure of the run to a path; it may write nothing.
-    """
-    from fastsal.models.weights import save_weights
-
-    target = folder.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Within an existing folder, which may be on a disk of its own.
-    stage = temporary_beside(target / "run" if target.is_dir() else target)
-    stage.mkdir()
-    try:
-        save_weights(model, stage / MODEL)
-        masks.save(stage / MASKS, dict(recipe))
-        if draw is not None:
-            draw(stage / FIGURE)
-        digests = {name: file_digest(stage / name) for name in (MODEL, MASKS)}
-        write_json(stage / REPORT, {**report, "sha256": digests}, indent=2)
-        if target.is_dir():
-            _replace_run(target, stage)
-        else:
-            os.replace(stage, target)
-        sync_folder(target)
-        sync_folder(target.parent)
-        note_written(target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _replace_run(target: Path, stage: Path) -> None:
-    """Replace the files of a run by those in `stage`; on error the old ones are moved back."""
-    old = stage / "old"
-    old.mkdir()
-    moves: list[tuple[Path, Path]] = []
-    # The report goes first and comes last: without it the folder is not taken for a whole run.
-    for name in reversed(RUN_FILES):
-        if (target / name).exists():
-            moves.append((target / name, old / name))
-    moves += [(stage / name, target / name) for name in RUN_FILES if (stage / name).exists()]
-    done: list[tuple[Path, Path]] = []
-    try:
-        for start, end in moves:
-            os.replace(start, end)
-            done.append((start, end))
-    except BaseException:
-        for start, end in reversed(done):
-            os.replace(end, start)
-        raise
 
 
 def run_facts(given: Mapping[str, Any], masks: Masks) -> dict[str, Any]:
@@ -182,10 +105,3 @@ def recorded_digests(folder: Path) -> dict[str, str]:
         if name not in (MODEL, MASKS):
             raise FileFormatError(f"report: {path} has the digest of another file, {name!r}")
     return found
-
-
-def _within(folder: Path, name: str) -> Path:
-    path = folder / name
-    if not path.is_file():
-        raise InvalidArgument(f"{folder} is not the folder of a run: {name} is missing")
-    return path

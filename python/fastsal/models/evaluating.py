@@ -37,12 +37,23 @@ def set_modes(model: nn.Module, training: bool) -> None:
 
 def _set_mode(module: nn.Module, training: bool) -> None:
     if training and not module.training:
-        # Values of the present weights that evaluation has kept, such as the attention biases of
-        # timm's LeViT, which its `train()` would drop.
-        for name, value in vars(module).items():
-            if name.endswith("_cache") and isinstance(value, dict):
-                value.clear()
+        _drop_kept(module)
     module.training = training
+
+
+def drop_kept(model: nn.Module) -> None:
+    """Drop values of the present weights that evaluation has kept, as `train()` would.
+
+    Such as the attention biases of timm's LeViT. After a pass with gradients they have its graph.
+    """
+    for module in model.modules():
+        _drop_kept(module)
+
+
+def _drop_kept(module: nn.Module) -> None:
+    for name, value in vars(module).items():
+        if name.endswith("_cache") and isinstance(value, dict):
+            value.clear()
 
 
 @contextlib.contextmanager

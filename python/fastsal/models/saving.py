@@ -2,7 +2,8 @@
 
 A safetensors file has tensors only, none of which may share memory. Tensors with several names are
 written once, others that share memory are written in full. State that is not a tensor (of
-`get_extra_state`) is stored in the metadata of the file, as `torch.save` writes it.
+`get_extra_state`) is stored in the metadata of the file, as `torch.save` writes it, and so are the
+widths of a model from which units were removed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
+from fastsal.models.packed import pack
+from fastsal.models.widths import Widths, encoded, widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.warn import warn_user
@@ -44,6 +47,32 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     state.check()
     with atomic_path(path) as temporary:
         save_file(state.separate(), str(temporary), metadata=state.metadata())
+
+
+def save_packed(
+    model: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> None:
+    """Write the state dict of `model` as a packed file, see `fastsal.models.packed`.
+
+    Args:
+        model: The model, or a wrapper of it.
+        path: The file, written atomically.
+        dtype: Type that floating-point tensors are rounded to; None keeps every bit.
+
+    Raises:
+        InvalidArgument: The state dict has a tensor or a name that the file cannot have.
+        OSError: The file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    state = _state_of(model)
+    state.check()
+    tensors = state.separate()
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    packed, metadata = pack(tensors)
+    with atomic_path(path) as temporary:
+        save_file(packed, str(temporary), metadata={**state.metadata(), **metadata})
 
 
 def check_savable(model: nn.Module) -> int:
@@ -95,17 +124,19 @@ class _State:
         tensors: Name to tensor, each tensor once.
         aliases: Another name of a tensor to its name in `tensors`.
         others: Name to a value that is not a tensor.
+        widths: Numbers of layers from which units were removed.
     """
 
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
     others: dict[str, Any]
+    widths: Widths
 
     def metadata(self) -> dict[str, str]:
         """Return the metadata of the file."""
         stored = {name: _encoded(value) for name, value in self.others.items()}
         stored = {name: text for name, text in stored.items() if text is not None}
-        found = {"format": "pt", **self.aliases}
+        found = {"format": "pt", **self.aliases, **encoded(self.widths)}
         return found | ({_EXTRA: json.dumps(stored)} if stored else {})
 
     def separate(self) -> dict[str, Tensor]:
@@ -154,7 +185,8 @@ class _State:
 
 
 def _state_of(model: nn.Module) -> _State:
-    state = unwrapped(model).state_dict()
+    model = unwrapped(model)
+    state = model.state_dict()
     groups: dict[Any, list[str]] = {}
     for name, value in tensors_in(state).items():
         place: Any = name  # of a tensor that shares no memory
@@ -168,6 +200,7 @@ def _state_of(model: nn.Module) -> _State:
         {name: value for name, value in tensors_in(state).items() if chosen[name] == name},
         {name: first for name, first in chosen.items() if name != first},
         {name: value for name, value in state.items() if not isinstance(value, Tensor)},
+        widths_of(model),
     )
 
 

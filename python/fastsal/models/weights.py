@@ -13,9 +13,11 @@ from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.models.classifier_signs import record_fresh
 from fastsal.models.fitting import class_hint, fill_aliases, misfits
 from fastsal.models.layouts import recognized
+from fastsal.models.packed import is_packed, unpack
 from fastsal.models.pickles import read_pickle
 from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.models.state_dicts import choose_state, fitted
+from fastsal.models.widths import read_widths, resized
 from fastsal.models.wrappers import renamed, unwrapped
 from fastsal.utils.warn import warn_user
 
@@ -37,7 +39,9 @@ def load_weights(
 
     Layouts of self-supervised training (MoCo, DINO, MAE, ...) and of other libraries (transformers,
     torchvision, mmpretrain, ...) are recognized. A warning says what was found and left out. A file
-    without a classifier leaves that of the model as it is; using it before it is trained warns.
+    without a classifier leaves that of the model as it is; using it before it is trained warns. A
+    file of a model from which units were removed makes the layers as narrow as they were saved.
+    Packed files of `fastsal.export` are read, too.
 
     Args:
         model: The module to load into, or a wrapper of it.
@@ -53,13 +57,14 @@ def load_weights(
     """
     model = unwrapped(model)
     state, choice = _read(path, weights_key)
-    own = tensors_in(model.state_dict())
-    state, notes, lacks_classifier = _for_model(state, model, own, path, choice)
-    for name, _ in model.named_parameters():
-        if name in state and not bool(torch.isfinite(state[name]).all()):
-            raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
-    kept = {name: value for name, value in own.items() if name not in state}  # of the classifier
-    model.load_state_dict({**kept, **state, **other_state(model, path)}, strict=True)
+    with resized(model, read_widths(path), state, path):
+        own = tensors_in(model.state_dict())
+        state, notes, lacks_classifier = _for_model(state, model, own, path, choice)
+        for name, _ in model.named_parameters():
+            if name in state and not bool(torch.isfinite(state[name]).all()):
+                raise FileFormatError(f"weights: {path} contains NaN or infinity in {name!r}")
+        kept = {name: value for name, value in own.items() if name not in state}  # of the head
+        model.load_state_dict({**kept, **state, **other_state(model, path)}, strict=True)
     if lacks_classifier:
         record_fresh(model, f"{Path(path).name} has no classifier")
     if notes:
@@ -148,11 +153,14 @@ def check_weights_path(path: Path) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     try:
-        return dict(load_file(str(path)))
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata()
+        tensors = dict(load_file(str(path)))
+        return unpack(tensors, metadata, path) if is_packed(metadata) else tensors
     except SafetensorError as error:
         raise FileFormatError(
             f"weights: {path} is truncated or not a safetensors file ({error})"

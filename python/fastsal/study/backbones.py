@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastsal.data.class_map import IMAGENET, imagenet_map, indices_of
 from fastsal.data.opening import open_images
+from fastsal.deploy.run_folder import MODEL
 from fastsal.errors import InvalidArgument
 from fastsal.models.classifier import class_count
 from fastsal.models.inputs import InputSpec, input_spec
@@ -171,11 +172,13 @@ def model_path(study: Study, settings: ModelSettings) -> str:
 def weights_path(study: Study, settings: ModelSettings) -> str | Path | None:
     """Return the path of a weights file, `"pretrained"` or None, as for `load_model`.
 
-    The path is relative to the root of the study, or else to the folder of its file.
+    The path is relative to the root of the study, or else to the folder of its file. Of the folder
+    of a run, it is that of the weights inside.
     """
     if settings.weights is None or settings.weights == "pretrained":
         return settings.weights
     paths = [folder / settings.weights for folder in (study.root, study.folder)]
+    paths = [path / MODEL if path.is_dir() else path for path in paths]
     return next((path for path in paths if path.is_file()), paths[0])
 
 

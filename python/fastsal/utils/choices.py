@@ -22,6 +22,20 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 RefitWindows = Literal["blocks", "whole"]
 REFIT_WINDOWS: tuple[RefitWindows, ...] = get_args(RefitWindows)
 
+# Units that `fastsal.prune_structure` removes: hidden units of MLPs, attention heads, channels.
+Structure = Literal["mlp", "heads", "channels"]
+STRUCTURES: tuple[Structure, ...] = get_args(Structure)
+# What is to be removed a fraction of: units, parameters, multiply-accumulates.
+Budget = Literal["units", "parameters", "macs"]
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
+StructureScope = Literal["global", "layer"]
+STRUCTURE_SCOPES: tuple[StructureScope, ...] = get_args(StructureScope)
+StructureCriterion = Literal["joint", "magnitude", "variance", "random"]
+STRUCTURE_CRITERIA: tuple[StructureCriterion, ...] = get_args(StructureCriterion)
+# How errors of different layers are compared.
+Weighting = Literal["features", "relative"]
+WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+
 # Floating-point types in which statistics are accumulated.
 Precision = Literal["float32", "float64"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -58,3 +72,10 @@ Interpolation = Literal["bicubic", "bilinear", "nearest", "box", "hamming", "lan
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 CropMode = Literal["center", "squash", "border"]
 CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
+
+# Files that `fastsal.export` writes.
+ExportFormat = Literal["packed", "onnx"]
+EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
+# Libraries that `fastsal measure` times a model with.
+Runtime = Literal["torch", "onnxruntime"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)

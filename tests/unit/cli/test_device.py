@@ -12,8 +12,9 @@ from fastsal.errors import InvalidArgument
 
 WITH_DEVICE = {
     "prune", "score", "compensate", "eval", "finetune", "transfer", "sweep", "plan", "demo",
+    "measure",
 }  # fmt: skip
-WITH_AMP = WITH_DEVICE - {"sweep", "demo"}  # a study says it in its file
+WITH_AMP = WITH_DEVICE - {"sweep", "demo", "measure"}  # a study says it in its file
 
 
 def names(option):

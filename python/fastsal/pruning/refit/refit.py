@@ -23,6 +23,7 @@ from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
 from fastsal.models.evaluating import evaluating
+from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.images_apart import images_apart
 from fastsal.pruning.masks.masks import Masks
@@ -63,7 +64,8 @@ def refit(
 
     Args:
         model: The pruned model.
-        dense: The dense model, of the same architecture; not changed.
+        dense: The dense model, of the same architecture; not changed. It may have units that were
+            removed from `model` by `fastsal.prune_structure`.
         batches: Images `[n, ...]`, or pairs `(images, anything)`; labels are ignored. Iterable
             several times, such as a list or a `DataLoader`.
         masks: Masks, True = kept; applied to the model first.
@@ -93,7 +95,9 @@ def refit(
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")
     model, dense = unwrapped(model), unwrapped(dense)
-    check_same(model, dense)
+    # Without some of its units a model has other shapes; outputs of blocks have the same.
+    if widths_of(model) == widths_of(dense):
+        check_same(model, dense)
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     for name, given in (("batches", batches), ("held_out", held_out)):
         if isinstance(given, Iterator):

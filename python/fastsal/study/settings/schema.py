@@ -31,8 +31,8 @@ class ModelSettings:
     Attributes:
         name: Name in tables and figures.
         model: A timm name, or `file.py:function` with a path relative to the study file.
-        weights: A weights file relative to `root`, or `"pretrained"`; None uses the weights that
-            the function returns.
+        weights: A weights file or the folder of a run, relative to `root`, or `"pretrained"`; None
+            uses the weights that the function returns.
         weights_key: Key of the state dict in the weights file, as for `fastsal.load_model`.
         num_classes: Number of classes, as for `fastsal.load_model`, 0 for no classifier; None uses
             the model's.

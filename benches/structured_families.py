@@ -1,0 +1,82 @@
+"""Units of the families of timm: `python -m benches.structured_families --out FILE`.
+
+For the smallest model of each family of up to `--weights` parameters (`families.json`), with random
+weights: the groups of units of each structure that are found and proven, and the layers that are
+left out. Then a third of the units of all groups is kept, and the outputs of the smaller model are
+compared with those of the masked one, in float64. Families that FILE has are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benches.families import _built
+from fastsal.pruning.structured.find import find
+from fastsal.pruning.structured.groups import cut, silence
+from fastsal.utils.choices import STRUCTURES
+from fastsal.utils.machine import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
+    """Return counts of groups and of layers left out, and the largest relative difference."""
+    found: dict[str, Any] = {}
+    worst = 0.0
+    for structure in STRUCTURES:
+        units = find(model, images, structure)
+        found[structure] = {"groups": len(units.groups), "left out": len(units.left_out)}
+        draw = torch.Generator().manual_seed(0)
+        kept = [
+            (g, torch.randperm(g.units, generator=draw)[: max(1, g.units // 3)].sort().values)
+            for g in units.groups
+        ]
+        if not kept:
+            continue
+        masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
+        silence(masked, kept)
+        cut(smaller, kept)
+        with torch.no_grad():
+            wanted, other = masked(images), smaller(images)
+        worst = max(worst, float((other - wanted).abs().max() / wanted.abs().max()))
+    return {**found, "difference": worst}
+
+
+def main() -> None:
+    """Run the families that the file does not have, and print a summary."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "structured-families.json")
+    parser.add_argument("--weights", type=int, default=40_000_000, help="largest model")
+    parser.add_argument("--seconds", type=float, help="time after which no family is begun")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    families = json.loads((RESULTS / "families.json").read_text())["families"]
+    done = json.loads(given.out.read_text()) if given.out.is_file() else {"families": {}}
+    done["versions"], start = versions(), time.monotonic()
+    for family, known in families.items():
+        if family in done["families"] or known.get("weights", given.weights + 1) > given.weights:
+            continue
+        if given.seconds is not None and time.monotonic() - start > given.seconds:
+            break
+        model, images = _built(known["model"], torch.float64)
+        model.eval()
+        done["families"][family] = {"model": known["model"], **check(model, images)}
+        given.out.write_text(json.dumps(done, indent=1) + "\n")
+    rows = done["families"].values()
+    print(f"{len(rows)} families")
+    for structure in STRUCTURES:
+        print(f"{structure}: units in {sum(row[structure]['groups'] > 0 for row in rows)}")
+    print(f"largest difference: {max(row['difference'] for row in rows):.3g}")
+
+
+if __name__ == "__main__":
+    main()

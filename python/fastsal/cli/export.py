@@ -1,0 +1,111 @@
+"""`fastsal export`: write the model of a run to a file for deployment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from fastsal.cli import options
+from fastsal.cli.help import Command
+from fastsal.cli.types import NUMBER, PATH, choice
+from fastsal.errors import InvalidArgument
+from fastsal.utils.choices import EXPORT_FORMATS
+
+_IMAGES = 8  # on which the outputs of a file are compared
+
+
+@click.command(cls=Command, short_help="Write the model of a run to a packed or ONNX file.")
+@click.argument("run", type=PATH, metavar="DIR")
+@click.option(
+    "--format",
+    "file_format",
+    type=choice(EXPORT_FORMATS),
+    required=True,
+    help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
+    "or the model for any number of images (onnx).",
+)
+@click.option(
+    "--dtype",
+    type=choice(("float16", "bfloat16")),
+    show_default="the model's own",
+    help="With packed: type that the weights are rounded to.",
+)
+@click.option(
+    "--data",
+    type=PATH,
+    show_default="random images",
+    help="With onnx: images on which the outputs are compared.",
+)
+@click.option(
+    "--tolerance",
+    type=NUMBER,
+    default=1e-4,
+    show_default=True,
+    help="With onnx: largest difference of outputs, relative to the largest output.",
+)
+@options.size_option
+@options.model_spec_option
+@options.threads_option
+@options.json_option
+@options.out_option("FILE", "File to write: .safetensors for packed, .onnx for onnx.")
+def export(**given: Any) -> None:
+    """Write the model of the run in DIR to a file, read it back and compare.
+
+    A packed file has the bits of the weights that are not zero. An ONNX file has the shapes and the
+    zeros of the model, and its outputs within --tolerance; it requires the extra export.
+
+    Example: fastsal export run --format onnx --out model.onnx
+    """
+    import fastsal
+    from fastsal.cli.inputs import refuse_overwrite, set_threads
+    from fastsal.cli.output import console, emit
+    from fastsal.utils.sizes import gib
+
+    refuse_overwrite(given["out"], given["force"])
+    set_threads(given["threads"])
+    model = fastsal.load_run(given["run"], spec=given["model"])
+    images = None
+    if given["file_format"] == "onnx":
+        from fastsal.deploy.onnx_files import require_packages
+
+        require_packages()
+        images = run_images(given, model, _IMAGES)
+    elif given["data"] is not None:
+        raise InvalidArgument("--data requires --format onnx")
+    found = fastsal.export(
+        model,
+        given["out"],
+        given["file_format"],
+        images=images,
+        dtype=given["dtype"],
+        tolerance=given["tolerance"],
+    )
+    if given["as_json"]:
+        emit(found.as_dict())
+        return
+    same = "weights equal in every bit"
+    if found.difference is not None:
+        same = f"outputs equal within {found.difference:.2g} of the largest"
+    console().print(
+        f"{gib(found.bytes)}, {found.ratio:.3f} of the dense weights; {found.zeros:,} of "
+        f"{found.values:,} weights are zero; {same}\nWritten to {found.path}",
+        soft_wrap=True,
+    )
+
+
+def run_images(given: dict[str, Any], model: Any, count: int) -> Any:
+    """Return images of `--data` as the model of a run expects them, or random ones."""
+    import torch
+
+    from fastsal.data.folders import load_images
+    from fastsal.models.inputs import input_spec
+
+    spec = input_spec(model, size=given["size"])
+    if given["data"] is not None:
+        images = load_images(given["data"], labeled=False)
+        chosen = images.batches(spec, count, samples=min(count, len(images)), shuffle_seed=0)
+        return chosen.first_batch()[0]
+    height, width = spec.size or (224, 224)
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(count, spec.channels, height, width, generator=draw)

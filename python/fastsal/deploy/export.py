@@ -1,0 +1,144 @@
+"""Export a model to a file for deployment, and compare the file with the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import evaluating
+from fastsal.models.saving import check_savable, save_packed, tensors_in
+from fastsal.models.weights import read_weights
+from fastsal.models.wrappers import unwrapped
+from fastsal.utils.choices import EXPORT_FORMATS, ExportFormat
+from fastsal.utils.suggestions import check_choice
+
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an exported file has.
+
+    Attributes:
+        path: The file.
+        format: `"packed"` or `"onnx"`.
+        bytes: Size of the file, and of a file of external data beside it.
+        dense_bytes: Size of all tensors of the model, dense, in its own types.
+        values: Elements of all weights that were compared.
+        zeros: Those that are zero, in the model and in the file.
+        difference: Largest difference of the outputs on the images, relative to the largest output;
+            None where outputs are not compared: the tensors are the same in every bit.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    dense_bytes: int
+    values: int
+    zeros: int
+    difference: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Size of the file, as a fraction of the dense tensors."""
+        return self.bytes / self.dense_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: ExportFormat = "packed",
+    *,
+    images: Tensor | None = None,
+    dtype: str | None = None,
+    tolerance: float = 1e-4,
+) -> ExportResult:
+    """Write a model to a file, read the file back and compare.
+
+    Args:
+        model: The model, or a wrapper of it; not changed.
+        path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`.
+        format: `"packed"`: a lossless layout without the zeros, which `load_model` reads; `"onnx"`:
+            by `torch.onnx`, for any number of images, which requires the extra `export`.
+        images: Images `[n, ...]` on which the outputs of an ONNX file are compared, at the size
+            that it is made for; two at least.
+        dtype: For `"packed"`: type that weights are rounded to, `"float16"` or `"bfloat16"`; None
+            keeps every bit.
+        tolerance: Largest allowed difference of the outputs of an ONNX file, relative to the
+            largest output.
+
+    Returns:
+        Sizes, zeros, and the difference of outputs.
+
+    Raises:
+        InvalidArgument: An argument is invalid, or a package of the extra is missing.
+        FastsalError: The file differs from the model. It is removed.
+    """
+    check_choice("format", format, EXPORT_FORMATS)
+    path = Path(path)
+    suffix = {"packed": ".safetensors", "onnx": ".onnx"}[format]
+    if path.suffix != suffix:
+        raise InvalidArgument(f"path must end in {suffix} for format {format!r}, got {path}")
+    model = unwrapped(model)
+    if format == "packed":
+        return _packed(model, path, dtype)
+    if dtype is not None:
+        raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
+    if images is None or len(images) < 2:
+        raise InvalidArgument("images must have at least two images for format 'onnx'")
+    from fastsal.deploy.onnx_files import export_onnx
+
+    with evaluating(model):
+        size, difference, values, zeros = export_onnx(model, path, images, tolerance)
+    return ExportResult(str(path), format, size, _dense_bytes(model), values, zeros, difference)
+
+
+def _packed(model: nn.Module, path: Path, dtype: str | None) -> ExportResult:
+    if dtype is not None and dtype not in _TYPES:
+        raise InvalidArgument(f"dtype must be one of {', '.join(_TYPES)}, got {dtype!r}")
+    check_savable(model)
+    kind = None if dtype is None else _TYPES[dtype]
+    save_packed(model, path, kind)
+    state = tensors_in(model.state_dict())
+    found = read_weights(path)
+    try:
+        values, zeros = _compare(state, found, kind)
+    except FastsalError:
+        path.unlink(missing_ok=True)
+        raise
+    return ExportResult(
+        str(path), "packed", path.stat().st_size, _dense_bytes(model), values, zeros
+    )
+
+
+def _compare(
+    state: Mapping[str, Tensor], found: Mapping[str, Tensor], kind: torch.dtype | None
+) -> tuple[int, int]:
+    """Return how many elements a file has and how many are zero; all must be those of the model."""
+    values = zeros = 0
+    for name, stored in found.items():
+        own = state[name].detach().cpu()
+        if kind is not None and own.is_floating_point():
+            own = own.to(kind)
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (own, stored)]
+        if own.dtype != stored.dtype or own.shape != stored.shape or not torch.equal(*bits):
+            raise FastsalError(f"the file differs from the model in {name!r}")
+        values += own.numel()
+        zeros += int((own == 0).sum())
+    return values, zeros
+
+
+def _dense_bytes(model: nn.Module) -> int:
+    seen = {t.data_ptr(): t.nbytes for t in tensors_in(model.state_dict()).values()}
+    return sum(seen.values())

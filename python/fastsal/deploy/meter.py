@@ -1,0 +1,141 @@
+"""Measure a pruned model against its original: size, files, latency and throughput."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.deploy.sizes import ModelSize, model_size
+from fastsal.deploy.timing import Run, Timing, time_models, time_pair
+from fastsal.errors import InvalidArgument
+from fastsal.models.evaluating import evaluating, to_model
+from fastsal.models.inputs import example_images
+from fastsal.models.wrappers import unwrapped
+from fastsal.utils.choices import RUNTIMES, Runtime
+from fastsal.utils.machine import machine, versions
+from fastsal.utils.numbers import real, whole
+from fastsal.utils.suggestions import check_choice
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A pruned model beside its original.
+
+    Attributes:
+        dense: Size of the original.
+        pruned: Size of the pruned model.
+        timings: One for each number of images of a batch.
+        runtime: `"torch"` or `"onnxruntime"`.
+        machine: Processor, threads, memory, system and versions.
+        zeros: What the runtime did with zeros, in words.
+    """
+
+    dense: ModelSize
+    pruned: ModelSize
+    timings: list[Timing]
+    runtime: Runtime
+    zeros: str
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return {
+            "dense": asdict(self.dense),
+            "pruned": asdict(self.pruned),
+            "timings": [timing.as_dict() for timing in self.timings],
+            "runtime": self.runtime,
+            "zeros": self.zeros,
+            "machine": self.machine,
+        }
+
+
+def measure_against(
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Tensor | None = None,
+    *,
+    batches: Sequence[int] = (1, 16),
+    runtime: Runtime = "torch",
+    seconds: float = 5.0,
+) -> Measurement:
+    """Measure a pruned model against its original.
+
+    Both run in turn in one process, on the same images, with as many threads as PyTorch has. No
+    figure is calculated from a sparsity.
+
+    Args:
+        dense: The original, or a model of its architecture: its values do not matter.
+        pruned: The pruned model, on the same device.
+        images: Images `[n, ...]`, repeated as needed; None makes up images of the model's size.
+        batches: Numbers of images of a run: 1 for latency, more for throughput.
+        runtime: `"torch"`, or `"onnxruntime"`, for which both are exported to temporary files.
+        seconds: Time to spend on each number of images.
+
+    Raises:
+        InvalidArgument: An argument is invalid, or a package of the extra `export` is missing.
+        FastsalError: A model cannot be exported.
+    """
+    check_choice("runtime", runtime, RUNTIMES)
+    seconds = real("seconds", seconds, above=0)
+    counts = [whole("batches", count, 1) for count in batches]
+    if not counts:
+        raise InvalidArgument("batches must have at least one number of images, got none")
+    dense, pruned = unwrapped(dense), unwrapped(pruned)
+    images = example_images(pruned) if images is None else images
+    sizes = (
+        model_size(dense, images, has_values=False),
+        model_size(pruned, images, has_values=True),
+    )
+    runs = [_repeated(images, count) for count in counts]
+    if runtime == "torch":
+        timings = [time_models(dense, pruned, some, seconds=seconds) for some in runs]
+    else:
+        timings = _in_onnxruntime(dense, pruned, images, runs, seconds)
+    return Measurement(
+        *sizes, timings, runtime, _zeros(sizes[1], runtime), {**machine(), "versions": versions()}
+    )
+
+
+def _repeated(images: Tensor, count: int) -> Tensor:
+    times = -(-count // len(images))
+    return images.repeat(times, *(1 for _ in images.shape[1:]))[:count]
+
+
+def _zeros(size: ModelSize, runtime: Runtime) -> str:
+    zeros = size.parameters - size.nonzeros
+    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}[runtime]
+    if not zeros:
+        return f"no parameter is zero: {name} computes with all of them"
+    return (
+        f"{zeros:,} of {size.parameters:,} parameters are zero, and {name} computes with them as "
+        "with other values: dense layers skip none"
+    )
+
+
+def _in_onnxruntime(
+    dense: nn.Module, pruned: nn.Module, images: Tensor, runs: list[Tensor], seconds: float
+) -> list[Timing]:
+    from fastsal.deploy.onnx_files import export_onnx, runtime_session
+
+    pair = _repeated(images, max(2, len(images)))
+    with tempfile.TemporaryDirectory() as folder, evaluating(dense), evaluating(pruned):
+        sessions = []
+        for name, model in (("dense", dense), ("pruned", pruned)):
+            path = Path(folder) / f"{name}.onnx"
+            export_onnx(model, path, pair, tolerance=1e-2)
+            sessions.append(runtime_session(path, torch.get_num_threads()))
+
+        def run(session: Any, some: Tensor) -> Run:
+            given = {"images": to_model(some, next(pruned.parameters())).cpu().numpy()}
+            return lambda: session.run(None, given)
+
+        return [
+            time_pair(run(sessions[0], some), run(sessions[1], some), len(some), seconds=seconds)
+            for some in runs
+        ]

@@ -1,0 +1,179 @@
+"""Files of ONNX: written by torch.onnx, read back, and run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import shutil
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import to_model
+from fastsal.models.outputs import output_tensor
+from fastsal.utils.plain_text import first_line
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+class _Logits(nn.Module):
+    """A model whose output is one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits or features of images."""
+        return output_tensor(self.model(images))
+
+
+def require_packages() -> None:
+    """Raise InvalidArgument unless the packages of the extra `export` are installed."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise InvalidArgument(
+            f"format 'onnx' requires {', '.join(missing)}: pip install 'fastsal[export]'"
+        )
+
+
+def export_onnx(
+    model: nn.Module, path: Path, images: Tensor, tolerance: float
+) -> tuple[int, float, int, int]:
+    """Write a file of ONNX and compare it with the model.
+
+    Args:
+        model: The model, in evaluation mode.
+        path: The file.
+        images: `[n, ...]`, n >= 2.
+        tolerance: Largest difference of outputs, relative to the largest output.
+
+    Returns:
+        Bytes, the difference, the weights in the file, and how many of them are zero.
+
+    Raises:
+        InvalidArgument: A package is missing.
+        FastsalError: The model cannot be exported, or the file differs from it.
+    """
+    require_packages()
+    images = to_model(images, next(model.parameters())).cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _write(model, made, images)
+        values, zeros = _compare_weights(model, made)
+        difference = _compare_outputs(model, made, images, tolerance)
+        size = sum(part.stat().st_size for part in Path(folder).iterdir())
+        for part in sorted(Path(folder).iterdir()):  # with external data of large models
+            shutil.move(part, path.parent / part.name)
+    return size, difference, values, zeros
+
+
+def _write(model: nn.Module, path: Path, images: Tensor) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    screen = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(screen),
+            _quiet("torch.onnx", "onnxscript"),
+        ):
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Logits(model).eval(),
+                (images[:2],),
+                str(path),
+                dynamo=True,
+                external_data=sum(p.nbytes for p in model.parameters()) > 2**31 - 2**20,
+                input_names=["images"],
+                output_names=["outputs"],
+                dynamic_shapes={"images": {0: batch}},
+                verbose=False,
+                optimize=False,
+            )
+    except Exception as error:  # whatever the exporter or the model raises
+        raise FastsalError(
+            f"model: torch.onnx cannot export {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:
+    """Return how many weights the file has, and how many are zero; all must be those of the model.
+
+    The exporter may have folded or transposed some into others, which then cannot be found.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    stored = onnx.load(str(path))
+    found: dict[str, Any] = {}
+    for tensor in stored.graph.initializer:
+        found[tensor.name.removeprefix("model.")] = numpy_helper.to_array(tensor, str(path.parent))
+    values = zeros = 0
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        own = parameter.detach().cpu()
+        if name not in found or own.dtype == torch.bfloat16 or id(parameter) in seen:
+            continue
+        seen.add(id(parameter))
+        if found[name].shape != tuple(own.shape) or not np.array_equal(found[name], own.numpy()):
+            raise FastsalError(f"the ONNX file differs from the model in {name!r}")
+        values += own.numel()
+        zeros += int((own == 0).sum())
+    if not values:
+        raise FastsalError("the ONNX file has none of the weights of the model")
+    return values, zeros
+
+
+def _compare_outputs(model: nn.Module, path: Path, images: Tensor, tolerance: float) -> float:
+    """Return the difference of outputs, for all images at once and for one alone."""
+    session = runtime_session(path)
+    worst = 0.0
+    for some in (images, images[:1]):
+        with torch.no_grad():
+            wanted = output_tensor(model(some)).float().numpy()
+        (found,) = session.run(None, {"images": some.numpy()})
+        if found.shape != wanted.shape:
+            raise FastsalError(
+                f"the ONNX file has outputs {list(found.shape)}, the model {list(wanted.shape)}"
+            )
+        scale = max(float(np.abs(wanted).max()), 1e-30)
+        worst = max(worst, float(np.abs(found.astype(np.float32) - wanted).max()) / scale)
+    if not worst <= tolerance:
+        raise FastsalError(
+            f"the outputs of the ONNX file differ from those of the model by {worst:.3g} of the "
+            f"largest output, more than tolerance {tolerance:g}"
+        )
+    return worst
+
+
+def runtime_session(path: Path, threads: int | None = None) -> Any:
+    """Return a session of ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def _quiet(*names: str) -> Any:
+    """Silence loggers."""
+    before = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    try:
+        for logger, _ in before:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in before:
+            logger.setLevel(level)

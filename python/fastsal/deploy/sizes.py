@@ -1,0 +1,103 @@
+"""Sizes of a model: parameters, zeros, multiply-accumulates, and files."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.models.evaluating import outputs
+from fastsal.models.packed import pack
+from fastsal.models.saving import tensors_in
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model.
+
+    Attributes:
+        parameters: Number of parameters.
+        nonzeros: Those that are not zero.
+        macs: Multiply-accumulates of linear layers and convolutions for one image.
+        nonzero_macs: Those with a weight that is not zero; no dense library skips the others.
+        dense_bytes: All tensors in their own types.
+        zipped_bytes: The same, compressed by deflate; None for a model without its values.
+        packed_bytes: The tensors of a packed file; None for a model without its values.
+    """
+
+    parameters: int
+    nonzeros: int
+    macs: int
+    nonzero_macs: int
+    dense_bytes: int
+    zipped_bytes: int | None
+    packed_bytes: int | None
+
+
+def model_size(model: nn.Module, images: Tensor, *, has_values: bool) -> ModelSize:
+    """Return the size of a model; one image runs through it.
+
+    Args:
+        model: The model, in any mode.
+        images: `[n, ...]`.
+        has_values: Whether the model has its values, and not random ones.
+    """
+    parameters = list(model.parameters())
+    macs, nonzero = _macs(model, images[:1])
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors_in(model.state_dict()).items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            state[name] = tensor
+        seen.add(tensor.data_ptr())
+    return ModelSize(
+        sum(p.numel() for p in parameters),
+        sum(int(p.count_nonzero()) for p in parameters),
+        macs,
+        nonzero,
+        sum(t.nbytes for t in state.values()),
+        _zipped(state) if has_values else None,
+        sum(t.nbytes for t in pack(state)[0].values()) if has_values else None,
+    )
+
+
+def _zipped(state: dict[str, Tensor]) -> int:
+    zipped, size = zlib.compressobj(6), 0
+    for tensor in state.values():
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        size += len(zipped.compress(flat.numpy().data))
+    return size + len(zipped.flush())
+
+
+def _macs(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    counts = [0, 0]
+
+    def count(layer: nn.Module, _: object, result: Tensor) -> None:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        positions = result.numel() // len(weight)
+        counts[0] += weight.numel() * positions
+        counts[1] += int(weight.count_nonzero()) * positions
+
+    with _hooked(model, count):
+        outputs(model, image)
+    return counts[0], counts[1]
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, hook: object) -> Iterator[None]:
+    hooks = [
+        module.register_forward_hook(hook)  # type: ignore[arg-type]
+        for module in model.modules()
+        if isinstance(module, _LAYERS)
+    ]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()

@@ -1,0 +1,1 @@
+"""Removal of whole hidden units, attention heads and channels: a model that is smaller."""
