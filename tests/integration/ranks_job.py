@@ -50,7 +50,8 @@ def images(count=52):
 HOW = {
     "fixed": {"damping": 1e-4},
     "auto": {"damping": "auto", "rounds": 2},
-    "auto features": {"damping": "auto", "curvature": "features"},
+    # Several processes do not reconstruct.
+    "auto features": {"damping": "auto", "curvature": "features", "reconstruct": False},
     "layer": {"damping": 1e-3, "criterion": "block-fisher", "scope": "layer"},
     "erk": {"damping": 1e-3, "criterion": "magnitude", "scope": "erk", "floor": 0.1},
     "floor": {"damping": 1e-3, "floor": 0.25},

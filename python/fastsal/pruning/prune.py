@@ -174,7 +174,8 @@ def prune(
             least squares problem in all inputs of a row. It is undone unless it lowers the held-out
             loss (before the last round, unless that rises by more than half); one sample in eight
             is held out for it. None does it with `curvature="features"`
-            where samples are held out anyway, for `damping="auto"`.
+            where samples are held out anyway, for `damping="auto"`; within a memory budget only if
+            there is room, and with as many images and rows as fit.
         checkpoint: File with the state after each round; rerun the same call to resume from it. It
             is removed at the end. The file of a run with another model, images, labels, loss or
             other arguments is rejected; the images are read once to compare them.
@@ -225,6 +226,7 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     refits = given.refit is not None
     if given.recalibrate is None:
         given = replace(given, recalibrate=recalibrates_by_default(given, recipe))
+    is_asked = bool(given.reconstruct)
     if given.reconstruct is None:
         given = replace(given, reconstruct=holds_out_by_default(given, recipe))
     recalibrate, reconstructs = bool(given.recalibrate), bool(given.reconstruct)
@@ -279,7 +281,7 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
         Shelf(given.scratch),
         None if given.checkpoint is None else SeenImages(),
         stage,
-        reconstruction_stage(given, chosen, nbytes),
+        reconstruction_stage(given, chosen, nbytes, is_asked=is_asked),
     )
     if needs_copy and not refits:
         job = replace(job, dense=copies(job.changed))

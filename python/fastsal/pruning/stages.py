@@ -75,11 +75,15 @@ def refit_stage(
 
 
 def reconstruction_stage(
-    given: Arguments, chosen: dict[str, nn.Parameter], images: int
+    given: Arguments, chosen: dict[str, nn.Parameter], images: int, *, is_asked: bool
 ) -> ReconstructionStage | None:
     """Return how to solve for the kept weights of the layers; None without it.
 
-    `images` is the bytes of held-out images that are kept.
+    Args:
+        given: The arguments of `prune`.
+        chosen: Name to parameter to be pruned.
+        images: Bytes of held-out images that are kept.
+        is_asked: Whether the caller asked for it; else it is left out where there is no room.
 
     Raises:
         InvalidArgument: A memory budget does not leave room for it.
@@ -93,10 +97,12 @@ def reconstruction_stage(
         # Copies of the weights: dense, before it, and pruned; scores and masks.
         needed = 3 * weight_bytes(given.model) + (4 + 2) * weights + images
         room = budget - needed
-        least = 2 * moment_bytes(chosen.values())
-        if room < least:
+        least = moment_bytes(chosen.values())
+        if room <= least and not is_asked:
+            return None
+        if room <= least:
             raise InvalidArgument(
-                f"memory_budget must be at least {gib(needed + least)} with reconstruct, got "
+                f"memory_budget must be more than {gib(needed + least)} with reconstruct, got "
                 f"{gib(budget)}; set reconstruct=False"
             )
     return ReconstructionStage(given.autocast, given.seed, room)

@@ -88,7 +88,8 @@ class Target:
         if self.scale is None:
             return rows
         usable = self.scale.abs() > _LEAST_SCALE * self.scale.abs().max()
-        return rows * torch.where(usable, 1 / self.scale, 0.0).to(rows.dtype)
+        inverse = torch.where(usable, 1 / self.scale, 0.0).to(rows.dtype)
+        return rows * inverse.to(rows.device)
 
 
 class DenseTrace(Trace):

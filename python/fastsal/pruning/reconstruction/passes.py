@@ -15,7 +15,7 @@ from fastsal.data.batches import Pair
 from fastsal.errors import DataError
 from fastsal.models.evaluating import differentiable, evaluating, plain_call, to_model
 from fastsal.pruning.reconstruction.dense_outputs import DenseTrace
-from fastsal.pruning.reconstruction.rebuilding import CHUNK_BYTES, RebuildingTrace
+from fastsal.pruning.reconstruction.rebuilding import RebuildingTrace, chunk_bytes
 from fastsal.pruning.reconstruction.tracing import Trace
 from fastsal.pruning.shelf import copies, restore
 from fastsal.utils.live_memory import LiveMemory
@@ -77,8 +77,10 @@ def reconstruct_on(
 def moment_bytes(weights: Iterable[Tensor]) -> int:
     """Return the bytes of the moments of the inputs of one layer, and of chunks of its inputs."""
     # Moments, their sum, products and moves; all float64.
-    layers = (4 * 8 * _inputs(p) * max(_inputs(p), len(p)) for p in weights)
-    return max(layers, default=0) + CHUNK_BYTES
+    layers = (
+        4 * 8 * _inputs(p) * max(_inputs(p), len(p)) + chunk_bytes(_inputs(p)) for p in weights
+    )
+    return max(layers, default=0)
 
 
 def _inputs(weight: Tensor) -> int:

@@ -22,9 +22,11 @@ from fastsal.pruning.reconstruction.dense_outputs import Target
 from fastsal.pruning.reconstruction.expressions import evaluated, results_in
 from fastsal.pruning.reconstruction.solving import solve_rows
 from fastsal.pruning.reconstruction.tracing import Trace
+from fastsal.utils.float64 import in_float64
 
-_CHUNK = 2**23  # numbers of a chunk of input rows
-CHUNK_BYTES = 3 * 4 * _CHUNK  # its float32 rows: as read, centered, and scratch
+# Numbers of a chunk of input rows, and its rows at least.
+_CHUNK = 2**19
+_CHUNK_ROWS = 512
 
 
 class RebuildingTrace(Trace):
@@ -93,21 +95,26 @@ class RebuildingTrace(Trace):
         bias = self._biases.get(name)
         mean = None if target.running_mean is None else self._buffers[target.running_mean]
         sums = _Sums.of(call, target, wanted, centered=bias is not None or mean is not None)
-        start = weight.detach().double().reshape(call.groups, -1, sums.moments.shape[-1])
-        kept = self._masks[name].to(weight.device).reshape(start.shape)
+        start = in_float64(weight.detach()).reshape(call.groups, -1, sums.moments.shape[-1])
+        kept = self._masks[name].to(start.device).reshape(start.shape)
         residuals = sums.products - torch.bmm(start, sums.moments)
         damping = self._damping * sums.moments.diagonal(dim1=1, dim2=2).mean(1)
         moved = start + solve_rows(sums.moments, residuals, kept, damping)
         if not bool(moved.isfinite().all()):
             return False
-        weight.copy_(moved.reshape(weight.shape))
-        present = weight.detach().double().reshape(start.shape)  # as rounded
+        weight.copy_(moved.reshape(weight.shape).to(weight.dtype))
+        present = in_float64(weight.detach()).reshape(start.shape)  # as rounded
         constant = sums.target_mean - torch.bmm(present, sums.mean[:, :, None])[:, :, 0]
         if bias is not None:
-            bias.copy_(constant.reshape(-1))
+            bias.copy_(constant.reshape(-1).to(bias.dtype))
         elif mean is not None:
-            mean.sub_(constant.reshape(-1).to(mean.dtype))
+            mean.sub_(constant.reshape(-1).to(mean.dtype).to(mean.device))
         return True
+
+
+def chunk_bytes(width: int) -> int:
+    """Return the bytes of a chunk of input rows of `width` numbers: read, centered, and scratch."""
+    return 3 * 4 * max(_CHUNK, _CHUNK_ROWS * width)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class _Sums:
     @classmethod
     def of(cls, call: Call, target: Target, wanted: Tensor, *, centered: bool) -> _Sums:
         """Return the means over the rows of a target."""
-        step = max(1, _CHUNK // (call.groups * math.prod(call.weight_shape[1:])))
+        step = max(_CHUNK_ROWS, _CHUNK // (call.groups * math.prod(call.weight_shape[1:])))
         inputs = InputRows(call, target.shape)
         sums: list[Tensor] = []
         shift: float | Tensor = 0.0
@@ -142,10 +149,10 @@ class _Sums:
                 shift = shift if isinstance(shift, Tensor) else x.mean(1, keepdim=True)
                 x = x - shift
             some = [
-                torch.bmm(x.transpose(1, 2), x).double(),
-                torch.bmm(y.transpose(1, 2), x).double(),
-                x.sum(1).double(),
-                y.sum(1).double(),
+                in_float64(torch.bmm(x.transpose(1, 2), x)),
+                in_float64(torch.bmm(y.transpose(1, 2), x)),
+                in_float64(x.sum(1)),
+                in_float64(y.sum(1)),
             ]
             sums = [a.add_(b) for a, b in zip(sums, some, strict=True)] if sums else some
         moments, products, mean, target_mean = (value / len(target.places) for value in sums)
@@ -153,7 +160,7 @@ class _Sums:
             return cls(moments, products, torch.zeros_like(mean), torch.zeros_like(target_mean))
         moments -= mean[:, :, None] * mean[:, None]
         products -= target_mean[:, :, None] * mean[:, None]
-        return cls(moments, products, mean + shift[:, 0], target_mean)
+        return cls(moments, products, mean + in_float64(shift[:, 0]), target_mean)
 
 
 def own_biases(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsal.utils.float64 import in_float64
+
 # Every step lowers the objective, so that it is safe to stop early. Most of the gain comes first.
 _STEPS = 24
 _TOLERANCE = 1e-5
@@ -31,7 +33,7 @@ def solve_rows(moments: Tensor, residuals: Tensor, kept: Tensor, damping: Tensor
         definite is NaN.
     """
     counts = kept.sum(2)
-    direct = float(counts.double().pow(3).sum()) / 3
+    direct = sum(count**3 for count in counts.reshape(-1).tolist()) / 3
     iterative = 2.0 * _STEPS * kept.numel() * kept.shape[2]
     if direct <= iterative:
         return _by_factorization(moments, residuals, kept, damping, counts)
@@ -101,4 +103,4 @@ def _by_conjugate_gradients(
         found = (rest * ahead).sum(2, keepdim=True)
         step = ahead + torch.where(error > 0, found / error, 0.0) * step
         error = torch.where(active, found, 0.0)
-    return moves.double()
+    return in_float64(moves)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsal.gradients.capture import Interception
 from fastsal.pruning.reconstruction.expressions import Expression, Result, replaced
+from fastsal.utils.float64 import in_float64
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
 _PRODUCTS = {torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__imul__, Tensor.__rmul__}
@@ -209,7 +210,7 @@ class Trace(Interception):
 def _scaled(branch: Branch, factor: Tensor | None) -> Branch | None:
     if factor is None:
         return None
-    factor = factor.detach().double()
+    factor = in_float64(factor.detach())
     scale = factor if branch.scale is None else branch.scale * factor
     return Branch(branch.name, scale, False, branch.axis, branch.shape)
 

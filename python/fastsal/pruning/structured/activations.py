@@ -48,7 +48,7 @@ class Moments:
     def mean(self) -> Tensor:
         """Mean `[D]`, float64."""
         assert self._shift is not None
-        return self._sum / self.count + self._shift.cpu().double()
+        return self._sum / self.count + in_float64(self._shift.cpu())
 
     def covariance(self) -> Tensor:
         """Return `E[(h - Eh)(h - Eh)ᵀ]` `[D, D]`, float64."""

@@ -23,6 +23,7 @@ from fastsal.gradients.losses import check_images, draw_noise, feature_matching
 from fastsal.models.evaluating import differentiable, drop_kept, evaluating, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
 
@@ -173,7 +174,7 @@ def _gradients(
             is_last = isinstance(layers[name], nn.Linear)
             g = gradient.detach() if is_last else gradient.detach().movedim(1, -1)
             g = g.reshape(-1, g.shape[-1]).float()
-            product = (g.T @ g).cpu().double()
+            product = in_float64((g.T @ g).cpu())
             total = found[name].curvature
             assert total is not None
             total += product

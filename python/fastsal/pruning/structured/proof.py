@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsal.models.evaluating import evaluating, to_model, twice
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.plain_text import first_line
 
 # Largest difference of an output, relative to the largest value of that output.
@@ -118,7 +119,7 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
-        return lambda _, __, result: caught.__setitem__(name, result.detach().cpu().double())
+        return lambda _, __, result: caught.__setitem__(name, in_float64(result.detach().cpu()))
 
     names = {name for group in groups for name in group.consumers}
     hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
@@ -130,5 +131,5 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
         for hook in hooks:
             hook.remove()
     if isinstance(result, Tensor):
-        caught[""] = result.cpu().double()
+        caught[""] = in_float64(result.cpu())
     return caught

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.pruning.structured.groups import Group, tensor_of
+from fastsal.utils.float64 import in_float64
 
 
 def simple_scores(model: nn.Module, group: Group, criterion: str, variance: Tensor, seed: int) -> (
@@ -30,7 +31,7 @@ def simple_scores(model: nn.Module, group: Group, criterion: str, variance: Tens
     squares[1] = squares[0].clone()
     for part in group.slices:
         if part.tensor == "weight" and part.module in {*group.producers, *group.consumers}:
-            value = tensor_of(model, part).detach().cpu().double().movedim(part.axis, 0)
+            value = in_float64(tensor_of(model, part).detach().cpu()).movedim(part.axis, 0)
             each = value.flatten(1).square().sum(dim=1)
             squares[part.axis] += each[part.index].sum(dim=1)
     return (squares[0] * squares[1]).sqrt()

@@ -15,6 +15,7 @@ from fastsal.pruning.structured.folding import Damped, fold, joint_costs
 from fastsal.pruning.structured.groups import Group, names_of
 from fastsal.pruning.structured.settings import Settings
 from fastsal.pruning.structured.simple import simple_scores
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import reporter
 
 
@@ -134,12 +135,12 @@ class Work:
                 normalization = self._model.get_submodule(self._normalization[name])
                 bias, shift = normalization.running_mean, -shift
             assert isinstance(bias, Tensor)
-            found.append((bias, (bias.cpu().double() + shift).to(bias.dtype).to(bias.device)))
+            found.append((bias, (in_float64(bias.cpu()) + shift).to(bias.dtype).to(bias.device)))
         return found
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = self._model.get_submodule(name).weight  # type: ignore[assignment]
-        return weight.detach().cpu().double().flatten(1)
+        return in_float64(weight.detach().cpu()).flatten(1)
 
     def _damped(self, name: str, statistics: Statistics) -> Damped:
         layer = self._model.get_submodule(name)

@@ -78,7 +78,8 @@ HOW = [
     {"damping": 1e-4},
     {"damping": "auto"},
     {"damping": "auto", "rounds": 3},
-    {"damping": "auto", "curvature": "features", "recalibrate": True},
+    # Reconstruction uses as many rows as fit into the budget.
+    {"damping": "auto", "curvature": "features", "recalibrate": True, "reconstruct": False},
     {"pattern": "2:4", "damping": 1e-4},
     {"pattern": "1x4", "damping": 1e-4, "floor": 0.1},
     {"criterion": "block-fisher", "compensate": False, "damping": 1e-3},

@@ -347,6 +347,19 @@ def test_criteria_without_statistics_hold_images_out_for_it():
     result.masks.verify(model)
 
 
+def test_without_room_in_the_budget_the_default_leaves_it_out(monkeypatch):
+    dense = seeded(Net)
+    given = [(images((6,), 64, seed), None) for seed in range(4)], 0.6
+    within = {"memory_budget": "1GiB"}
+    found = fastsal.prune(copy.deepcopy(dense), *given, **within)
+    assert found.history[0].reconstruction.images == 224
+    monkeypatch.setattr("fastsal.pruning.stages.moment_bytes", lambda weights: 2**30)
+    found = fastsal.prune(copy.deepcopy(dense), *given, **within)
+    assert found.history[0].reconstruction is None
+    with pytest.raises(InvalidArgument, match="memory_budget must be more than .* with rec"):
+        fastsal.prune(copy.deepcopy(dense), *given, reconstruct=True, **within)
+
+
 @pytest.mark.parametrize(
     ("given", "match"),
     [
@@ -356,7 +369,7 @@ def test_criteria_without_statistics_hold_images_out_for_it():
         ),
         ({"batches": iter([(torch.zeros(2, 6), None)])}, "reconstruct=True"),
         ({"max_loss_increase": 0.1, "sparsity": None}, "reconstruct"),
-        ({"memory_budget": "1MiB"}, "memory_budget must be at least .* with reconstruct"),
+        ({"memory_budget": "1MiB"}, "memory_budget must be more than .* with reconstruct"),
     ],
 )
 def test_prune_refuses(given, match):
