@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+import fastsal._core as _core
 from benches.quality.methods import METHODS
 from benches.quality.subjects import DATA, DATA_HELP, SUBJECTS
 from benches.quality.table import tables
-from fastsal.utils.machine import fastsal_version, processor
+from fastsal.utils.machine import processor
 
 KEYS = ("subject", "method", "samples", "seed", "sparsity")
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.json"
@@ -64,7 +65,12 @@ def _run(name: str, given: argparse.Namespace, rows: list[dict[str, Any]]) -> No
             METHODS[method](model, subject.draw(seed, samples), sparsity)
         seconds = time.perf_counter() - start
         found = subject.measure(model)
-        facts = {"seconds": round(seconds, 1), "machine": processor(), "fastsal": fastsal_version()}
+        version, instructions, _ = _core.build_info()
+        facts = {
+            "seconds": round(seconds, 1),
+            "machine": f"{processor()}, {instructions}",
+            "fastsal": version,
+        }
         rows.append(dict(zip(KEYS, key, strict=True)) | {"measures": found} | facts)
         whole = given.out.with_suffix(".part")
         whole.write_text(json.dumps(rows, indent=1) + "\n")
