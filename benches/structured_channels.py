@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from benches.quality import DATA_HELP, ROOT, load
+from benches.quality.subjects import DATA, DATA_HELP, ROOT, load_resnet20
 from fastsal.utils.machine import machine, versions
 
 CASES: dict[str, dict[str, Any]] = {
@@ -45,7 +45,7 @@ def lite0(folder: Path) -> tuple[nn.Module, list[Batch], list[Batch], int | None
 
 def resnet20(folder: Path) -> tuple[nn.Module, list[Batch], list[Batch], int | None]:
     """Return the same for the ResNet-20; its layers are too narrow for multiples."""
-    model, train, test = load(folder)
+    model, train, test = load_resnet20(folder)
     calibration = [(train[0][:512], train[1][:512])]
     return model, calibration, [(x[:500], y[:500]) for x, y in _thirds(test)], 1
 
@@ -65,9 +65,7 @@ def main() -> None:
     """Run the cases of one model, and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=["lite0", "resnet20"])
-    parser.add_argument(
-        "--data", type=Path, default=ROOT.parent / "shared" / "data", help=DATA_HELP
-    )
+    parser.add_argument("--data", type=Path, default=DATA, help=DATA_HELP)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--fewer", type=float, nargs="*", default=[0.15, 0.3], help="fewer MACs")
     parser.add_argument("--only", nargs="*", default=list(CASES))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsal
+from benches.structured import Heads, all_features
 from fastsal.models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastsal.models.loading import load_model
 
@@ -133,23 +134,22 @@ def vit_small(folder: Path, size: int = 126) -> Subject:
     def resized(x: Tensor) -> Tensor:
         return F.interpolate(normalized(x), size=(size, size), mode="bicubic")
 
-    sets: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    sets: dict[str, tuple[Tensor, Tensor, Heads]] = {}
     for name in ("cifar10", "cifar100"):
         train, train_y = read_npz(folder / f"{name}_train.npz")
         test, test_y = read_npz(folder / f"{name}_test.npz")
-        weights = _ridge(_features(model, resized(train[-2000:])), train_y[-2000:])
-        sets[name] = resized(test[:600]), test_y[:600], weights
+        heads = Heads(all_features(model, resized(train[-2000:])), train_y[-2000:])
+        sets[name] = resized(test[:600]), test_y[:600], heads
     named = fastsal.load_images(folder / "imagenet_sample")
-    spec_of = fastsal.input_spec(model, size=(3, size, size))
+    spec_of = fastsal.input_spec(model, size=size)
     photos = torch.cat([x for x, _ in named.batches(spec_of, 50)][::5])
-    wanted = _features(model, photos)
+    wanted = all_features(model, photos).double()
 
     def measure(m: nn.Module) -> dict[str, float]:
         found = {}
-        for name, (x, y, weights) in sets.items():
-            scores = _with_constant(_features(m, x)) @ weights
-            found[f"{name} ridge accuracy"] = float((scores.argmax(1) == y).double().mean())
-        error = (_features(m, photos) - wanted).square().sum()
+        for name, (x, y, heads) in sets.items():
+            found[f"{name} ridge accuracy"] = heads.accuracy(all_features(m, x), y)
+        error = (all_features(m, photos) - wanted).square().sum()
         found["ImageNet feature error"] = float(error / (wanted - wanted.mean(0)).square().sum())
         return found
 
@@ -196,20 +196,3 @@ def example(name: str) -> ModuleType:
         raise ImportError(f"examples/{name}.py cannot be read")
     spec.loader.exec_module(module)
     return module
-
-
-def _features(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(x).double() for x in images.split(50)])
-
-
-def _with_constant(features: Tensor) -> Tensor:
-    return torch.cat([features, features.new_ones(len(features), 1)], 1)
-
-
-def _ridge(features: Tensor, y: Tensor) -> Tensor:
-    """Return the weights `[F + 1, classes]` of ridge regression on one-hot labels."""
-    x = _with_constant(features)
-    targets = F.one_hot(y).double()
-    gram = x.T @ x + 1e-2 * len(x) * torch.eye(x.shape[1], dtype=x.dtype) * x.square().mean()
-    return torch.linalg.solve(gram, x.T @ targets)

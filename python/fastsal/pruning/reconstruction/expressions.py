@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @dataclass(frozen=True)
@@ -36,30 +37,16 @@ class Expression:
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-
-def replaced(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a nested argument in which every leaf is changed."""
-    if isinstance(value, (tuple, list)):
-        changed = [replaced(item, change) for item in value]
-        return type(value)(changed) if type(value) in (tuple, list) else tuple(changed)
-    if isinstance(value, dict):
-        return {key: replaced(item, change) for key, item in value.items()}
-    return change(value)
+    kwargs: dict[str, Any]
 
 
 def results_in(value: Any) -> Iterator[int]:
     """Yield the numbers of the functions whose results an expression needs."""
-    if isinstance(value, Result):
-        yield value.number
-    elif isinstance(value, Expression):
-        yield from results_in([*value.args, *value.kwargs.values()])
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from results_in(item)
-    elif isinstance(value, dict):
-        yield from results_in(list(value.values()))
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Result):
+            yield leaf.number
+        elif isinstance(leaf, Expression):
+            yield from results_in((leaf.args, leaf.kwargs))
 
 
 def evaluated(value: Any, results: Mapping[int, Tensor]) -> Any:
@@ -73,7 +60,7 @@ def evaluated(value: Any, results: Mapping[int, Tensor]) -> Any:
         if isinstance(leaf, Result):
             return results[leaf.number]
         if isinstance(leaf, Expression):
-            args, kwargs = replaced(leaf.args, found), replaced(dict(leaf.kwargs), found)
+            args, kwargs = tree_map(found, (leaf.args, leaf.kwargs))
             return leaf.func(*args, **kwargs)
         return leaf
 

@@ -13,7 +13,6 @@ Axes: n images.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -90,12 +89,6 @@ def reconstruct(
     model, dense = unwrapped(model), unwrapped(dense)
     check_same(model, dense)
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
-    for name, given in (("batches", batches), ("held_out", held_out)):
-        if isinstance(given, Iterator):
-            raise InvalidArgument(
-                f"{name} must be iterable several times, such as a list or a DataLoader, got an "
-                "iterator"
-            )
     source, held = images_apart(batches, samples, held_out, seed)
     tensors = tensors_of(model)
     with all_or_nothing(tensors):

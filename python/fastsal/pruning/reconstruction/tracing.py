@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastsal.gradients.capture import Interception
-from fastsal.pruning.reconstruction.expressions import Expression, Result, replaced
+from fastsal.pruning.reconstruction.expressions import Expression, Result
 from fastsal.utils.float64 import in_float64
 
 _ADDITIONS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__, Tensor.__radd__}
@@ -135,7 +136,7 @@ class Trace(Interception):
             missing = missing or found is None
             return found
 
-        args, kwargs = replaced(recipe.args, expanded), replaced(dict(recipe.kwargs), expanded)
+        args, kwargs = tree_map(expanded, (recipe.args, recipe.kwargs))
         return None if missing else Expression(recipe.func, args, kwargs)
 
     def _recipe(
@@ -158,7 +159,7 @@ class Trace(Interception):
             known = known and id(leaf) in self._constants
             return leaf
 
-        found = Expression(func, replaced(tuple(args), numbered), replaced(dict(kwargs), numbered))
+        found = Expression(func, *tree_map(numbered, (tuple(args), dict(kwargs))))
         return found if known else None
 
     def start(self, name: str, operation: str, output: Tensor) -> None:

@@ -99,12 +99,6 @@ def refit(
     if widths_of(model) == widths_of(dense):
         check_same(model, dense)
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
-    for name, given in (("batches", batches), ("held_out", held_out)):
-        if isinstance(given, Iterator):
-            raise InvalidArgument(
-                f"{name} must be iterable several times, such as a list or a DataLoader, got an "
-                "iterator"
-            )
     source, held = images_apart(batches, samples, held_out, seed)
     return refit_on(
         model, dense, source, held, masks, how, autocast=autocast, progress=progress, seed=seed

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fastsal.data.batches import Batches, Pair, as_batches
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_images, draw_noise, feature_matching
-from fastsal.models.evaluating import differentiable, drop_kept, evaluating, to_model
+from fastsal.gradients.state import frozen
+from fastsal.models.evaluating import differentiable, drop_kept, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
 from fastsal.utils.float64 import in_float64
@@ -77,7 +78,8 @@ def collect_statistics(
         found[name].curvature = torch.zeros(outputs, outputs, dtype=torch.float64)
     noise = torch.Generator().manual_seed(seed)
     first, done, curved = next(model.parameters()), 0, 0
-    with evaluating(model), _frozen(model), _observing(layers, found), torch.no_grad():
+    # Gradients of outputs are enough, none of parameters.
+    with frozen(model), _nothing_kept(model), _observing(layers, found), torch.no_grad():
         for images in _parts(as_batches(batches, samples, "ignored")):
             if not done:
                 check_images(images)
@@ -195,15 +197,10 @@ def _gradients(
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Form no gradients of parameters: those of outputs are enough."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+def _nothing_kept(model: nn.Module) -> Iterator[None]:
+    """Drop values that evaluation has kept, before and after: they may have a graph."""
     drop_kept(model)
     try:
-        for p, _ in flags:
-            p.requires_grad_(False)
         yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
         drop_kept(model)
