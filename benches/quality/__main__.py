@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names of rows")
     parser.add_argument("--samples", type=int, nargs="+", help="numbers of calibration images")
-    parser.add_argument("--sparsities", type=float, nargs="+", help="sparsities")
+    parser.add_argument("--sparsities", type=_goal, nargs="+", help="sparsities, or patterns: 2:4")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of all cells")
@@ -52,11 +52,15 @@ def main() -> None:
     print(tables(rows))
 
 
+def _goal(text: str) -> float | str:
+    return text if ":" in text else float(text)
+
+
 def _run(name: str, given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     subject = SUBJECTS[name](given.data)
     done = {tuple(row[key] for key in KEYS) for row in rows}
 
-    def cell(method: str, samples: int, seed: int, sparsity: float) -> None:
+    def cell(method: str, samples: int, seed: int, sparsity: float | str) -> None:
         key = (name, method, samples, seed, sparsity)
         if key in done:
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,68 +17,79 @@ from fastsal.pruning.damping import resolve_damping
 from fastsal.pruning.recalibration import recalibrate
 
 Batches = list[tuple[torch.Tensor, None]]
-Method = Callable[[nn.Module, Batches, float], None]
+Goal = float | str  # sparsity, or pattern
+Method = Callable[[nn.Module, Batches, Goal], None]
 
-REFIT_STEPS = 200
+REFIT = fastsal.Refit()  # the same for all
 
 
-def _magnitude(model: nn.Module, sparsity: float) -> fastsal.Masks:
-    masks = fastsal.rank(fastsal.score(model, None, "magnitude"), sparsity)
-    masks.apply(model)
-    return masks
+def _ranking(goal: Goal) -> dict[str, Any]:
+    return {"pattern": goal} if isinstance(goal, str) else {"sparsity": goal}
 
 
 def magnitude(
     model: nn.Module,
     batches: Batches,
-    sparsity: float,
+    goal: Goal,
     *,
     recalibrated: bool = False,
     reconstructed: bool = False,
-    refitted: bool = False,
+    refit: fastsal.Refit | None = None,
 ) -> None:
-    """Prune the smallest weights of the whole model."""
+    """Prune the smallest weights of the whole model, or of each group."""
     dense = deepcopy(model)
-    masks = _magnitude(model, sparsity)
+    masks = fastsal.rank(fastsal.score(model, None, "magnitude"), **_ranking(goal))
+    masks.apply(model)
     if reconstructed:
         fastsal.reconstruct(model, dense, batches, masks)
     if recalibrated:
         recalibrate(model, batches)
-    if refitted:
-        fastsal.refit(model, dense, batches, masks, fastsal.Refit(steps=REFIT_STEPS))
+    if refit is not None:
+        fastsal.refit(model, dense, batches, masks, refit)
 
 
-def obert(model: nn.Module, batches: Batches, sparsity: float) -> None:
+def obert(
+    model: nn.Module, batches: Batches, goal: Goal, *, refit: fastsal.Refit | None = None
+) -> None:
     """Block-fisher scores and the update that treats pruned weights independently."""
+    dense = deepcopy(model)
     fisher = fastsal.collect(model, batches, curvature="features")
     damping = resolve_damping("0.1x", fisher)
-    masks = fastsal.rank(fastsal.score(model, fisher, "block-fisher", damping), sparsity)
+    scores = fastsal.score(model, fisher, "block-fisher", damping)
+    masks = fastsal.rank(scores, **_ranking(goal))
     peers.independent_update(model, fisher, masks, damping)
     recalibrate(model, batches)
+    if refit is not None:
+        fastsal.refit(model, dense, batches, masks, refit)
 
 
 def peer(
     model: nn.Module,
     batches: Batches,
-    sparsity: float,
+    goal: Goal,
     *,
     rule: peers.Rule,
-    recalibrated: bool = True,
-    refitted: bool = False,
+    refit: fastsal.Refit | None = None,
+    **options: bool,
 ) -> None:
     """One of the peers that prune layer by layer; batch normalization is recalibrated."""
     dense = deepcopy(model)
     images = torch.cat([x for x, _ in batches])
-    masks = peers.layer_by_layer(model, images, rule, float(sparsity))
-    if recalibrated:
-        recalibrate(model, batches)
-    if refitted:
-        fastsal.refit(model, dense, batches, masks, fastsal.Refit(steps=REFIT_STEPS))
+    wanted: peers.Goal = goal if isinstance(goal, float) else _n_of_m(goal)
+    masks = peers.layer_by_layer(model, images, rule, wanted, **options)
+    recalibrate(model, batches)
+    if refit is not None:
+        fastsal.refit(model, dense, batches, masks, refit)
 
 
-def prune(model: nn.Module, batches: Batches, sparsity: float, **options: Any) -> None:
+def _n_of_m(pattern: str) -> tuple[int, int]:
+    n, m = map(int, pattern.split(":"))
+    return n, m
+
+
+def prune(model: nn.Module, batches: Batches, goal: Goal, **options: Any) -> None:
     """`fastsal.prune` with features."""
-    result = fastsal.prune(model, batches, sparsity, curvature="features", **options)
+    result = fastsal.prune(model, batches, curvature="features", **_ranking(goal), **options)
     result.masks.verify(model)
 
 
@@ -87,16 +99,25 @@ METHODS: Mapping[str, Method] = {
     "magnitude, reconstructed": partial(magnitude, reconstructed=True),
     "Wanda, recalibrated": partial(peer, rule=peers.wanda),
     "SparseGPT, recalibrated": partial(peer, rule=peers.sparse_gpt),
-    "OBC on Σxxᵀ, recalibrated": partial(peer, rule=peers.obc),
+    "OBC on Σxxᵀ, recalibrated": partial(peer, rule=peers.obc, is_sequential=False),
+    "SparseGPT with magnitude's shares, recalibrated": partial(
+        peer, rule=peers.sparse_gpt, has_shares=True
+    ),
     "oBERT, recalibrated": obert,
     "fastsal, blocks alone": partial(prune, reconstruct=False, recalibrate=False),
     "fastsal, recalibrated": partial(prune, reconstruct=False),
     "fastsal": prune,
     "fastsal, 8 rounds": partial(prune, rounds=8),
-    "magnitude, recalibrated and refitted": partial(magnitude, recalibrated=True, refitted=True),
-    "SparseGPT, recalibrated and refitted": partial(peer, rule=peers.sparse_gpt, refitted=True),
-    "fastsal, refitted": partial(prune, refit=fastsal.Refit(steps=REFIT_STEPS)),
-    "fastsal, 4 rounds, refitted between": partial(
-        prune, rounds=4, refit=fastsal.Refit(steps=REFIT_STEPS, between_rounds=True)
+    "magnitude, recalibrated and refitted": partial(magnitude, recalibrated=True, refit=REFIT),
+    "Wanda, recalibrated and refitted": partial(peer, rule=peers.wanda, refit=REFIT),
+    "SparseGPT, recalibrated and refitted": partial(peer, rule=peers.sparse_gpt, refit=REFIT),
+    "OBC on Σxxᵀ, recalibrated and refitted": partial(
+        peer, rule=peers.obc, is_sequential=False, refit=REFIT
+    ),
+    "oBERT, recalibrated and refitted": partial(obert, refit=REFIT),
+    "fastsal, refitted": partial(prune, refit=REFIT),
+    "fastsal, 8 rounds, refitted": partial(prune, rounds=8, refit=REFIT),
+    "fastsal, 8 rounds, refitted between": partial(
+        prune, rounds=8, refit=replace(REFIT, between_rounds=True)
     ),
 }

@@ -6,21 +6,25 @@
 - OBC (Frantar et al., NeurIPS 2022, algorithm 1): exact elimination of one weight at a time with
   `H = Σ x xᵀ` of all inputs of a row.
 
-All three prune every layer to the same sparsity, one after the other, with the inputs that a layer
-has in the model whose earlier layers are pruned already.
+Wanda and SparseGPT prune one layer after the other, with the inputs that a layer has in the model
+whose earlier layers are pruned already; OBC has the dense model's. Every layer is pruned to the
+same sparsity, as published; with `has_shares` as one threshold of magnitudes would.
 
 Axes: R rows of inputs, O outputs, d inputs of a row, G groups.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fastsal
+import fastsal._core as _core
 from fastsal.gradients.capture import Interception
 from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.rules.windows import InputRows
@@ -28,19 +32,23 @@ from fastsal.gradients.rules.windows import InputRows
 ROWS = 2**16
 PERCENT_DAMPING = 0.01  # SparseGPT's and OBC's: of the mean diagonal of H
 
+BYTES = 2**29  # of moments that are eliminated in one call
+
+Goal = float | tuple[int, int]  # the fraction to prune, or n kept of every m
+Trace = tuple[Tensor, Tensor]
+_traces: dict[bytes, Trace] = {}
+
 # (weights [O, d], second moments of the inputs [d, d], fraction to prune or pattern) -> new weights
-Rule = Callable[[Tensor, Tensor, float | tuple[int, int]], Tensor]
+Rule = Callable[[Tensor, Tensor, Goal], Tensor]
 
 
-def wanda(weight: Tensor, moments: Tensor, goal: float | tuple[int, int]) -> Tensor:
+def wanda(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
     """Prune the weights of the least `|w| ‖x‖` of each row, or of each group."""
     scores = weight.abs() * moments.diagonal().clamp(min=0).sqrt()
     return torch.where(_kept(scores, goal), weight, 0.0)
 
 
-def sparse_gpt(
-    weight: Tensor, moments: Tensor, goal: float | tuple[int, int], block: int = 128
-) -> Tensor:
+def sparse_gpt(weight: Tensor, moments: Tensor, goal: Goal, block: int = 128) -> Tensor:
     """Sweep over the columns; see the module."""
     weight = weight.clone()
     d = weight.shape[1]
@@ -72,44 +80,49 @@ def sparse_gpt(
     return weight
 
 
-def obc(weight: Tensor, moments: Tensor, goal: float | tuple[int, int]) -> Tensor:
+def obc(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
     """Eliminate the weights of each row one at a time, then cut all rows by one threshold."""
     if not isinstance(goal, float):
         raise NotImplementedError("obc is compared without patterns")
-    outputs, d = weight.shape
+    d = weight.shape[1]
     damped = moments.clone()
     damped.diagonal().add_(PERCENT_DAMPING * moments.diagonal().mean() + 1e-30)
-    start = torch.linalg.inv(damped)
-    costs = torch.zeros(outputs, d, dtype=weight.dtype)
-    order = torch.zeros(outputs, d, dtype=torch.int64)
-    for o in range(outputs):
-        w, inverse = weight[o].clone(), start.clone()
-        gone = torch.zeros(d, dtype=torch.bool)
-        for step in range(d):
-            score = w**2 / inverse.diagonal()
-            score[gone] = math.inf
-            j = int(score.argmin())
-            costs[o, step], order[o, step] = score[j], j
-            w -= inverse[:, j] * (w[j] / inverse[j, j])
-            inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
-            gone[j] = True
-            inverse[j, j] = 1.0
-            w[j] = 0
+    # A trace serves every goal.
+    key = hashlib.sha256(weight.numpy().tobytes() + damped.numpy().tobytes()).digest()
+    if key not in _traces:
+        _traces[key] = _eliminated(weight, damped)
+    costs, order = _traces[key]
     # A row is cut at a prefix of its order: the least total cost is that of the least costs.
-    running = costs.cummax(1).values
-    cut = running.flatten().sort().values[round(goal * running.numel()) - 1] if goal else -math.inf
-    found = weight.clone()
-    for o in range(outputs):
-        pruned = order[o, : int((running[o] <= cut).sum())]
-        kept = torch.ones(d, dtype=torch.bool)
-        kept[pruned] = False
-        at = kept.nonzero()[:, 0]
-        found[o] = 0
-        found[o, at] = torch.linalg.solve(damped[at][:, at], damped[at] @ weight[o])
+    by_turn = costs.gather(1, order)
+    cut = by_turn.flatten().sort().values[round(goal * costs.numel()) - 1] if goal else -math.inf
+    found = torch.zeros_like(weight)
+    for o, count in enumerate((by_turn <= cut).sum(1).tolist()):
+        at = order[o, count:].sort().values
+        if len(at) == d:
+            found[o] = weight[o]
+        elif len(at):
+            found[o, at] = torch.linalg.solve(damped[at][:, at], damped[at] @ weight[o])
     return found
 
 
-def _kept(scores: Tensor, goal: float | tuple[int, int]) -> Tensor:
+def _eliminated(weight: Tensor, damped: Tensor) -> Trace:
+    """Return the scores `[O, d]`, and the columns of each row in the order of elimination."""
+    d = weight.shape[1]
+    rows, columns = torch.triu_indices(d, d)
+    triangle = damped[rows, columns].numpy()
+    most = max(1, BYTES // triangle.nbytes)
+    costs, order = [], []
+    for some in weight.float().split(most):
+        sums = (np.tile(triangle, len(some)), some.numel(), 1.0, None)
+        ((scores, turns, failed, _),) = _core.eliminate([sums], [some.flatten().numpy()], d, 0.0)
+        if failed:
+            raise ArithmeticError(f"{len(failed)} rows cannot be eliminated")
+        costs.append(torch.from_numpy(scores).reshape(len(some), d))
+        order.append(torch.from_numpy(turns.astype(np.int64)).reshape(len(some), d).argsort(1))
+    return torch.cat(costs), torch.cat(order)
+
+
+def _kept(scores: Tensor, goal: Goal) -> Tensor:
     """Keep the largest scores of each row, or the n largest of every m."""
     rows = scores
     if isinstance(goal, tuple):
@@ -128,12 +141,20 @@ def _kept(scores: Tensor, goal: float | tuple[int, int]) -> Tensor:
 
 
 class _Sweep(Interception):
-    """Prunes each layer just before it runs."""
+    """Prunes each layer: just before it runs, or all of them at the end."""
 
-    def __init__(self, tracked: Mapping[str, Tensor], rule: Rule, goals: Mapping[str, float]):
+    def __init__(
+        self,
+        tracked: Mapping[str, Tensor],
+        rule: Rule,
+        goals: Mapping[str, Goal],
+        *,
+        is_sequential: bool,
+    ) -> None:
         super().__init__(tracked)
         self._tracked, self._rule, self._goals = tracked, rule, goals
-        self.masks: dict[str, Tensor] = {}
+        self._is_sequential = is_sequential
+        self.found: dict[str, Tensor] = {}
 
     def around(
         self, name: str, operation: Operation, call: Call, run: Callable[[], Tensor]
@@ -141,7 +162,7 @@ class _Sweep(Interception):
         """Prune a layer, then run it."""
         del operation
         output = run()
-        if name in self.masks:
+        if name in self.found:
             return output
         weight = self._tracked[name]
         total = output.numel() // len(weight)
@@ -151,22 +172,50 @@ class _Sweep(Interception):
         wide = weight.detach().double().reshape(call.groups, -1, x.shape[2])
         goal = self._goals[name]
         new = torch.stack([self._rule(w, h, goal) for w, h in zip(wide, moments, strict=True)])
-        self.masks[name] = (new != 0).reshape(weight.shape)
-        weight.copy_(new.reshape(weight.shape))
+        self.found[name] = new.reshape(weight.shape).to(weight.dtype)
+        if not self._is_sequential:
+            return output
+        weight.copy_(self.found[name])
         return run()
 
 
 def layer_by_layer(
-    model: nn.Module, images: Tensor, rule: Rule, goal: float | tuple[int, int]
+    model: nn.Module,
+    images: Tensor,
+    rule: Rule,
+    goal: Goal,
+    *,
+    is_sequential: bool = True,
+    has_shares: bool = False,
 ) -> fastsal.Masks:
-    """Prune every layer in place, in one forward pass; returns the masks."""
-    weights = fastsal.select_parameters(model)
+    """Prune every layer in place, in one forward pass.
+
+    Args:
+        model: The dense model.
+        images: Calibration images `[n, ...]`.
+        rule: Prunes the weights of one layer.
+        goal: Fraction to prune, or pattern.
+        is_sequential: Whether the inputs of a layer come from pruned layers.
+        has_shares: Whether each layer has the sparsity that one threshold of magnitudes gives it,
+            in place of the same one.
+
+    Returns:
+        The masks.
+    """
     # As in `prune` with features: the classifier is left.
-    weights = {n: p for n, p in weights.items() if p is not _classifier(model, images[:2])}
-    sweep = _Sweep(weights, rule, dict.fromkeys(weights, goal))
+    left = _classifier(model, images[:2])
+    weights = {n: p for n, p in fastsal.select_parameters(model).items() if p is not left}
+    goals: dict[str, Goal] = dict.fromkeys(weights, goal)
+    if has_shares and isinstance(goal, float):
+        masks = fastsal.rank({n: w.detach().square() for n, w in weights.items()}, goal)
+        goals = {n: float((~masks[n]).double().mean()) for n in weights}
+    sweep = _Sweep(weights, rule, goals, is_sequential=is_sequential)
     with torch.no_grad(), sweep:
         model(images)
-    return fastsal.Masks(sweep.masks)
+    with torch.no_grad():
+        for name, new in sweep.found.items():
+            weights[name].copy_(new)
+    return fastsal.Masks({name: new != 0 for name, new in sweep.found.items()})
 
 
 def _classifier(model: nn.Module, images: Tensor) -> Tensor | None:

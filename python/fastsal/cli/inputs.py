@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    import fastsal
     from fastsal.data.image_set import ImageBatches
     from fastsal.fisher.block_fisher import BlockFisher
     from fastsal.models.inputs import InputSpec
@@ -204,6 +205,15 @@ def collect_options(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("autocast"):
         options["autocast"] = autocast_type(given)
     return {**options, "seed": given["seed"], "progress": not given["quiet"]}
+
+
+def refit_settings(given: dict[str, Any]) -> fastsal.Refit | None:
+    """Return how `--refit` and `--refit-steps` refit; None without them."""
+    import fastsal
+
+    if not given["refit"]:
+        return None
+    return fastsal.Refit(given["refit"], steps=given["refit_steps"] or "auto")
 
 
 def autocast_type(given: dict[str, Any]) -> torch.dtype | None:

@@ -71,9 +71,8 @@ if TYPE_CHECKING:
 @click.option(
     "--refit-steps",
     type=COUNT,
-    default=400,
-    show_default=True,
-    help="With --refit: number of steps of up to 96 images.",
+    show_default="two passes over the images",
+    help="With --refit: number of steps of up to 32 images.",
 )
 @click.option(
     "--max-accuracy-drop",
@@ -245,7 +244,7 @@ def _pruned(
 ) -> PruneResult:
     """Prune `model` in place."""
     import fastsal
-    from fastsal.cli.inputs import collect_options
+    from fastsal.cli.inputs import collect_options, refit_settings
     from fastsal.cli.torchrun import world_size
 
     call: Any = fastsal.prune
@@ -267,7 +266,7 @@ def _pruned(
         recalibrate=given["recalibrate"],
         reconstruct=given["reconstruct"],
         checkpoint=given["checkpoint"],
-        refit=given["refit"] and fastsal.Refit(given["refit"], steps=given["refit_steps"]),
+        refit=refit_settings(given),
         **ranked,
         **collect_options(given),
     )

@@ -99,7 +99,13 @@ def check_options(given: dict[str, Any]) -> None:
 def prune_units(given: dict[str, Any]) -> None:
     """Prune as the options say and write the folder."""
     import fastsal
-    from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import (
+        check_test,
+        open_batches,
+        open_model,
+        refit_settings,
+        set_threads,
+    )
     from fastsal.cli.output import console, emit, refit_summary
     from fastsal.cli.runfolder import check_model, check_target, run_facts, write_run
     from fastsal.cli.torchrun import world_size
@@ -142,7 +148,7 @@ def prune_units(given: dict[str, Any]) -> None:
             samples=batches.samples,
             memory_budget=given["memory_budget"],
             head=given["head"],
-            refit=given["refit"] and fastsal.Refit(given["refit"], steps=given["refit_steps"]),
+            refit=refit_settings(given),
             progress=not given["quiet"],
             seed=given["seed"],
         )

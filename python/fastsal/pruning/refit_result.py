@@ -15,7 +15,8 @@ class RefitResult:
         after: Held-out error of the weights that the model has now.
         kept_step: Step whose weights were kept; 0 for the weights from before.
         steps: Number of steps that were made.
-        lr: Initial learning rate.
+        lr: Learning rate; with `lr="auto"` relative to the root mean square of the kept weights of
+            each tensor.
         windows: Names of the windows besides the features or outputs.
         micro_batch: Images of one forward and backward pass.
         history: One entry per measurement: `step`, mean training `error` since the previous one,

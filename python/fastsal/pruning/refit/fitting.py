@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 
 from fastsal.data.batches import Pair
 from fastsal.errors import NonFiniteLoss
+from fastsal.gradients.precision import at_least_float32
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.draws import Draws
 from fastsal.pruning.refit.matching import Matching, parts
@@ -17,9 +19,11 @@ from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.shelf import copies, restore
 from fastsal.utils.progress import Report
 
-# Learning rates of Adam that `lr="auto"` tries, each for this fraction of the steps.
-_RATES = (2e-3, 5e-4, 1e-4)
-_TRIAL = 1 / 20
+_PASSES = 2  # over the images, with `steps="auto"`
+# `lr="auto"`: the learning rate relative to the root mean square of the kept weights of a tensor,
+# at least to this value, and the factor by which it falls where it does not lower the error.
+_RELATIVE, _LEAST, _FALL = 0.02, 1e-3, 4.0
+_WARM_UP = 0.1  # fraction of the steps in which the learning rate rises
 
 
 class Fitting:
@@ -58,17 +62,20 @@ class Fitting:
         before = self._held_out_error()
         if not math.isfinite(before):
             raise NonFiniteLoss(f"the error of the pruned model must be finite, got {before}")
-        lr = how.lr if how.lr != "auto" else self._choose_rate()
+        steps = self._count_steps() if how.steps == "auto" else how.steps
+        lr = _RELATIVE if how.lr == "auto" else how.lr
         best, kept, misses = before, 0, 0
         best_weights = copies(self._parameters)
         history: list[dict[str, Any]] = []
-        every = max(1, how.steps // how.checks)
+        every = max(1, steps // how.checks)
         sums: list[float] = []
         done = 0
-        for done, error in enumerate(self._steps(lr, how.steps), start=1):
-            sums.append(error)
-            report(done, how.steps)
-            if done % every and done != how.steps:
+        course = self._steps(lr, steps)
+        while done < steps and misses < how.patience:
+            sums.append(next(course))
+            done += 1
+            report(done, steps)
+            if done % every and done != steps:
                 continue
             value = self._held_out_error()
             history.append({"step": done, "error": sum(sums) / len(sums), "held_out_error": value})
@@ -76,8 +83,12 @@ class Fitting:
             if value < best:
                 best, kept, misses = value, done, 0
                 best_weights = copies(self._parameters)
-            if misses >= how.patience:
-                break
+            elif how.lr == "auto" and not kept and done < steps:
+                course.close()
+                restore(self._parameters, best_weights)
+                lr /= _FALL
+                course = self._steps(lr, steps - done)
+        course.close()
         restore(self._parameters, best_weights)
         return {
             "before": before,
@@ -89,27 +100,30 @@ class Fitting:
             "history": history,
         }
 
+    def _count_steps(self) -> int:
+        images = sum(len(images) for images, _ in self._source)
+        return max(1, math.ceil(_PASSES * images / self._how.batch_size))
+
     def _held_out_error(self) -> float:
         return self._matching.held_out_error(self._micro_batch)
 
-    def _choose_rate(self) -> float:
-        """Return the rate with the least held-out error after a few steps."""
-        start = copies(self._parameters)
-        steps = max(1, round(self._how.steps * _TRIAL))
-        tried = {}
-        for lr in _RATES:
-            for _ in self._steps(lr, steps):
-                pass
-            tried[lr] = self._held_out_error()
-            restore(self._parameters, start)
-        return min(tried, key=lambda lr: (tried[lr], lr))
+    def _groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the parameters with their learning rates."""
+        if self._how.lr != "auto":
+            return [{"params": list(self._parameters.values()), "lr": lr}]
+        groups = []
+        for parameter in self._parameters.values():
+            kept = at_least_float32(parameter.detach())
+            squares = kept.square().sum() / kept.count_nonzero().clamp(min=1)
+            groups.append({"params": [parameter], "lr": lr * max(float(squares.sqrt()), _LEAST)})
+        return groups
 
-    def _steps(self, lr: float, steps: int) -> Iterator[float]:
-        """Make steps with a cosine decay; yields the training error of each."""
+    def _steps(self, lr: float, steps: int) -> Generator[float, None, None]:
+        """Make steps; yields the training error of each."""
         generator = torch.Generator().manual_seed(self._seed)
         draws = iter(Draws(self._source, self._how.batch_size, generator, self._room))
-        optimizer = torch.optim.Adam(self._parameters.values(), lr=lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        optimizer = torch.optim.Adam(self._groups(lr))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
         augment = self._how.augmentation
         with self._masks.hold(self._model, optimizer):
             for _ in range(steps):
@@ -128,3 +142,11 @@ class Fitting:
                 schedule.step()
                 yield total
         optimizer.zero_grad()
+
+
+def _rate(step: int, steps: int) -> float:
+    """Return the factor of the learning rate at a step: a linear rise, then half a cosine."""
+    rise = max(1, round(_WARM_UP * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -136,11 +137,42 @@ def test_weights_are_kept_only_if_the_error_falls(data):
     assert same(state(model), before)
 
 
-def test_the_rate_is_chosen_on_held_out_images(data):
+def test_the_default_reads_every_image_twice(data):
     model, dense, masks = pruned()
-    result = fastsal.refit(model, dense, data, masks, Refit(steps=40, batch_size=16))
-    assert result.lr in {2e-3, 5e-4, 1e-4}
+    images = torch.cat([x for x, _ in data])
+    result = fastsal.refit(model, dense, data, masks, Refit(batch_size=16))
+    held = len(images) // 8
+    assert result.steps == math.ceil(2 * (len(images) - held) / 16)
+    assert result.lr == 0.02
     assert result.after < result.before
+
+
+def test_the_rate_falls_until_the_error_does(data, monkeypatch):
+    monkeypatch.setattr("fastsal.pruning.refit.fitting._RELATIVE", 200.0)
+    model, dense, masks = pruned()
+    how = Refit(steps=60, batch_size=16, checks=12, patience=12)
+    result = fastsal.refit(model, dense, data, masks, how)
+    fallen = sum(entry["step"] < result.kept_step for entry in result.history)
+    assert result.after < result.before
+    assert result.lr < 200
+    assert math.log(200 / result.lr, 4) == pytest.approx(
+        sum(entry["held_out_error"] >= result.before for entry in result.history[:fallen])
+    )
+    masks.verify(model)
+
+
+def test_rates_are_relative_to_the_kept_weights(data):
+    """The first step of Adam moves each weight by its learning rate."""
+    model, dense, masks = pruned()
+    before = state(model)
+    fastsal.refit(model, dense, data, masks, Refit(steps=1, batch_size=16))
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[name]).abs()
+        kept = before[name][before[name] != 0]
+        rate = 0.02 * max(float(kept.square().mean().sqrt()) if len(kept) else 0.0, 1e-3)
+        if name.startswith("fc"):  # features do not depend on it
+            rate = 0.0
+        assert float(moved.max()) == pytest.approx(rate, rel=1e-2), name
 
 
 def test_frozen_parameters_and_gradients_return(data):
@@ -183,6 +215,7 @@ def test_after_an_error_the_model_is_as_it_was(data, error):
     ("settings", "message"),
     [
         (Refit(steps=0), "steps must be"),
+        (Refit(steps="many"), "steps must be a whole number or 'auto', got 'many'"),
         (Refit(lr=-1), "lr must be"),
         (Refit(lr="best"), "lr must be a positive number or 'auto', got 'best'"),
         (Refit(batch_size=0.5), "batch_size must be"),
