@@ -11,7 +11,8 @@ class RefitResult:
     """The result of `refit`.
 
     Attributes:
-        before: Held-out error before it: the mean over windows of the relative squared error.
+        before: Held-out error before it: half the relative squared error of the features and half
+            the mean of that of the windows.
         after: Held-out error of the weights that the model has now.
         kept_step: Step whose weights were kept; 0 for the weights from before.
         steps: Number of steps that were made.

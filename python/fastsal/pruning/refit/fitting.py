@@ -23,6 +23,7 @@ _PASSES = 2  # over the images, with `steps="auto"`
 # `lr="auto"`: the learning rate relative to the root mean square of the kept weights of a tensor,
 # at least to this value, and the factor by which it falls where it does not lower the error.
 _RELATIVE, _LEAST, _FALL = 0.02, 1e-3, 4.0
+_RISE = 1.5  # of the held-out error that is accepted in the first half of the steps
 _WARM_UP = 0.1  # fraction of the steps in which the learning rate rises
 
 
@@ -83,7 +84,7 @@ class Fitting:
             if value < best:
                 best, kept, misses = value, done, 0
                 best_weights = copies(self._parameters)
-            elif how.lr == "auto" and not kept and done < steps:
+            elif how.lr == "auto" and not kept and _is_too_fast(value / before, done / steps):
                 course.close()
                 restore(self._parameters, best_weights)
                 lr /= _FALL
@@ -142,6 +143,14 @@ class Fitting:
                 schedule.step()
                 yield total
         optimizer.zero_grad()
+
+
+def _is_too_fast(rise: float, part: float) -> bool:
+    """Tell whether the learning rate is too high: the error rises by `rise` in a part of the steps.
+
+    A high rate raises the error at first and lowers it as it decays.
+    """
+    return part < 1 and (rise > _RISE or part >= 1 / 2)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 from fastsal.gradients.precision import at_least_float32
 from fastsal.models.classifier import classifier_of
 from fastsal.models.evaluating import plain_call, to_model
@@ -21,17 +21,24 @@ from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.models.outputs import output_tensor
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.refit.windows import capturing
+from fastsal.utils.float64 import in_float64
 from fastsal.utils.sizes import gib
 
 _FINAL = "(final)"  # key of the features or outputs among the windows
+# Features are constant, as those of one image, if their variance is below this part of the mean
+# square.
+_CONSTANT = 1e-6
 
 
 class Matching:
     """The windows of a pruned model, and their distance from those of the dense model.
 
-    The error of images is the mean over windows `w` of `mean_n ‖a_w(x_n) − b_w(x_n)‖² / s_w`, where
-    `a` and `b` are the outputs of the pruned and of the dense model, and the scale `s_w` is the
-    mean of `‖b_w(x)‖²` over held-out images. So errors of micro-batches add up.
+    The error of a window `w` is `mean_n ‖a_w(x_n) − b_w(x_n)‖² / s_w`, where `a` and `b` are the
+    outputs of the pruned and of the dense model, and the scale `s_w` is the mean of `‖b_w(x)‖²`
+    over held-out images. For the features or outputs it is the variance, the mean of
+    `‖b_w(x) − mean b_w‖²`: a large constant part tells nothing about images. The error of images is
+    half that of the features or outputs and half the mean over the other windows. So errors of
+    micro-batches add up.
 
     Args:
         model: The pruned model, in evaluation mode.
@@ -107,25 +114,35 @@ class Matching:
     def find_scales(self, micro_batch: int) -> None:
         """Compute the scales, from the held-out images."""
         totals = dict.fromkeys([*self._names, _FINAL], 0.0)
-        samples = 0
+        finals = []
         with torch.no_grad():
             for images in parts(self._held, micro_batch):
-                for name, b in self._outputs(self._dense, images).items():
+                outputs = self._outputs(self._dense, images)
+                for name, b in outputs.items():
                     totals[name] += float(at_least_float32(b).square().sum())
-                samples += len(images)
+                finals.append(in_float64(outputs[_FINAL]))
+        final = torch.cat(finals)
+        variance = float((final - final.mean(0)).square().sum())
+        if variance > _CONSTANT * totals[_FINAL]:
+            totals[_FINAL] = variance
         # Windows whose outputs are zero everywhere are left out.
-        self._scales = {name: total / samples for name, total in totals.items() if total > 0}
+        self._scales = {name: total / len(final) for name, total in totals.items() if total > 0}
+        if not self._scales:
+            raise DataError("the held-out images must have outputs other than zero, got zeros")
 
     def error(self, images: Tensor) -> Tensor:
         """Return the error of images `[n, ...]`, a scalar with a graph if gradients are enabled."""
         with torch.no_grad():
             wanted = self._outputs(self._dense, images)
         found = self._outputs(self.model, images)
-        errors = [
-            (at_least_float32(found[name]) - at_least_float32(wanted[name])).square().sum() / scale
+        errors = {
+            name: (at_least_float32(found[name]) - at_least_float32(wanted[name])).square().sum()
+            / (scale * len(images))
             for name, scale in self._scales.items()
-        ]
-        return torch.stack(errors).mean() / len(images)
+        }
+        final = [errors.pop(_FINAL)] if _FINAL in errors else []
+        others = [torch.stack(list(errors.values())).mean()] if errors else []
+        return torch.stack(final + others).mean()
 
     def held_out_error(self, micro_batch: int) -> float:
         """Return the error of the held-out images; inf for NaN."""

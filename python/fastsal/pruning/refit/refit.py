@@ -57,8 +57,9 @@ def refit(
     """Train the kept weights of a pruned model, in place, to match its dense original.
 
     Minimizes the mean over windows of `E‖a(x) − b(x)‖² / E‖b(x)‖²`, where `a` and `b` are the
-    outputs of a window in the pruned and in the dense model, by Adam with a cosine decay; the
-    denominator is a mean over held-out images. Models run in evaluation mode. Pruned weights remain
+    outputs of a window in the pruned and in the dense model, plus the same of the features with
+    their variance as the denominator, halved, by Adam with a cosine decay; denominators are means
+    over held-out images. Models run in evaluation mode. Pruned weights remain
     zero. The weights with the least error on held-out images are kept, possibly the initial ones.
     All parameters that the windows depend on are trained, biases and normalization included.
 
