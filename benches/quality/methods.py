@@ -21,6 +21,7 @@ Goal = float | str  # sparsity, or pattern
 Method = Callable[[nn.Module, Batches, Goal], None]
 
 REFIT = fastsal.Refit()  # the same for all
+LONG = fastsal.Refit(steps=900, batch_size=64)
 
 
 def _ranking(goal: Goal) -> dict[str, Any]:
@@ -93,6 +94,15 @@ def prune(model: nn.Module, batches: Batches, goal: Goal, **options: Any) -> Non
     result.masks.verify(model)
 
 
+def prune_and_train(model: nn.Module, batches: Batches, goal: Goal) -> None:
+    """`fastsal.prune` with features, and a longer refitting in the end."""
+    dense = deepcopy(model)
+    options = {"rounds": 8, "refit": replace(REFIT, between_rounds=True)}
+    result = fastsal.prune(model, batches, curvature="features", **_ranking(goal), **options)
+    fastsal.refit(model, dense, batches, result.masks, LONG)
+    result.masks.verify(model)
+
+
 METHODS: Mapping[str, Method] = {
     "magnitude": magnitude,
     "magnitude, recalibrated": partial(magnitude, recalibrated=True),
@@ -120,4 +130,5 @@ METHODS: Mapping[str, Method] = {
     "fastsal, 8 rounds, refitted between": partial(
         prune, rounds=8, refit=replace(REFIT, between_rounds=True)
     ),
+    "fastsal, 8 rounds, refitted between and 900 steps": prune_and_train,
 }

@@ -86,9 +86,10 @@ def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
 def _stage(how: RefitSettings, job: Job, seed: int) -> RefitStage:
     """Return how to refit the model of a job, which is dense now."""
     lr: Any = "auto" if how.lr is None else how.lr
+    steps: Any = "auto" if how.steps is None else how.steps
     settings = Refit(
         how.windows,
-        steps=how.steps,
+        steps=steps,
         batch_size=how.batch_size,
         lr=lr,
         between_rounds=how.between_rounds,

@@ -23,8 +23,9 @@ class Refit:
         steps: Number of steps, at least 1. `"auto"` reads every image twice, which costs about
             three times the collection of their statistics.
         lr: Learning rate of Adam, which rises in the first tenth of the steps and decays to zero
-            by a cosine. `"auto"` is 2 % of the root mean square of the kept weights of each
-            tensor, and a quarter of it, and so on, where that does not lower the held-out error.
+            by a cosine. `"auto"` is relative to the root mean square of the kept weights of each
+            tensor: three times the single step that lowers the error of one batch most, or less
+            where that does not lower the held-out error.
         batch_size: Images of a step.
         micro_batch: Images of one forward and backward pass, of which a step adds up several; None
             chooses it by the memory of the activations.
@@ -43,7 +44,7 @@ class Refit:
     micro_batch: int | None = None
     augment: Literal["flip-shift"] | Augmentation | None = "flip-shift"
     checks: int = 5
-    patience: int = 3
+    patience: int = 5
     between_rounds: bool = False
 
     def checked(self) -> Refit:

@@ -304,7 +304,7 @@ def _refit(r: Reader) -> RefitSettings | None:
     within.only("windows", "steps", "batch_size", "lr", "between_rounds")
     return RefitSettings(
         windows=within.choice("windows", REFIT_WINDOWS, own.windows),
-        steps=within.count("steps", own.steps),
+        steps=within.count("steps", 1) if "steps" in within.table else None,
         batch_size=within.count("batch_size", own.batch_size),
         lr=within.number("lr", None, above=0) if "lr" in within.table else None,
         between_rounds=within.flag("between_rounds", own.between_rounds),

@@ -123,15 +123,15 @@ class RefitSettings:
 
     Attributes:
         windows: Outputs that are matched: `"blocks"` or `"whole"`.
-        steps: Number of steps.
+        steps: Number of steps; None reads every image twice.
         batch_size: Images of a step.
-        lr: Initial learning rate; None tries a few.
+        lr: Learning rate; None is relative to the weights of each tensor.
         between_rounds: Whether the model is refitted after each round, and not only the last.
     """
 
     windows: RefitWindows = "blocks"
-    steps: int = 400
-    batch_size: int = 96
+    steps: int | None = None
+    batch_size: int = 32
     lr: float | None = None
     between_rounds: bool = False
 

@@ -148,13 +148,49 @@ def test_the_default_reads_every_image_twice(data):
     result = fastsal.refit(model, dense, data, masks, Refit(batch_size=16, patience=5))
     held = len(images) // 8
     assert result.steps == math.ceil(2 * (len(images) - held) / 16)
-    assert result.lr == 0.02
     assert result.after < result.before
 
 
-def test_the_rate_falls_until_the_error_does(data, monkeypatch):
-    monkeypatch.setattr("fastsal.pruning.refit.fitting._RELATIVE", 200.0)
+def test_the_rate_is_three_times_the_best_step(data):
+    """A step along the signs of the gradient, in parts of the weights of each tensor."""
     model, dense, masks = pruned()
+    images = torch.cat([x for x, _ in data])
+    how = Refit(batch_size=len(images), steps=1, augment=None)
+    result = fastsal.refit(model, dense, data, masks, how, held_out=[images])
+    start, _, _ = pruned()
+    start, dense = start.double(), dense.double()
+
+    def error():
+        pairs = [
+            (m.stem(images.double()), m.forward_features(images.double())) for m in (start, dense)
+        ]
+        outputs = [
+            (m.blocks[0](first), m.blocks[1](m.blocks[0](first)), f)
+            for (first, f), m in zip(pairs, (start, dense), strict=True)
+        ]
+        *blocks, (a, b) = zip(*outputs, strict=True)
+        found = (a - b).square().sum() / (b - b.mean(0)).square().sum()
+        return (found + sum((a - b).square().sum() / b.square().sum() for a, b in blocks) / 2) / 2
+
+    error().backward()
+    weights = {n: p.detach().clone() for n, p in start.named_parameters()}
+    errors = {}
+    for k in range(-14, 6):
+        for n, p in start.named_parameters():
+            if p.grad is not None:
+                kept = weights[n][weights[n] != 0]
+                size = max(float(kept.square().mean().sqrt()) if len(kept) else 0.0, 1e-3)
+                held = masks[n] if n in dict(masks.items()) else torch.ones(())
+                p.data = weights[n] - 1e-3 * 2.0**k * size * p.grad.sign() * held
+        errors[1e-3 * 2.0**k] = float(error().detach())
+    best = min(errors, key=errors.get)
+    assert result.lr in (3 * best, 3 * best / 4)
+
+
+def test_the_rate_falls_until_the_error_does(data, monkeypatch):
+    model, dense, masks = pruned()
+    fast = 4**5 * fastsal.refit(copy.deepcopy(model), dense, data, masks, Refit(steps=1)).lr
+    monkeypatch.setattr("fastsal.pruning.refit.fitting._MULTIPLE", 3.0 * 4**5)
     how = Refit(steps=60, batch_size=16, checks=12, patience=12)
     result = fastsal.refit(model, dense, data, masks, how)
     assert result.after < result.before
@@ -163,19 +199,21 @@ def test_the_rate_falls_until_the_error_does(data, monkeypatch):
     )
     falls = [e for e in worse if e["held_out_error"] > 1.5 * result.before or e["step"] >= 30]
     assert len(falls) >= 1
-    assert result.lr == 200 / 4 ** len(falls)
+    assert result.lr == fast / 4 ** len(falls)
     masks.verify(model)
 
 
-def test_rates_are_relative_to_the_kept_weights(data):
+def test_rates_are_relative_to_the_kept_weights(data, monkeypatch):
     """The first step of Adam moves each weight by its learning rate."""
+    monkeypatch.setattr("fastsal.pruning.refit.fitting._MULTIPLE", 1.0)
     model, dense, masks = pruned()
-    before = state(model)
-    fastsal.refit(model, dense, data, masks, Refit(steps=1, batch_size=16))
+    before, images = state(model), torch.cat([x for x, _ in data])
+    how = Refit(steps=1, batch_size=len(images), augment=None)
+    result = fastsal.refit(model, dense, data, masks, how, held_out=[images])
     for name, parameter in model.named_parameters():
         moved = (parameter.detach() - before[name]).abs()
         kept = before[name][before[name] != 0]
-        rate = 0.02 * max(float(kept.square().mean().sqrt()) if len(kept) else 0.0, 1e-3)
+        rate = result.lr * max(float(kept.square().mean().sqrt()) if len(kept) else 0.0, 1e-3)
         if name.startswith("fc"):  # features do not depend on it
             rate = 0.0
         assert float(moved.max()) == pytest.approx(rate, rel=1e-2), name
