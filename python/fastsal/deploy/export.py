@@ -28,8 +28,8 @@ class ExportResult:
 
     Attributes:
         path: The file.
-        format: `"packed"` or `"onnx"`.
-        bytes: Size of the file, and of a file of external data beside it.
+        format: `"packed"`, `"onnx"` or `"openvino"`.
+        bytes: Size of the file, and of the file with its weights beside it.
         dense_bytes: Size of all tensors of the model, dense, in its own types.
         values: Elements of all weights that were compared.
         zeros: Those that are zero, in the model and in the file.
@@ -68,15 +68,18 @@ def export(
 
     Args:
         model: The model, or a wrapper of it; not changed.
-        path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`.
+        path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`,
+            `.xml` for `"openvino"`, whose weights are in a file beside it that ends in `.bin`.
         format: `"packed"`: a lossless layout without the zeros, which `load_model` reads; `"onnx"`:
-            by `torch.onnx`, for any number of images, which requires the extra `export`.
-        images: Images `[n, ...]` on which the outputs of an ONNX file are compared, at the size
-            that it is made for; two at least.
+            by `torch.onnx`, for any number of images, which requires the extra `export`;
+            `"openvino"`: by OpenVINO's converter, in float32, for any number of images, which
+            requires the extra `openvino`.
+        images: Images `[n, ...]` on which the outputs of an ONNX or OpenVINO file are compared, at
+            the size that it is made for; two at least.
         dtype: For `"packed"`: type that weights are rounded to, `"float16"` or `"bfloat16"`; None
             keeps every bit.
-        tolerance: Largest allowed difference of the outputs of an ONNX file, relative to the
-            largest output.
+        tolerance: Largest allowed difference of the outputs of an ONNX or OpenVINO file, relative
+            to the largest output.
 
     Returns:
         Sizes, zeros, and the difference of outputs.
@@ -87,7 +90,7 @@ def export(
     """
     check_choice("format", format, EXPORT_FORMATS)
     path = Path(path)
-    suffix = {"packed": ".safetensors", "onnx": ".onnx"}[format]
+    suffix = {"packed": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}[format]
     if path.suffix != suffix:
         raise InvalidArgument(f"path must end in {suffix} for format {format!r}, got {path}")
     model = unwrapped(model)
@@ -96,11 +99,13 @@ def export(
     if dtype is not None:
         raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
     if images is None or len(images) < 2:
-        raise InvalidArgument("images must have at least two images for format 'onnx'")
-    from fastsal.deploy.onnx_files import export_onnx
-
+        raise InvalidArgument(f"images must have at least two images for format {format!r}")
+    if format == "onnx":
+        from fastsal.deploy.onnx_files import export_onnx as write
+    else:
+        from fastsal.deploy.openvino_files import export_openvino as write
     with evaluating(model):
-        size, difference, values, zeros = export_onnx(model, path, images, tolerance)
+        size, difference, values, zeros = write(model, path, images, tolerance)
     return ExportResult(str(path), format, size, _dense_bytes(model), values, zeros, difference)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Measurement:
         dense: Size of the original.
         pruned: Size of the pruned model.
         timings: One for each number of images of a batch.
-        runtime: `"torch"` or `"onnxruntime"`.
+        runtime: `"torch"`, `"onnxruntime"` or `"openvino"`.
         machine: Processor, threads, memory, system and versions.
         zeros: What the runtime did with zeros, in words.
     """
@@ -74,11 +74,12 @@ def measure_against(
         pruned: The pruned model, on the same device.
         images: Images `[n, ...]`, repeated as needed; None makes up images of the model's size.
         batches: Numbers of images of a run: 1 for latency, more for throughput.
-        runtime: `"torch"`, or `"onnxruntime"`, for which both are exported to temporary files.
+        runtime: `"torch"`, or `"onnxruntime"` or `"openvino"`, for which both are exported to
+            temporary files.
         seconds: Time to spend on each number of images.
 
     Raises:
-        InvalidArgument: An argument is invalid, or a package of the extra `export` is missing.
+        InvalidArgument: An argument is invalid, or a package of an extra is missing.
         FastsalError: A model cannot be exported.
     """
     check_choice("runtime", runtime, RUNTIMES)
@@ -96,7 +97,7 @@ def measure_against(
     if runtime == "torch":
         timings = [time_models(dense, pruned, some, seconds=seconds) for some in runs]
     else:
-        timings = _in_onnxruntime(dense, pruned, images, runs, seconds)
+        timings = _of_files(runtime, dense, pruned, images, runs, seconds)
     return Measurement(
         *sizes, timings, runtime, _zeros(sizes[1], runtime), {**machine(), "versions": versions()}
     )
@@ -109,7 +110,7 @@ def _repeated(images: Tensor, count: int) -> Tensor:
 
 def _zeros(size: ModelSize, runtime: Runtime) -> str:
     zeros = size.parameters - size.nonzeros
-    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}[runtime]
+    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
     if not zeros:
         return f"no parameter is zero: {name} computes with all of them"
     return (
@@ -118,24 +119,48 @@ def _zeros(size: ModelSize, runtime: Runtime) -> str:
     )
 
 
-def _in_onnxruntime(
-    dense: nn.Module, pruned: nn.Module, images: Tensor, runs: list[Tensor], seconds: float
+def _of_files(
+    runtime: Runtime,
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Tensor,
+    runs: list[Tensor],
+    seconds: float,
 ) -> list[Timing]:
-    from fastsal.deploy.onnx_files import export_onnx, runtime_session
-
+    """Export both models to temporary files, and time a runtime on these."""
     pair = _repeated(images, max(2, len(images)))
     with tempfile.TemporaryDirectory() as folder, evaluating(dense), evaluating(pruned):
-        sessions = []
-        for name, model in (("dense", dense), ("pruned", pruned)):
-            path = Path(folder) / f"{name}.onnx"
-            export_onnx(model, path, pair, tolerance=1e-2)
-            sessions.append(runtime_session(path, torch.get_num_threads()))
+        opened = _on_onnxruntime if runtime == "onnxruntime" else _on_openvino
+        calls = [
+            opened(model, Path(folder) / name, pair)
+            for name, model in (("dense", dense), ("pruned", pruned))
+        ]
 
-        def run(session: Any, some: Tensor) -> Run:
-            given = {"images": to_model(some, next(pruned.parameters())).cpu().numpy()}
-            return lambda: session.run(None, given)
+        def run(call: Callable[[Any], object], some: Tensor) -> Run:
+            given = to_model(some, next(pruned.parameters())).cpu().numpy()
+            return lambda: call(given)
 
-        return [
-            time_pair(run(sessions[0], some), run(sessions[1], some), len(some), seconds=seconds)
+        timings = [
+            time_pair(run(calls[0], some), run(calls[1], some), len(some), seconds=seconds)
             for some in runs
         ]
+        calls.clear()  # they map the files
+    return timings
+
+
+def _on_onnxruntime(model: nn.Module, path: Path, images: Tensor) -> Callable[[Any], object]:
+    from fastsal.deploy.onnx_files import export_onnx, runtime_session
+
+    path = path.with_suffix(".onnx")
+    export_onnx(model, path, images, tolerance=1e-2)
+    session = runtime_session(path, torch.get_num_threads())
+    return lambda given: session.run(None, {"images": given})
+
+
+def _on_openvino(model: nn.Module, path: Path, images: Tensor) -> Callable[[Any], object]:
+    from fastsal.deploy.openvino_files import compiled_model, export_openvino
+
+    path = path.with_suffix(".xml")
+    export_openvino(model, path, images, tolerance=1e-2)
+    compiled: Callable[[Any], object] = compiled_model(path, torch.get_num_threads())
+    return compiled

@@ -16,24 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.deploy.comparing import OneOutput, compare_outputs
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.evaluating import to_model
-from fastsal.models.outputs import output_tensor
 from fastsal.utils.plain_text import first_line
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-class _Logits(nn.Module):
-    """A model whose output is one tensor."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits or features of images."""
-        return output_tensor(self.model(images))
 
 
 def require_packages() -> None:
@@ -70,7 +58,10 @@ def export_onnx(
         made = Path(folder) / path.name
         _write(model, made, images)
         values, zeros = _compare_weights(model, made)
-        difference = _compare_outputs(model, made, images, tolerance)
+        session = runtime_session(made)
+        difference = compare_outputs(
+            model, lambda x: session.run(None, {"images": x})[0], images, tolerance, "ONNX"
+        )
         size = sum(part.stat().st_size for part in Path(folder).iterdir())
         for part in sorted(Path(folder).iterdir()):  # with external data of large models
             shutil.move(part, path.parent / part.name)
@@ -88,7 +79,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                _Logits(model).eval(),
+                OneOutput(model).eval(),
                 (images[:2],),
                 str(path),
                 dynamo=True,
@@ -132,28 +123,6 @@ def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:
     if not values:
         raise FastsalError("the ONNX file has none of the weights of the model")
     return values, zeros
-
-
-def _compare_outputs(model: nn.Module, path: Path, images: Tensor, tolerance: float) -> float:
-    """Return the difference of outputs, for all images at once and for one alone."""
-    session = runtime_session(path)
-    worst = 0.0
-    for some in (images, images[:1]):
-        with torch.no_grad():
-            wanted = output_tensor(model(some)).float().numpy()
-        (found,) = session.run(None, {"images": some.numpy()})
-        if found.shape != wanted.shape:
-            raise FastsalError(
-                f"the ONNX file has outputs {list(found.shape)}, the model {list(wanted.shape)}"
-            )
-        scale = max(float(np.abs(wanted).max()), 1e-30)
-        worst = max(worst, float(np.abs(found.astype(np.float32) - wanted).max()) / scale)
-    if not worst <= tolerance:
-        raise FastsalError(
-            f"the outputs of the ONNX file differ from those of the model by {worst:.3g} of the "
-            f"largest output, more than tolerance {tolerance:g}"
-        )
-    return worst
 
 
 def runtime_session(path: Path, threads: int | None = None) -> Any:

@@ -74,8 +74,8 @@ CropMode = Literal["center", "squash", "border"]
 CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
 
 # Files that `fastsal.export` writes.
-ExportFormat = Literal["packed", "onnx"]
+ExportFormat = Literal["packed", "onnx", "openvino"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 # Libraries that `fastsal measure` times a model with.
-Runtime = Literal["torch", "onnxruntime"]
+Runtime = Literal["torch", "onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)

@@ -40,9 +40,18 @@ def images():
     return torch.randn(3, 3, 160, 160, generator=torch.Generator().manual_seed(0))
 
 
-def needs_onnx():
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml"}
+
+
+def needs(kind):
+    if kind == "openvino":
+        pytest.importorskip("openvino", reason="needs the extra 'openvino'")
+        return
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="needs the extra 'export'")
+
+
+both = pytest.mark.parametrize("kind", ["onnx", "openvino"])
 
 
 def test_packed(vit, tmp_path):
@@ -71,8 +80,10 @@ def test_packed_and_narrow(vit, images, tmp_path):
     [
         (("m.onnx", "packed"), "path must end in .safetensors"),
         (("m.safetensors", "onnx"), "path must end in .onnx"),
-        (("m.safetensors", "gguf"), "format must be 'packed' or 'onnx'"),
+        (("m.onnx", "openvino"), "path must end in .xml"),
+        (("m.safetensors", "gguf"), "format must be 'packed', 'onnx' or 'openvino'"),
         (("m.onnx", "onnx"), "images must have at least two"),
+        (("m.xml", "openvino"), "images must have at least two"),
     ],
 )
 def test_arguments(vit, tmp_path, arguments, message):
@@ -93,30 +104,42 @@ def test_a_missing_package_is_told(vit, images, tmp_path, monkeypatch, missing):
         fastsal.export(vit, tmp_path / "m.onnx", "onnx", images=images)
 
 
+def test_a_missing_openvino_is_told(vit, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastsal.deploy.openvino_files.find_spec", lambda name: None)
+    with pytest.raises(InvalidArgument, match=r"requires openvino: pip install 'fastsal\[openvino"):
+        fastsal.export(vit, tmp_path / "m.xml", "openvino", images=images)
+
+
+@both
 @pytest.mark.parametrize(
     ("name", "structure", "size"),
     [("test_vit", "mlp", 160), ("test_vit", "heads", 160), ("test_efficientnet", "channels", 64),
      ("test_resnet", "channels", 64), ("test_convnext", "mlp", 64)],
 )  # fmt: skip
-def test_onnx_of_smaller_models(name, structure, size, tmp_path):
-    needs_onnx()
+def test_files_of_smaller_models(name, structure, size, kind, tmp_path):
+    needs(kind)
     model = fastsal.load_model(name, num_classes=3)
     x = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     result = fastsal.prune_structure(model, [x], 0.3, structure=structure)
     masks = sparse(model, 0.5)
     before = copy.deepcopy(model.state_dict())
-    found = fastsal.export(model, tmp_path / "m.onnx", "onnx", images=x)
+    path = tmp_path / f"m{SUFFIX[kind]}"
+    found = fastsal.export(model, path, kind, images=x)
     assert found.difference < 1e-4
     assert found.zeros >= masks.total - sum(masks.kept.values())
     assert found.values > 0.9 * result.after.parameters
-    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == (["m.onnx"] if kind == "onnx" else ["m.bin", "m.xml"])
+    assert found.bytes == sum(p.stat().st_size for p in tmp_path.iterdir())
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
 
 
-def test_onnx_of_other_outputs_is_an_error(vit, images, tmp_path):
-    needs_onnx()
+@both
+def test_other_outputs_are_an_error(vit, images, kind, tmp_path):
+    needs(kind)
+    path = tmp_path / f"m{SUFFIX[kind]}"
     with pytest.raises(FastsalError, match="more than tolerance 1e-30"):
-        fastsal.export(vit, tmp_path / "m.onnx", "onnx", images=images, tolerance=1e-30)
+        fastsal.export(vit, path, kind, images=images, tolerance=1e-30)
     assert not list(tmp_path.iterdir())
 
 
@@ -131,8 +154,26 @@ class Loop(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+def test_zeros_that_openvino_lost_are_told(vit, images, tmp_path, monkeypatch):
+    needs("openvino")
+    import openvino
+
+    masks = sparse(vit, 0.5)
+    pruned = copy.deepcopy(vit)
+    with torch.no_grad():
+        for block in vit.blocks:  # both have as many weights
+            block.mlp.fc1.weight.add_(1e-9)
+            block.mlp.fc2.weight.add_(1e-9)
+    convert = openvino.convert_model
+    monkeypatch.setattr("openvino.convert_model", lambda _, **how: convert(vit, **how))
+    masks.verify(pruned)
+    with pytest.raises(FastsalError, match="lacks zeros of the model in 'blocks.0.mlp.fc1"):
+        fastsal.export(pruned, tmp_path / "m.xml", "openvino", images=images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_that_cannot_be_exported_is_one_line(tmp_path):
-    needs_onnx()
+    needs("onnx")
     with pytest.raises(FastsalError, match="torch.onnx cannot export Loop") as caught:
         fastsal.export(Loop(), tmp_path / "m.onnx", "onnx", images=torch.randn(2, 3, 4, 4))
     assert "\n" not in str(caught.value)
@@ -168,19 +209,22 @@ def test_the_commands(vit, images, tmp_path):
     assert "times as fast" in said
 
 
-def test_the_command_for_onnx(vit, images, tmp_path):
-    needs_onnx()
+@both
+def test_the_command_for_files(vit, images, kind, tmp_path):
+    needs(kind)
+    path = tmp_path / f"m{SUFFIX[kind]}"
+    runtime = {"onnx": "onnxruntime"}.get(kind, kind)
     masks = sparse(vit, 0.5)
     fastsal.save_run(tmp_path / "run", vit, masks, "test_vit", num_classes=3)
     done = CliRunner().invoke(
         main,
-        ["export", str(tmp_path / "run"), "--format", "onnx", "--out", str(tmp_path / "m.onnx")],
+        ["export", str(tmp_path / "run"), "--format", kind, "--out", str(path)],
     )
     assert done.exit_code == 0, done.output
     assert "outputs equal within" in done.output
     done = CliRunner().invoke(
-        main, ["measure", str(tmp_path / "run"), "--runtime", "onnxruntime", "--batch", "1",
+        main, ["measure", str(tmp_path / "run"), "--runtime", runtime, "--batch", "1",
                "--seconds", "0.01", "--json"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["runtime"] == "onnxruntime"
+    assert json.loads(done.stdout)["runtime"] == runtime

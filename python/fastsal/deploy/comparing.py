@@ -1,0 +1,65 @@
+"""Compare the outputs of an exported file with those of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastsal.errors import FastsalError
+from fastsal.models.outputs import output_tensor
+
+_Array = NDArray[np.float32]
+
+
+class OneOutput(nn.Module):
+    """A model whose output is one tensor."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits or features of images."""
+        return output_tensor(self.model(images))
+
+
+def compare_outputs(
+    model: nn.Module,
+    run: Callable[[_Array], _Array],
+    images: Tensor,
+    tolerance: float,
+    kind: str,
+) -> float:
+    """Return the difference of outputs, for all images at once and for one alone.
+
+    Args:
+        model: The model, in evaluation mode.
+        run: Runs the file on images.
+        images: `[n, ...]` on the CPU.
+        tolerance: Largest difference, relative to the largest output.
+        kind: Kind of the file, for messages.
+
+    Raises:
+        FastsalError: The difference is larger, or outputs have another shape.
+    """
+    worst = 0.0
+    for some in (images, images[:1]):
+        with torch.no_grad():
+            wanted = output_tensor(model(some)).float().numpy()
+        found = run(some.numpy())
+        if found.shape != wanted.shape:
+            raise FastsalError(
+                f"the {kind} file has outputs {list(found.shape)}, the model {list(wanted.shape)}"
+            )
+        scale = max(float(np.abs(wanted).max()), 1e-30)
+        worst = max(worst, float(np.abs(found.astype(np.float32) - wanted).max()) / scale)
+    if not worst <= tolerance:
+        raise FastsalError(
+            f"the outputs of the {kind} file differ from those of the model by {worst:.3g} of the "
+            f"largest output, more than tolerance {tolerance:g}"
+        )
+    return worst

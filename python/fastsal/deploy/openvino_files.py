@@ -1,0 +1,130 @@
+"""Files of OpenVINO: written by its own converter, read back, and run on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import to_model
+from fastsal.utils.plain_text import first_line
+
+
+def require_package() -> None:
+    """Raise InvalidArgument unless OpenVINO is installed."""
+    if find_spec("openvino") is None:
+        raise InvalidArgument("OpenVINO requires openvino: pip install 'fastsal[openvino]'")
+
+
+def export_openvino(
+    model: nn.Module, path: Path, images: Tensor, tolerance: float
+) -> tuple[int, float, int, int]:
+    """Write a file of OpenVINO, with its weights beside it, and compare it with the model.
+
+    Args:
+        model: The model, in evaluation mode.
+        path: The file, `.xml`; the weights are in a file of that name that ends in `.bin`.
+        images: `[n, ...]`, n >= 2; their size is fixed, their number is not.
+        tolerance: Largest difference of outputs, relative to the largest output.
+
+    Returns:
+        Bytes of both files, the difference, the weights in the file, and how many of them are zero.
+
+    Raises:
+        InvalidArgument: OpenVINO is not installed.
+        FastsalError: The model cannot be exported, or the file differs from it.
+    """
+    require_package()
+    images = to_model(images, next(model.parameters())).cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        _write(model, made, images)
+        values, zeros = _compare_weights(model, made)
+        difference = _difference(model, made, images, tolerance)
+        size = sum(part.stat().st_size for part in Path(folder).iterdir())
+        for part in sorted(Path(folder).iterdir()):
+            shutil.move(part, path.parent / part.name)
+    return size, difference, values, zeros
+
+
+def _write(model: nn.Module, path: Path, images: Tensor) -> None:
+    import openvino
+
+    screen = io.StringIO()
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(screen):
+            warnings.simplefilter("ignore")
+            made = openvino.convert_model(
+                OneOutput(model).eval(),
+                example_input=images[:2],
+                input=[-1, *images.shape[1:]],
+            )
+            openvino.save_model(made, str(path), compress_to_fp16=False)
+    except Exception as error:  # whatever the converter or the model raises
+        raise FastsalError(
+            f"model: OpenVINO cannot convert {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:
+    """Return how many weights the file has, and how many are zero, where the model's are zero.
+
+    The converter multiplies weights by the scales of batch normalization and names them anew, so
+    they are recognized by their number and the places of their zeros. Weights that it transposed
+    or removed may not be found; they are not counted.
+    """
+    import openvino
+
+    known: dict[int, list[NDArray[np.bool_]]] = {}
+    for node in openvino.Core().read_model(str(path)).get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type().is_real():
+            zero = np.asarray(node.data).reshape(-1) == 0
+            known.setdefault(len(zero), []).append(zero)
+    values = zeros = 0
+    seen: set[int] = set()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or id(parameter) in seen or parameter.numel() not in known:
+            continue
+        seen.add(id(parameter))
+        zero = (parameter.detach().cpu() == 0).numpy().reshape(-1)
+        if any((zero <= found).all() for found in known[len(zero)]):
+            values += len(zero)
+            zeros += int(zero.sum())
+        elif all(found.sum() < zero.sum() for found in known[len(zero)]):
+            raise FastsalError(f"the OpenVINO file lacks zeros of the model in {name!r}")
+    if not values:
+        raise FastsalError("the OpenVINO file has none of the weights of the model")
+    return values, zeros
+
+
+def _difference(model: nn.Module, path: Path, images: Tensor, tolerance: float) -> float:
+    # The model that maps the file is gone when this returns, so that the file can be moved.
+    compiled = compiled_model(path)
+    return compare_outputs(model, lambda x: compiled(x)[0], images, tolerance, "OpenVINO")
+
+
+def compiled_model(path: Path, threads: int | None = None) -> Any:
+    """Return a model of OpenVINO on the CPU, which computes in float32."""
+    import openvino
+
+    count = torch.get_num_threads() if threads is None else threads
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": count,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    return openvino.Core().compile_model(str(path), "CPU", settings)
