@@ -20,10 +20,11 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @click.option(
     "--format",
     "file_format",
-    type=choice(EXPORT_FORMATS),
+    type=choice((*EXPORT_FORMATS, "hub")),
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
-    "or the model for any number of images, for ONNX runtimes (onnx) or OpenVINO (openvino).",
+    "or the model for any number of images, for ONNX runtimes (onnx) or OpenVINO (openvino); "
+    "or a folder for the Hugging Face hub, which timm reads (hub).",
 )
 @click.option(
     "--dtype",
@@ -49,14 +50,17 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @options.threads_option
 @options.json_option
 @options.out_option(
-    "FILE", "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino."
+    "FILE",
+    "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino; "
+    "a new folder for hub.",
 )
 def export(**given: Any) -> None:
     """Write the model of the run in DIR to a file, read it back and compare.
 
     A packed file has the bits of the weights that are not zero. An ONNX or OpenVINO file has the
     shapes and the zeros of the model, and its outputs within --tolerance; it requires the extra
-    export or openvino.
+    export or openvino. A folder for the hub has plain weights, the configuration of timm and a
+    model card.
 
     Example: fastsal export run --format onnx --out model.onnx
     """
@@ -65,6 +69,9 @@ def export(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.utils.sizes import gib
 
+    if given["file_format"] == "hub":
+        _write_hub_folder(given)
+        return
     refuse_overwrite(given["out"], given["force"])
     set_threads(given["threads"])
     model = fastsal.load_run(given["run"], spec=given["model"])
@@ -92,6 +99,24 @@ def export(**given: Any) -> None:
         f"{gib(found.bytes)}, {found.ratio:.3f} of the dense weights; {found.zeros:,} of "
         f"{found.values:,} weights are zero; {same}\nWritten to {found.path}",
         soft_wrap=True,
+    )
+
+
+def _write_hub_folder(given: dict[str, Any]) -> None:
+    from fastsal.cli.output import console, emit
+    from fastsal.deploy.hub_folder import write_hub_folder
+
+    for name in ("dtype", "data"):
+        if given[name] is not None:
+            raise InvalidArgument(f"--{name} must not be given with --format hub")
+    folder = write_hub_folder(given["run"], given["out"], spec=given["model"])
+    if given["as_json"]:
+        emit({"path": str(folder), "format": "hub"})
+        return
+    console().print(
+        f'Written to {folder}: timm.create_model("local-dir:{given["out"]}", pretrained=True)',
+        soft_wrap=True,
+        highlight=False,
     )
 
 
