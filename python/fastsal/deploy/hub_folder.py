@@ -95,11 +95,15 @@ def _card(model: nn.Module, masks: Masks, report: Mapping[str, Any]) -> str:
     config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}) or {})
     name = str(config.get("architecture") or type(model).__name__)
     task = "image-classification" if _classes(model) else "image-feature-extraction"
+    # A file of weights may come from anywhere; timm knows about those that it downloads.
+    arguments = report.get("arguments")
+    is_timms = isinstance(arguments, dict) and arguments.get("weights") == "pretrained"
+    license = config.get("license") if is_timms else None
     front = {
         "library_name": "timm",
         "pipeline_tag": task,
-        "license": config.get("license") or "other",
-        "base_model": config.get("hf_hub_id"),
+        "license": license or "other",
+        "base_model": config.get("hf_hub_id") if is_timms else None,
     }
     parameters = sum(p.numel() for p in model.parameters())
     nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
@@ -123,8 +127,8 @@ def _card(model: nn.Module, masks: Masks, report: Mapping[str, Any]) -> str:
         *_accuracy_rows(report.get("accuracy")),
         "",
     ]
-    if not config.get("license"):
-        lines += ["The license is that of the original weights, which timm does not state.", ""]
+    if not license:
+        lines += ["The license is that of the original weights; state it before publishing.", ""]
     lines += [
         "```python",
         "import timm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -52,6 +53,18 @@ def test_timm_reads_it(vit, run, tmp_path):
     assert f"| parameters that are not zero | {nonzero:,} |" in card
     assert "accuracy of this model, 100 test images, 95 % interval | 0.5000 (0.4038 to" in card
     assert "secret" not in card
+    assert "\nlicense: other\n" in card
+    assert "base_model" not in card
+
+
+def test_the_license_is_that_of_the_weights_of_timm(run, tmp_path):
+    report = json.loads((run / "report.json").read_text())
+    report["arguments"]["weights"] = "pretrained"
+    (run / "report.json").write_text(json.dumps(report))
+    card = (write_hub_folder(run, tmp_path / "hub") / "README.md").read_text()
+    config = timm.get_pretrained_cfg("test_vit")
+    assert f"\nlicense: {config.license}\n" in card
+    assert f"\nbase_model: {config.hf_hub_id}" in card
 
 
 def test_the_command(run, tmp_path):
