@@ -2,8 +2,9 @@
 
 `lite0`: EfficientNet-Lite0 (extra `demo`) on `imagenet_sample`, statistics of 150 images, accuracy
 on 300 others, and speed in ONNX Runtime where it is installed. `resnet20`: the ResNet-20 of
-`examples/` on CIFAR-10, statistics of 512 training images, accuracy on 1,500 test images. No
-training. Cases that the file of `--out` has are not run again.
+`examples/` on CIFAR-10, statistics of 512 training images, accuracy on 3,000 test images. No
+training, but for the cases that are refitted without labels. Torch-Pruning (extra `bench`) is a
+peer. Cases that the file of `--out` has are not run again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import fastsal
-from benches.quality.subjects import DATA, DATA_HELP, ROOT, load_resnet20
+from benches.quality.subjects import DATA, DATA_HELP, ROOT, drawn, load_resnet20
+from benches.structured_peers import torch_pruning_taylor
+from fastsal.deploy.sizes import model_size
 from fastsal.utils.machine import machine, versions
 
 CASES: dict[str, dict[str, Any]] = {
@@ -30,28 +33,28 @@ CASES: dict[str, dict[str, Any]] = {
     "magnitude": {"criterion": "magnitude"},
     "magnitude, same fraction": {"criterion": "magnitude", "scope": "layer"},
     "magnitude, no fold": {"criterion": "magnitude", "compensate": False},
+    "joint, refitted": {"refit": fastsal.Refit(steps=200)},
+    "variance, refitted": {"criterion": "variance", "refit": fastsal.Refit(steps=200)},
+    "magnitude, refitted": {"criterion": "magnitude", "refit": fastsal.Refit(steps=200)},
 }
+PEER = "Torch-Pruning, Taylor, no fold"
 Batch = tuple[Tensor, Tensor]
 
 
-def lite0(folder: Path) -> tuple[nn.Module, list[Batch], list[Batch], int | None]:
+def lite0(folder: Path, seed: int) -> tuple[nn.Module, list[Batch], list[Batch], int | None]:
     """Return the model, images for the statistics and for the test, and the multiple of widths."""
     model = fastsal.load_model(f"{ROOT / 'examples' / 'lite0.py'}:lite0")
     images = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
     spec = fastsal.input_spec(model)
-    batches = list(images.batches(spec, 50, samples=450, shuffle_seed=0, workers=0))
+    batches = list(images.batches(spec, 50, samples=450, shuffle_seed=seed, workers=0))
     return model, batches[:3], batches[3:], None
 
 
-def resnet20(folder: Path) -> tuple[nn.Module, list[Batch], list[Batch], int | None]:
+def resnet20(folder: Path, seed: int) -> tuple[nn.Module, list[Batch], list[Batch], int | None]:
     """Return the same for the ResNet-20; its layers are too narrow for multiples."""
     model, train, test = load_resnet20(folder)
-    calibration = [(train[0][:512], train[1][:512])]
-    return model, calibration, [(x[:500], y[:500]) for x, y in _thirds(test)], 1
-
-
-def _thirds(test: Batch) -> list[Batch]:
-    return [(test[0][i : i + 500], test[1][i : i + 500]) for i in (0, 500, 1000)]
+    calibration = drawn(*train, seed, 512)
+    return model, [calibration], list(zip(test[0].split(500), test[1].split(500), strict=True)), 1
 
 
 @torch.no_grad()
@@ -68,9 +71,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help=DATA_HELP)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--fewer", type=float, nargs="*", default=[0.15, 0.3], help="fewer MACs")
-    parser.add_argument("--only", nargs="*", default=list(CASES))
+    parser.add_argument("--only", nargs="*", default=[*CASES, PEER])
+    parser.add_argument("--seed", type=int, default=0, help="draw of the images")
     given = parser.parse_args()
-    model, batches, test, multiple = {"lite0": lite0, "resnet20": resnet20}[given.model](given.data)
+    load = {"lite0": lite0, "resnet20": resnet20}[given.model]
+    model, batches, test, multiple = load(given.data, given.seed)
     done: dict[str, Any] = {}
     if given.out is not None and given.out.is_file():
         done = json.loads(given.out.read_text())
@@ -81,17 +86,21 @@ def main() -> None:
     for fraction in given.fewer:
         for name in given.only:
             key = f"{fraction:g} fewer MACs: {name}"
+            key += f", draw {given.seed}" if given.seed else ""
             if key not in rows:
                 pruned = copy.deepcopy(model)
-                result = fastsal.prune_structure(
-                    pruned, batches, fraction, structure="channels", budget="macs",
-                    multiple=multiple, **CASES[name],
-                )  # fmt: skip
+                if name == PEER:
+                    torch_pruning_taylor(pruned, batches, fraction)
+                else:
+                    fastsal.prune_structure(
+                        pruned, batches, fraction, structure="channels", budget="macs",
+                        multiple=multiple, **CASES[name],
+                    )  # fmt: skip
+                size = model_size(pruned, test[0][0][:1], has_values=False)
                 rows[key] = {
                     "accuracy": accuracy(pruned, test),
-                    "parameters": result.after.parameters,
-                    "macs": result.after.macs,
-                    "widths": [after for _, after in result.widths.values()],
+                    "parameters": size.parameters,
+                    "macs": size.macs,
                 }
                 if name == "joint" and find_spec("onnxruntime") and given.model == "lite0":
                     found = fastsal.measure_against(

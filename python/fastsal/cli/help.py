@@ -11,7 +11,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Model": ("weights", "weights_key", "model", "masks", "num_classes", "in_chans", "meta"),
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
-        "sparsity", "sparsities", "criterion", "criteria", "scope", "pattern", "floor",
+        "sparsity", "sparsities", "target", "criterion", "criteria", "scope", "pattern", "floor",
         "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
         "refit_steps",
     ),

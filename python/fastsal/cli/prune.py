@@ -10,7 +10,7 @@ from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.structure import check_options, prune_units, structure_options
 from fastsal.cli.types import COUNT, NUMBER, PATH, choice
-from fastsal.utils.choices import REFIT_WINDOWS
+from fastsal.utils.choices import REFIT_WINDOWS, TARGETS
 from fastsal.utils.warn import warn_user
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
 @options.model_options
 @options.ranking_options
+@click.option(
+    "--target",
+    type=choice(TARGETS),
+    help="Runtime that the model is for: prune only the layers whose zeros it uses, in the pattern "
+    "that it needs (2:4 for tensorrt and torch), and refuse sparsities that do not pay there.",
+)
 @structure_options
 @options.criterion_option("obs-greedy")
 @options.damping_option("auto")
@@ -156,6 +162,8 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
+    if given["target"] is not None:
+        _check_target_runtime(given)
     ranked = ranking_arguments(given, finds_sparsity=is_limited)
     check_target(given["out"], given["force"])
     set_threads(given["threads"])
@@ -163,6 +171,10 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     with clock.step("load"):
         model, spec = open_model(given)
         check_model(given["out"], model)
+        if given["target"] is not None:
+            from fastsal.pruning.targets import target_parameters
+
+            given["parameters"] = target_parameters(given["target"], model)
         batches = training_batches(given, model, spec)
         if given["compensate"] is None:
             given["compensate"] = batches is not None
@@ -199,6 +211,18 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         return
     _show(done, result, has_picture=picture.is_drawn)
     console().print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _check_target_runtime(given: dict[str, Any]) -> None:
+    """Replace the sparsity and the pattern by those of the target; refuse a choice of layers."""
+    from fastsal.errors import InvalidArgument
+    from fastsal.pruning.targets import target_ranking
+
+    if given["parameters"]:
+        raise InvalidArgument("--parameters must not be given with --target")
+    given["sparsity"], given["pattern"] = target_ranking(
+        given["target"], given["sparsity"], given["pattern"]
+    )
 
 
 def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> None:

@@ -63,7 +63,7 @@ structure_options: Callable[[F], F] = options.together(
 
 # Options of pruning single weights.
 _OTHERS = (
-    "pattern", "criterion", "rounds", "checkpoint", "reconstruct", "recalibrate",
+    "pattern", "target", "criterion", "rounds", "checkpoint", "reconstruct", "recalibrate",
     "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence", "held_out",
     "micro_batch", "block_size", "parameters", "precision", "scratch", "scratch_budget",
     "curvature", "autocast",

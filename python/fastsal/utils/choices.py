@@ -73,6 +73,10 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 CropMode = Literal["center", "squash", "border"]
 CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
 
+# Runtimes that `fastsal prune --target` knows the layers and patterns of.
+Target = Literal["xnnpack", "coreml", "openvino", "tensorrt", "torch"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+
 # Files that `fastsal.export` writes.
 ExportFormat = Literal["packed", "onnx", "openvino"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
