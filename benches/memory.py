@@ -47,6 +47,10 @@ def child(args: argparse.Namespace) -> None:
     more: dict[str, Any] = {}
     if args.budget:
         more = {"memory_budget": int(args.budget * GIB), "scratch": args.scratch or None}
+    if args.features:
+        more["curvature"] = "features"
+    if args.refit:
+        more["refit"] = "blocks"
     if args.held_out:
         more |= {"held_out": Columns(args.held_out, args.size, 2), "max_loss_increase": 0.5}
     else:
@@ -179,6 +183,8 @@ def main() -> None:
         default=0,
         help="number of images that a limit on the loss is tested on; 0 prunes to 0.7",
     )
+    parser.add_argument("--features", action="store_true", help="statistics of the features")
+    parser.add_argument("--refit", action="store_true", help="refit the pruned model")
     parser.add_argument("--rounds", type=int, default=1, help="number of rounds")
     parser.add_argument(
         "--ranks", type=int, default=1, help="number of processes; each has the budget"
@@ -205,7 +211,8 @@ def main() -> None:
         names = ("model", "samples", "size", "damping", "rounds", "scratch", "ranks", "held_out")
         for name in names:
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        command += ["--streamed"] if args.streamed else []
+        flags = ("streamed", "features", "refit")
+        command += [f"--{flag}" for flag in flags if getattr(args, flag)]
         row = {
             "model": args.model,
             "ranks": args.ranks,
@@ -225,6 +232,9 @@ def main() -> None:
             told,
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
+        if args.refit:
+            ratio = row["steps"]["refit"] / row["steps"]["statistics"]
+            print(f"refit over collection: {ratio:.2f}", flush=True)
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
