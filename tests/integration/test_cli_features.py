@@ -37,6 +37,30 @@ def test_prune_with_images_alone(tiny_file, flat, tmp_path, tiny_npz):
     assert set(report["accuracy"]) == {"before", "after"}
 
 
+def test_features_are_the_default_without_labels(tiny_file, flat, tmp_path, tiny_npz):
+    with np.load(tiny_npz) as data:
+        np.savez(tmp_path / "images.npz", x=data["x"])
+    scores = {}
+    for name, data in (("folder", flat), ("file", tmp_path / "images.npz")):
+        result = run(
+            "score", f"{tiny_file}:tiny", "--data", data, "--quiet", "--out", tmp_path / name
+        )
+        assert result.exit_code == 0, result.output
+        assert f"note: the images of {data} have no labels" in result.output
+        scores[name] = load_file(tmp_path / name)["conv.weight"]
+    asked = run(
+        "score", f"{tiny_file}:tiny", "--data", flat, "--curvature", "features", "--quiet",
+        "--out", tmp_path / "asked",
+    )  # fmt: skip
+    assert "no labels" not in asked.output
+    assert scores["folder"].equal(load_file(tmp_path / "asked")["conv.weight"])
+    labeled = run(
+        "score", f"{tiny_file}:tiny", "--data", tiny_npz, "--quiet", "--out", tmp_path / "l"
+    )
+    assert "no labels" not in labeled.output
+    assert not load_file(tmp_path / "l")["conv.weight"].equal(scores["folder"])
+
+
 def test_score_with_labels_of_other_classes(tiny_file, tiny_npz, tmp_path):
     with np.load(tiny_npz) as data:
         np.savez(tmp_path / "other.npz", x=data["x"], y=data["y"] + 40)

@@ -156,7 +156,10 @@ def training_batches(
     """
     if given["data"] is not None:
         limits = ("max_accuracy_drop", "max_loss_increase")  # tested on labels
-        labeled = given.get("curvature") != "features" or any(given.get(n) for n in limits)
+        is_limited = any(given.get(name) for name in limits)
+        if given.get("curvature") is None and not is_limited and given["class_map"] is None:
+            _choose_curvature(given)
+        labeled = given.get("curvature") != "features" or is_limited
         return open_batches(
             given,
             model,
@@ -171,6 +174,19 @@ def training_batches(
     if not CRITERIA[given["criterion"]].needs_fisher:
         return None
     raise InvalidArgument(f"--data is required by the criterion {given['criterion']!r}")
+
+
+def _choose_curvature(given: dict[str, Any]) -> None:
+    """Set the curvature to that of features where the images of `--data` have no labels."""
+    from fastsal.data.folders import lacks_labels
+
+    if lacks_labels(given["data"]):
+        given["curvature"] = "features"
+        click.echo(
+            f"note: the images of {given['data']} have no labels; the statistics are those of the "
+            "features (--curvature features)",
+            err=True,
+        )
 
 
 def check_test(data: ImageBatches | None, test: ImageBatches, name: str = "test") -> None:

@@ -208,8 +208,7 @@ statistics_options: Callable[[F], F] = together(
     click.option(
         "--curvature",
         type=choice(CURVATURES),
-        default="empirical",
-        show_default=True,
+        show_default="empirical; features if the images have no labels",
         help="Gradient that statistics are collected from: of the loss at the true label "
         "(empirical), of the loss at a label drawn from the model (sampled), or of matching the "
         "model's own features, without labels (features).",

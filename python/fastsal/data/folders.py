@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -85,6 +86,23 @@ def load_images(
     if class_map is not None and labeled:
         images = images.map_classes(class_map)
     return images if classes is None else images.select_classes(classes)
+
+
+def lacks_labels(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a folder has images and no folder of a class, or an `.npz` has `x` and no `y`.
+
+    Nothing else is read. Other paths, and damaged files, are not said to lack labels.
+    """
+    path = Path(path)
+    if path.is_dir():
+        visible = [p for p in path.iterdir() if not p.name.startswith(".")]
+        has_classes = any(p.is_dir() or p.suffix == ".tar" for p in visible)
+        return not has_classes and any(_is_image(p) for p in visible)
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        names = set(file.namelist())
+    return "x.npy" in names and "y.npy" not in names
 
 
 def check_class_arguments(classes: object, class_map: object) -> None:
