@@ -99,10 +99,10 @@ def one_line(error: BaseException) -> str:
 
 
 def _option(param: click.Parameter) -> str:
-    """Return the longest spelling of an option, or the name of an argument."""
+    """Return the first long spelling of an option, as its help has it, or an argument's name."""
     if isinstance(param, click.Argument):
         return param.human_readable_name
-    return max(param.opts, key=len)
+    return next((opt for opt in param.opts if opt.startswith("--")), param.opts[0])
 
 
 def _exit_with(ctx: click.Context, message: str) -> NoReturn:

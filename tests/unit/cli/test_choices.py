@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from fastsal.cli import main
 from fastsal.finetuning import trainer
@@ -48,3 +49,8 @@ def test_names_are_those_of_the_library():
 )
 def test_options_offer_all_choices(command, name, wanted):
     assert offered(command, name) == wanted
+
+
+def test_a_message_names_the_option_as_its_help_does():
+    done = CliRunner().invoke(main, ["prune", "net", "--amp", "float8", "--out", "run"])
+    assert "--amp must be one of bfloat16, float16, got 'float8'" in done.output
