@@ -85,12 +85,13 @@ def obc(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
     if not isinstance(goal, float):
         raise NotImplementedError("obc is compared without patterns")
     d = weight.shape[1]
+    damping = float(PERCENT_DAMPING * moments.diagonal().mean()) + 1e-30
     damped = moments.clone()
-    damped.diagonal().add_(PERCENT_DAMPING * moments.diagonal().mean() + 1e-30)
+    damped.diagonal().add_(damping)
     # A trace serves every goal.
     key = hashlib.sha256(weight.numpy().tobytes() + damped.numpy().tobytes()).digest()
     if key not in _traces:
-        _traces[key] = _eliminated(weight, damped)
+        _traces[key] = _eliminated(weight, moments, damping)
     costs, order = _traces[key]
     # A row is cut at a prefix of its order: the least total cost is that of the least costs.
     by_turn = costs.gather(1, order)
@@ -105,16 +106,18 @@ def obc(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
     return found
 
 
-def _eliminated(weight: Tensor, damped: Tensor) -> Trace:
+def _eliminated(weight: Tensor, moments: Tensor, damping: float) -> Trace:
     """Return the scores `[O, d]`, and the columns of each row in the order of elimination."""
     d = weight.shape[1]
     rows, columns = torch.triu_indices(d, d)
-    triangle = damped[rows, columns].numpy()
+    triangle = moments[rows, columns].numpy()
     most = max(1, BYTES // triangle.nbytes)
     costs, order = [], []
     for some in weight.float().split(most):
         sums = (np.tile(triangle, len(some)), some.numel(), 1.0, None)
-        ((scores, turns, failed, _),) = _core.eliminate([sums], [some.flatten().numpy()], d, 0.0)
+        ((scores, turns, failed, _),) = _core.eliminate(
+            [sums], [some.flatten().numpy()], d, damping
+        )
         if failed:
             raise ArithmeticError(f"{len(failed)} rows cannot be eliminated")
         costs.append(torch.from_numpy(scores).reshape(len(some), d))

@@ -23,9 +23,11 @@ from fastsal.utils.progress import Report
 
 _PASSES = 2  # over the images, with `steps="auto"`
 # `lr="auto"` is relative to the root mean square of the kept weights of a tensor, at least to
-# `_LEAST`: a multiple of the best single step, which is searched in factors of two. The rate falls
-# by `_FALL` where the held-out error rises by `_RISE`, or rises at all in the second half.
-_LEAST, _FIRST_STEP, _SMALLEST_STEP, _MULTIPLE = 1e-3, 1e-3, 1e-7, 3.0
+# `_LEAST`: a multiple of the best single step, which is searched in factors of two. Long runs bear
+# higher rates, as these decay: the multiple is half the square root of the number of steps, at
+# least `_MULTIPLE`. The rate falls by `_FALL` where the held-out error rises by `_RISE`, or rises
+# at all in the second half.
+_LEAST, _FIRST_STEP, _SMALLEST_STEP, _MULTIPLE = 1e-3, 1e-3, 1e-7, 2.0
 _FALL, _RISE = 4.0, 1.5
 _WARM_UP = 0.1  # fraction of the steps in which the learning rate rises
 
@@ -67,7 +69,7 @@ class Fitting:
         if not math.isfinite(before):
             raise NonFiniteLoss(f"the error of the pruned model must be finite, got {before}")
         steps = self._count_steps() if how.steps == "auto" else how.steps
-        lr = _MULTIPLE * self._best_step() if how.lr == "auto" else how.lr
+        lr = self._chosen_rate(steps) if how.lr == "auto" else how.lr
         best, kept, misses = before, 0, 0
         best_weights = copies(self._parameters)
         history: list[dict[str, Any]] = []
@@ -110,6 +112,9 @@ class Fitting:
 
     def _held_out_error(self) -> float:
         return self._matching.held_out_error(self._micro_batch)
+
+    def _chosen_rate(self, steps: int) -> float:
+        return max(_MULTIPLE, math.sqrt(steps) / 2) * self._best_step()
 
     def _best_step(self) -> float:
         """Return the step, relative to the weights, that lowers the error of one batch most.

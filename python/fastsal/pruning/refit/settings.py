@@ -24,8 +24,8 @@ class Refit:
             three times the collection of their statistics.
         lr: Learning rate of Adam, which rises in the first tenth of the steps and decays to zero
             by a cosine. `"auto"` is relative to the root mean square of the kept weights of each
-            tensor: three times the single step that lowers the error of one batch most, or less
-            where that does not lower the held-out error.
+            tensor: the single step that lowers the error of one batch most, times the larger of 2
+            and `sqrt(steps) / 2`, or less where that does not lower the held-out error.
         batch_size: Images of a step.
         micro_batch: Images of one forward and backward pass, of which a step adds up several; None
             chooses it by the memory of the activations.

@@ -151,7 +151,7 @@ def test_the_default_reads_every_image_twice(data):
     assert result.after < result.before
 
 
-def test_the_rate_is_three_times_the_best_step(data):
+def test_the_rate_is_a_multiple_of_the_best_step(data):
     """A step along the signs of the gradient, in parts of the weights of each tensor."""
     model, dense, masks = pruned()
     images = torch.cat([x for x, _ in data])
@@ -184,13 +184,18 @@ def test_the_rate_is_three_times_the_best_step(data):
                 p.data = weights[n] - 1e-3 * 2.0**k * size * p.grad.sign() * held
         errors[1e-3 * 2.0**k] = float(error().detach())
     best = min(errors, key=errors.get)
-    assert result.lr in (3 * best, 3 * best / 4)
+    assert result.lr in (2 * best, 2 * best / 4)
+    how = Refit(batch_size=len(images), steps=100, augment=None)
+    model, dense, masks = pruned()
+    longer = fastsal.refit(model, dense, data, masks, how, held_out=[images])
+    assert longer.lr in [pytest.approx(5 * best / 4**falls) for falls in range(3)]
 
 
 def test_the_rate_falls_until_the_error_does(data, monkeypatch):
     model, dense, masks = pruned()
-    fast = 4**5 * fastsal.refit(copy.deepcopy(model), dense, data, masks, Refit(steps=1)).lr
-    monkeypatch.setattr("fastsal.pruning.refit.fitting._MULTIPLE", 3.0 * 4**5)
+    one = Refit(steps=1, batch_size=16)
+    fast = 4**5 * fastsal.refit(copy.deepcopy(model), dense, data, masks, one).lr
+    monkeypatch.setattr("fastsal.pruning.refit.fitting._MULTIPLE", 2.0 * 4**5)
     how = Refit(steps=60, batch_size=16, checks=12, patience=12)
     result = fastsal.refit(model, dense, data, masks, how)
     assert result.after < result.before
