@@ -89,7 +89,7 @@ class Fitting:
             if value < best:
                 best, kept, misses = value, done, 0
                 best_weights = copies(self._parameters)
-            elif how.lr == "auto" and not kept and _is_too_fast(value / before, done / steps):
+            elif how.lr == "auto" and not kept and _is_too_fast(value, before, done / steps):
                 course.close()
                 restore(self._parameters, best_weights)
                 lr /= _FALL
@@ -144,7 +144,7 @@ class Fitting:
         if following >= least:
             factor = 0.5
             following = error(factor * size)
-        while following < least and factor * size > _SMALLEST_STEP:
+        while factor * size > _SMALLEST_STEP and (following < least or following == math.inf):
             size, least = factor * size, following
             following = error(factor * size)
         restore(self._parameters, start)
@@ -198,12 +198,12 @@ def _size(parameter: Tensor) -> float:
     return max(float(squares.sqrt()), _LEAST)
 
 
-def _is_too_fast(rise: float, part: float) -> bool:
-    """Tell whether the learning rate is too high: the error rises by `rise` in a part of the steps.
+def _is_too_fast(error: float, before: float, part: float) -> bool:
+    """Tell whether the learning rate is too high for an error after a part of the steps.
 
     A high rate raises the error at first and lowers it as it decays.
     """
-    return part < 1 and (rise > _RISE or part >= 1 / 2)
+    return part < 1 and (error > _RISE * before or part >= 1 / 2)
 
 
 def _rate(step: int, steps: int) -> float:

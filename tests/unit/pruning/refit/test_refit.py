@@ -208,6 +208,43 @@ def test_the_rate_falls_until_the_error_does(data, monkeypatch):
     masks.verify(model)
 
 
+def test_a_model_that_is_the_dense_one_remains_so(data):
+    _, dense, _ = pruned()
+    model = copy.deepcopy(dense)
+    masks = fastsal.Masks({"stem.weight": torch.ones_like(model.stem.weight).bool()})
+    result = fastsal.refit(model, dense, data, masks, Refit(batch_size=16))
+    assert (result.before, result.after, result.kept_step) == (0, 0, 0)
+    assert same(state(model), state(dense))
+
+
+class Steep(nn.Module):
+    """Its outputs overflow float32 unless steps are below a millionth of the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        y = self.fc(x)
+        return y + torch.exp(1e8 * (self.fc.weight - self.start).abs().sum() - 60)
+
+
+def test_the_best_step_is_found_where_larger_ones_overflow():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dense = Steep()
+    dense.register_buffer("start", dense.fc.weight.detach().clone())
+    model = copy.deepcopy(dense)
+    masks = fastsal.rank({"fc.weight": model.fc.weight.detach().abs()}, 0.25)
+    masks.apply(model)
+    model.start.copy_(model.fc.weight.detach())
+    data = [(torch.randn(32, 4, generator=torch.Generator().manual_seed(1)), None)]
+    how = Refit(steps=4, batch_size=8, windows="whole")
+    result = fastsal.refit(model, dense, data, masks, how)
+    assert result.lr < 1e-6
+    masks.verify(model)
+
+
 def test_rates_are_relative_to_the_kept_weights(data, monkeypatch):
     """The first step of Adam moves each weight by its learning rate."""
     monkeypatch.setattr("fastsal.pruning.refit.fitting._MULTIPLE", 1.0)
