@@ -61,7 +61,7 @@ def _highest(title: str, dense: dict[str, float], rows: Rows) -> list[str]:
     measure = next(iter(dense))
     lines = [
         f"| {title}: highest sparsity within | "
-        + " | ".join(f"{100 * drop:g} points of {measure}" for drop in DROPS)
+        + " | ".join(f"{drop:g} of the {measure}" for drop in DROPS)
         + " |",
         "|---" * (1 + len(DROPS)) + "|",
     ]
