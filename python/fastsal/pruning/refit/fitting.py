@@ -131,8 +131,9 @@ class Fitting:
 
         def error(size: float) -> float:
             with torch.no_grad():
+                restore(self._parameters, start)
                 for name, sign in signs.items():
-                    self._parameters[name].copy_(start[name] - size * steps[name] * sign)
+                    self._parameters[name].sub_(sign, alpha=size * steps[name])
                 found = sum(
                     float(self._matching.error(part)) * len(part)
                     for part in parts([(images, None)], self._micro_batch)
