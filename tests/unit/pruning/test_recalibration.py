@@ -76,10 +76,11 @@ def test_a_damping_is_judged_as_the_model_will_be(data):
     told = fastsal.prune(copy.deepcopy(model), batches, 0.5, **how).history[0]
     plain = fastsal.prune(copy.deepcopy(model), batches, 0.5, **how, recalibrate=False).history[0]
     assert plain.recalibration is None
-    pairs = list(zip(told.damping_evidence, plain.damping_evidence, strict=True))
-    assert [a[0] for a, _ in pairs] == [b[0] for _, b in pairs]
-    assert all(a[1] <= b[1] for a, b in pairs)
-    assert any(a[1] < b[1] for a, b in pairs)
+    recalibrated, others = dict(told.damping_evidence), dict(plain.damping_evidence)
+    both = recalibrated.keys() & others.keys()
+    assert len(both) >= 3
+    assert all(recalibrated[damping] <= others[damping] for damping in both)
+    assert any(recalibrated[damping] < others[damping] for damping in both)
 
 
 @pytest.mark.parametrize(
