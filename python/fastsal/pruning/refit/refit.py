@@ -146,7 +146,9 @@ def refit_on(
         masks.apply(model)
         matching = Matching(model, dense, names, masks, autocast, held)
         buffer = _BUFFER if room is None else min(_BUFFER, room // 4)
-        left = None if room is None else room - buffer
+        # Gradients of activations and the workspace of kernels come beside what is saved: on a
+        # ResNet-50 the peak was a twelfth above the room without this quarter.
+        left = None if room is None else (room - buffer) * 3 // 4
         micro_batch = how.micro_batch or matching.micro_batch(how.batch_size, left)
         fitting = Fitting(
             matching, source, how, masks, seed=seed, micro_batch=micro_batch, room=buffer
