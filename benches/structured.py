@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 import fastsal
 from fastsal.models.features import features
+from fastsal.models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastsal.pruning.structured.elimination import eliminate
 from fastsal.transfer.ridge import solve_ridge
 from fastsal.utils.machine import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDE = 126
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RIDGES = (1e-3, 1e-2, 1e-1)
 
 # Names of cases and their arguments; the sparsity comes before.
@@ -55,7 +55,9 @@ def images(folder: Path, part: str, count: int, seed: int) -> tuple[Tensor, Tens
         x = torch.from_numpy(file["x"])[order[:count]].permute(0, 3, 1, 2).float() / 255
         y = torch.from_numpy(file["y"])[order[:count]].long()
     x = nn.functional.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True)
-    return (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1), y
+    return (x - torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)) / torch.tensor(IMAGENET_STD).view(
+        1, 3, 1, 1
+    ), y
 
 
 def all_features(model: nn.Module, x: Tensor) -> Tensor:

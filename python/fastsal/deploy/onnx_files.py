@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import shutil
-import tempfile
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.evaluating import to_model
 from fastsal.utils.plain_text import first_line
@@ -53,18 +52,14 @@ def export_onnx(
     """
     require_packages()
     images = to_model(images, next(model.parameters())).cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
+    with staged(path) as made:
         _write(model, made, images)
         values, zeros = _compare_weights(model, made)
         session = runtime_session(made)
         difference = compare_outputs(
             model, lambda x: session.run(None, {"images": x})[0], images, tolerance, "ONNX"
         )
-        size = sum(part.stat().st_size for part in Path(folder).iterdir())
-        for part in sorted(Path(folder).iterdir()):  # with external data of large models
-            shutil.move(part, path.parent / part.name)
+        size = bytes_beside(made)
     return size, difference, values, zeros
 
 

@@ -124,21 +124,17 @@ class Fitting:
         """
         images = next(self._batches())
         start = copies(self._parameters)
-        steps = {name: _size(parameter) for name, parameter in self._parameters.items()}
+        sizes = {name: _size(parameter) for name, parameter in self._parameters.items()}
         with self._masks.hold(self._model):
             self._backward(images)
         signs = {n: p.grad.sign() for n, p in self._parameters.items() if p.grad is not None}
 
         def error(size: float) -> float:
+            restore(self._parameters, start)
             with torch.no_grad():
-                restore(self._parameters, start)
                 for name, sign in signs.items():
-                    self._parameters[name].sub_(sign, alpha=size * steps[name])
-                found = sum(
-                    float(self._matching.error(part)) * len(part)
-                    for part in parts([(images, None)], self._micro_batch)
-                )
-            return found if math.isfinite(found) else math.inf
+                    self._parameters[name].sub_(sign, alpha=size * sizes[name])
+            return self._matching.mean_error([(images, None)], self._micro_batch)
 
         size, factor = _FIRST_STEP, 2.0
         least, following = error(size), error(factor * size)

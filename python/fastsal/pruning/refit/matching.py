@@ -146,9 +146,13 @@ class Matching:
 
     def held_out_error(self, micro_batch: int) -> float:
         """Return the error of the held-out images; inf for NaN."""
+        return self.mean_error(self._held, micro_batch)
+
+    def mean_error(self, batches: Iterable[Pair], micro_batch: int) -> float:
+        """Return the error of the images of batches; inf for NaN."""
         total = samples = 0.0
         with torch.no_grad():
-            for images in parts(self._held, micro_batch):
+            for images in parts(batches, micro_batch):
                 total += float(self.error(images)) * len(images)
                 samples += len(images)
         error = total / samples
