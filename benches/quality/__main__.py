@@ -11,21 +11,17 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import json
-import os
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import fastsal._core as _core
+from benches.cells import Cells
 from benches.quality.methods import METHODS
 from benches.quality.subjects import DATA, DATA_HELP, SUBJECTS
 from benches.quality.table import tables
-from fastsal.utils.machine import processor
 
-KEYS = ("subject", "method", "samples", "seed", "sparsity")
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.json"
 
 
@@ -43,43 +39,28 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the tables only")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows: list[dict[str, Any]] = []
-    if given.out.is_file():
-        rows = json.loads(given.out.read_text())
+    cells = Cells(given.out)
     if not given.show:
         for name in given.subjects:
-            _run(name, given, rows)
-    print(tables(rows))
+            _run(name, given, cells)
+    print(tables(cells.rows))
 
 
 def _goal(text: str) -> float | str:
     return text if ":" in text else float(text)
 
 
-def _run(name: str, given: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
     subject = SUBJECTS[name](given.data)
-    done = {tuple(row[key] for key in KEYS) for row in rows}
 
     def cell(method: str, samples: int, seed: int, sparsity: float | str) -> None:
-        key = (name, method, samples, seed, sparsity)
-        if key in done:
-            return
-        model, start = copy.deepcopy(subject.model), time.perf_counter()
-        if method != "dense":
-            METHODS[method](model, subject.draw(seed, samples), sparsity)
-        seconds = time.perf_counter() - start
-        found = subject.measure(model)
-        version, instructions, _ = _core.build_info()
-        facts = {
-            "seconds": round(seconds, 1),
-            "machine": f"{processor()}, {instructions}",
-            "fastsal": version,
-        }
-        rows.append(dict(zip(KEYS, key, strict=True)) | {"measures": found} | facts)
-        whole = given.out.with_suffix(".part")
-        whole.write_text(json.dumps(rows, indent=1) + "\n")
-        os.replace(whole, given.out)
-        print(f"{seconds:6.0f} s  {', '.join(map(str, key))}: {found}", flush=True)
+        def work() -> Callable[[], dict[str, float]]:
+            model = copy.deepcopy(subject.model)
+            if method != "dense":
+                METHODS[method](model, subject.draw(seed, samples), sparsity)
+            return partial(subject.measure, model)
+
+        cells.add((name, method, samples, seed, sparsity), work)
 
     cell("dense", 0, 0, 0.0)
     wanted = [m for m in METHODS if any(fnmatch.fnmatch(m, p) for p in given.methods)]

@@ -29,7 +29,7 @@ def _tables(rows: Rows) -> Iterator[list[str]]:
                 if dense is not None:
                     head += f", dense {dense['measures'][name]:.3f}"
                 yield _table(head, name, some)
-            if dense is not None:
+            if dense is not None and any(isinstance(row["sparsity"], float) for row in some):
                 yield _highest(title, dense["measures"], some)
 
 

@@ -38,6 +38,8 @@ OPTIONAL = {
     "onnx": {"fastsal.deploy.onnx_files"},
     "onnxruntime": {"fastsal.deploy.onnx_files"},
     "openvino": {"fastsal.deploy.openvino_files"},
+    "executorch": {"fastsal.deploy.executorch_files"},
+    "coremltools": {"fastsal.deploy.coreml_files"},
     "pandas": set(),
     "scipy": set(),
 }

@@ -23,8 +23,8 @@ _IMAGES = 8  # on which the outputs of a file are compared
     type=choice((*EXPORT_FORMATS, "hub")),
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
-    "or the model for any number of images, for ONNX runtimes (onnx) or OpenVINO (openvino); "
-    "or a folder for the Hugging Face hub, which timm reads (hub).",
+    "or the model, for ONNX runtimes (onnx), OpenVINO (openvino), ExecuTorch with XNNPACK "
+    "(executorch) or Core ML (coreml); or a folder for the Hugging Face hub, which timm reads (hub).",
 )
 @click.option(
     "--dtype",
@@ -36,14 +36,15 @@ _IMAGES = 8  # on which the outputs of a file are compared
     "--data",
     type=PATH,
     show_default="random images",
-    help="With onnx and openvino: images on which the outputs are compared.",
+    help="Images on which the outputs of the file are compared; not with packed.",
 )
 @click.option(
     "--tolerance",
     type=NUMBER,
     default=1e-4,
     show_default=True,
-    help="With onnx and openvino: largest difference of outputs, relative to the largest output.",
+    help="Largest difference of the outputs of the file, relative to the largest output; not with "
+    "packed.",
 )
 @options.size_option
 @options.model_spec_option
@@ -51,22 +52,23 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @options.json_option
 @options.out_option(
     "FILE",
-    "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino; "
-    "a new folder for hub.",
+    "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino, .pte for "
+    "executorch, .mlpackage for coreml; a new folder for hub.",
 )
 def export(**given: Any) -> None:
     """Write the model of the run in DIR to a file, read it back and compare.
 
-    A packed file has the bits of the weights that are not zero. An ONNX or OpenVINO file has the
-    shapes and the zeros of the model, and its outputs within --tolerance; it requires the extra
-    export or openvino. A folder for the hub has plain weights, the configuration of timm and a
-    model card.
+    A packed file has the bits of the weights that are not zero. A file of another library has the
+    shapes and the zeros of the model, and its outputs within --tolerance, which only macOS can
+    compare for Core ML; it requires the extra of its name, ONNX the extra export. A folder for the
+    hub has plain weights, the configuration of timm and a model card.
 
     Example: fastsal export run --format onnx --out model.onnx
     """
     import fastsal
     from fastsal.cli.inputs import refuse_overwrite, set_threads
     from fastsal.cli.output import console, emit
+    from fastsal.deploy.export import require_packages
     from fastsal.utils.sizes import gib
 
     if given["file_format"] == "hub":
@@ -77,10 +79,10 @@ def export(**given: Any) -> None:
     model = fastsal.load_run(given["run"], spec=given["model"])
     images = None
     if given["file_format"] != "packed":
-        _require_packages(given["file_format"])
+        require_packages(given["file_format"])  # before images are read
         images = run_images(given, model, _IMAGES)
     elif given["data"] is not None:
-        raise InvalidArgument("--data requires --format onnx or openvino")
+        raise InvalidArgument("--data must not be given with --format packed")
     found = fastsal.export(
         model,
         given["out"],
@@ -93,6 +95,8 @@ def export(**given: Any) -> None:
         emit(found.as_dict())
         return
     same = "weights equal in every bit"
+    if found.format == "coreml":
+        same = "outputs not compared: nothing but macOS runs Core ML"
     if found.difference is not None:
         same = f"outputs equal within {found.difference:.2g} of the largest"
     console().print(
@@ -118,15 +122,6 @@ def _write_hub_folder(given: dict[str, Any]) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _require_packages(file_format: str) -> None:
-    """Raise InvalidArgument before images are read, unless packages are installed."""
-    if file_format == "onnx":
-        from fastsal.deploy.onnx_files import require_packages as require
-    else:
-        from fastsal.deploy.openvino_files import require_package as require
-    require()
 
 
 def run_images(given: dict[str, Any], model: Any, count: int) -> Any:

@@ -35,7 +35,14 @@ structure_options: Callable[[F], F] = options.together(
         default="units",
         show_default=True,
         help="With --structure: what --sparsity is a fraction of, the units of that structure, or "
-        "the parameters or multiply-accumulates of the model.",
+        "the parameters, multiply-accumulates or measured latency of the model.",
+    ),
+    click.option(
+        "--latency-batch",
+        type=COUNT,
+        default=1,
+        show_default=True,
+        help="With --budget latency: images of the forward pass whose latency is measured.",
     ),
     click.option(
         "--unit-criterion",
@@ -63,12 +70,12 @@ structure_options: Callable[[F], F] = options.together(
 
 # Options of pruning single weights.
 _OTHERS = (
-    "pattern", "target", "criterion", "rounds", "checkpoint", "reconstruct", "recalibrate",
+    "pattern", "target", "criterion", "rounds", "checkpoint", "recalibrate",
     "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence", "held_out",
     "micro_batch", "block_size", "parameters", "precision", "scratch", "scratch_budget",
     "curvature", "autocast",
 )  # fmt: skip
-_ONLY = ("budget", "unit_criterion", "multiple", "layers")
+_ONLY = ("budget", "latency_batch", "unit_criterion", "multiple", "layers")
 
 
 def check_options(given: dict[str, Any]) -> None:
@@ -89,6 +96,8 @@ def check_options(given: dict[str, Any]) -> None:
     for name in ("sparsity", "data"):
         if given[name] is None:
             raise InvalidArgument(f"--{name} is required with --structure")
+    if context.get_parameter_source("scope") is ParameterSource.DEFAULT:
+        given["scope"] = "auto"
     if given["scope"] not in STRUCTURE_SCOPES:
         raise InvalidArgument(
             f"scope must be one of {', '.join(STRUCTURE_SCOPES)} with --structure, got "
@@ -143,9 +152,11 @@ def prune_units(given: dict[str, Any]) -> None:
             multiple=given["multiple"],
             criterion=given["unit_criterion"],
             compensate=given["compensate"] is not False,
+            reconstruct=given["reconstruct"],
             damping=_damping(given["damping"]),
             layers=list(given["layers"]) or None,
             samples=batches.samples,
+            latency_batch=given["latency_batch"],
             memory_budget=given["memory_budget"],
             head=given["head"],
             refit=refit_settings(given),
@@ -196,6 +207,11 @@ def _summary(done: StructureResult, accuracy: dict[str, Any]) -> str:
         f"{after.macs / 1e6:,.1f} million multiply-accumulates "
         f"({1 - after.macs / max(1, before.macs):.1%} fewer)"
     )
+    if before.latency is not None and after.latency is not None:
+        text += (
+            f"; {1e3 * before.latency:.3g} ms -> {1e3 * after.latency:.3g} ms predicted "
+            f"({1 - after.latency / before.latency:.1%} less)"
+        )
     if accuracy:
         both = [accuracy[name]["accuracy"] for name in ("before", "after")]
         text += f"; accuracy {both[0]:.4f} -> {both[1]:.4f}"

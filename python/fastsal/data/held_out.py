@@ -192,8 +192,8 @@ def require_some(held: HeldOutSamples) -> None:
     """Raise InvalidArgument if no sample is held out."""
     if not held.samples:
         raise InvalidArgument(
-            f"damping: 'auto' (and recalibrate) need at least {HELD_OUT_EVERY} samples, as one in "
-            f"{HELD_OUT_EVERY} is held out; pass more samples, or a number"
+            f"batches must have at least {HELD_OUT_EVERY} samples, as one in {HELD_OUT_EVERY} is "
+            "held out to decide (damping='auto', recalibrate, reconstruct, refit), got fewer"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,15 @@ from fastsal.utils.choices import EXPORT_FORMATS, ExportFormat
 from fastsal.utils.suggestions import check_choice
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SUFFIXES = {
+    "packed": ".safetensors",
+    "onnx": ".onnx",
+    "openvino": ".xml",
+    "executorch": ".pte",
+    "coreml": ".mlpackage",
+}
+# Model, path, images and tolerance to bytes, difference of outputs, weights, and zeros of these.
+Writer = Callable[[nn.Module, Path, Tensor, float], tuple[int, float | None, int, int]]
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,14 @@ class ExportResult:
 
     Attributes:
         path: The file.
-        format: `"packed"`, `"onnx"` or `"openvino"`.
+        format: As given to `export`.
         bytes: Size of the file, and of the file with its weights beside it.
         dense_bytes: Size of all tensors of the model, dense, in its own types.
         values: Elements of all weights that were compared.
         zeros: Those that are zero, in the model and in the file.
         difference: Largest difference of the outputs on the images, relative to the largest output;
-            None where outputs are not compared: the tensors are the same in every bit.
+            None where outputs are not compared: for `"packed"`, whose tensors are the same in every
+            bit, and for `"coreml"` except on macOS.
     """
 
     path: str
@@ -69,17 +79,21 @@ def export(
     Args:
         model: The model, or a wrapper of it; not changed.
         path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`,
-            `.xml` for `"openvino"`, whose weights are in a file beside it that ends in `.bin`.
+            `.xml` for `"openvino"`, whose weights are in a file beside it that ends in `.bin`,
+            `.pte` for `"executorch"`, `.mlpackage` for `"coreml"`, a folder.
         format: `"packed"`: a lossless layout without the zeros, which `load_model` reads; `"onnx"`:
             by `torch.onnx`, for any number of images, which requires the extra `export`;
             `"openvino"`: by OpenVINO's converter, in float32, for any number of images, which
-            requires the extra `openvino`.
-        images: Images `[n, ...]` on which the outputs of an ONNX or OpenVINO file are compared, at
-            the size that it is made for; two at least.
+            requires the extra `openvino`; `"executorch"`: a program for XNNPACK, for 1 to 64
+            images, which requires the extra `executorch`; `"coreml"`: by coremltools, in float32,
+            for one image, with sparse weights stored without their zeros, which requires the
+            extra `coreml`. Outputs of Core ML are compared on macOS alone.
+        images: Images `[n, ...]` on which the outputs of the file are compared, at the size that it
+            is made for; two at least. Not for `"packed"`.
         dtype: For `"packed"`: type that weights are rounded to, `"float16"` or `"bfloat16"`; None
             keeps every bit.
-        tolerance: Largest allowed difference of the outputs of an ONNX or OpenVINO file, relative
-            to the largest output.
+        tolerance: Largest allowed difference of the outputs of the file, relative to the largest
+            output.
 
     Returns:
         Sizes, zeros, and the difference of outputs.
@@ -90,7 +104,7 @@ def export(
     """
     check_choice("format", format, EXPORT_FORMATS)
     path = Path(path)
-    suffix = {"packed": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}[format]
+    suffix = _SUFFIXES[format]
     if path.suffix != suffix:
         raise InvalidArgument(f"path must end in {suffix} for format {format!r}, got {path}")
     model = unwrapped(model)
@@ -100,13 +114,37 @@ def export(
         raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
     if images is None or len(images) < 2:
         raise InvalidArgument(f"images must have at least two images for format {format!r}")
-    if format == "onnx":
-        from fastsal.deploy.onnx_files import export_onnx as write
-    else:
-        from fastsal.deploy.openvino_files import export_openvino as write
     with evaluating(model):
-        size, difference, values, zeros = write(model, path, images, tolerance)
+        size, difference, values, zeros = _writer(format)(model, path, images, tolerance)
     return ExportResult(str(path), format, size, _dense_bytes(model), values, zeros, difference)
+
+
+def require_packages(format: str) -> None:
+    """Raise InvalidArgument if a package that a format needs is not installed."""
+    if format == "onnx":
+        from fastsal.deploy.onnx_files import require_packages as require
+    elif format == "openvino":
+        from fastsal.deploy.openvino_files import require_package as require
+    elif format == "executorch":
+        from fastsal.deploy.executorch_files import require_package as require
+    elif format == "coreml":
+        from fastsal.deploy.coreml_files import require_package as require
+    else:
+        return
+    require()
+
+
+def _writer(format: str) -> Writer:
+    writer: Writer
+    if format == "onnx":
+        from fastsal.deploy.onnx_files import export_onnx as writer
+    elif format == "openvino":
+        from fastsal.deploy.openvino_files import export_openvino as writer
+    elif format == "executorch":
+        from fastsal.deploy.executorch_files import export_executorch as writer
+    else:
+        from fastsal.deploy.coreml_files import export_coreml as writer
+    return writer
 
 
 def _packed(model: nn.Module, path: Path, dtype: str | None) -> ExportResult:

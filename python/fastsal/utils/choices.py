@@ -25,10 +25,11 @@ REFIT_WINDOWS: tuple[RefitWindows, ...] = get_args(RefitWindows)
 # Units that `fastsal.prune_structure` removes: hidden units of MLPs, attention heads, channels.
 Structure = Literal["mlp", "heads", "channels"]
 STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-# What is to be removed a fraction of: units, parameters, multiply-accumulates.
-Budget = Literal["units", "parameters", "macs"]
+# What is to be removed a fraction of: units, parameters, multiply-accumulates, measured latency.
+Budget = Literal["units", "parameters", "macs", "latency"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
-StructureScope = Literal["global", "layer"]
+# Units of all layers compete, each layer loses the same fraction, or what is best of several.
+StructureScope = Literal["auto", "global", "layer"]
 STRUCTURE_SCOPES: tuple[StructureScope, ...] = get_args(StructureScope)
 StructureCriterion = Literal["joint", "magnitude", "variance", "random"]
 STRUCTURE_CRITERIA: tuple[StructureCriterion, ...] = get_args(StructureCriterion)
@@ -78,7 +79,7 @@ Target = Literal["xnnpack", "coreml", "openvino", "tensorrt", "torch"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 # Files that `fastsal.export` writes.
-ExportFormat = Literal["packed", "onnx", "openvino"]
+ExportFormat = Literal["packed", "onnx", "openvino", "executorch", "coreml"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 # Libraries that `fastsal measure` times a model with.
 Runtime = Literal["torch", "onnxruntime", "openvino"]

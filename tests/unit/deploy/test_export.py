@@ -81,7 +81,9 @@ def test_packed_and_narrow(vit, images, tmp_path):
         (("m.onnx", "packed"), "path must end in .safetensors"),
         (("m.safetensors", "onnx"), "path must end in .onnx"),
         (("m.onnx", "openvino"), "path must end in .xml"),
-        (("m.safetensors", "gguf"), "format must be 'packed', 'onnx' or 'openvino'"),
+        (("m.onnx", "executorch"), "path must end in .pte"),
+        (("m.onnx", "coreml"), "path must end in .mlpackage"),
+        (("m.safetensors", "gguf"), "format must be 'packed', 'onnx', 'openvino'"),
         (("m.onnx", "onnx"), "images must have at least two"),
         (("m.xml", "openvino"), "images must have at least two"),
     ],
@@ -108,6 +110,18 @@ def test_a_missing_openvino_is_told(vit, images, tmp_path, monkeypatch):
     monkeypatch.setattr("fastsal.deploy.openvino_files.find_spec", lambda name: None)
     with pytest.raises(InvalidArgument, match=r"requires openvino: pip install 'fastsal\[openvino"):
         fastsal.export(vit, tmp_path / "m.xml", "openvino", images=images)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "package"),
+    [("executorch", ".pte", "executorch"), ("coreml", ".mlpackage", "coremltools")],
+)
+def test_a_missing_mobile_package_is_told(
+    vit, images, tmp_path, monkeypatch, kind, suffix, package
+):
+    monkeypatch.setattr(f"fastsal.deploy.{kind}_files.find_spec", lambda name: None)
+    with pytest.raises(InvalidArgument, match=rf"requires {package}: pip install 'fastsal\[{kind}"):
+        fastsal.export(vit, tmp_path / f"m{suffix}", kind, images=images)
 
 
 @both

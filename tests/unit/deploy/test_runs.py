@@ -125,9 +125,9 @@ def test_commands_work_on_it(folder, mlp_file, tiny_npz, tmp_path):
     ("options", "message"),
     [
         (["--pattern", "2:4"], "--pattern must not be given with --structure"),
-        (["--reconstruct"], "--reconstruct must not be given with --structure"),
+        (["--recalibrate"], "--recalibrate must not be given with --structure"),
         (["--criterion", "taylor"], "--criterion must not be given with --structure"),
-        (["--scope", "erk"], "scope must be one of global, layer with --structure"),
+        (["--scope", "erk"], "scope must be one of auto, global, layer with --structure"),
         (["--damping", "0.1"], "damping must be a multiple"),
         (["--structure", "heads"], "no units that can be removed as 'heads'"),
     ],

@@ -6,6 +6,7 @@ likes. The next step is the one of least cost for what it saves.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.structured.find import Units
 from fastsal.pruning.structured.groups import Group, tensor_of
+from fastsal.pruning.structured.latency import Segment
 
 # Widths of at least this many units are rounded to a multiple of `MULTIPLE`.
 _WIDE = 64
 MULTIPLE = 8
+# Where the floors of candidates lie, between the lowest and that of uniform widths.
+_STEPS = (0.4, 0.7)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class _Term:
     amount: float
     groups: tuple[str, ...]
 
+    def value(self, fractions: Mapping[str, float]) -> float:
+        """Return the count with a fraction of the units of each group; others have all."""
+        return self.amount * math.prod(fractions.get(name, 1.0) for name in self.groups)
+
 
 class Sizes:
     """The sizes of a model as functions of the units that its groups keep.
@@ -41,9 +49,12 @@ class Sizes:
     Args:
         model: The model with all units.
         units: Its groups.
+        segments: Its latency; empty if it was not measured.
     """
 
-    def __init__(self, model: nn.Module, units: Units) -> None:
+    def __init__(
+        self, model: nn.Module, units: Units, segments: Sequence[Segment] = ()
+    ) -> None:
         self._all = {group.name: group.units for group in units.groups}
         touched: dict[str, list[str]] = {}
         for group in units.groups:
@@ -51,7 +62,8 @@ class Sizes:
                 if isinstance(tensor_of(model, part), nn.Parameter):
                     touched.setdefault(part.name, []).append(group.name)
         parameters = dict(model.named_parameters())
-        self._terms = {
+        self._terms: dict[str, Sequence[_Term | Segment]] = {
+            "latency": segments,
             "units": [_Term(group.units, (group.name,)) for group in units.groups],
             "parameters": [
                 _Term(p.numel(), tuple(touched.get(name, ()))) for name, p in parameters.items()
@@ -64,28 +76,26 @@ class Sizes:
         }
 
     def total(self, what: str, kept: Mapping[str, int] | None = None) -> float:
-        """Return the units, parameters or multiply-accumulates of an image.
+        """Return the units, parameters, multiply-accumulates of an image, or latency in s.
 
         Args:
-            what: `"units"`, `"parameters"` or `"macs"`.
+            what: `"units"`, `"parameters"`, `"macs"` or `"latency"`.
             kept: Name of a group to its units; others keep all.
         """
-        return sum(self._value(term, kept or {}) for term in self._terms[what])
+        fractions = self._fractions(kept or {})
+        return sum(term.value(fractions) for term in self._terms[what])
 
     def saving(self, what: str, kept: Mapping[str, int], name: str, fewer: int) -> float:
         """Return what is saved if a group keeps `fewer` units in place of `kept[name]`."""
-        after = {**kept, name: fewer}
+        before, after = self._fractions(kept), self._fractions({**kept, name: fewer})
         return sum(
-            self._value(term, kept) - self._value(term, after)
+            term.value(before) - term.value(after)
             for term in self._terms[what]
             if name in term.groups
         )
 
-    def _value(self, term: _Term, kept: Mapping[str, int]) -> float:
-        value = term.amount
-        for name in term.groups:
-            value *= kept.get(name, self._all[name]) / self._all[name]
-        return value
+    def _fractions(self, kept: Mapping[str, int]) -> dict[str, float]:
+        return {name: units / self._all[name] for name, units in kept.items()}
 
 
 def least_units(group: Group, floor: float) -> int:
@@ -127,8 +137,9 @@ def choose_widths(
         costs: Name of a group to the costs of its units, in the order in which they go.
         sizes: Sizes of the model.
         sparsity: Fraction of `what` to remove.
-        what: `"units"` of the groups, `"parameters"` or `"macs"` of the model.
-        scope: `"global"`: all groups compete; `"layer"`: each one keeps the same fraction.
+        what: `"units"` of the groups, `"parameters"`, `"macs"` or `"latency"` of the model.
+        scope: `"global"`: all groups compete; `"layer"`: each one keeps the same fraction, of units
+            the nearest to the goal; `"uniform"`: the same, but never more than the goal.
         floor: Least fraction of a group to keep.
         multiple: See `widths_allowed`.
 
@@ -148,6 +159,8 @@ def choose_widths(
         )
     if scope == "layer":
         return _uniform(groups, allowed, sizes, goal, what)
+    if scope == "uniform":
+        return _largest_uniform(groups, allowed, sizes, goal, what)
     kept = {group.name: group.units for group in groups}
     left = base
     waiting: list[tuple[float, int, str]] = []
@@ -179,6 +192,54 @@ def choose_widths(
     return kept
 
 
+def candidate_widths(
+    groups: Sequence[Group],
+    costs: Mapping[str, Tensor],
+    sizes: Sizes,
+    sparsity: float,
+    *,
+    what: str,
+    scope: str,
+    floor: float,
+    multiple: int | None,
+) -> list[dict[str, int]]:
+    """Return different widths that meet a budget, for `scope="auto"` several.
+
+    They lie between those of global competition and the same fraction of every group: costs are
+    those of one group at a time, and what is lost by a deep cut of one group is more than their
+    sum. Each candidate has a higher floor than the one before.
+
+    Args:
+        groups: The groups.
+        costs: See `choose_widths`.
+        sizes: Sizes of the model.
+        sparsity: Fraction of `what` to remove.
+        what: See `choose_widths`.
+        scope: `"auto"`, or one of `choose_widths`.
+        floor: Least fraction of a group to keep.
+        multiple: See `widths_allowed`.
+
+    Raises:
+        InvalidArgument: So much cannot be removed.
+    """
+
+    def widths(scope: str, floor: float) -> dict[str, int]:
+        return choose_widths(
+            groups, costs, sizes, sparsity, what=what, scope=scope, floor=floor, multiple=multiple
+        )
+
+    if scope != "auto":
+        return [widths(scope, floor)]
+    uniform = widths("uniform", floor)
+    fraction = sum(uniform.values()) / sum(group.units for group in groups)
+    found = [widths("global", floor)]
+    for step in _STEPS:
+        # A floor above the fraction of some group, whose widths are coarse, may be infeasible.
+        with contextlib.suppress(InvalidArgument):
+            found.append(widths("global", max(floor, floor + step * (fraction - floor))))
+    return [w for i, w in enumerate([*found, uniform]) if w not in found[:i]]
+
+
 def _uniform(
     groups: Sequence[Group],
     allowed: Mapping[str, Sequence[int]],
@@ -190,17 +251,31 @@ def _uniform(
 
     The largest such fraction that meets the goal, or for units the one nearest to it.
     """
-
-    def nearest(group: Group, goal: float) -> int:
-        return min(allowed[group.name], key=lambda width: abs(width - goal))
-
-    def at(fraction: float) -> dict[str, int]:
-        return {group.name: nearest(group, fraction * group.units) for group in groups}
-
     if what == "units":
-        return at(goal / sizes.total(what))
+        return _nearest(groups, allowed, goal / sizes.total(what))
+    return _largest_uniform(groups, allowed, sizes, goal, what)
+
+
+def _largest_uniform(
+    groups: Sequence[Group],
+    allowed: Mapping[str, Sequence[int]],
+    sizes: Sizes,
+    goal: float,
+    what: str,
+) -> dict[str, int]:
+    """Return the largest fraction of every group, rounded, that meets the goal."""
     low, high = 0.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if sizes.total(what, at(middle)) <= goal else (low, middle)
-    return at(low)
+        meets = sizes.total(what, _nearest(groups, allowed, middle)) <= goal
+        low, high = (middle, high) if meets else (low, middle)
+    return _nearest(groups, allowed, low)
+
+
+def _nearest(
+    groups: Sequence[Group], allowed: Mapping[str, Sequence[int]], fraction: float
+) -> dict[str, int]:
+    return {
+        group.name: min(allowed[group.name], key=lambda width: abs(width - fraction * group.units))
+        for group in groups
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastsal.models.widths import Widths
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.reconstruction_result import Reconstruction
 from fastsal.pruning.refit_result import RefitResult
 
 
@@ -20,11 +22,14 @@ class Size:
         units: Units of the groups.
         parameters: Parameters of the model.
         macs: Multiply-accumulates of linear layers and convolutions for one image.
+        latency: Seconds of a forward pass, before pruning as measured, after it as predicted from
+            measurements at several widths; None unless `budget` is `"latency"`.
     """
 
     units: int
     parameters: int
     macs: int
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,9 @@ class StructureResult:
             stores them.
         samples: Number of images.
         seconds: Duration of each step.
+        held_out_loss: Error of held-out features after the fold, `½ ‖f_θ(x) − f(x)‖² / F`; None if
+            nothing was decided by it.
+        reconstruction: Result of solving for all layers again.
         refit: Result of the refitting.
     """
 
@@ -58,6 +66,8 @@ class StructureResult:
     recorded: Widths
     samples: int
     seconds: dict[str, float] = field(default_factory=dict)
+    held_out_loss: float | None = None
+    reconstruction: Reconstruction | None = None
     refit: RefitResult | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,6 +81,10 @@ class StructureResult:
             "left_out": dict(self.left_out),
             "samples": self.samples,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "held_out_loss": self.held_out_loss,
+            "reconstruction": None
+            if self.reconstruction is None
+            else dataclasses.asdict(self.reconstruction),
             "refit": None if self.refit is None else self.refit.as_dict(),
         }
 

@@ -36,8 +36,10 @@ class Settings:
     criterion: StructureCriterion
     weighting: Weighting
     compensate: bool
+    reconstruct: bool | None
     damping: float
     samples: int | None
+    latency_batch: int
     memory_budget: int | str | None
     seed: int
     progress: bool | Report
@@ -63,9 +65,15 @@ class Settings:
             multiple=None if self.multiple is None else whole("multiple", self.multiple, 1),
             damping=real("damping", self.damping, above=0),
             samples=check_samples(self.samples),
+            latency_batch=whole("latency_batch", self.latency_batch, 1),
             memory_budget=None if room is None else parse_bytes(room),
             seed=whole("seed", self.seed, 0),
         )
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether layers are solved for again, if there is room."""
+        return self.compensate if self.reconstruct is None else self.reconstruct
 
     def sparsity_of(self, sparsity: Any) -> float:
         """Return a checked sparsity."""

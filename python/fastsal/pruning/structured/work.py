@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from fastsal.pruning.structured.simple import simple_scores
 from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import reporter
 
+Change = tuple[Tensor, Tensor]  # a tensor of a model, and its new value
+
 
 class Work:
     """Statistics, scores and folds of the groups of a model.
 
     Args:
-        model: The model with all units; `fold` changes it, nothing else does.
+        model: The model with all units; not changed.
         units: Its groups.
         how: Checked settings.
         batches: Images. Statistics that do not fit into memory together are collected again.
@@ -74,18 +76,22 @@ class Work:
                 found.append((group, mask.nonzero()[:, 0]))
         return found
 
-    def fold(self, cuts: list[tuple[Group, Tensor]]) -> None:
-        """Give the consumers weights that make up for the units that go."""
-        changed: list[tuple[Tensor, Tensor]] = []
+    def fold(self, widths: dict[str, int]) -> list[Change]:
+        """Return the weights of the consumers that make up for the units that go, if asked for.
+
+        Statistics that are not kept are collected again.
+        """
+        cuts = self.cuts(widths)
+        if not self._how.compensate or not cuts:
+            return []
+        changes: list[Change] = []
         again = self._collected(is_curved=False) if self._kept is None else [self._kept]
         for statistics in again:
             for group, kept in cuts:
                 for name in group.consumers:
                     if name in statistics:
-                        changed += self._folded(group, kept, name, statistics[name])
-        with torch.no_grad():  # once all statistics are collected
-            for tensor, value in changed:
-                tensor.data = value
+                        changes += self._folded(group, kept, name, statistics[name])
+        return changes
 
     def _collected(self, *, is_curved: bool) -> Iterator[dict[str, Statistics]]:
         how = self._how
@@ -121,7 +127,7 @@ class Work:
 
     def _folded(
         self, group: Group, kept: Tensor, name: str, statistics: Statistics
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Change]:
         """Return tensors of a consumer and what they become."""
         layer = self._model.get_submodule(name)
         damped = self._damped(name, statistics)
@@ -149,3 +155,10 @@ class Work:
         return Damped.of(
             statistics.inputs, self._how.damping, has_bias=takes_mean and self._how.compensate
         )
+
+
+def applied(changes: Iterable[Change]) -> None:
+    """Give tensors of a model their new values."""
+    with torch.no_grad():
+        for tensor, value in changes:
+            tensor.data = value

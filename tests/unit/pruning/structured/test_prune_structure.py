@@ -56,7 +56,7 @@ def total(model):
 
 
 def test_half_of_the_units_go(model, original, batches):
-    result = fastsal.prune_structure(model, batches, 0.5)
+    result = fastsal.prune_structure(model, batches, 0.5, scope="global", reconstruct=False)
     assert result.before.units == 3 * 96
     assert 0 <= 3 * 48 - result.after.units < 8
     assert total(model) == result.after.parameters < result.before.parameters == total(original)
@@ -82,7 +82,7 @@ def test_the_fold_and_the_score_both_help(original, batches):
 
     def run(**how):
         model = copy.deepcopy(original)
-        fastsal.prune_structure(model, batches, 0.5, **how)
+        fastsal.prune_structure(model, batches, 0.5, reconstruct=False, **how)
         return error(model, original, held)
 
     best = run()
@@ -136,7 +136,9 @@ def test_several_passes_within_a_memory_budget_are_equal(original, batches):
     found = []
     for budget in (None, 2 * 8 * 96**2 * 4):
         model = copy.deepcopy(original)
-        result = fastsal.prune_structure(model, batches, 0.5, memory_budget=budget)
+        result = fastsal.prune_structure(
+            model, batches, 0.5, memory_budget=budget, reconstruct=False
+        )
         found.append((result, model))
     (one, a), (several, b) = found
     assert one.widths == several.widths
@@ -149,6 +151,73 @@ def test_several_passes_within_a_memory_budget_are_equal(original, batches):
         fastsal.prune_structure(copy.deepcopy(original), batches, 0.5, memory_budget=1000)
 
 
+def test_a_reconstruction_that_does_not_fit_into_the_budget(original, batches):
+    model, budget = copy.deepcopy(original), 2 * 8 * 96**2 * 4
+    assert fastsal.prune_structure(model, batches, 0.5, memory_budget=budget).reconstruction is None
+    model = copy.deepcopy(original)
+    with pytest.raises(InvalidArgument, match="memory_budget is too small for reconstruct"):
+        fastsal.prune_structure(model, batches, 0.5, memory_budget=budget, reconstruct=True)
+    assert_equal(model, original)
+    result = fastsal.prune_structure(model, batches, 0.5, memory_budget="64MiB")
+    assert result.reconstruction is not None
+
+
+@pytest.mark.parametrize("structure", ["mlp", "heads"])
+def test_a_reconstruction_is_that_of_the_masked_model(model, original, batches, structure):
+    result = fastsal.prune_structure(model, batches, 0.5, structure=structure)
+    assert result.reconstruction is not None
+    assert result.reconstruction.kept
+    assert result.reconstruction.before == result.held_out_loss
+    masked = copy.deepcopy(original)
+    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in fastsal_weights(masked).items()}
+    for name, units in result.removed.items():
+        block = name.split(".")[1]
+        if structure == "mlp":
+            masks[f"blocks.{block}.mlp.fc1.weight"][units] = False
+            masks[f"blocks.{block}.mlp.fc2.weight"][:, units] = False
+        else:
+            rows = (units[:, None] * 8 + torch.arange(8)).flatten()
+            for third in range(3):
+                masks[f"blocks.{block}.attn.qkv.weight"][third * 32 + rows] = False
+            masks[f"blocks.{block}.attn.proj.weight"][:, rows] = False
+    slow = fastsal.reconstruct(masked, original, batches, fastsal.Masks(masks))
+    assert slow.after == pytest.approx(result.reconstruction.after, rel=1e-4)
+    torch.testing.assert_close(model(batches[0]), masked(batches[0]), rtol=1e-3, atol=1e-3)
+
+
+def fastsal_weights(model):
+    return {n: p for n, p in model.named_parameters() if p.ndim > 1 and "embed" not in n} | {
+        "patch_embed.proj.weight": model.patch_embed.proj.weight
+    }
+
+
+def test_a_worse_reconstruction_is_undone(model, original, batches, monkeypatch):
+    def harm(model, dense, masks, source, **rest):
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        return [], 1
+
+    monkeypatch.setattr("fastsal.pruning.structured.judging.reconstruct_on", harm)
+    result = fastsal.prune_structure(model, batches, 0.5)
+    assert result.reconstruction is not None
+    assert not result.reconstruction.kept
+    monkeypatch.undo()
+    folded = copy.deepcopy(original)
+    fastsal.prune_structure(folded, batches, 0.5, reconstruct=False)
+    for left, right in zip(model.parameters(), folded.parameters(), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_widths_are_chosen_by_held_out_features(original, batches):
+    def run(**how):
+        return fastsal.prune_structure(copy.deepcopy(original), batches, 0.4, **how)
+
+    best = run()
+    for scope in ("global", "layer"):
+        assert best.held_out_loss <= run(scope=scope, reconstruct=True).held_out_loss
+    assert run(scope="global", reconstruct=False).held_out_loss is None
+
+
 def test_layers_are_chosen_by_name(model, batches):
     result = fastsal.prune_structure(model, batches, 0.5, layers=["blocks.*", "!blocks.1.*"])
     assert list(result.widths) == ["blocks.0.mlp.fc1", "blocks.2.mlp.fc1"]
@@ -159,7 +228,7 @@ def test_layers_are_chosen_by_name(model, batches):
 
 def test_an_iterator_is_enough(model, batches):
     result = fastsal.prune_structure(model, iter(batches), 0.5)
-    assert result.samples == 128
+    assert result.samples == 112  # without those that are held out
     with pytest.raises(InvalidArgument, match="iterable several times"):
         fastsal.prune_structure(model, iter(batches), 0.5, refit="blocks")
 
@@ -171,7 +240,7 @@ def test_an_iterator_is_enough(model, batches):
         ({"sparsity": 0.95}, "sparsity must be at most 0.[89]"),
         ({"structure": "layers"}, "structure must be 'mlp', 'heads' or 'channels'"),
         ({"structure": "channels"}, "no units that can be removed as 'channels'"),
-        ({"budget": "latency"}, "budget must be"),
+        ({"budget": "time"}, "budget must be"),
         ({"criterion": "taylor"}, "criterion must be"),
         ({"floor": 2}, "floor must be"),
         ({"damping": 0}, "damping must be"),
@@ -229,7 +298,9 @@ def test_batch_normalization_takes_the_mean_of_a_layer_without_bias():
     torch.manual_seed(0)
     model = Block().eval()
     dense, x = copy.deepcopy(model), torch.randn(64, 3, 6, 6)
-    result = fastsal.prune_structure(model, [x], 0.5, structure="channels", multiple=1)
+    result = fastsal.prune_structure(
+        model, [x], 0.5, structure="channels", multiple=1, scope="layer", reconstruct=False
+    )
     assert result.widths == {"conv1": (10, 5)}
     kept = sorted(set(range(10)) - set(result.removed["conv1"].tolist()))
 

@@ -1,4 +1,4 @@
-"""Units of the families of timm: `python -m benches.structured_families --out FILE`.
+"""Units of the families of timm: `python -m benches.structured.families --out FILE`.
 
 For the smallest model of each family of up to `--weights` parameters (`families.json`), with random
 weights: the groups of units of each structure that are found and proven, and the layers that are
@@ -25,7 +25,7 @@ from fastsal.pruning.structured.groups import cut, silence
 from fastsal.utils.choices import STRUCTURES
 from fastsal.utils.machine import versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def check(model: nn.Module, images: Tensor) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Units that are removed from models, and what it does to them."""

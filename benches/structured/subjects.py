@@ -1,0 +1,165 @@
+"""The models whose units are removed, their images, and what is measured after it.
+
+Calibration images are disjoint from those of the test and of the ridge heads. Their labels are used
+by peers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastsal
+from benches.quality.subjects import (
+    ROOT,
+    Labeled,
+    accuracy,
+    drawn,
+    load_mnist_vit,
+    load_resnet20,
+    normalized,
+    read_npz,
+)
+from benches.ridge import Heads, all_features
+from fastsal.utils.choices import Budget, Structure
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to remove: a fraction of the units of a structure, or of the multiply-accumulates."""
+
+    structure: Structure
+    fraction: float
+    budget: Budget = "units"
+
+    def __str__(self) -> str:
+        of = "" if self.budget == "units" else f" of {self.budget}"
+        return f"{self.fraction:g} of {self.structure}" if not of else f"{self.fraction:g}{of}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model whose units are removed.
+
+    Attributes:
+        model: The dense model, in evaluation mode.
+        images: All calibration images `[n, C, H, W]`; draws are random parts of them.
+        labels: Their labels.
+        measure: Returns the measures of a model, name to value; the first one decides.
+        samples: Number of images of a draw.
+        goals: What to remove.
+        multiple: Multiple of the widths; None for the default.
+        head: Classifier of the features for peers that need a loss; None if the model has one.
+    """
+
+    model: nn.Module
+    images: Tensor
+    labels: Tensor
+    measure: Callable[[nn.Module], dict[str, float]]
+    samples: int
+    goals: tuple[Goal, ...]
+    multiple: int | None = None
+    head: nn.Linear | None = None
+
+    def draw(self, seed: int) -> Batches:
+        """Return calibration images in batches: the first ones for seed 0, else a draw."""
+        x, y = drawn(self.images, self.labels, seed, self.samples)
+        assert y is not None
+        return list(zip(x.split(64), y.split(64), strict=True))
+
+
+def _halves(*structures: Structure) -> tuple[Goal, ...]:
+    return tuple(Goal(s, fraction) for s in structures for fraction in (0.25, 0.5))
+
+
+def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], float]:
+    """Return a function: squared error of the features of a model, relative to their variance."""
+    wanted = all_features(dense, images).double()
+    variance = (wanted - wanted.mean(0)).square().sum()
+
+    def error(model: nn.Module) -> float:
+        return float((all_features(model, images) - wanted).square().sum() / variance)
+
+    return error
+
+
+def classified(dense: nn.Module, test: Labeled, size: int) -> Callable[[nn.Module], dict[str, float]]:
+    """Return a function that measures accuracy on test images and the error of their features."""
+    error = feature_error(dense, test[0][:250])
+    return lambda m: {"accuracy": accuracy(m, test, size), "feature error": error(m)}
+
+
+def vit_small(folder: Path, size: int = 126) -> Subject:
+    """Return the ViT-S/14: ridge accuracies on 400 test images each, error of ImageNet features."""
+    spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
+    model = fastsal.load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
+
+    def resized(x: Tensor) -> Tensor:
+        return F.interpolate(normalized(x), size=(size, size), mode="bicubic", antialias=True)
+
+    sets: dict[str, tuple[Tensor, Tensor, Heads]] = {}
+    for name in ("cifar10", "cifar100"):
+        train, train_y = read_npz(folder / f"{name}_train.npz")
+        test, test_y = read_npz(folder / f"{name}_test.npz")
+        heads = Heads(all_features(model, resized(train[-2000:])), train_y[-2000:])
+        sets[name] = resized(test[:400]), test_y[:400], heads
+    named = fastsal.load_images(folder / "imagenet_sample")
+    spec_of = fastsal.input_spec(model, size=size)
+    error = feature_error(model, torch.cat([x for x, _ in named.batches(spec_of, 50)][::10]))
+
+    def measure(m: nn.Module) -> dict[str, float]:
+        found = {
+            f"{name} ridge accuracy": heads.accuracy(all_features(m, x), y)
+            for name, (x, y, heads) in sets.items()
+        }
+        return {**found, "ImageNet feature error": error(m)}
+
+    found = sets["cifar10"][2]
+    head = nn.Linear(*reversed(found.weight.shape))
+    head.load_state_dict({"weight": found.weight, "bias": found.bias})
+    train, train_y = read_npz(folder / "cifar10_train.npz")
+    goals = _halves("mlp", "heads")
+    return Subject(model, resized(train[:512]), train_y[:512], measure, 256, goals, head=head)
+
+
+def mnist_vit(folder: Path) -> Subject:
+    """Return the small ViT of `examples/`; its layers are too narrow for multiples."""
+    model, (x, y), test = load_mnist_vit(folder)
+    measure = classified(model, test, 250)
+    return Subject(model, x, y, measure, 256, _halves("mlp", "heads"), 1)
+
+
+def lite0(folder: Path) -> Subject:
+    """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
+    from fastsal.models.lite0 import load_backbone
+
+    model = load_backbone().eval()
+    named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
+    found = list(named.batches(fastsal.input_spec(model), 50))
+    x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    used, test = order[:512], (x[order[512:]], y[order[512:]])
+    goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
+    return Subject(model, x[used], y[used], classified(model, test, 61), 256, goals)
+
+
+def resnet20(folder: Path) -> Subject:
+    """Return the ResNet-20 on CIFAR-10; its layers are too narrow for multiples."""
+    model, train, test = load_resnet20(folder)
+    goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
+    return Subject(model, *train, classified(model, test, 250), 512, goals, 1)
+
+
+SUBJECTS: Mapping[str, Callable[[Path], Subject]] = {
+    "resnet20": resnet20,
+    "mnist-vit": mnist_vit,
+    "vit-small": vit_small,
+    "lite0": lite0,
+}

@@ -1,0 +1,149 @@
+"""Packages of Core ML: written by coremltools, with the zeros of weights left out of the file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.staged import staged
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import to_model
+from fastsal.utils.plain_text import first_line
+
+_INPUT, _OUTPUT = "images", "outputs"
+# A weight with fewer zeros is stored densely: Core ML's sparse layout has a bit for each element.
+_LEAST_SPARSITY = 0.5
+
+
+def require_package() -> None:
+    """Raise InvalidArgument unless coremltools is installed."""
+    if find_spec("coremltools") is None:
+        raise InvalidArgument("Core ML requires coremltools: pip install 'fastsal[coreml]'")
+
+
+def export_coreml(
+    model: nn.Module, path: Path, images: Tensor, tolerance: float
+) -> tuple[int, float | None, int, int]:
+    """Write a package of Core ML for one image at a time, and compare it with the model.
+
+    Args:
+        model: The model, in evaluation mode.
+        path: The package, `.mlpackage`, a folder.
+        images: `[n, ...]`, n >= 2; their size is fixed.
+        tolerance: Largest difference of outputs, relative to the largest output.
+
+    Returns:
+        Bytes of the package, the difference, the weights in it, and how many of them are zero. The
+        difference is None except on macOS: nothing else runs Core ML.
+
+    Raises:
+        InvalidArgument: coremltools is not installed.
+        FastsalError: The model cannot be exported, or the package differs from it.
+    """
+    require_package()
+    images = to_model(images, next(model.parameters())).cpu()
+    with staged(path) as made:
+        with _quiet():
+            written = _write(model, made, images)
+            values, zeros = _compare_weights(model, written)
+        difference = None
+        if sys.platform == "darwin":
+            difference = _difference(model, written, images, tolerance)
+        size = sum(part.stat().st_size for part in made.rglob("*") if part.is_file())
+    return size, difference, values, zeros
+
+
+def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
+    import coremltools
+    from coremltools.optimize.coreml import (
+        OpThresholdPrunerConfig,
+        OptimizationConfig,
+        prune_weights,
+    )
+
+    try:
+        with torch.no_grad():
+            program = torch.export.export(OneOutput(model).eval(), (images[:1],))
+            made = coremltools.convert(
+                program.run_decompositions({}),
+                inputs=[coremltools.TensorType(_INPUT, images[:1].shape)],
+                outputs=[coremltools.TensorType(_OUTPUT)],
+                minimum_deployment_target=coremltools.target.iOS17,
+                compute_precision=coremltools.precision.FLOAT32,
+            )
+        how = OpThresholdPrunerConfig(
+            threshold=float(np.finfo(np.float32).tiny), minimum_sparsity_percentile=_LEAST_SPARSITY
+        )
+        made = prune_weights(made, OptimizationConfig(global_config=how))
+        made.save(str(path))
+    except Exception as error:  # whatever the converter or the model raises
+        raise FastsalError(
+            f"model: coremltools cannot convert {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return made
+
+
+def _compare_weights(model: nn.Module, written: Any) -> tuple[int, int]:
+    """Return how many weights a package has, and how many are zero, where the model's are zero.
+
+    The converter multiplies weights by the scales of batch normalization, so they are recognized by
+    their number and the places of their zeros.
+    """
+    from coremltools.optimize.coreml import decompress_weights, get_weights_metadata
+
+    known: dict[int, list[NDArray[np.bool_]]] = {}
+    for found in get_weights_metadata(decompress_weights(written), weight_threshold=0).values():
+        known.setdefault(found.val.size, []).append(found.val.reshape(-1) == 0)
+    values = zeros = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or parameter.numel() not in known:
+            continue
+        same_size = known[parameter.numel()]
+        zero = (parameter.detach().cpu() == 0).numpy().reshape(-1)
+        if any((zero <= each).all() for each in same_size):
+            values += len(zero)
+            zeros += int(zero.sum())
+        elif all(each.sum() < zero.sum() for each in same_size):
+            raise FastsalError(f"the Core ML package lacks zeros of the model in {name!r}")
+    if not values:
+        raise FastsalError("the Core ML package has none of the weights of the model")
+    return values, zeros
+
+
+def _difference(model: nn.Module, written: Any, images: Tensor, tolerance: float) -> float:
+    def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        each = [written.predict({_INPUT: image[None]})[_OUTPUT] for image in x]
+        return np.concatenate(each)
+
+    return compare_outputs(model, run, images, tolerance, "Core ML")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the converter logs and prints about its own steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

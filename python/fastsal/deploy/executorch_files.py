@@ -1,0 +1,119 @@
+"""Files of ExecuTorch: lowered to XNNPACK by its own exporter, and run by its runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.staged import bytes_beside, staged
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import to_model
+from fastsal.utils.plain_text import first_line
+
+_MOST_IMAGES = 64  # of one call
+
+
+def require_package() -> None:
+    """Raise InvalidArgument unless ExecuTorch is installed."""
+    if find_spec("executorch") is None:
+        raise InvalidArgument("ExecuTorch requires executorch: pip install 'fastsal[executorch]'")
+
+
+def export_executorch(
+    model: nn.Module, path: Path, images: Tensor, tolerance: float
+) -> tuple[int, float, int, int]:
+    """Write a program of ExecuTorch for XNNPACK, and compare it with the model.
+
+    Args:
+        model: The model, in evaluation mode.
+        path: The file, `.pte`.
+        images: `[n, ...]`, n >= 2; their size is fixed, their number is 1 to 64.
+        tolerance: Largest difference of outputs, relative to the largest output.
+
+    Returns:
+        Bytes of the file, the difference, the weights that were found in the file in every bit, and
+        how many of them are zero. Weights that the exporter multiplied by the scales of batch
+        normalization are not counted.
+
+    Raises:
+        InvalidArgument: ExecuTorch is not installed.
+        FastsalError: The model cannot be exported, or the file differs from it.
+    """
+    require_package()
+    images = to_model(images[:_MOST_IMAGES], next(model.parameters())).cpu()
+    with staged(path) as made:
+        with _quiet():
+            _write(model, made, images)
+        difference = _difference(model, made, images, tolerance)
+        values, zeros = _count_weights(model, made.read_bytes())
+        size = bytes_beside(made)
+    return size, difference, values, zeros
+
+
+def _write(model: nn.Module, path: Path, images: Tensor) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    count = torch.export.Dim("n", min=1, max=_MOST_IMAGES)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                OneOutput(model).eval(), (images[:2],), dynamic_shapes=({0: count},)
+            )
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            made = lowered.to_executorch()
+    except Exception as error:  # whatever the exporter or the model raises
+        raise FastsalError(
+            f"model: ExecuTorch cannot convert {type(model).__name__} "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    with path.open("wb") as file:
+        made.write_to_file(file)
+
+
+def _difference(model: nn.Module, path: Path, images: Tensor, tolerance: float) -> float:
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")
+    return compare_outputs(
+        model,
+        lambda x: method.execute([torch.from_numpy(x)])[0].numpy(),
+        images,
+        tolerance,
+        "ExecuTorch",
+    )
+
+
+def _count_weights(model: nn.Module, content: bytes) -> tuple[int, int]:
+    """Return how many weights are in a file as they are, and how many of these are zero."""
+    values = zeros = 0
+    for parameter in model.parameters():
+        weight = parameter.detach().cpu().contiguous()
+        last = weight.movedim(1, -1).contiguous() if weight.ndim == 4 else weight
+        if weight.ndim > 1 and any(w.numpy().tobytes() in content for w in (weight, last)):
+            values += weight.numel()
+            zeros += int((weight == 0).sum())
+    return values, zeros
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what the exporter logs and prints about its own steps."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
