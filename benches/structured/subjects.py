@@ -90,7 +90,9 @@ def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], flo
     return error
 
 
-def classified(dense: nn.Module, test: Labeled, size: int) -> Callable[[nn.Module], dict[str, float]]:
+def classified(
+    dense: nn.Module, test: Labeled, size: int
+) -> Callable[[nn.Module], dict[str, float]]:
     """Return a function that measures accuracy on test images and the error of their features."""
     error = feature_error(dense, test[0][:250])
     return lambda m: {"accuracy": accuracy(m, test, size), "feature error": error(m)}

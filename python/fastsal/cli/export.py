@@ -24,7 +24,8 @@ _IMAGES = 8  # on which the outputs of a file are compared
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
     "or the model, for ONNX runtimes (onnx), OpenVINO (openvino), ExecuTorch with XNNPACK "
-    "(executorch) or Core ML (coreml); or a folder for the Hugging Face hub, which timm reads (hub).",
+    "(executorch) or Core ML (coreml); or a folder for the Hugging Face hub, which timm reads "
+    "(hub).",
 )
 @click.option(
     "--dtype",
@@ -46,7 +47,7 @@ _IMAGES = 8  # on which the outputs of a file are compared
     help="Largest difference of the outputs of the file, relative to the largest output; not with "
     "packed.",
 )
-@options.size_option
+@options.run_size_option
 @options.model_spec_option
 @options.threads_option
 @options.json_option
@@ -125,13 +126,18 @@ def _write_hub_folder(given: dict[str, Any]) -> None:
 
 
 def run_images(given: dict[str, Any], model: Any, count: int) -> Any:
-    """Return images of `--data` as the model of a run expects them, or random ones."""
+    """Return images of `--data` as the model of a run expects them, or random ones.
+
+    Without `--size` they have the size of the images that the run was pruned with.
+    """
     import torch
 
+    from fastsal.cli.runfolder import recorded_size
     from fastsal.data.folders import load_images
     from fastsal.models.inputs import input_spec
 
-    spec = input_spec(model, size=given["size"])
+    size = given["size"]
+    spec = input_spec(model, size=recorded_size(given["run"]) if size is None else size)
     if given["data"] is not None:
         images = load_images(given["data"], labeled=False)
         chosen = images.batches(spec, count, samples=min(count, len(images)), shuffle_seed=0)

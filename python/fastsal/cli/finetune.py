@@ -105,7 +105,7 @@ def finetune(**given: Any) -> None:
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
-    from fastsal.cli.inputs import check_test, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import check_test, image_size, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, print_selection, run_summary
     from fastsal.cli.runfolder import (
         check_model,
@@ -147,6 +147,7 @@ def finetune(**given: Any) -> None:
     rest, in_use = left_out(model, masks), masks.in_use(model)
     result = {
         **run_facts(given, masks),
+        "image_size": image_size(spec, batches),
         "samples": batches.samples,
         "history": done.history,
         "kept_epoch": done.kept_epoch,

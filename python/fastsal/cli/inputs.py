@@ -147,6 +147,14 @@ def open_batches(
     )
 
 
+def image_size(spec: InputSpec, *sources: ImageBatches | None) -> list[int] | None:
+    """Return the height and width of the images that a model was run on; None if unknown."""
+    if spec.size is not None:
+        return list(spec.size)
+    source = next((each for each in sources if each), None)
+    return None if source is None else list(source.first_batch()[0].shape[-2:])
+
+
 def training_batches(
     given: dict[str, Any], model: nn.Module, spec: InputSpec
 ) -> ImageBatches | None:

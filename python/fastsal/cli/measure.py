@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,7 +49,12 @@ if TYPE_CHECKING:
     show_default="random images",
     help="Images that the models run on.",
 )
-@options.size_option
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Write the measurement into DIR too, for `fastsal report` on the folder of several runs.",
+)
+@options.run_size_option
 @options.model_spec_option
 @options.device_option("cpu")
 @options.threads_option
@@ -68,7 +74,11 @@ def measure(**given: Any) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.deploy.meter import measure_against
     from fastsal.deploy.runs import original_of
+    from fastsal.study.report.run_results import MEASUREMENT_FILE
+    from fastsal.utils.atomic import check_writable, write_text
 
+    if given["save"]:
+        check_writable(given["run"], "DIR")
     set_threads(given["threads"])
     pruned = fastsal.load_run(given["run"], spec=given["model"], device=given["device"])
     dense = original_of(given["run"], spec=given["model"], device=given["device"])
@@ -81,6 +91,9 @@ def measure(**given: Any) -> None:
         runtime=given["runtime"],
         seconds=given["seconds"],
     )
+    if given["save"]:
+        text = json.dumps(found.as_dict(), indent=2, allow_nan=False)
+        write_text(given["run"] / MEASUREMENT_FILE, text + "\n")
     if given["as_json"]:
         emit({"run": str(given["run"]), **found.as_dict()})
         return

@@ -126,14 +126,21 @@ crop_options: Callable[[F], F] = together(
         help="Interpolation for resizing images.",
     ),
 )
-size_option: Callable[[F], F] = click.option(
-    "--size",
-    metavar="PIXELS",
-    callback=parse_size,
-    show_default="the model's own",
-    help="Size of the input: 96, 64x96 (height x width), native for that of the images, or the "
-    "size at which timm trains or evaluates the model (train, test).",
-)
+
+
+def _size_option(default: str) -> Callable[[F], F]:
+    return click.option(
+        "--size",
+        metavar="PIXELS",
+        callback=parse_size,
+        show_default=default,
+        help="Size of the input: 96, 64x96 (height x width), native for that of the images, or the "
+        "size at which timm trains or evaluates the model (train, test).",
+    )
+
+
+size_option: Callable[[F], F] = _size_option("the model's own")
+run_size_option: Callable[[F], F] = _size_option("that of the images of the run")
 model_spec_option: Callable[[F], F] = click.option(
     "--model",
     metavar="MODEL",

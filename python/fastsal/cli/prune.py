@@ -143,6 +143,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     """Prune as the options say; rank 0 writes the folder."""
     from fastsal.cli.inputs import (
         check_test,
+        image_size,
         open_batches,
         open_model,
         ranking_arguments,
@@ -196,6 +197,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         return
     result = {
         **run_facts(given, masks),
+        "image_size": image_size(spec, batches, test),
         "samples": batches.samples if batches else 0,
         "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,

@@ -1,4 +1,4 @@
-"""`fastsal report`: write the results of a study as a page."""
+"""`fastsal report`: write the results of a study or of runs as a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastsal.cli.help import Command
 from fastsal.cli.types import PATH, Number, choice
 
 
-@click.command(cls=Command, short_help="Write the results of a study as a page.")
+@click.command(cls=Command, short_help="Write the results of a study or of runs as a page.")
 @click.argument("folder", type=PATH, metavar="DIR")
 @click.option(
     "--format",
@@ -51,33 +51,36 @@ from fastsal.cli.types import PATH, Number, choice
 )
 @options.force_option
 def report(**given: Any) -> None:
-    """Write a report on a study; DIR is the folder of `fastsal transfer` or `fastsal sweep`.
+    """Write a report on a study or on runs.
 
-    The report describes the study, states which predictions hold and with what confidence, and
-    shows all results. HTML requires an extra: pip install "fastsal[report]"; Markdown does not.
+    DIR is the folder of `fastsal transfer` or `fastsal sweep`: the report describes the study,
+    states which predictions hold and with what confidence, and shows all results. Or DIR has
+    folders of `fastsal prune --test` in it: the report shows accuracy against latency and file
+    size, as far as `fastsal measure --save` measured them, and names the fastest and the smallest
+    run within --margin. HTML requires an extra: pip install "fastsal[report]"; Markdown does not.
 
     Example: fastsal report results/cifar
     """
     from fastsal.errors import InvalidArgument
+    from fastsal.study.folder_format import STUDY_FILE
     from fastsal.study.report import html, markdown
     from fastsal.study.report.findings import sections
     from fastsal.study.report.overview import write_pictures
     from fastsal.study.report.results import read_results
-    from fastsal.utils.atomic import check_writable, write_text
+    from fastsal.study.report.run_results import has_runs
+    from fastsal.utils.atomic import write_text
 
     folder, kind, margin = given["folder"], given["kind"], given["margin"]
+    if has_runs(folder) and not (folder / STUDY_FILE).exists():
+        _report_on_runs(given)
+        return
     results = read_results(folder)
     if given["diagnostics"] and not (results.loss_lines or results.overlaps):
         raise InvalidArgument(
             f"--diagnostics requires loss_line.csv or overlap.csv in {folder}; add [diagnostics] "
             "to the study to measure them"
         )
-    out = given["out"] or folder / f"report.{kind}"
-    if out.is_dir():
-        raise InvalidArgument(f"out must be a file, got the folder {out}")
-    if out.exists() and not given["force"]:
-        raise InvalidArgument(f"out: {out} already exists; give --force to overwrite it")
-    check_writable(out, "out")
+    out = _target(given)
     pictures = {}
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])
@@ -89,6 +92,40 @@ def report(**given: Any) -> None:
     write_text(out, text)
     for path in (*pictures.values(), out):
         click.echo(str(path))
+
+
+def _report_on_runs(given: dict[str, Any]) -> None:
+    from fastsal.errors import InvalidArgument
+    from fastsal.study.report import run_page
+    from fastsal.study.report.run_results import read_runs
+    from fastsal.utils.atomic import write_text
+
+    for name in ("figures", "diagnostics"):
+        if given[name]:
+            raise InvalidArgument(f"--{name} requires the folder of a study, got runs in DIR")
+    results = read_runs(given["folder"])
+    out = _target(given)
+    render = run_page.html if given["kind"] == "html" else run_page.markdown
+    write_text(out, render(results, given["margin"]))
+    click.echo(str(out))
+
+
+def _target(given: dict[str, Any]) -> Path:
+    """Return the file to write, which can be written.
+
+    Raises:
+        InvalidArgument: It is a folder, exists without `--force`, or cannot be written.
+    """
+    from fastsal.errors import InvalidArgument
+    from fastsal.utils.atomic import check_writable
+
+    out: Path = given["out"] or given["folder"] / f"report.{given['kind']}"
+    if out.is_dir():
+        raise InvalidArgument(f"out must be a file, got the folder {out}")
+    if out.exists() and not given["force"]:
+        raise InvalidArgument(f"out: {out} already exists; give --force to overwrite it")
+    check_writable(out, "out")
+    return out
 
 
 def _link(path: Path, page: Path) -> str:

@@ -79,6 +79,16 @@ def selection_facts(left_out: LeftOut | None, in_use: InUse | None) -> dict[str,
     }
 
 
+def recorded_size(folder: Path) -> tuple[int, int] | None:
+    """Return the height and width of the images that a run was pruned with; None if unknown."""
+    path = folder / REPORT
+    found = read_json(path, "report").get("image_size") if path.is_file() else None
+    if not isinstance(found, list) or len(found) != 2:
+        return None
+    height, width = found
+    return int(height), int(width)
+
+
 def recorded_in_use(folder: Path) -> dict[str, Any] | None:
     """Return what the report of a run says about the weights in use; None if it says nothing."""
     path = folder / REPORT

@@ -110,6 +110,7 @@ def prune_units(given: dict[str, Any]) -> None:
     import fastsal
     from fastsal.cli.inputs import (
         check_test,
+        image_size,
         open_batches,
         open_model,
         refit_settings,
@@ -168,6 +169,7 @@ def prune_units(given: dict[str, Any]) -> None:
             accuracy["after"] = measure(model, test, report=report)._asdict()
     result = {
         **run_facts(given, done.masks),
+        "image_size": image_size(spec, batches),
         "samples": done.samples,
         "structure": done.as_dict(),
         "accuracy": accuracy,

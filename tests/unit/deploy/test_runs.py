@@ -90,6 +90,31 @@ def test_the_model_of_a_run_is_smaller(folder, mlp_file):
     fastsal.models.load_weights(again, folder / "model.safetensors")
 
 
+def test_measurements_are_made_at_the_size_of_the_run(folder, mlp_file, tiny_npz, tmp_path):
+    """The model takes images of any size, and says nothing about its own."""
+    assert json.loads((folder / "report.json").read_text())["image_size"] == [8, 8]
+    short = ("--batch", 1, "--seconds", 0.01, "--json")
+    macs = [
+        json.loads(run("measure", folder, *short, *more))["dense"]["macs"]
+        for more in ([], ["--size", 32], ["--save"])
+    ]
+    assert macs[0] == macs[2] < macs[1]
+    saved = json.loads((folder / "measurement.json").read_text())
+    assert saved["dense"]["macs"] == macs[0]
+    tuned = tmp_path / "tuned"
+    run(
+        "finetune", f"{mlp_file}:net", "--weights", folder, "--data", tiny_npz, "--epochs", 1,
+        "--lr", 0.01, "--out", tuned, "--quiet",
+    )  # fmt: skip
+    assert json.loads(run("measure", tuned, *short))["dense"]["macs"] == macs[0]
+    masked = tmp_path / "masked"
+    run(
+        "prune", f"{mlp_file}:net", "--data", tiny_npz, "--sparsity", 0.5, "--criterion",
+        "magnitude", "--size", 16, "--out", masked, "--quiet",
+    )  # fmt: skip
+    assert json.loads((masked / "report.json").read_text())["image_size"] == [16, 16]
+
+
 def test_commands_work_on_it(folder, mlp_file, tiny_npz, tmp_path):
     model = f"{mlp_file}:net"
     said = json.loads(run("eval", model, "--weights", folder, "--data", tiny_npz, "--json"))

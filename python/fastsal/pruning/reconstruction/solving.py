@@ -19,8 +19,9 @@ _CHUNK_BYTES = 2**27
 def solve_rows(moments: Tensor, residuals: Tensor, kept: Tensor, damping: Tensor) -> Tensor:
     """Return the moves `δ` of the kept weights that minimize `½ δ(H + λI)δᵀ − δrᵀ` for every row.
 
-    `δ_K = (H_KK + λI)⁻¹ r_K`, by a Cholesky factorization for each row or, where many inputs of
-    many are kept, by at most 24 steps of conjugate gradients for all rows at once, in float32.
+    `δ_K = (H_KK + λI)⁻¹ r_K`, by one Cholesky factorization for all rows of a group that keep the
+    same inputs, by one for each row or, where many inputs of many are kept, by at most 24 steps of
+    conjugate gradients for all rows at once, in float32.
 
     Args:
         moments: `H`, `[G, d, d]`, positive semidefinite, float64.
@@ -32,12 +33,30 @@ def solve_rows(moments: Tensor, residuals: Tensor, kept: Tensor, damping: Tensor
         `δ`, `[G, O, d]`; zero where weights are not kept. A row whose matrix is not positive
         definite is NaN.
     """
+    union = kept.any(1)  # [G, d]
+    if bool(((kept == union[:, None]).all(2) | ~kept.any(2)).all()) and len(kept) < kept.shape[1]:
+        return _by_columns(moments, residuals, kept, damping, union)
     counts = kept.sum(2)
     direct = sum(count**3 for count in counts.reshape(-1).tolist()) / 3
     iterative = 2.0 * _STEPS * kept.numel() * kept.shape[2]
     if direct <= iterative:
         return _by_factorization(moments, residuals, kept, damping, counts)
     return _by_conjugate_gradients(moments, residuals, kept, damping)
+
+
+def _by_columns(
+    moments: Tensor, residuals: Tensor, kept: Tensor, damping: Tensor, union: Tensor
+) -> Tensor:
+    """Solve the rows of each group, which keep the inputs of `union` `[G, d]` or none."""
+    moves = torch.zeros_like(residuals)
+    for group, columns in enumerate(union):
+        places = columns.nonzero()[:, 0]
+        matrix = moments[group].index_select(0, places).index_select(1, places)
+        matrix.diagonal().add_(damping[group])
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        found = torch.cholesky_solve(residuals[group].index_select(1, places).T, factor).T
+        moves[group].index_copy_(1, places, found if not failed else found.fill_(torch.nan))
+    return torch.where(kept, moves, 0.0)
 
 
 def _by_factorization(

@@ -52,9 +52,7 @@ class Sizes:
         segments: Its latency; empty if it was not measured.
     """
 
-    def __init__(
-        self, model: nn.Module, units: Units, segments: Sequence[Segment] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, units: Units, segments: Sequence[Segment] = ()) -> None:
         self._all = {group.name: group.units for group in units.groups}
         touched: dict[str, list[str]] = {}
         for group in units.groups:

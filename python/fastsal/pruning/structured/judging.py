@@ -79,9 +79,7 @@ class Judge:
         tensors = tensors_of(self._model)
         with all_or_nothing(tensors) as dense:
             masks.apply(self._model)
-            solved, images = reconstruct_on(
-                self._model, dense, masks, source, seed=seed, room=room
-            )
+            solved, images = reconstruct_on(self._model, dense, masks, source, seed=seed, room=room)
             with restored(self._model):
                 after = self._loss(cuts)
             kept = after < before  # False for NaN
@@ -97,8 +95,7 @@ class Judge:
 def masks_of(model: nn.Module, cuts: Cuts) -> Masks:
     """Return masks of all weights of a model, False for those of units that go."""
     masks = {
-        name: torch.ones(p.shape, dtype=torch.bool)
-        for name, p in select_parameters(model).items()
+        name: torch.ones(p.shape, dtype=torch.bool) for name, p in select_parameters(model).items()
     }
     for group, kept in cuts:
         gone = torch.ones(group.units, dtype=torch.bool)

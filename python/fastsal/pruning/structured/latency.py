@@ -85,7 +85,8 @@ def measure_segments(
                             at[place].append(seconds)
     segments = []
     for key, times in found.items():
-        least, seconds = math.inf, []
+        least = math.inf
+        seconds: list[float] = []
         for each in times:
             least = min(least, statistics.median(each))
             seconds.append(least)
@@ -100,9 +101,7 @@ def _some(group: Group, fraction: float) -> Tensor:
 
 
 @contextmanager
-def _stamping(
-    model: nn.Module, layers: set[str], clock: Callable[[], float]
-) -> Iterator[Stamps]:
+def _stamping(model: nn.Module, layers: set[str], clock: Callable[[], float]) -> Iterator[Stamps]:
     """Collect the times at which a run begins, layers begin and end, and the run ends."""
     stamps: Stamps = []
     device = next(model.parameters()).device

@@ -166,7 +166,7 @@ def prune_structure(
             units.groups, work.costs, sizes, how.sparsity_of(sparsity),
             what=budget, scope=how.scope, floor=how.floor, multiple=how.multiple,
         )  # fmt: skip
-        if judge is None or len(candidates) == 1 and not how.reconstructs:
+        if judge is None or (len(candidates) == 1 and not how.reconstructs):
             chosen = Choice(candidates[0], work.fold(candidates[0]), None)
         else:
             chosen = judge.best(work, candidates)

@@ -43,6 +43,27 @@ def test_rows_are_solved_one_by_one(groups, outputs, width, kept):
     assert not bool(found[~masks].any())
 
 
+@pytest.mark.parametrize("width", [20, 200])
+def test_rows_that_keep_the_same_inputs_or_none_are_solved_together(width, monkeypatch):
+    monkeypatch.setattr(solving, "_by_factorization", None)
+    monkeypatch.setattr(solving, "_by_conjugate_gradients", None)
+    moments, residuals, _ = problem(2, 30, width, 1.0)
+    columns = torch.rand(2, 1, width, generator=torch.Generator().manual_seed(0)) < 0.6
+    rows = torch.arange(30)[:, None] % 3 != 0
+    masks = columns & rows
+    damping = torch.tensor([0.0, 0.1], dtype=torch.float64)
+    found = solve_rows(moments, residuals, masks, damping)
+    torch.testing.assert_close(found, plain(moments, residuals, masks, damping))
+    assert not bool(found[~masks].any())
+    broken = moments.clone()
+    broken[0, :3, :3] = -1.0  # not positive definite
+    found = solve_rows(broken, residuals, columns.expand(2, 30, width), damping)
+    assert bool(found[0][columns[0].expand(30, width)].isnan().all())
+    torch.testing.assert_close(
+        found[1], plain(moments, residuals, columns.expand(2, 30, width), damping)[1]
+    )
+
+
 def test_rows_of_very_different_sizes_share_a_chunk(monkeypatch):
     moments, residuals, masks = problem(1, 9, 40, 1.0)
     for o in range(9):

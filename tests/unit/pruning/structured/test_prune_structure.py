@@ -327,3 +327,24 @@ def test_export_and_deepcopy_of_a_smaller_model(model, batches):
     x = batches[0][:2]
     exported = torch.export.export(model, (x,))
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+def test_a_smaller_model_is_compiled_and_trained_in_parallel(model, batches, tmp_path):
+    fastsal.prune_structure(model, batches, 0.5)
+    x = batches[0][:4]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+        before = model.blocks[0].mlp.fc1.weight.detach().clone()
+        parallel(x).square().mean().backward()
+        optimizer.step()
+        assert before.shape == model.blocks[0].mlp.fc1.weight.shape
+        assert not torch.equal(before, model.blocks[0].mlp.fc1.weight)
+    finally:
+        torch.distributed.destroy_process_group()
