@@ -206,7 +206,7 @@ def test_markdown_links_its_pictures(tmp_path):
 
 
 def test_markdown_needs_no_jinja_and_the_page_says_that_it_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastsal.study.report.html.find_spec", lambda name: None)
+    monkeypatch.setattr("fastsal.study.report.rendering.find_spec", lambda name: None)
     folder = write_study(tmp_path)
     failed(run("report", folder), "pip install 'fastsal[report]'")
     assert not (folder / "report.html").exists()

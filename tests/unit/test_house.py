@@ -29,7 +29,7 @@ OPTIONAL = {
         "fastsal.cli.safety_figure",
     },
     "tqdm": {"fastsal.utils.progress"},
-    "jinja2": {"fastsal.study.report.html"},
+    "jinja2": {"fastsal.study.report.rendering"},
     "pyarrow": {"fastsal.study.tables"},
     "sklearn": {"fastsal.data.opening", "fastsal.cli.demo.study"},
     "torchvision": {"fastsal.data.torchvision_images"},

@@ -86,11 +86,11 @@ def measure_segments(
     segments = []
     for key, times in found.items():
         least = math.inf
-        seconds: list[float] = []
+        medians: list[float] = []
         for each in times:
             least = min(least, statistics.median(each))
-            seconds.append(least)
-        segments.append(Segment(key, tuple(seconds)))
+            medians.append(least)
+        segments.append(Segment(key, tuple(medians)))
     return segments
 
 

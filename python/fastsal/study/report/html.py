@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from fastsal.errors import FastsalError
 from fastsal.study.report import (
     diagnostic_figures,
     figures,
@@ -19,6 +17,7 @@ from fastsal.study.report.chart import Ids, marker, variant_group, wrap
 from fastsal.study.report.figures import Figure, Table
 from fastsal.study.report.findings import MARGIN, Finding, Section, sections
 from fastsal.study.report.provenance import provenance, settings_text
+from fastsal.study.report.rendering import rendered
 from fastsal.study.report.results import Results, Variant
 
 BOTH_STAGES = 4  # variants; with more, lines after fine-tuning are hidden at first
@@ -66,12 +65,6 @@ def page(results: Results, *, diagnostics: bool = True, margin: float = MARGIN) 
     Raises:
         FastsalError: jinja2 is not installed.
     """
-    if find_spec("jinja2") is None:
-        raise FastsalError(
-            "an HTML report requires jinja2: pip install 'fastsal[report]', or use --format md"
-        )
-    import jinja2
-
     ids = Ids()
     views = [
         _view(results, section, f"section-{i}", diagnostics, margin, ids)
@@ -80,14 +73,8 @@ def page(results: Results, *, diagnostics: bool = True, margin: float = MARGIN) 
     judged = [view.section for view in views]
     table, averaged = summaries.full_table(judged)
     tuned = any(section.p2 for section in judged)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastsal.study.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("study.html.j2").render(
+    return rendered(
+        "study.html.j2",
         results=results,
         done=wording.what_was_done(results, judged),
         paper=wording.PAPER,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from fastsal.errors import FastsalError
 from fastsal.study.report import palette, wording
 from fastsal.study.report.chart import Axis, Ids, Panel, Series, linear_axis, marker, svg, wrap
 from fastsal.study.report.figures import Table
 from fastsal.study.report.markdown import table as markdown_table
+from fastsal.study.report.rendering import rendered
 from fastsal.study.report.run_results import RunPoint, RunResults
 from fastsal.study.report.tradeoff import Pick, nothing_kept, picks
 
@@ -50,21 +49,9 @@ def html(results: RunResults, margin: float) -> str:
     Raises:
         FastsalError: jinja2 is not installed.
     """
-    if find_spec("jinja2") is None:
-        raise FastsalError(
-            "an HTML report requires jinja2: pip install 'fastsal[report]', or use --format md"
-        )
-    import jinja2
-
     ids = Ids()
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastsal.study.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template("runs.html.j2").render(
+    return rendered(
+        "runs.html.j2",
         results=results,
         views=_views(results, margin, ids),
         margin=f"{margin:g}",
