@@ -20,6 +20,10 @@ from fastsal.pruning.structured.work import Change, Work, applied
 
 Cuts = Sequence[tuple[Group, Tensor]]
 
+# Ten times that of single weights: a solution that starts from the fold has little to gain from
+# large moves, and layers of vision transformers overfit a few hundred images.
+_DAMPING = 0.1
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -62,7 +66,7 @@ class Judge:
         return found
 
     def reconstruct(
-        self, cuts: Cuts, before: float, source: Iterable[Pair], seed: int, room: int | None
+        self, cuts: Cuts, choice: Choice, source: Iterable[Pair], seed: int, room: int | None
     ) -> Reconstruction:
         """Solve for the weights of all layers without the units that go; undo it if that is worse.
 
@@ -70,16 +74,23 @@ class Judge:
 
         Args:
             cuts: Groups and the units that they keep.
-            before: Held-out loss of the alternative.
+            choice: The fold to start from, and its held-out loss.
             source: Images.
             seed: Seed of the places that are compared.
             room: Bytes for images and activations; None without a budget.
         """
+        assert choice.loss is not None
+        before = choice.loss
         masks = masks_of(self._model, cuts)
         tensors = tensors_of(self._model)
         with all_or_nothing(tensors) as dense:
+            with torch.no_grad():
+                for tensor, value in choice.changes:
+                    tensor.copy_(value)
             masks.apply(self._model)
-            solved, images = reconstruct_on(self._model, dense, masks, source, seed=seed, room=room)
+            solved, images = reconstruct_on(
+                self._model, dense, masks, source, damping=_DAMPING, seed=seed, room=room
+            )
             with restored(self._model):
                 after = self._loss(cuts)
             kept = after < before  # False for NaN

@@ -174,7 +174,7 @@ def prune_structure(
         clock.lap("widths and fold")
         rebuilt = None
         if judge is not None and chosen.loss is not None and cuts:
-            rebuilt = _reconstructed(model, judge, cuts, chosen.loss, source, how)
+            rebuilt = _reconstructed(model, judge, cuts, chosen, source, how)
             clock.lap("reconstruction")
         if rebuilt is None or not rebuilt.kept:
             applied(chosen.changes)
@@ -222,7 +222,7 @@ def _reconstructed(
     model: nn.Module,
     judge: Judge,
     cuts: Cuts,
-    loss: float,
+    chosen: Choice,
     source: Iterable[Pair],
     how: Settings,
 ) -> Reconstruction | None:
@@ -244,7 +244,7 @@ def _reconstructed(
             )
         if room is None:
             return None
-    return judge.reconstruct(cuts, loss, source, how.seed, room)
+    return judge.reconstruct(cuts, chosen, source, how.seed, room)
 
 
 def _chosen(units: Units, layers: str | Sequence[str] | None, structure: str) -> Units:
