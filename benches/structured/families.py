@@ -3,7 +3,9 @@
 For the smallest model of each family of up to `--weights` parameters (`families.json`), with random
 weights: the groups of units of each structure that are found and proven, and the layers that are
 left out. Then a third of the units of all groups is kept, and the outputs of the smaller model are
-compared with those of the masked one, in float64. Families that FILE has are not run again.
+compared with those of the masked one, in float64. With `--files` the smaller model of each family
+is also saved, loaded into a new model, exported to ONNX, and compared with the masked one, in
+float32. Families that FILE has are not run again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -19,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fastsal
 from benches.families import _built
+from fastsal.errors import FastsalError
 from fastsal.pruning.structured.find import find
 from fastsal.pruning.structured.groups import cut, silence
 from fastsal.utils.choices import STRUCTURES
 from fastsal.utils.machine import versions
+from fastsal.utils.plain_text import first_line
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -51,11 +57,55 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
     return {**found, "difference": worst}
 
 
+def check_files(name: str, folder: Path) -> dict[str, Any]:
+    """Return what became of the smaller model of a family in files, in float32.
+
+    Args:
+        name: Name of the model.
+        folder: Folder for the files.
+
+    Returns:
+        The structure, its units before and after, and the largest relative differences of outputs:
+        of the model that was loaded, and of the ONNX file as `fastsal.export` measured it.
+    """
+    model, images = _built(name, torch.float32)
+    model.eval()
+    for structure in STRUCTURES:
+        groups = find(model, images, structure).groups
+        if groups:
+            break
+    else:
+        return {"structure": None}
+    draw = torch.Generator().manual_seed(0)
+    kept = [
+        (g, torch.randperm(g.units, generator=draw)[: max(1, g.units // 3)].sort().values)
+        for g in groups
+    ]
+    masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
+    silence(masked, kept)
+    cut(smaller, kept)
+    fastsal.models.save_weights(smaller, folder / "model.safetensors")
+    loaded, _ = _built(name, torch.float32)
+    loaded.eval()
+    fastsal.models.load_weights(loaded, folder / "model.safetensors")
+    with torch.no_grad():
+        wanted, other = masked(images), loaded(images)
+    difference = float((other - wanted).abs().max() / wanted.abs().max())
+    found = fastsal.export(loaded, folder / "model.onnx", "onnx", images=images)
+    return {
+        "structure": structure,
+        "units": [sum(g.units for g in groups), sum(len(k) for _, k in kept)],
+        "loaded, difference": difference,
+        "onnx, difference": found.difference,
+    }
+
+
 def main() -> None:
     """Run the families that the file does not have, and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS / "structured-families.json")
     parser.add_argument("--weights", type=int, default=40_000_000, help="largest model")
+    parser.add_argument("--files", type=int, default=0, help="families whose files are checked too")
     parser.add_argument("--seconds", type=float, help="time after which no family is begun")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -71,11 +121,26 @@ def main() -> None:
         model.eval()
         done["families"][family] = {"model": known["model"], **check(model, images)}
         given.out.write_text(json.dumps(done, indent=1) + "\n")
+    for family, row in done["families"].items():
+        have = sum("files" in other for other in done["families"].values())
+        if have >= given.files or "files" in row:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                row["files"] = check_files(row["model"], Path(folder))
+            except FastsalError as error:  # torch.onnx cannot convert some models
+                row["files error"] = first_line(error)
+        print(family, row.get("files", row.get("files error")), flush=True)
+        given.out.write_text(json.dumps(done, indent=1) + "\n")
     rows = done["families"].values()
     print(f"{len(rows)} families")
     for structure in STRUCTURES:
         print(f"{structure}: units in {sum(row[structure]['groups'] > 0 for row in rows)}")
     print(f"largest difference: {max(row['difference'] for row in rows):.3g}")
+    files = [row["files"] for row in rows if row.get("files", {}).get("structure")]
+    for name in ("loaded", "onnx"):
+        worst = max((row[f"{name}, difference"] for row in files), default=0.0)
+        print(f"{len(files)} families in files, largest difference, {name}: {worst:.3g}")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def finetune(**given: Any) -> None:
 
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
+    from fastsal.cli.accuracy import MeasuredAccuracy
     from fastsal.cli.inputs import check_test, image_size, open_batches, open_model, set_threads
     from fastsal.cli.output import console, emit, print_selection, run_summary
     from fastsal.cli.runfolder import (
@@ -115,9 +116,7 @@ def finetune(**given: Any) -> None:
         write_run,
     )
     from fastsal.models.left_out import left_out
-    from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
-    from fastsal.utils.progress import reporter
 
     check_target(given["out"], given["force"])
     set_threads(given["threads"])
@@ -131,18 +130,15 @@ def finetune(**given: Any) -> None:
         )
         held_out = given["held_out"] and open_batches(given, model, spec, given["held_out"])
         test = given["test"] and open_batches(given, model, spec, given["test"])
-    accuracy: dict[str, Any] = {}
     if held_out:
         check_test(batches, held_out, "held_out")
     if test:
         check_test(batches, test)
-        with clock.step("test"), reporter(not given["quiet"], "accuracy before") as report:
-            accuracy["before"] = measure(model, test, report=report)._asdict()
+    accuracy = MeasuredAccuracy(given, model, test, clock)
+    accuracy.measure("before", "accuracy before")
     with clock.step("train"):
         done = _trained(given, model, masks, batches, held_out or None)
-    if test:
-        with clock.step("test"), reporter(not given["quiet"], "accuracy after") as report:
-            accuracy["after"] = measure(model, test, report=report)._asdict()
+    accuracy.measure("after", "accuracy after")
     masks.check(model)
     rest, in_use = left_out(model, masks), masks.in_use(model)
     result = {
@@ -152,7 +148,7 @@ def finetune(**given: Any) -> None:
         "history": done.history,
         "kept_epoch": done.kept_epoch,
         "held_out_loss_before": done.before,
-        "accuracy": accuracy,
+        "accuracy": accuracy.found,
         **selection_facts(rest, in_use),
         "seconds": clock.rounded(3),
     }

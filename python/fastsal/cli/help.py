@@ -15,7 +15,9 @@ SECTIONS: dict[str, tuple[str, ...]] = {
         "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
         "refit_steps",
     ),
-    "Units": ("structure", "budget", "unit_criterion", "multiple", "layers"),
+    "Units": (
+        "structure", "budget", "latency_batch", "unit_criterion", "multiple", "layers",
+    ),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",
     ),

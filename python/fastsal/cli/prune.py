@@ -141,6 +141,7 @@ def prune(**given: Any) -> None:
 
 def _prune(given: dict[str, Any], rank: int) -> None:
     """Prune as the options say; rank 0 writes the folder."""
+    from fastsal.cli.accuracy import MeasuredAccuracy
     from fastsal.cli.inputs import (
         check_test,
         image_size,
@@ -158,9 +159,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         selection_facts,
         write_run,
     )
-    from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
-    from fastsal.utils.progress import reporter
 
     is_limited = given["max_accuracy_drop"] is not None or given["max_loss_increase"] is not None
     if given["target"] is not None:
@@ -181,17 +180,14 @@ def _prune(given: dict[str, Any], rank: int) -> None:
             given["compensate"] = batches is not None
         test = given["test"] and open_batches(given, model, spec, given["test"])
         held_out = given["held_out"] and open_batches(given, model, spec, given["held_out"])
-    accuracy: dict[str, Any] = {}
     if test:
         check_test(batches, test)
-        with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
+    accuracy = MeasuredAccuracy(given, model, test, clock)
+    accuracy.measure("before", "dense accuracy", checks_labels=True)
     with clock.step("prune"):
         done = _pruned(given, ranked, model, batches, held_out)
     masks, safety = done.masks, done.safety
-    if test:
-        with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
-            accuracy["after"] = measure(model, test, report=report)._asdict()
+    accuracy.measure("after", "pruned accuracy")
     masks.check(model)
     if rank:
         return
@@ -202,7 +198,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,
         **selection_facts(done.left_out, done.in_use),
-        "accuracy": accuracy,
+        "accuracy": accuracy.found,
         "seconds": clock.rounded(3),
     }
     picture = _Picture(safety)

@@ -108,6 +108,7 @@ def check_options(given: dict[str, Any]) -> None:
 def prune_units(given: dict[str, Any]) -> None:
     """Prune as the options say and write the folder."""
     import fastsal
+    from fastsal.cli.accuracy import MeasuredAccuracy
     from fastsal.cli.inputs import (
         check_test,
         image_size,
@@ -116,12 +117,10 @@ def prune_units(given: dict[str, Any]) -> None:
         refit_settings,
         set_threads,
     )
-    from fastsal.cli.output import console, emit, refit_summary
+    from fastsal.cli.output import console, emit, reconstruction_summary, refit_summary
     from fastsal.cli.runfolder import check_model, check_target, run_facts, write_run
     from fastsal.cli.torchrun import world_size
-    from fastsal.transfer.evaluation import measure
     from fastsal.utils.clock import Clock
-    from fastsal.utils.progress import reporter
 
     if world_size() > 1:
         raise InvalidArgument("--structure runs in one process, not under torchrun")
@@ -135,11 +134,10 @@ def prune_units(given: dict[str, Any]) -> None:
             given, model, spec, given["data"], samples=given["samples"], shuffle=True, labeled=False
         )
         test = given["test"] and open_batches(given, model, spec, given["test"])
-    accuracy: dict[str, Any] = {}
     if test:
         check_test(batches, test)
-        with clock.step("test"), reporter(not given["quiet"], "dense accuracy") as report:
-            accuracy["before"] = measure(model, test, report=report, checks_labels=True)._asdict()
+    accuracy = MeasuredAccuracy(given, model, test, clock)
+    accuracy.measure("before", "dense accuracy", checks_labels=True)
     with clock.step("prune"):
         floor = given["floor"]
         done = fastsal.prune_structure(
@@ -164,15 +162,13 @@ def prune_units(given: dict[str, Any]) -> None:
             progress=not given["quiet"],
             seed=given["seed"],
         )
-    if test:
-        with clock.step("test"), reporter(not given["quiet"], "pruned accuracy") as report:
-            accuracy["after"] = measure(model, test, report=report)._asdict()
+    accuracy.measure("after", "pruned accuracy")
     result = {
         **run_facts(given, done.masks),
         "image_size": image_size(spec, batches),
         "samples": done.samples,
         "structure": done.as_dict(),
-        "accuracy": accuracy,
+        "accuracy": accuracy.found,
         "seconds": clock.rounded(3),
     }
     write_run(given["out"], model, done.masks, {"model": given["model"]}, result)
@@ -181,9 +177,11 @@ def prune_units(given: dict[str, Any]) -> None:
         return
     screen = console()
     screen.print(_table(done))
+    if done.reconstruction is not None:
+        screen.print(f"\n{reconstruction_summary(done.reconstruction)}", soft_wrap=True)
     if done.refit is not None:
         screen.print(f"\n{refit_summary(done.refit)}", soft_wrap=True)
-    screen.print(f"\n[bold]{_summary(done, accuracy)}[/bold]", soft_wrap=True)
+    screen.print(f"\n[bold]{_summary(done, accuracy.found)}[/bold]", soft_wrap=True)
     for reason, count in Counter(done.left_out.values()).most_common(5):
         layers = "layer" if count == 1 else "layers"
         screen.print(f"left out: {count} {layers}: {reason}", soft_wrap=True, markup=False)
