@@ -24,10 +24,12 @@ from fastsal.pruning.structured.groups import Group, cut, restored
 
 # Fractions of the units at which a model is measured, falling.
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
-# Runs at each fraction, in turn; the first one of a turn is not counted.
-_TURNS, _RUNS = 7, 3
+# Turns through the fractions, in about so many seconds, with so many runs at each fraction; one
+# more run comes first and is not counted.
+_LEAST_TURNS, _MOST_TURNS, _SECONDS, _RUNS = 5, 40, 15.0, 3
 
 Stamps = list[tuple[float, str, bool]]  # time in s, name of a layer, whether it begins
+_Run = dict[tuple[str, ...], float]  # names of groups to the seconds of what depends on them
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,10 @@ def measure_segments(
         clock: Returns the time in s.
     """
     layers = {name for group in groups for name in (*group.producers, *group.consumers)}
-    found: dict[tuple[str, ...], list[list[float]]] = {}
-    for _ in range(_TURNS):
+    runs: list[list[_Run]] = [[] for _ in FRACTIONS]
+    start, turns = clock(), 0
+    while turns < _LEAST_TURNS or (turns < _MOST_TURNS and clock() - start < _SECONDS):
+        turns += 1
         for place, fraction in enumerate(FRACTIONS):
             with restored(model), _stamping(model, layers, clock) as stamps:
                 cut(model, [(group, _some(group, fraction)) for group in groups])
@@ -80,18 +84,32 @@ def measure_segments(
                     stamps.clear()
                     outputs(model, images)
                     if run:
-                        for key, seconds in _durations(stamps, groups).items():
-                            at = found.setdefault(key, [[] for _ in FRACTIONS])
-                            at[place].append(seconds)
-    segments = []
-    for key, times in found.items():
-        least = math.inf
-        medians: list[float] = []
-        for each in times:
-            least = min(least, statistics.median(each))
-            medians.append(least)
-        segments.append(Segment(key, tuple(medians)))
-    return segments
+                        runs[place].append(_durations(stamps, groups))
+    medians = [_medians(some) for some in runs]
+    return [Segment(key, _not_rising([each[key] for each in medians])) for key in medians[0]]
+
+
+def _medians(runs: Sequence[_Run]) -> _Run:
+    """Return the median of each part over runs; a run that is slow as a whole is scaled."""
+    totals = [sum(run.values()) for run in runs]
+    usual = statistics.median(totals)
+    return {
+        key: statistics.median(
+            run[key] * usual / (total or 1.0) for run, total in zip(runs, totals, strict=True)
+        )
+        for key in runs[0]
+    }
+
+
+def _not_rising(values: Sequence[float]) -> tuple[float, ...]:
+    """Return the nearest values that do not rise: pools of neighbors at their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] < pools[-1][0]:
+            (left, n), (right, m) = pools[-2:]
+            pools[-2:] = [((n * left + m * right) / (n + m), n + m)]
+    return tuple(mean for mean, count in pools for _ in range(count))
 
 
 def _some(group: Group, fraction: float) -> Tensor:
@@ -130,7 +148,7 @@ def _stamping(model: nn.Module, layers: set[str], clock: Callable[[], float]) ->
             handle.remove()
 
 
-def _durations(stamps: Stamps, groups: Sequence[Group]) -> dict[tuple[str, ...], float]:
+def _durations(stamps: Stamps, groups: Sequence[Group]) -> _Run:
     """Return the seconds of a run by the names of the groups that a part of it depends on."""
     begins = {name: i for i, (_, name, begun) in reversed(list(enumerate(stamps))) if begun}
     ends = {name: i for i, (_, name, begun) in enumerate(stamps) if not begun}
@@ -141,7 +159,7 @@ def _durations(stamps: Stamps, groups: Sequence[Group]) -> dict[tuple[str, ...],
         )
         for group in groups
     }
-    found: dict[tuple[str, ...], float] = {}
+    found: _Run = {}
     for i in range(len(stamps) - 1):
         key = tuple(name for name, (first, last) in spans.items() if first <= i < last)
         found[key] = found.get(key, 0.0) + stamps[i + 1][0] - stamps[i][0]
