@@ -20,7 +20,10 @@ from fastsal.pruning.reconstruction.tracing import Trace
 from fastsal.pruning.shelf import copies, restore
 from fastsal.utils.live_memory import LiveMemory
 
-DAMPING = 0.01
+# Layers of vision transformers overfit a few hundred images with less: of a ViT-S/14, 256 images,
+# 0.01 leaves a sixth more error, on held-out images and on those of another data set. A ResNet-20
+# is as accurate with 0.01 as with 0.1.
+DAMPING = 0.1
 # Bytes for images, activations and rows without a budget; fixed, so that results do not depend on
 # the memory of the machine.
 _ROOM = 2**32

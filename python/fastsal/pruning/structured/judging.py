@@ -20,10 +20,6 @@ from fastsal.pruning.structured.work import Change, Work, applied
 
 Cuts = Sequence[tuple[Group, Tensor]]
 
-# Ten times that of single weights: a solution that starts from the fold has little to gain from
-# large moves, and layers of vision transformers overfit a few hundred images.
-_DAMPING = 0.1
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -88,9 +84,7 @@ class Judge:
                 for tensor, value in choice.changes:
                     tensor.copy_(value)
             masks.apply(self._model)
-            solved, images = reconstruct_on(
-                self._model, dense, masks, source, damping=_DAMPING, seed=seed, room=room
-            )
+            solved, images = reconstruct_on(self._model, dense, masks, source, seed=seed, room=room)
             with restored(self._model):
                 after = self._loss(cuts)
             kept = after < before  # False for NaN

@@ -94,7 +94,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def solve(x, y, weight, kept, damping=0.01):
+def solve(x, y, weight, kept, damping=0.1):
     """Least squares with a constant, row by row: weights and constants."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
