@@ -77,8 +77,10 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
     try:
         with torch.no_grad():
             program = torch.export.export(OneOutput(model).eval(), (images[:1],))
+            program = program.run_decompositions({})
+            _without_aliases(program)
             made = coremltools.convert(
-                program.run_decompositions({}),
+                program,
                 inputs=[coremltools.TensorType(_INPUT, images[:1].shape)],
                 outputs=[coremltools.TensorType(_OUTPUT)],
                 minimum_deployment_target=coremltools.target.iOS17,
@@ -95,6 +97,16 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
     return made
+
+
+def _without_aliases(program: torch.export.ExportedProgram) -> None:
+    """Remove operations that return their input, which the converter does not know."""
+    graph = program.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def _compare_weights(model: nn.Module, written: Any) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +41,9 @@ def export_executorch(
         tolerance: Largest difference of outputs, relative to the largest output.
 
     Returns:
-        Bytes of the file, the difference, the weights that were found in the file in every bit, and
-        how many of them are zero. Weights that the exporter multiplied by the scales of batch
-        normalization are not counted.
+        Bytes of the file, the difference, the weights that were found in the file, and how many of
+        them are zero. Others are not counted: those that XNNPACK stores in an order of its own, and
+        those without zeros that the exporter multiplied by the scales of batch normalization.
 
     Raises:
         InvalidArgument: ExecuTorch is not installed.
@@ -95,14 +96,25 @@ def _difference(model: nn.Module, path: Path, images: Tensor, tolerance: float) 
 
 
 def _count_weights(model: nn.Module, content: bytes) -> tuple[int, int]:
-    """Return how many weights are in a file as they are, and how many of these are zero."""
+    """Return how many weights are found in a file, and how many of these are zero.
+
+    A weight is found if the file has all of its bits, in its own order or with the inputs last; or,
+    if it was multiplied by the scales of batch normalization, by the places of its zeros.
+    """
+    numbers = np.frombuffer(content[: len(content) // 4 * 4], np.uint32)
+    present = (numbers & 0x7FFFFFFF).astype(bool).tobytes()  # neither 0 nor -0
     values = zeros = 0
     for parameter in model.parameters():
         weight = parameter.detach().cpu().contiguous()
-        last = weight.movedim(1, -1).contiguous() if weight.ndim == 4 else weight
-        if weight.ndim > 1 and any(w.numpy().tobytes() in content for w in (weight, last)):
+        if weight.ndim < 2:
+            continue
+        orders = [weight, weight.movedim(1, -1).contiguous()]
+        nulls = int((weight == 0).sum())
+        if any(w.numpy().tobytes() in content for w in orders) or (
+            nulls and any((w != 0).numpy().tobytes() in present for w in orders)
+        ):
             values += weight.numel()
-            zeros += int((weight == 0).sum())
+            zeros += nulls
     return values, zeros
 
 

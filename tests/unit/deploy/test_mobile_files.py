@@ -38,12 +38,15 @@ cases = pytest.mark.parametrize(("name", "structure"), CASES)
 @cases
 def test_executorch(name, structure, tmp_path):
     pytest.importorskip("executorch", reason="needs the extra 'executorch'")
-    model, x, _ = smaller(name, structure)
+    model, x, masks = smaller(name, structure)
     before = copy.deepcopy(model.state_dict())
     found = fastsal.export(model, tmp_path / "m.pte", "executorch", images=x)
     assert found.difference < 1e-4
     assert found.bytes == (tmp_path / "m.pte").stat().st_size
-    assert found.zeros <= found.values
+    # Some layers are stored in an order of XNNPACK's own; their weights are not counted.
+    zeros = masks.total - sum(masks.kept.values())
+    assert 0.5 * zeros < found.zeros <= zeros
+    assert found.zeros < found.values
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
     with pytest.raises(FastsalError, match="differ from those of the model"):
         fastsal.export(model, tmp_path / "other.pte", "executorch", images=x, tolerance=1e-12)
