@@ -45,7 +45,9 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
     _check_criterion(given, is_loaded=False)
     weights = given["weights"]
     if weights is None and not given.get("meta"):
-        click.echo("note: --weights is not given; the weights are random", err=True)
+        # A function of a file may load weights itself.
+        which = "those of the function" if ".py:" in str(given["model"]) else "random"
+        click.echo(f"note: --weights is not given; the weights are {which}", err=True)
     elif weights is not None and weights != "pretrained":
         weights = weights_file(Path(weights))
     where = torch.device("meta") if given.get("meta") else contextlib.nullcontext()
