@@ -144,6 +144,13 @@ def _run(op, *args, **kwargs):
         return target
     given, options = tree_map(unwrapped, (args, kwargs))
     options.pop("pin_memory", None)
+    # A number in place of a tensor comes without the tensor that PyTorch made of it.
+    given = tuple(
+        torch.tensor(value)
+        if str(wanted.type) == "Tensor" and isinstance(value, (int, float))
+        else value
+        for value, wanted in zip(given, op._schema.arguments, strict=False)
+    )
     # Of memory that looks contiguous from outside.
     if name == "aten::as_strided":
         given = (given[0].contiguous(), *given[1:])
