@@ -499,7 +499,9 @@ REFUSED = {
     "no batches": ({"batches": None}, InvalidArgument, "^batches must be .*, got None"),
     "empty": ({"batches": []}, DataError, "^batches must contain at least one batch"),
     "iterator": ({"batches": iter(BATCHES), "rounds": 2}, InvalidArgument, "^batches must be iter"),
-    "too few to hold out": ({"samples": 7}, InvalidArgument, "^damping: .*at least 8 samples"),
+    "too few to hold out": (
+        {"samples": 7}, InvalidArgument, "^batches must have at least 8 samples.*damping",
+    ),
     "NaN image": ({"batches": nan_in(20), "damping": 0.1}, NonFiniteGradient, "^sample 20: "),
     "NaN image held out": ({"batches": nan_in(HELD)}, NonFiniteGradient, "loss must be finite"),
     "label": (
