@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import HeldOutFeatures
 from fastsal.pruning.reconstruction.passes import moment_bytes, reconstruct_on
 from fastsal.pruning.reconstruction_result import Reconstruction
-from fastsal.pruning.shelf import all_or_nothing, restore, tensors_of
+from fastsal.pruning.shelf import tensors_of
 from fastsal.pruning.structured.groups import Group, cut, restored
 from fastsal.pruning.structured.work import Change, Work, applied
 
@@ -56,6 +57,7 @@ class Judge:
             with restored(self._model):
                 applied(changes)
                 loss = self._loss(work.cuts(widths))
+            loss = math.inf if math.isnan(loss) else loss
             if found is None or found.loss is None or loss < found.loss:
                 found = Choice(widths, changes, loss)
         assert found is not None
@@ -66,7 +68,8 @@ class Judge:
     ) -> Reconstruction:
         """Solve for the weights of all layers without the units that go; undo it if that is worse.
 
-        The weights of these units are zero then, for `cut` to remove.
+        The weights of these units are zero then, for `cut` to remove. Tensors get new memory, as in
+        `cut`, so that `groups.restored` can give the model its values back.
 
         Args:
             cuts: Groups and the units that they keep.
@@ -79,17 +82,18 @@ class Judge:
         before = choice.loss
         masks = masks_of(self._model, cuts)
         tensors = tensors_of(self._model)
-        with all_or_nothing(tensors) as dense:
-            with torch.no_grad():
-                for tensor, value in choice.changes:
-                    tensor.copy_(value)
-            masks.apply(self._model)
-            solved, images = reconstruct_on(self._model, dense, masks, source, seed=seed, room=room)
-            with restored(self._model):
-                after = self._loss(cuts)
-            kept = after < before  # False for NaN
-            if not kept:
-                restore(tensors, dense)
+        dense = {name: tensor.data for name, tensor in tensors.items()}
+        applied((tensor, tensor.data.clone()) for tensor in tensors.values())
+        with torch.no_grad():
+            for tensor, value in choice.changes:
+                tensor.copy_(value)
+        masks.apply(self._model)
+        solved, images = reconstruct_on(self._model, dense, masks, source, seed=seed, room=room)
+        with restored(self._model):
+            after = self._loss(cuts)
+        kept = after < before  # False for NaN
+        if not kept:
+            applied((tensor, dense[name]) for name, tensor in tensors.items())
         return Reconstruction(before, after, kept, len(solved), images)
 
     def _loss(self, cuts: Cuts) -> float:

@@ -276,6 +276,20 @@ def test_an_interrupt_leaves_the_model(model, original, batches):
     assert_equal(model, original)
 
 
+@pytest.mark.parametrize("name", ["judging.reconstruct_on", "prune_structure.refit_model"])
+def test_an_error_in_a_late_step_leaves_the_model(model, original, batches, monkeypatch, name):
+    def broken(model, *_args, **_options):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fastsal.pruning.structured.{name}", broken)
+    with pytest.raises(KeyboardInterrupt):
+        fastsal.prune_structure(model, batches, 0.5, refit="blocks")
+    assert_equal(model, original)
+
+
 def assert_equal(model, original):
     assert widths_of(model) == {}
     for (name, a), (_, b) in zip(
