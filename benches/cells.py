@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import fnmatch
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fastsal._core as _core
+from benches.quality.subjects import DATA, DATA_HELP
 from fastsal.utils.machine import processor
 
 KEYS = ("subject", "method", "samples", "seed", "sparsity")
@@ -58,3 +63,35 @@ class Cells:
         whole.write_text(json.dumps(self.rows, indent=1) + "\n")
         os.replace(whole, self._path)
         print(f"{seconds:6.0f} s  {', '.join(map(str, key))}: {found}", flush=True)
+
+
+def table_parser(
+    prog: str, doc: str | None, subjects: Collection[str], results: Path
+) -> argparse.ArgumentParser:
+    """Return the options of a table: subjects, rows, draws, threads and the file of cells."""
+    parser = argparse.ArgumentParser(prog=prog, description=doc)
+    parser.add_argument("--data", type=Path, default=DATA, help=DATA_HELP)
+    parser.add_argument("--subjects", nargs="+", choices=subjects, default=list(subjects))
+    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names of rows")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument("--out", type=Path, default=results, help="JSON file of all cells")
+    parser.add_argument("--show", action="store_true", help="print the tables only")
+    return parser
+
+
+def fill(
+    given: argparse.Namespace, run: Callable[[str, argparse.Namespace, Cells], None]
+) -> list[dict[str, Any]]:
+    """Run the missing cells of all subjects, unless only the tables are shown; return all cells."""
+    torch.set_num_threads(given.threads)
+    cells = Cells(given.out)
+    if not given.show:
+        for name in given.subjects:
+            run(name, given, cells)
+    return cells.rows
+
+
+def matching(methods: Iterable[str], patterns: Sequence[str]) -> list[str]:
+    """Return the names of the methods that a pattern matches."""
+    return [m for m in methods if any(fnmatch.fnmatch(m, p) for p in patterns)]

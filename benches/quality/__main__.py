@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from benches.cells import Cells
+from benches.cells import Cells, fill, matching, table_parser
 from benches.quality.methods import METHODS
-from benches.quality.subjects import DATA, DATA_HELP, SUBJECTS
+from benches.quality.subjects import SUBJECTS
 from benches.quality.table import tables
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.json"
@@ -27,23 +24,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "quality.json"
 
 def main() -> None:
     """Run the cells that are missing, and print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benches.quality", description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA, help=DATA_HELP)
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names of rows")
+    parser = table_parser("python -m benches.quality", __doc__, SUBJECTS, RESULTS)
     parser.add_argument("--samples", type=int, nargs="+", help="numbers of calibration images")
     parser.add_argument("--sparsities", type=_goal, nargs="+", help="sparsities, or patterns: 2:4")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws")
-    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of all cells")
-    parser.add_argument("--show", action="store_true", help="print the tables only")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    cells = Cells(given.out)
-    if not given.show:
-        for name in given.subjects:
-            _run(name, given, cells)
-    print(tables(cells.rows))
+    print(tables(fill(parser.parse_args(), _run)))
 
 
 def _goal(text: str) -> float | str:
@@ -63,7 +47,7 @@ def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
         cells.add((name, method, samples, seed, sparsity), work)
 
     cell("dense", 0, 0, 0.0)
-    wanted = [m for m in METHODS if any(fnmatch.fnmatch(m, p) for p in given.methods)]
+    wanted = matching(METHODS, given.methods)
     for seed in given.seeds:
         for samples in given.samples or subject.samples[:1]:
             for method in wanted:

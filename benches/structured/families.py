@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,32 @@ import fastsal
 from benches.families import _built
 from fastsal.errors import FastsalError
 from fastsal.pruning.structured.find import find
-from fastsal.pruning.structured.groups import cut, silence
+from fastsal.pruning.structured.groups import Group, cut, silence
 from fastsal.utils.choices import STRUCTURES
 from fastsal.utils.machine import versions
 from fastsal.utils.plain_text import first_line
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def third_of(model: nn.Module, groups: Sequence[Group]) -> tuple[nn.Module, nn.Module, int]:
+    """Return copies with a random third of the units, masked and smaller, and how many are kept."""
+    draw = torch.Generator().manual_seed(0)
+    kept = [
+        (g, torch.randperm(g.units, generator=draw)[: max(1, g.units // 3)].sort().values)
+        for g in groups
+    ]
+    masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
+    silence(masked, kept)
+    cut(smaller, kept)
+    return masked, smaller, sum(len(units) for _, units in kept)
+
+
+@torch.no_grad()
+def difference(masked: nn.Module, smaller: nn.Module, images: Tensor) -> float:
+    """Return the largest difference of outputs, relative to the largest output."""
+    wanted = masked(images)
+    return float((smaller(images) - wanted).abs().max() / wanted.abs().max())
 
 
 def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -41,19 +62,9 @@ def check(model: nn.Module, images: Tensor) -> dict[str, Any]:
     for structure in STRUCTURES:
         units = find(model, images, structure)
         found[structure] = {"groups": len(units.groups), "left out": len(units.left_out)}
-        draw = torch.Generator().manual_seed(0)
-        kept = [
-            (g, torch.randperm(g.units, generator=draw)[: max(1, g.units // 3)].sort().values)
-            for g in units.groups
-        ]
-        if not kept:
-            continue
-        masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
-        silence(masked, kept)
-        cut(smaller, kept)
-        with torch.no_grad():
-            wanted, other = masked(images), smaller(images)
-        worst = max(worst, float((other - wanted).abs().max() / wanted.abs().max()))
+        if units.groups:
+            masked, smaller, _ = third_of(model, units.groups)
+            worst = max(worst, difference(masked, smaller, images))
     return {**found, "difference": worst}
 
 
@@ -76,26 +87,16 @@ def check_files(name: str, folder: Path) -> dict[str, Any]:
             break
     else:
         return {"structure": None}
-    draw = torch.Generator().manual_seed(0)
-    kept = [
-        (g, torch.randperm(g.units, generator=draw)[: max(1, g.units // 3)].sort().values)
-        for g in groups
-    ]
-    masked, smaller = copy.deepcopy(model), copy.deepcopy(model)
-    silence(masked, kept)
-    cut(smaller, kept)
+    masked, smaller, kept = third_of(model, groups)
     fastsal.models.save_weights(smaller, folder / "model.safetensors")
     loaded, _ = _built(name, torch.float32)
     loaded.eval()
     fastsal.models.load_weights(loaded, folder / "model.safetensors")
-    with torch.no_grad():
-        wanted, other = masked(images), loaded(images)
-    difference = float((other - wanted).abs().max() / wanted.abs().max())
     found = fastsal.export(loaded, folder / "model.onnx", "onnx", images=images)
     return {
         "structure": structure,
-        "units": [sum(g.units for g in groups), sum(len(k) for _, k in kept)],
-        "loaded, difference": difference,
+        "units": [sum(g.units for g in groups), kept],
+        "loaded, difference": difference(masked, loaded, images),
         "onnx, difference": found.difference,
     }
 

@@ -61,6 +61,7 @@ def torch_pruning_taylor(
             logits = model(x) if head is None else head(model(x))
             torch.autograd.backward(F.cross_entropy(logits, y))
         pruner.step()
-        left, _ = torch_pruning.utils.count_ops_and_params(model, images)
-        if by_macs and left <= (1 - goal.fraction) * whole:
-            return
+        if by_macs:
+            left, _ = torch_pruning.utils.count_ops_and_params(model, images)
+            if left <= (1 - goal.fraction) * whole:
+                return

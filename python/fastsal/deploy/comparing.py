@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,3 +64,38 @@ def compare_outputs(
             f"largest output, more than tolerance {tolerance:g}"
         )
     return worst
+
+
+def compare_zeros(
+    model: nn.Module, constants: Iterable[NDArray[Any]], kind: str
+) -> tuple[int, int]:
+    """Return how many weights a file has, and how many are zero, where the model's are zero.
+
+    For converters that multiply weights by the scales of batch normalization: weights are
+    recognized by their number and the places of their zeros. Those that are not found in this
+    order are not counted.
+
+    Args:
+        model: The model.
+        constants: Constants of the file, of a real type.
+        kind: Kind of the file, for messages.
+
+    Raises:
+        FastsalError: The file lacks zeros of the model, or has none of its weights.
+    """
+    known: dict[int, list[NDArray[np.bool_]]] = {}
+    for constant in constants:
+        known.setdefault(constant.size, []).append(constant.reshape(-1) == 0)
+    values = zeros = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or parameter.numel() not in known:
+            continue
+        zero = (parameter.detach().cpu() == 0).numpy().reshape(-1)
+        if any((zero <= found).all() for found in known[len(zero)]):
+            values += len(zero)
+            zeros += int(zero.sum())
+        elif all(found.sum() < zero.sum() for found in known[len(zero)]):
+            raise FastsalError(f"the {kind} lacks zeros of the model in {name!r}")
+    if not values:
+        raise FastsalError(f"the {kind} has none of the weights of the model")
+    return values, zeros

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import sys
-import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import staged
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.evaluating import to_model
@@ -56,7 +52,7 @@ def export_coreml(
     require_package()
     images = to_model(images, next(model.parameters())).cpu()
     with staged(path) as made:
-        with _quiet():
+        with quiet():
             written = _write(model, made, images)
             values, zeros = _compare_weights(model, written)
         difference = None
@@ -110,30 +106,11 @@ def _without_aliases(program: torch.export.ExportedProgram) -> None:
 
 
 def _compare_weights(model: nn.Module, written: Any) -> tuple[int, int]:
-    """Return how many weights a package has, and how many are zero, where the model's are zero.
-
-    The converter multiplies weights by the scales of batch normalization, so they are recognized by
-    their number and the places of their zeros.
-    """
+    """Return how many weights a package has, and how many are zero, where the model's are zero."""
     from coremltools.optimize.coreml import decompress_weights, get_weights_metadata
 
-    known: dict[int, list[NDArray[np.bool_]]] = {}
-    for found in get_weights_metadata(decompress_weights(written), weight_threshold=0).values():
-        known.setdefault(found.val.size, []).append(found.val.reshape(-1) == 0)
-    values = zeros = 0
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or parameter.numel() not in known:
-            continue
-        same_size = known[parameter.numel()]
-        zero = (parameter.detach().cpu() == 0).numpy().reshape(-1)
-        if any((zero <= each).all() for each in same_size):
-            values += len(zero)
-            zeros += int(zero.sum())
-        elif all(each.sum() < zero.sum() for each in same_size):
-            raise FastsalError(f"the Core ML package lacks zeros of the model in {name!r}")
-    if not values:
-        raise FastsalError("the Core ML package has none of the weights of the model")
-    return values, zeros
+    found = get_weights_metadata(decompress_weights(written), weight_threshold=0)
+    return compare_zeros(model, (each.val for each in found.values()), "Core ML package")
 
 
 def _difference(model: nn.Module, written: Any, images: Tensor, tolerance: float) -> float:
@@ -142,20 +119,3 @@ def _difference(model: nn.Module, written: Any, images: Tensor, tolerance: float
         return np.concatenate(each)
 
     return compare_outputs(model, run, images, tolerance, "Core ML")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the converter logs and prints about its own steps."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

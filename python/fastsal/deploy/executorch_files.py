@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.evaluating import to_model
@@ -52,7 +48,7 @@ def export_executorch(
     require_package()
     images = to_model(images[:_MOST_IMAGES], next(model.parameters())).cpu()
     with staged(path) as made:
-        with _quiet():
+        with quiet():
             _write(model, made, images)
         difference = _difference(model, made, images, tolerance)
         values, zeros = _count_weights(model, made.read_bytes())
@@ -116,16 +112,3 @@ def _count_weights(model: nn.Module, content: bytes) -> tuple[int, int]:
             values += weight.numel()
             zeros += nulls
     return values, zeros
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what the exporter logs and prints about its own steps."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
 from fastsal.models.evaluating import to_model
@@ -78,32 +77,16 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
 def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:
     """Return how many weights the file has, and how many are zero, where the model's are zero.
 
-    The converter multiplies weights by the scales of batch normalization and names them anew, so
-    they are recognized by their number and the places of their zeros. Weights that it transposed
-    or removed may not be found; they are not counted.
+    The converter names weights anew, and transposes or removes some.
     """
     import openvino
 
-    known: dict[int, list[NDArray[np.bool_]]] = {}
-    for node in openvino.Core().read_model(str(path)).get_ops():
-        if node.get_type_name() == "Constant" and node.get_element_type().is_real():
-            zero = np.asarray(node.data).reshape(-1) == 0
-            known.setdefault(len(zero), []).append(zero)
-    values = zeros = 0
-    seen: set[int] = set()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or id(parameter) in seen or parameter.numel() not in known:
-            continue
-        seen.add(id(parameter))
-        zero = (parameter.detach().cpu() == 0).numpy().reshape(-1)
-        if any((zero <= found).all() for found in known[len(zero)]):
-            values += len(zero)
-            zeros += int(zero.sum())
-        elif all(found.sum() < zero.sum() for found in known[len(zero)]):
-            raise FastsalError(f"the OpenVINO file lacks zeros of the model in {name!r}")
-    if not values:
-        raise FastsalError("the OpenVINO file has none of the weights of the model")
-    return values, zeros
+    constants = (
+        np.asarray(node.data)
+        for node in openvino.Core().read_model(str(path)).get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type().is_real()
+    )
+    return compare_zeros(model, constants, "OpenVINO file")
 
 
 def _difference(model: nn.Module, path: Path, images: Tensor, tolerance: float) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -155,9 +155,9 @@ def choose_widths(
             f"{what} here, got {sparsity:g}: the other ones are not in units that can be removed, "
             "or kept by floor"
         )
-    if scope == "layer":
-        return _uniform(groups, allowed, sizes, goal, what)
-    if scope == "uniform":
+    if scope == "layer" and what == "units":
+        return _nearest(groups, allowed, goal / base)
+    if scope in ("layer", "uniform"):
         return _largest_uniform(groups, allowed, sizes, goal, what)
     kept = {group.name: group.units for group in groups}
     left = base
@@ -191,15 +191,7 @@ def choose_widths(
 
 
 def candidate_widths(
-    groups: Sequence[Group],
-    costs: Mapping[str, Tensor],
-    sizes: Sizes,
-    sparsity: float,
-    *,
-    what: str,
-    scope: str,
-    floor: float,
-    multiple: int | None,
+    groups: Sequence[Group], choose: Callable[..., dict[str, int]], scope: str, floor: float
 ) -> list[dict[str, int]]:
     """Return different widths that meet a budget, for `scope="auto"` several.
 
@@ -209,49 +201,24 @@ def candidate_widths(
 
     Args:
         groups: The groups.
-        costs: See `choose_widths`.
-        sizes: Sizes of the model.
-        sparsity: Fraction of `what` to remove.
-        what: See `choose_widths`.
+        choose: `choose_widths` with all arguments but `scope` and `floor`.
         scope: `"auto"`, or one of `choose_widths`.
         floor: Least fraction of a group to keep.
-        multiple: See `widths_allowed`.
 
     Raises:
         InvalidArgument: So much cannot be removed.
     """
-
-    def widths(scope: str, floor: float) -> dict[str, int]:
-        return choose_widths(
-            groups, costs, sizes, sparsity, what=what, scope=scope, floor=floor, multiple=multiple
-        )
-
     if scope != "auto":
-        return [widths(scope, floor)]
-    uniform = widths("uniform", floor)
+        return [choose(scope=scope, floor=floor)]
+    uniform = choose(scope="uniform", floor=floor)
     fraction = sum(uniform.values()) / sum(group.units for group in groups)
-    found = [widths("global", floor)]
+    found = [choose(scope="global", floor=floor)]
     for step in _STEPS:
         # A floor above the fraction of some group, whose widths are coarse, may be infeasible.
         with contextlib.suppress(InvalidArgument):
-            found.append(widths("global", max(floor, floor + step * (fraction - floor))))
+            higher = max(floor, floor + step * (fraction - floor))
+            found.append(choose(scope="global", floor=higher))
     return [w for i, w in enumerate([*found, uniform]) if w not in found[:i]]
-
-
-def _uniform(
-    groups: Sequence[Group],
-    allowed: Mapping[str, Sequence[int]],
-    sizes: Sizes,
-    goal: float,
-    what: str,
-) -> dict[str, int]:
-    """Return the same fraction of every group, rounded to the nearest allowed width.
-
-    The largest such fraction that meets the goal, or for units the one nearest to it.
-    """
-    if what == "units":
-        return _nearest(groups, allowed, goal / sizes.total(what))
-    return _largest_uniform(groups, allowed, sizes, goal, what)
 
 
 def _largest_uniform(

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.reconstruction_result import Reconstruction
 from fastsal.pruning.refit.refit import refit as refit_model
 from fastsal.pruning.refit.settings import Refit
-from fastsal.pruning.structured.budget import Sizes, candidate_widths
+from fastsal.pruning.structured.budget import Sizes, candidate_widths, choose_widths
 from fastsal.pruning.structured.find import Units, find
 from fastsal.pruning.structured.groups import cut, restored
 from fastsal.pruning.structured.judging import Choice, Cuts, Judge, room_for
@@ -162,10 +163,11 @@ def prune_structure(
         work = Work(model, units, replace(how, samples=None), source)
         work.score()
         clock.lap("statistics and scores")
-        candidates = candidate_widths(
-            units.groups, work.costs, sizes, how.sparsity_of(sparsity),
-            what=budget, scope=how.scope, floor=how.floor, multiple=how.multiple,
+        choose = partial(
+            choose_widths, units.groups, work.costs, sizes, how.sparsity_of(sparsity),
+            what=budget, multiple=how.multiple,
         )  # fmt: skip
+        candidates = candidate_widths(units.groups, choose, how.scope, how.floor)
         if judge is None or (len(candidates) == 1 and not how.reconstructs):
             chosen = Choice(candidates[0], work.fold(candidates[0]), None)
         else:

@@ -90,10 +90,10 @@ def _view(model: str, points: Sequence[RunPoint], margin: float, ids: Ids) -> Mo
     latency = next((p.latencies[0] for p in points if p.latencies), None)
     if latency is not None:
         batch = latency.batch
-        name = f"latency of {batch} image{'s' if batch != 1 else ''}, relative to the original"
+        name = f"latency of {wording.number(batch, 'image')}, relative to the original"
         x_axes.insert(0, (name, lambda p: _relative_latency(p, batch), 1.0))
     if any(p.file_bytes for p in points):
-        x_axes.insert(1, ("file, relative to the original", _relative_file, 1.0))
+        x_axes.insert(1, ("file, relative to the original", lambda p: p.file_ratio, 1.0))
     panels = [
         _panel(title, of, origin, points, methods, dense, found, ids)
         for title, of, origin in x_axes
@@ -115,12 +115,6 @@ def _view(model: str, points: Sequence[RunPoint], margin: float, ids: Ids) -> Mo
 def _relative_latency(point: RunPoint, batch: int) -> float | None:
     found = next((each for each in point.latencies if each.batch == batch), None)
     return None if found is None else 1 / found.speedup[0]
-
-
-def _relative_file(point: RunPoint) -> float | None:
-    if point.file_bytes is None or not point.dense_bytes:
-        return None
-    return point.file_bytes / point.dense_bytes
 
 
 def _panel(
@@ -173,7 +167,6 @@ def _table(points: Sequence[RunPoint]) -> Table:
         for batch in batches:
             each = next((e for e in point.latencies if e.batch == batch), None)
             row.append("" if each is None else each.verdict)
-        ratio = _relative_file(point)
-        row.append("" if ratio is None else f"{ratio:.2f}")
+        row.append("" if point.file_ratio is None else f"{point.file_ratio:.2f}")
         rows.append(row)
     return Table(columns, rows, frozenset({2, 3, 4, len(columns) - 1}))

@@ -19,16 +19,12 @@ class Latency:
 
     Attributes:
         batch: Images of a forward pass.
-        dense: Median latency of the original, s.
-        pruned: Median latency of the model, s.
         speedup: Median of the ratios of neighboring runs, and their quartiles.
         verdict: The same in words, or that the model is not faster.
         where: Runtime, processor and threads.
     """
 
     batch: int
-    dense: float
-    pruned: float
     speedup: tuple[float, float, float]
     verdict: str
     where: str
@@ -61,6 +57,13 @@ class RunPoint:
     latencies: tuple[Latency, ...]
     file_bytes: int | None
     dense_bytes: int | None
+
+    @property
+    def file_ratio(self) -> float | None:
+        """The file, as a fraction of that of the original; None if not measured."""
+        if self.file_bytes is None or not self.dense_bytes:
+            return None
+        return self.file_bytes / self.dense_bytes
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,6 @@ def _latency(timing: Mapping[str, Any], measured: Mapping[str, Any]) -> Latency:
     middle, low, high = map(float, timing["speedup"])
     return Latency(
         batch=int(timing["batch"]),
-        dense=float(timing["dense"][0]),
-        pruned=float(timing["pruned"][0]),
         speedup=(middle, low, high),
         verdict=str(timing["verdict"]),
         where=f"{measured['runtime']}, {facts['processor']}, {threads} "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastsal.study.report.run_results import RunPoint
+from fastsal.study.report.wording import number
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,12 @@ def nothing_kept(points: Sequence[RunPoint], margin: float) -> str:
 
 
 def _ratio(point: RunPoint) -> float:
-    if point.file_bytes is None or not point.dense_bytes:
-        return float("inf")
-    return point.file_bytes / point.dense_bytes
+    return math.inf if point.file_ratio is None else point.file_ratio
 
 
 def _speed(point: RunPoint) -> str:
     latency = point.latencies[0]
-    images = "image" if latency.batch == 1 else "images"
-    return f"{latency.verdict} for {latency.batch} {images}"
+    return f"{latency.verdict} for {number(latency.batch, 'image')}"
 
 
 def _size(point: RunPoint) -> str:
