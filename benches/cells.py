@@ -15,6 +15,7 @@ import torch
 
 import fastsal._core as _core
 from benches.quality.subjects import DATA, DATA_HELP
+from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import processor
 
 KEYS = ("subject", "method", "samples", "seed", "sparsity")
@@ -26,10 +27,14 @@ class Cells:
 
     Args:
         path: JSON file; it is written anew after each cell.
+        device: Where the models run.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device) -> None:
         self._path = path
+        self._machine = f"{processor()}, {_core.build_info()[1]}"
+        if device.type != "cpu":
+            self._machine += f", {device_facts(device).get('gpu', device)}"
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
             self.rows = json.loads(path.read_text())
@@ -51,11 +56,10 @@ class Cells:
         measure = work()
         seconds = time.perf_counter() - start
         found = measure()
-        version, instructions, _ = _core.build_info()
         facts = {
             "seconds": round(seconds, 1),
-            "machine": f"{processor()}, {instructions}",
-            "fastsal": version,
+            "machine": self._machine,
+            "fastsal": _core.build_info()[0],
         }
         self.rows.append(dict(zip(KEYS, key, strict=True)) | {"measures": found} | facts)
         self._done.add(key)
@@ -75,6 +79,7 @@ def table_parser(
     parser.add_argument("--methods", nargs="+", default=["*"], help="patterns of names of rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument("--device", default="cpu", help="where the models run, for example cuda")
     parser.add_argument("--out", type=Path, default=results, help="JSON file of all cells")
     parser.add_argument("--show", action="store_true", help="print the tables only")
     return parser
@@ -85,7 +90,9 @@ def fill(
 ) -> list[dict[str, Any]]:
     """Run the missing cells of all subjects, unless only the tables are shown; return all cells."""
     torch.set_num_threads(given.threads)
-    cells = Cells(given.out)
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as on the CPU
+    given.device = resolve_device(given.device)
+    cells = Cells(given.out, given.device)
     if not given.show:
         for name in given.subjects:
             run(name, given, cells)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastsal.models.evaluating import to_model
 from fastsal.models.features import features
 from fastsal.transfer.ridge import solve_ridge
 
@@ -12,8 +13,9 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 
 
 def all_features(model: nn.Module, x: Tensor) -> Tensor:
-    """Return features in batches."""
-    return torch.cat([features(model, some) for some in x.split(32)])
+    """Return features on the CPU, in batches."""
+    first = next(model.parameters())
+    return torch.cat([features(model, to_model(some, first)).cpu() for some in x.split(32)])
 
 
 class Heads:

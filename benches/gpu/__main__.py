@@ -21,6 +21,7 @@ from benches.gpu.passes import masks, passes
 from benches.gpu.size import SMOKE, Row, Size
 from benches.gpu.solving import core, peer
 from benches.gpu.sums import sums
+from benches.gpu.two_of_four import two_of_four
 from fastsal.utils.atomic import write_text
 from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, versions
@@ -34,6 +35,7 @@ PARTS: dict[str, tuple[Callable[[Size, torch.device], Iterator[Row]], int]] = {
     "peer": (peer, 60),
     "core": (core, 90),
     "masks": (masks, 60),
+    "2:4": (two_of_four, 60),
 }
 _MOST_SECONDS = 480
 

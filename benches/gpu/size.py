@@ -34,6 +34,8 @@ class Size:
         buffer: Bytes that are read to measure the bandwidth.
         side: Rows of the square matrices that measure products.
         solved: Blocks of one batched factorization.
+        patterned: Names in timm of the models with 2:4 zeros.
+        patterned_batches: Numbers of images of their passes.
         repeats: Repetitions of a measurement.
     """
 
@@ -52,6 +54,8 @@ class Size:
     buffer: int = 8 * GIB
     side: int = 8192
     solved: int = 2**15
+    patterned: tuple[str, ...] = ("vit_small_patch16_224", "vit_large_patch16_224")
+    patterned_batches: tuple[int, ...] = (1, 64, 256)
     repeats: int = 3
 
 
@@ -71,6 +75,7 @@ SMOKE = Size(
     buffer=2**20,
     side=128,
     solved=2**6,
+    patterned=("test_vit",),
     repeats=1,
 )
 

@@ -35,7 +35,7 @@ def _goal(text: str) -> float | str:
 
 
 def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
-    subject = SUBJECTS[name](given.data)
+    subject = SUBJECTS[name](given.data, given.device)
 
     def cell(method: str, samples: int, seed: int, sparsity: float | str) -> None:
         def work() -> Callable[[], dict[str, float]]:

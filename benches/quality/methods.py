@@ -21,7 +21,6 @@ Goal = float | str  # sparsity, or pattern
 Method = Callable[[nn.Module, Batches, Goal], None]
 
 REFIT = fastsal.Refit()  # the same for all
-LONG = fastsal.Refit(steps=900, batch_size=64)
 
 
 def _ranking(goal: Goal) -> dict[str, Any]:
@@ -94,12 +93,15 @@ def prune(model: nn.Module, batches: Batches, goal: Goal, **options: Any) -> Non
     result.masks.verify(model)
 
 
-def prune_and_train(model: nn.Module, batches: Batches, goal: Goal) -> None:
+def prune_and_train(
+    model: nn.Module, batches: Batches, goal: Goal, *, rounds: int, steps: int
+) -> None:
     """`fastsal.prune` with features, and a longer refitting in the end."""
     dense = deepcopy(model)
-    options = {"rounds": 8, "refit": replace(REFIT, between_rounds=True)}
+    options = {"rounds": rounds, "refit": replace(REFIT, between_rounds=True)}
     result = fastsal.prune(model, batches, curvature="features", **_ranking(goal), **options)
-    fastsal.refit(model, dense, batches, result.masks, LONG)
+    longer = replace(REFIT, steps=steps, batch_size=64)
+    fastsal.refit(model, dense, batches, result.masks, longer)
     result.masks.verify(model)
 
 
@@ -130,5 +132,10 @@ METHODS: Mapping[str, Method] = {
     "fastsal, 8 rounds, refitted between": partial(
         prune, rounds=8, refit=replace(REFIT, between_rounds=True)
     ),
-    "fastsal, 8 rounds, refitted between and 900 steps": prune_and_train,
+    "fastsal, 8 rounds, refitted between and 900 steps": partial(
+        prune_and_train, rounds=8, steps=900
+    ),
+    "fastsal, 16 rounds, refitted between and 3,000 steps": partial(
+        prune_and_train, rounds=16, steps=3000
+    ),
 }

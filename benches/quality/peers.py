@@ -28,6 +28,7 @@ import fastsal._core as _core
 from fastsal.gradients.capture import Interception
 from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.rules.windows import InputRows
+from fastsal.models.evaluating import to_model
 
 ROWS = 2**16
 PERCENT_DAMPING = 0.01  # SparseGPT's and OBC's: of the mean diagonal of H
@@ -59,12 +60,12 @@ def sparse_gpt(weight: Tensor, moments: Tensor, goal: Goal, block: int = 128) ->
     inverse = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     for start in range(0, d, block):
         stop = min(start + block, d)
-        errors = torch.zeros(len(weight), stop - start, dtype=weight.dtype)
-        kept = torch.ones(len(weight), stop - start, dtype=torch.bool)
+        errors = torch.zeros_like(weight[:, start:stop])
+        kept = torch.ones_like(errors, dtype=torch.bool)
         if isinstance(goal, float):
             scores = (weight[:, start:stop] / inverse.diagonal()[start:stop]) ** 2
             count = round(goal * scores.numel())
-            kept = torch.ones(scores.numel(), dtype=torch.bool)
+            kept = kept.flatten()
             kept[scores.flatten().argsort()[:count]] = False
             kept = kept.reshape(scores.shape)
         for j in range(start, stop):
@@ -84,6 +85,7 @@ def obc(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
     """Eliminate the weights of each row one at a time, then cut all rows by one threshold."""
     if not isinstance(goal, float):
         raise NotImplementedError("obc is compared without patterns")
+    place, weight, moments = weight.device, weight.cpu(), moments.cpu()
     d = weight.shape[1]
     damping = float(PERCENT_DAMPING * moments.diagonal().mean()) + 1e-30
     damped = moments.clone()
@@ -103,7 +105,7 @@ def obc(weight: Tensor, moments: Tensor, goal: Goal) -> Tensor:
             found[o] = weight[o]
         elif len(at):
             found[o, at] = torch.linalg.solve(damped[at][:, at], damped[at] @ weight[o])
-    return found
+    return found.to(place)
 
 
 def _eliminated(weight: Tensor, moments: Tensor, damping: float) -> Trace:
@@ -170,6 +172,7 @@ class _Sweep(Interception):
         weight = self._tracked[name]
         total = output.numel() // len(weight)
         places = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:ROWS]
+        places = places.to(output.device)
         x = InputRows(call, output.shape).at(places).transpose(0, 1).double()
         moments = x.transpose(1, 2) @ x / len(places)
         wide = weight.detach().double().reshape(call.groups, -1, x.shape[2])
@@ -195,7 +198,7 @@ def layer_by_layer(
 
     Args:
         model: The dense model.
-        images: Calibration images `[n, ...]`.
+        images: Calibration images `[n, ...]`, on any device.
         rule: Prunes the weights of one layer.
         goal: Fraction to prune, or pattern.
         is_sequential: Whether the inputs of a layer come from pruned layers.
@@ -206,6 +209,7 @@ def layer_by_layer(
         The masks.
     """
     # As in `prune` with features: the classifier is left.
+    images = to_model(images, next(model.parameters()))
     left = _classifier(model, images[:2])
     weights = {n: p for n, p in fastsal.select_parameters(model).items() if p is not left}
     goals: dict[str, Goal] = dict.fromkeys(weights, goal)
@@ -236,10 +240,10 @@ def independent_update(
         blocks = fisher.blocks(name)
         size = blocks.shape[1]
         inverse = torch.linalg.inv(blocks + damping * torch.eye(size, dtype=torch.float64))
-        w = parameters[name].detach().reshape(-1).double()
+        w = parameters[name].detach().cpu().reshape(-1).double()
         pad = len(blocks) * size - w.numel()
         padded = nn.functional.pad(w, (0, pad)).reshape(-1, size)
-        gone = nn.functional.pad(~masks[name].reshape(-1), (0, pad)).reshape(-1, size)
+        gone = nn.functional.pad(~masks[name].cpu().reshape(-1), (0, pad)).reshape(-1, size)
         step = padded * gone / inverse.diagonal(dim1=1, dim2=2)
         moved = padded - torch.einsum("bij,bj->bi", inverse, step)
         with torch.no_grad():

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fastsal
 from benches.ridge import Heads, all_features
+from fastsal.models.evaluating import to_model
 from fastsal.models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastsal.models.loading import load_model
 
@@ -36,7 +37,7 @@ class Subject:
 
     Attributes:
         model: The dense model, in evaluation mode.
-        images: All calibration images `[n, C, H, W]`; draws are random parts of them.
+        images: All calibration images `[n, C, H, W]`, on the CPU; draws are random parts of them.
         labels: Their labels, or None.
         measure: Returns the measures of a model, name to value; the first one decides.
         samples: Numbers of images of a draw.
@@ -65,10 +66,11 @@ def drawn(images: Tensor, labels: Tensor | None, seed: int, n: int) -> tuple[Ten
 
 
 def accuracy(model: nn.Module, test: Labeled, size: int = 250) -> float:
-    """Return the top-1 accuracy on test images."""
+    """Return the top-1 accuracy on test images, which lie on the CPU."""
+    first = next(model.parameters())
     with torch.no_grad():
         parts = zip(*(t.split(size) for t in test), strict=True)
-        right = [int((model(x).argmax(1) == y).sum()) for x, y in parts]
+        right = [int((model(to_model(x, first)).cpu().argmax(1) == y).sum()) for x, y in parts]
     return sum(right) / len(test[1])
 
 
@@ -95,11 +97,11 @@ def load_resnet20(folder: Path) -> tuple[nn.Module, Labeled, Labeled]:
     return model, (normalized(train), train_y), (normalized(test), test_y)
 
 
-def resnet20(folder: Path) -> Subject:
+def resnet20(folder: Path, device: torch.device) -> Subject:
     """Return the ResNet-20, which is measured by its accuracy on 3,000 test images."""
     model, train, test = load_resnet20(folder)
     return Subject(
-        model,
+        model.to(device),
         *train,
         lambda m: {"accuracy": accuracy(m, test)},
         samples=(1024, 4096),
@@ -107,12 +109,12 @@ def resnet20(folder: Path) -> Subject:
     )
 
 
-def lite0(folder: Path) -> Subject:
+def lite0(folder: Path, device: torch.device) -> Subject:
     """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
     from fastsal.models.inputs import input_spec
     from fastsal.models.lite0 import load_backbone
 
-    model = load_backbone().eval()
+    model = load_backbone().eval().to(device)
     named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
     found = list(named.batches(input_spec(model), 50))
     x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
@@ -128,10 +130,11 @@ def lite0(folder: Path) -> Subject:
     )
 
 
-def vit_small(folder: Path, size: int = 126) -> Subject:
+def vit_small(folder: Path, device: torch.device, size: int = 126) -> Subject:
     """Return the ViT-S/14: ridge accuracy on CIFAR-10 and CIFAR-100, error of ImageNet features."""
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
     model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
+    model.to(device)
 
     def resized(x: Tensor) -> Tensor:
         return F.interpolate(normalized(x), size=(size, size), mode="bicubic")
@@ -181,11 +184,11 @@ def load_mnist_vit(folder: Path) -> tuple[nn.Module, Labeled, Labeled]:
     return model, (x[:1024], y[:1024]), module.load(folder / "mnist_test.npz")
 
 
-def mnist_vit(folder: Path) -> Subject:
+def mnist_vit(folder: Path, device: torch.device) -> Subject:
     """Return the small ViT of `examples/`, which is measured by its accuracy on 3,000 digits."""
     model, (x, y), test = load_mnist_vit(folder)
     return Subject(
-        model,
+        model.to(device),
         x,
         y,
         lambda m: {"accuracy": accuracy(m, test)},
@@ -194,7 +197,7 @@ def mnist_vit(folder: Path) -> Subject:
     )
 
 
-SUBJECTS: Mapping[str, Callable[[Path], Subject]] = {
+SUBJECTS: Mapping[str, Callable[[Path, torch.device], Subject]] = {
     "resnet20": resnet20,
     "lite0": lite0,
     "vit-small": vit_small,

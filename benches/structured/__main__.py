@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
-    subject = SUBJECTS[name](given.data)
+    subject = SUBJECTS[name](given.data, given.device)
 
     def measure(model: torch.nn.Module) -> dict[str, float]:
         size = model_size(model, subject.images[:1], has_values=False)

@@ -12,6 +12,7 @@ from torch import nn
 import fastsal
 from benches.structured.subjects import Batches, Goal, Subject
 from benches.structured.torch_pruning import torch_pruning_taylor
+from fastsal.models.evaluating import to_model
 from fastsal.pruning.structured.find import find
 
 Method = Callable[[nn.Module, Batches, Goal, Subject], None]
@@ -36,10 +37,12 @@ def structured(
 
 def taylor(model: nn.Module, batches: Batches, goal: Goal, subject: Subject) -> None:
     """Torch-Pruning's Taylor importance, on the units that fastsal finds."""
-    layers = [group.name for group in find(model, batches[0][0][:2], goal.structure).groups]
-    torch_pruning_taylor(model, batches, goal, layers, subject.head)
+    first = next(model.parameters())
+    there = [(to_model(x, first), y.to(first.device)) for x, y in batches]
+    layers = [group.name for group in find(model, there[0][0][:2], goal.structure).groups]
+    torch_pruning_taylor(model, there, goal, layers, subject.head)
     with torch.no_grad():
-        model(batches[0][0][:2])
+        model(there[0][0][:2])
 
 
 # VBP: Berisha, Mehnert and Condurache, ICCV 2025: the variance of activations over all layers, and

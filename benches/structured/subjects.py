@@ -50,7 +50,7 @@ class Subject:
 
     Attributes:
         model: The dense model, in evaluation mode.
-        images: All calibration images `[n, C, H, W]`; draws are random parts of them.
+        images: All calibration images `[n, C, H, W]`, on the CPU; draws are random parts of them.
         labels: Their labels.
         measure: Returns the measures of a model, name to value; the first one decides.
         samples: Number of images of a draw.
@@ -98,10 +98,11 @@ def classified(
     return lambda m: {"accuracy": accuracy(m, test, size), "feature error": error(m)}
 
 
-def vit_small(folder: Path, size: int = 126) -> Subject:
+def vit_small(folder: Path, device: torch.device, size: int = 126) -> Subject:
     """Return the ViT-S/14: ridge accuracies on 400 test images each, error of ImageNet features."""
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
     model = fastsal.load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
+    model.to(device)
 
     def resized(x: Tensor) -> Tensor:
         return F.interpolate(normalized(x), size=(size, size), mode="bicubic", antialias=True)
@@ -126,23 +127,25 @@ def vit_small(folder: Path, size: int = 126) -> Subject:
     found = sets["cifar10"][2]
     head = nn.Linear(*reversed(found.weight.shape))
     head.load_state_dict({"weight": found.weight, "bias": found.bias})
+    head.to(device)
     train, train_y = read_npz(folder / "cifar10_train.npz")
     goals = _halves("mlp", "heads")
     return Subject(model, resized(train[:512]), train_y[:512], measure, 256, goals, head=head)
 
 
-def mnist_vit(folder: Path) -> Subject:
+def mnist_vit(folder: Path, device: torch.device) -> Subject:
     """Return the small ViT of `examples/`; its layers are too narrow for multiples."""
     model, (x, y), test = load_mnist_vit(folder)
+    model.to(device)
     measure = classified(model, test, 250)
     return Subject(model, x, y, measure, 256, _halves("mlp", "heads"), 1)
 
 
-def lite0(folder: Path) -> Subject:
+def lite0(folder: Path, device: torch.device) -> Subject:
     """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
     from fastsal.models.lite0 import load_backbone
 
-    model = load_backbone().eval()
+    model = load_backbone().eval().to(device)
     named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
     found = list(named.batches(fastsal.input_spec(model), 50))
     x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
@@ -152,14 +155,15 @@ def lite0(folder: Path) -> Subject:
     return Subject(model, x[used], y[used], classified(model, test, 61), 256, goals)
 
 
-def resnet20(folder: Path) -> Subject:
+def resnet20(folder: Path, device: torch.device) -> Subject:
     """Return the ResNet-20 on CIFAR-10; its layers are too narrow for multiples."""
     model, train, test = load_resnet20(folder)
+    model.to(device)
     goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
     return Subject(model, *train, classified(model, test, 250), 512, goals, 1)
 
 
-SUBJECTS: Mapping[str, Callable[[Path], Subject]] = {
+SUBJECTS: Mapping[str, Callable[[Path, torch.device], Subject]] = {
     "resnet20": resnet20,
     "mnist-vit": mnist_vit,
     "vit-small": vit_small,

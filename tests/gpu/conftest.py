@@ -102,14 +102,14 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().cpu() for name, value in copy.copy(model.state_dict()).items()}
 
 
-def assert_close(found, expected, rtol=1e-4) -> None:
+def assert_close(found, expected, rtol=1e-4, atol=1e-7) -> None:
     """Compare tensors, by name, up to a fraction of the largest value of each."""
     assert set(found) == set(expected)
     for name, value in expected.items():
         largest = float(value.abs().max()) if value.is_floating_point() else 0.0
-        atol = max(1e-7, rtol * largest)
+        most = max(atol, rtol * largest)
         torch.testing.assert_close(
-            found[name].cpu(), value.cpu(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            found[name].cpu(), value.cpu(), rtol=0, atol=most, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 

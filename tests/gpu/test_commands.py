@@ -109,7 +109,8 @@ def test_units(device, given, tmp_path, structure, layer):
         )  # fmt: skip
         states.append(load_file(out / "model.safetensors"))
         assert found["structure"]["widths"][layer][1] == len(states[-1][f"{layer}.weight"])
-    assert_close(states[0], states[1], 1e-3)
+    # Running means take up errors of activations of about 1.
+    assert_close(states[0], states[1], 1e-3, 1e-6)
     after = run("eval", f"{file}:net", "--weights", tmp_path / "run0", "--data", data, *where)
     assert 0 <= after["accuracy"] <= 1
     given = ("--device", where[1], "--json", "--seconds", 0.01, "--batch", 2, "--size", 8)

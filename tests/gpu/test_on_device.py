@@ -9,8 +9,9 @@ from torch import nn
 import fastsal
 from fastsal.finetuning.freezing import trained_parameters
 from fastsal.fisher.collection import passes
+from fastsal.fisher.sinks.downloads import Downloads
 from fastsal.fisher.sinks.streaming import RowStream
-from fastsal.fisher.sinks.tiles import DeviceTiles
+from fastsal.fisher.sinks.tiles import DeviceTiles, triangles
 from fastsal.gradients import per_sample_gradients
 from fastsal.transfer import Task
 from fastsal.transfer.evaluation import measure
@@ -33,6 +34,23 @@ def device_of(model):
 def test_gradients_of_samples(model, there, batches):
     x, y = batches[0]
     assert_close(per_sample_gradients(there, x, y), per_sample_gradients(model, x, y))
+
+
+@pytest.mark.parametrize("chunk", [7, 10, 23, 10_000])
+@pytest.mark.parametrize(("d", "block"), [(40, 4), (41, 4), (3, 4), (23, 23)])
+def test_sums_in_main_memory(device, d, block, chunk):
+    count = -(-d // block)
+    squares = torch.arange(count * block**2, dtype=torch.float32).reshape(count, block, block)
+    expected = [
+        squares[k, i, i : min(block, d - k * block)]
+        for k in range(count)
+        for i in range(min(block, d - k * block))
+    ]
+    expected = torch.cat(expected)
+    downloads = Downloads(device, chunk)
+    for _ in range(2):
+        found = downloads.array(triangles(squares.to(device), d, chunk), len(expected))
+        assert torch.equal(torch.from_numpy(found), expected)
 
 
 SINKS = {

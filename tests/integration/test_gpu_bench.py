@@ -27,7 +27,7 @@ def test_every_part_runs_on_a_cpu(python_env, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     parts = {part["part"]: part for part in found["parts"]}
-    assert list(parts) == ["card", "tests", "sums", "passes", "peer", "core", "masks"]
+    assert list(parts) == ["card", "tests", "sums", "passes", "peer", "core", "masks", "2:4"]
     for name, part in parts.items():
         missing = name == "peer" and find_spec("sparseml") is None
         assert part["status"] == ("skipped" if missing else "done"), part

@@ -24,14 +24,15 @@ _IMAGES = 8  # on which the outputs of a file are compared
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
     "or the model, for ONNX runtimes (onnx), OpenVINO (openvino), ExecuTorch with XNNPACK "
-    "(executorch) or Core ML (coreml); or a folder for the Hugging Face hub, which timm reads "
+    "(executorch) or Core ML (coreml); the state dict in 16 bits with 2:4 weights compressed by "
+    "PyTorch, on a GPU of CUDA (torch-2:4); or a folder for the Hugging Face hub, which timm reads "
     "(hub).",
 )
 @click.option(
     "--dtype",
     type=choice(("float16", "bfloat16")),
-    show_default="the model's own",
-    help="With packed: type that the weights are rounded to.",
+    show_default="the model's own, float16 with torch-2:4",
+    help="With packed and torch-2:4: type that the weights are rounded to.",
 )
 @click.option(
     "--data",
@@ -42,8 +43,7 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @click.option(
     "--tolerance",
     type=NUMBER,
-    default=1e-4,
-    show_default=True,
+    show_default="1e-4, or 1e-2 with torch-2:4",
     help="Largest difference of the outputs of the file, relative to the largest output; not with "
     "packed.",
 )
@@ -54,7 +54,7 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @options.out_option(
     "FILE",
     "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino, .pte for "
-    "executorch, .mlpackage for coreml; a new folder for hub.",
+    "executorch, .mlpackage for coreml, .pt for torch-2:4; a new folder for hub.",
 )
 def export(**given: Any) -> None:
     """Write the model of the run in DIR to a file, read it back and compare.

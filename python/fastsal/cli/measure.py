@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     type=choice(RUNTIMES),
     default="torch",
     show_default=True,
-    help="Library that runs the models; onnxruntime requires the extra export, openvino the "
-    "extra openvino.",
+    help="Library that runs the models; onnxruntime requires the extra export, openvino the extra "
+    "openvino, torch-2:4 a GPU of CUDA, on which both models run in float16 and weights with 2:4 "
+    "zeros are compressed.",
 )
 @click.option(
     "--batch",
@@ -108,6 +109,8 @@ def measure(**given: Any) -> None:
     facts = found.machine
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     device = "" if given["device"] == "cpu" else f", {given['device']}"
+    if "gpu" in facts:
+        device = f", {facts['gpu']}"
     screen.print(
         f"{facts['processor']}, {threads}{device}, {found.runtime}, torch "
         f"{facts['versions']['torch']}",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.errors import FastsalError
+from fastsal.models.evaluating import to_model
 from fastsal.models.outputs import output_tensor
 
 _Array = NDArray[np.float32]
@@ -40,7 +41,7 @@ def compare_outputs(
     Args:
         model: The model, in evaluation mode.
         run: Runs the file on images.
-        images: `[n, ...]` on the CPU.
+        images: `[n, ...]` on the CPU; the model may be elsewhere, and of another type.
         tolerance: Largest difference, relative to the largest output.
         kind: Kind of the file, for messages.
 
@@ -48,9 +49,10 @@ def compare_outputs(
         FastsalError: The difference is larger, or outputs have another shape.
     """
     worst = 0.0
+    first = next(model.parameters())
     for some in (images, images[:1]):
         with torch.no_grad():
-            wanted = output_tensor(model(some)).float().numpy()
+            wanted = output_tensor(model(to_model(some, first))).float().cpu().numpy()
         found = run(some.numpy())
         if found.shape != wanted.shape:
             raise FastsalError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ _SUFFIXES = {
     "openvino": ".xml",
     "executorch": ".pte",
     "coreml": ".mlpackage",
+    "torch-2:4": ".pt",
 }
+_TOLERANCE = 1e-4
+_TOLERANCE_16 = 1e-2  # of outputs in 16 bits
 # Model, path, images and tolerance to bytes, difference of outputs, weights, and zeros of these.
 Writer = Callable[[nn.Module, Path, Tensor, float], tuple[int, float | None, int, int]]
 
@@ -72,7 +76,7 @@ def export(
     *,
     images: Tensor | None = None,
     dtype: str | None = None,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> ExportResult:
     """Write a model to a file, read the file back and compare.
 
@@ -80,26 +84,31 @@ def export(
         model: The model, or a wrapper of it; not changed.
         path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`,
             `.xml` for `"openvino"`, whose weights are in a file beside it that ends in `.bin`,
-            `.pte` for `"executorch"`, `.mlpackage` for `"coreml"`, a folder.
+            `.pte` for `"executorch"`, `.mlpackage` for `"coreml"`, a folder, `.pt` for
+            `"torch-2:4"`.
         format: `"packed"`: a lossless layout without the zeros, which `load_model` reads; `"onnx"`:
             by `torch.onnx`, for any number of images, which requires the extra `export`;
             `"openvino"`: by OpenVINO's converter, in float32, for any number of images, which
             requires the extra `openvino`; `"executorch"`: a program for XNNPACK, for 1 to 64
             images, which requires the extra `executorch`; `"coreml"`: by coremltools, in float32,
             for one image, with sparse weights stored without their zeros, which requires the
-            extra `coreml`. Outputs of Core ML are compared on macOS alone.
+            extra `coreml`. Outputs of Core ML are compared on macOS alone. `"torch-2:4"`: a state
+            dict for `torch.load` in 16 bits, whose linear layers with 2:4 zeros are compressed by
+            PyTorch, which requires a GPU of CUDA.
         images: Images `[n, ...]` on which the outputs of the file are compared, at the size that it
             is made for; two at least. Not for `"packed"`.
-        dtype: For `"packed"`: type that weights are rounded to, `"float16"` or `"bfloat16"`; None
-            keeps every bit.
+        dtype: For `"packed"` and `"torch-2:4"`: type that weights are rounded to, `"float16"` or
+            `"bfloat16"`; None keeps every bit, or is float16 for `"torch-2:4"`.
         tolerance: Largest allowed difference of the outputs of the file, relative to the largest
-            output.
+            output; None is 1e-4, or 1e-2 for `"torch-2:4"`, which is compared with the model in
+            the same 16 bits.
 
     Returns:
         Sizes, zeros, and the difference of outputs.
 
     Raises:
-        InvalidArgument: An argument is invalid, or a package of the extra is missing.
+        InvalidArgument: An argument is invalid, a package of the extra is missing, or there is no
+            GPU that a format needs.
         FastsalError: The file differs from the model. It is removed.
     """
     check_choice("format", format, EXPORT_FORMATS)
@@ -110,17 +119,24 @@ def export(
     model = unwrapped(model)
     if format == "packed":
         return _packed(model, path, dtype)
-    if dtype is not None:
+    is_half = format == "torch-2:4"
+    if is_half:
+        dtype = "float16" if dtype is None else dtype
+        if dtype not in ("float16", "bfloat16"):
+            raise InvalidArgument(f"dtype must be float16 or bfloat16, got {dtype!r}")
+    elif dtype is not None:
         raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
+    if tolerance is None:
+        tolerance = _TOLERANCE_16 if is_half else _TOLERANCE
     if images is None or len(images) < 2:
         raise InvalidArgument(f"images must have at least two images for format {format!r}")
     with evaluating(model):
-        size, difference, values, zeros = _writer(format)(model, path, images, tolerance)
+        size, difference, values, zeros = _writer(format, dtype)(model, path, images, tolerance)
     return ExportResult(str(path), format, size, _dense_bytes(model), values, zeros, difference)
 
 
 def require_packages(format: str) -> None:
-    """Raise InvalidArgument if a package that a format needs is not installed."""
+    """Raise InvalidArgument if a package that a format needs is not installed, or a GPU."""
     if format == "onnx":
         from fastsal.deploy.onnx_files import require_packages as require
     elif format == "openvino":
@@ -129,12 +145,17 @@ def require_packages(format: str) -> None:
         from fastsal.deploy.executorch_files import require_package as require
     elif format == "coreml":
         from fastsal.deploy.coreml_files import require_package as require
+    elif format == "torch-2:4":
+        from fastsal.deploy.semi_structured import require_gpu
+
+        require_gpu()
+        return
     else:
         return
     require()
 
 
-def _writer(format: str) -> Writer:
+def _writer(format: str, dtype: str | None) -> Writer:
     writer: Writer
     if format == "onnx":
         from fastsal.deploy.onnx_files import export_onnx as writer
@@ -142,8 +163,13 @@ def _writer(format: str) -> Writer:
         from fastsal.deploy.openvino_files import export_openvino as writer
     elif format == "executorch":
         from fastsal.deploy.executorch_files import export_executorch as writer
-    else:
+    elif format == "coreml":
         from fastsal.deploy.coreml_files import export_coreml as writer
+    else:
+        from fastsal.deploy.semi_structured import export_semi_structured
+
+        assert dtype is not None
+        writer = partial(export_semi_structured, dtype=_TYPES[dtype])
     return writer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal.deploy.semi_structured import require_gpu, semi_structured
 from fastsal.deploy.sizes import ModelSize, model_size
 from fastsal.deploy.timing import Run, Timing, time_models, time_pair
 from fastsal.errors import InvalidArgument
@@ -18,6 +20,7 @@ from fastsal.models.evaluating import evaluating, to_model
 from fastsal.models.inputs import example_images
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import RUNTIMES, Runtime
+from fastsal.utils.devices import device_facts
 from fastsal.utils.machine import machine, versions
 from fastsal.utils.numbers import real, whole
 from fastsal.utils.suggestions import check_choice
@@ -31,7 +34,7 @@ class Measurement:
         dense: Size of the original.
         pruned: Size of the pruned model.
         timings: One for each number of images of a batch.
-        runtime: `"torch"`, `"onnxruntime"` or `"openvino"`.
+        runtime: As given.
         machine: Processor, threads, memory, system and versions.
         zeros: What the runtime did with zeros, in words.
     """
@@ -74,12 +77,14 @@ def measure_against(
         pruned: The pruned model, on the same device.
         images: Images `[n, ...]`, repeated as needed; None makes up images of the model's size.
         batches: Numbers of images of a run: 1 for latency, more for throughput.
-        runtime: `"torch"`, or `"onnxruntime"` or `"openvino"`, for which both are exported to
-            temporary files.
+        runtime: `"torch"`; `"torch-2:4"`: copies of both in float16 on the current GPU, those
+            weights of the pruned one that have 2:4 zeros compressed; or `"onnxruntime"` or
+            `"openvino"`, for which both are exported to temporary files.
         seconds: Time to spend on each number of images.
 
     Raises:
-        InvalidArgument: An argument is invalid, or a package of an extra is missing.
+        InvalidArgument: An argument is invalid, a package of an extra is missing, or for
+            `"torch-2:4"` there is no such GPU or no such weight.
         FastsalError: A model cannot be exported.
     """
     check_choice("runtime", runtime, RUNTIMES)
@@ -94,13 +99,20 @@ def measure_against(
         model_size(pruned, images, has_values=True),
     )
     runs = [_repeated(images, count) for count in counts]
+    compressed = 0
     if runtime == "torch":
         timings = [time_models(dense, pruned, some, seconds=seconds) for some in runs]
+    elif runtime == "torch-2:4":
+        half, layers = semi_structured(pruned, torch.float16)
+        compressed = sum(layers.values()) // 2
+        plain = copy.deepcopy(dense).to(next(half.parameters()).device, torch.float16)
+        timings = [time_models(plain, half, some, seconds=seconds) for some in runs]
     else:
         timings = _of_files(runtime, dense, pruned, images, runs, seconds)
-    return Measurement(
-        *sizes, timings, runtime, _zeros(sizes[1], runtime), {**machine(), "versions": versions()}
-    )
+    facts = {**machine(), "versions": versions()}
+    if runtime == "torch-2:4":
+        facts |= device_facts(require_gpu())
+    return Measurement(*sizes, timings, runtime, _zeros(sizes[1], runtime, compressed), facts)
 
 
 def _repeated(images: Tensor, count: int) -> Tensor:
@@ -108,9 +120,14 @@ def _repeated(images: Tensor, count: int) -> Tensor:
     return images.repeat(times, *(1 for _ in images.shape[1:]))[:count]
 
 
-def _zeros(size: ModelSize, runtime: Runtime) -> str:
+def _zeros(size: ModelSize, runtime: Runtime, compressed: int) -> str:
     zeros = size.parameters - size.nonzeros
-    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}[runtime]
+    if compressed:
+        return (
+            f"{zeros:,} of {size.parameters:,} parameters are zero, and PyTorch skips "
+            f"{compressed:,} of them, those of layers that it stores as 2:4"
+        )
+    name = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime"}.get(runtime, "OpenVINO")
     if not zeros:
         return f"no parameter is zero: {name} computes with all of them"
     return (

@@ -79,8 +79,8 @@ Target = Literal["xnnpack", "coreml", "openvino", "tensorrt", "torch"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 # Files that `fastsal.export` writes.
-ExportFormat = Literal["packed", "onnx", "openvino", "executorch", "coreml"]
+ExportFormat = Literal["packed", "onnx", "openvino", "executorch", "coreml", "torch-2:4"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 # Libraries that `fastsal measure` times a model with.
-Runtime = Literal["torch", "onnxruntime", "openvino"]
+Runtime = Literal["torch", "torch-2:4", "onnxruntime", "openvino"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)

@@ -8,14 +8,17 @@ which moves more data. Squares are packed once, when they are copied to main mem
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import fastsal._core as _core
 from fastsal.errors import GradientOverflow, NonFiniteGradient
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.rows import flat_rows
+from fastsal.fisher.sinks.downloads import Downloads
 from fastsal.fisher.sums import HARMLESS, ParameterSums
 from fastsal.gradients.precision import full_float32
 
@@ -117,9 +120,12 @@ class DeviceTiles:
         Raises:
             GradientOverflow: Their sum overflows; names the parameter.
         """
+        downloads = Downloads(self._device)
         for name, tile in self.tiles.items():
             p = self._sums.parameters[name]
-            packed, total = _packed(tile.squares, p.d).cpu().numpy(), tile.total.cpu().numpy()
+            pieces = triangles(tile.squares, p.d, downloads.chunk)
+            packed = downloads.array(pieces, _core.packed_len(p.d, p.block_size))
+            total = tile.total.cpu().numpy()
             if not p.is_empty:
                 added = ParameterSums(p.shape, p.block_size, p.dtype, total, packed)
                 self._sums.check_fits(name, p, added, 1.0)
@@ -127,13 +133,24 @@ class DeviceTiles:
         self.tiles.clear()
 
 
-def _packed(squares: Tensor, d: int) -> Tensor:
-    """Return the upper triangles of `[K, B, B]` in row order; the last block may be short."""
+def triangles(squares: Tensor, d: int, most: int) -> Iterator[Tensor]:
+    """Yield the upper triangles of `[K, B, B]` in row order; the last block may be short.
+
+    Args:
+        squares: On any device.
+        d: Number of weights.
+        most: Largest number of elements of a piece.
+    """
     block = squares.shape[1]
     whole, short = divmod(d, block)
-    parts = []
     for part, size in ((squares[:whole], block), (squares[whole:], short)):
-        if len(part):
-            row, column = torch.triu_indices(size, size, device=squares.device)
-            parts.append(part[:, row, column].reshape(-1))
-    return torch.cat(parts)
+        if not len(part) or not size:
+            continue
+        row, column = torch.triu_indices(size, size, device=squares.device)
+        places = row * block + column
+        flat = part.flatten(1)
+        if len(places) > most:
+            yield from (one[some] for one in flat for some in torch.split(places, most))
+            continue
+        for blocks in flat.split(most // len(places)):
+            yield blocks.index_select(1, places).reshape(-1)
