@@ -150,7 +150,9 @@ def triangles(squares: Tensor, d: int, most: int) -> Iterator[Tensor]:
         places = row * block + column
         flat = part.flatten(1)
         if len(places) > most:
-            yield from (one[some] for one in flat for some in torch.split(places, most))
+            for one in flat:
+                for start in range(0, len(places), most):
+                    yield one[places[start : start + most]]
             continue
         for blocks in flat.split(most // len(places)):
             yield blocks.index_select(1, places).reshape(-1)
