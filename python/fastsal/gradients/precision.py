@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +48,7 @@ def _disable_tf32() -> Callable[[], None]:
     try:
         is_on = matmul.allow_tf32
     except RuntimeError:
-        return _disable_by_precision()
+        return _disable_by_precision(matmul)
     if not is_on:
         return lambda: None
     try:
@@ -67,18 +69,32 @@ def _disable_tf32() -> Callable[[], None]:
     return restore
 
 
-def _disable_by_precision() -> Callable[[], None]:
-    """Disable TF32 where `fp32_precision` was set, for matrix products or for all operations."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+def _disable_by_precision(operation: Any) -> Callable[[], None]:
+    """Disable TF32 of an operation that has `fp32_precision`, set there or for all operations."""
+    before = operation.fp32_precision
     if before in ("ieee", "none"):
         return lambda: None
-    matmul.fp32_precision = "none"  # then that of all operations applies
-    if matmul.fp32_precision == before:
+    operation.fp32_precision = "none"  # then that of all operations applies
+    if operation.fp32_precision == before:
         before = "none"
-    matmul.fp32_precision = "ieee"
+    operation.fp32_precision = "ieee"
 
     def restore() -> None:
-        matmul.fp32_precision = before
+        operation.fp32_precision = before
 
     return restore
+
+
+@contextlib.contextmanager
+def convolutions_in_float32() -> Iterator[None]:
+    """Disable TF32 in convolutions on CUDA, where it is on by default; the setting is restored."""
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # from PyTorch 2.9 on
+        restore = _disable_by_precision(cudnn.conv)
+    else:
+        restore = partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        restore()

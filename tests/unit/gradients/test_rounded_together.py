@@ -9,6 +9,7 @@ from torch import nn
 
 import fastsal
 from fastsal.errors import UnsupportedLayer
+from fastsal.gradients import GradientEngine, select_parameters
 
 
 class Leaking(nn.Module):
@@ -41,3 +42,50 @@ def test_a_dependence_is_still_refused(share):
     x, y = torch.randn(4, 6, dtype=torch.float64), torch.arange(4) % 3
     with pytest.raises(UnsupportedLayer, match="depends on the other samples"):
         fastsal.per_sample_gradients(model, x, y)
+
+
+class Rounding(torch.autograd.Function):
+    """Passes gradients on with new errors each time, as kernels of a GPU in TF32 may."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (1 + 0.02 * torch.randn_like(gradient))
+
+
+class Rounded(nn.Module):
+    """Rounds gradients; `share` of the first sample's features is added to the others, and only so.
+
+    The first loss then depends on no other sample, but the other losses on the first one.
+    """
+
+    def __init__(self, share: float = 0.0) -> None:
+        super().__init__()
+        self.conv, self.first, self.head = nn.Conv2d(1, 4, 3), nn.Linear(16, 6), nn.Linear(6, 3)
+        self.share = share
+
+    def forward(self, x):
+        x = Rounding.apply(torch.tanh(self.conv(x)).flatten(1))
+        x = Rounding.apply(torch.tanh(self.first(x)))
+        return self.head(x + self.share * torch.cat([torch.zeros_like(x[:1]), x[:-1]]))
+
+
+def test_kernels_that_round_differently_each_time():
+    torch.manual_seed(0)
+    model = Rounded().eval()
+    weights = select_parameters(model)
+    with GradientEngine(model, weights) as engine:
+        engine.run(torch.randn(4, 1, 4, 4), torch.arange(4) % 3, lambda name, rows: None)
+        assert set(engine.operations) == set(weights)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_a_dependence_on_earlier_samples_alone_is_refused_all_the_same(share):
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedLayer, match="depends on the other samples"):
+        fastsal.per_sample_gradients(
+            Rounded(share).eval(), torch.randn(4, 1, 4, 4), torch.arange(4) % 3
+        )

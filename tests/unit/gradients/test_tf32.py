@@ -7,7 +7,7 @@ import torch
 
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.sinks.tiles import DeviceTiles
-from fastsal.gradients.precision import full_float32
+from fastsal.gradients.precision import convolutions_in_float32, full_float32
 
 matmul = torch.backends.cuda.matmul
 HAS_NEW = hasattr(torch.backends, "fp32_precision")
@@ -104,3 +104,53 @@ def test_sums_on_a_device_where_tf32_was_set_by_the_new_names(change):
     tiles.flush()
     torch.testing.assert_close(torch.from_numpy(sums.parameters["w"].sums), rows.sum(0))
     assert matmul.fp32_precision == "tf32"
+
+
+def conv_settings():
+    cudnn = torch.backends.cudnn
+    found = []
+    for read in (
+        lambda: cudnn.allow_tf32,
+        lambda: cudnn.conv.fp32_precision,
+        lambda: cudnn.rnn.fp32_precision,
+        lambda: torch.backends.fp32_precision,
+    ):
+        try:
+            found.append(read())
+        except (RuntimeError, AttributeError) as error:
+            found.append(type(error))
+    return found
+
+
+CONVOLUTIONS = {
+    "default": lambda: None,
+    "allow": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
+    "forbid": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "new: on": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32"),
+    "new: off": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+    "new: of all": lambda: (
+        setattr(torch.backends.cudnn.conv, "fp32_precision", "none"),
+        setattr(torch.backends, "fp32_precision", "tf32"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=needs_new if "new" in w else ()) for w in CONVOLUTIONS]
+)
+def test_settings_of_convolutions_are_restored(way):
+    cudnn = torch.backends.cudnn
+    at_start = cudnn.conv.fp32_precision if HAS_NEW else None
+    try:
+        CONVOLUTIONS[way]()
+        before = conv_settings()
+        with convolutions_in_float32():
+            if HAS_NEW:
+                assert cudnn.conv.fp32_precision in ("ieee", "none")
+            else:
+                assert not cudnn.allow_tf32
+        assert conv_settings() == before
+    finally:
+        cudnn.allow_tf32 = True
+        if HAS_NEW:
+            cudnn.conv.fp32_precision = at_start

@@ -154,5 +154,6 @@ def triangles(squares: Tensor, d: int, most: int) -> Iterator[Tensor]:
                 for start in range(0, len(places), most):
                     yield one[places[start : start + most]]
             continue
-        for blocks in flat.split(most // len(places)):
-            yield blocks.index_select(1, places).reshape(-1)
+        some = most // len(places)
+        for start in range(0, len(flat), some):
+            yield flat[start : start + some].index_select(1, places).reshape(-1)

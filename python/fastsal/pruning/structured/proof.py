@@ -7,6 +7,7 @@ model must agree. A group that fails, or with which the model does not run, is l
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsal.gradients.precision import convolutions_in_float32, full_float32
 from fastsal.models.evaluating import evaluating, to_model, twice
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
 from fastsal.utils.float64 import in_float64
@@ -115,7 +117,10 @@ def _rows(model: nn.Module, name: str, value: Tensor, group: Group, kept: Tensor
 
 
 def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[str, Tensor]:
-    """Return the outputs of all consumers, and under `""` that of the model, in float64."""
+    """Return the outputs of all consumers, and under `""` that of the model, in float64.
+
+    TF32 is off: its errors, which depend on the number of units, are above the tolerance.
+    """
     caught: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
@@ -125,7 +130,15 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
     first = next(model.parameters())
     try:
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with contextlib.ExitStack() as stack:
+            for context in (
+                evaluating(model),
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                full_float32(),
+                convolutions_in_float32(),
+            ):
+                stack.enter_context(context)
             result = model(to_model(images, first))
     finally:
         for hook in hooks:
