@@ -109,20 +109,25 @@ def resnet20(folder: Path, device: torch.device) -> Subject:
     )
 
 
-def lite0(folder: Path, device: torch.device) -> Subject:
-    """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
-    from fastsal.models.inputs import input_spec
+def load_lite0(folder: Path, device: torch.device) -> tuple[nn.Module, Labeled, Labeled]:
+    """Return EfficientNet-Lite0, and the halves of `imagenet_sample` that calibrate and test."""
     from fastsal.models.lite0 import load_backbone
 
     model = load_backbone().eval().to(device)
     named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
-    found = list(named.batches(input_spec(model), 50))
+    found = list(named.batches(fastsal.input_spec(model), 50))
     x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    test = x[order[512:]], y[order[512:]]
+    used, rest = order[:512], order[512:]
+    return model, (x[used], y[used]), (x[rest], y[rest])
+
+
+def lite0(folder: Path, device: torch.device) -> Subject:
+    """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
+    model, (x, _), test = load_lite0(folder, device)
     return Subject(
         model,
-        x[order[:512]],
+        x,
         None,
         lambda m: {"accuracy": accuracy(m, test, 61)},
         samples=(448,),
@@ -130,40 +135,81 @@ def lite0(folder: Path, device: torch.device) -> Subject:
     )
 
 
-def vit_small(folder: Path, device: torch.device, size: int = 126) -> Subject:
-    """Return the ViT-S/14: ridge accuracy on CIFAR-10 and CIFAR-100, error of ImageNet features."""
+@dataclass(frozen=True)
+class Backbone:
+    """A model without a classifier.
+
+    Attributes:
+        model: The dense model.
+        train: The CIFAR-10 images that calibrate, and their labels.
+        heads: Ridge heads on the dense features of CIFAR-10 and CIFAR-100, by name.
+        measure: Accuracies of these heads on other images, and the error of ImageNet features.
+    """
+
+    model: nn.Module
+    train: Labeled
+    heads: Mapping[str, Heads]
+    measure: Callable[[nn.Module], dict[str, float]]
+
+
+def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) -> Backbone:
+    """Return the ViT-S/14 of `examples/` at 126 pixels.
+
+    Args:
+        folder: Folder of the data sets and of the weights.
+        device: Where it runs.
+        tests: Number of test images of each data set.
+        photos: Number of ImageNet images.
+    """
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
-    model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
-    model.to(device)
+    model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float().to(device)
+    size = 126
 
     def resized(x: Tensor) -> Tensor:
-        return F.interpolate(normalized(x), size=(size, size), mode="bicubic")
+        return F.interpolate(normalized(x), size=(size, size), mode="bicubic", antialias=True)
 
-    sets: dict[str, tuple[Tensor, Tensor, Heads]] = {}
+    sets: dict[str, Labeled] = {}
+    heads: dict[str, Heads] = {}
     for name in ("cifar10", "cifar100"):
         train, train_y = read_npz(folder / f"{name}_train.npz")
         test, test_y = read_npz(folder / f"{name}_test.npz")
-        heads = Heads(all_features(model, resized(train[-2000:])), train_y[-2000:])
-        sets[name] = resized(test[:600]), test_y[:600], heads
+        heads[name] = Heads(all_features(model, resized(train[-2000:])), train_y[-2000:])
+        sets[name] = resized(test[:tests]), test_y[:tests]
     named = fastsal.load_images(folder / "imagenet_sample")
     spec_of = fastsal.input_spec(model, size=size)
-    photos = torch.cat([x for x, _ in named.batches(spec_of, 50)][::5])
-    wanted = all_features(model, photos).double()
+    found = torch.cat([x for x, _ in named.batches(spec_of, 50)])
+    error = feature_error(model, found[:: len(found) // photos])
 
     def measure(m: nn.Module) -> dict[str, float]:
-        found = {}
-        for name, (x, y, heads) in sets.items():
-            found[f"{name} ridge accuracy"] = heads.accuracy(all_features(m, x), y)
-        error = (all_features(m, photos) - wanted).square().sum()
-        found["ImageNet feature error"] = float(error / (wanted - wanted.mean(0)).square().sum())
-        return found
+        accuracies = {
+            f"{name} ridge accuracy": heads[name].accuracy(all_features(m, x), y)
+            for name, (x, y) in sets.items()
+        }
+        return {**accuracies, "ImageNet feature error": error(m)}
 
-    train, _ = read_npz(folder / "cifar10_train.npz")
+    train, train_y = read_npz(folder / "cifar10_train.npz")
+    return Backbone(model, (resized(train[:512]), train_y[:512]), heads, measure)
+
+
+def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], float]:
+    """Return a function: squared error of the features of a model, relative to their variance."""
+    wanted = all_features(dense, images).double()
+    variance = (wanted - wanted.mean(0)).square().sum()
+
+    def error(model: nn.Module) -> float:
+        return float((all_features(model, images) - wanted).square().sum() / variance)
+
+    return error
+
+
+def vit_small(folder: Path, device: torch.device) -> Subject:
+    """Return the ViT-S/14: ridge accuracies on 600 test images each, error of ImageNet features."""
+    found = load_vit_small(folder, device, tests=600, photos=200)
     return Subject(
-        model,
-        resized(train[:512]),
+        found.model,
+        found.train[0],
         None,
-        measure,
+        found.measure,
         samples=(256,),
         sparsities=(0.4, 0.5, 0.6, 0.7),
     )

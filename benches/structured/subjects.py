@@ -11,21 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fastsal
 from benches.quality.subjects import (
-    ROOT,
     Labeled,
     accuracy,
     drawn,
+    feature_error,
+    load_lite0,
     load_mnist_vit,
     load_resnet20,
-    normalized,
-    read_npz,
+    load_vit_small,
 )
-from benches.ridge import Heads, all_features
 from fastsal.utils.choices import Budget, Structure
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -79,17 +76,6 @@ def _halves(*structures: Structure) -> tuple[Goal, ...]:
     return tuple(Goal(s, fraction) for s in structures for fraction in (0.25, 0.5))
 
 
-def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], float]:
-    """Return a function: squared error of the features of a model, relative to their variance."""
-    wanted = all_features(dense, images).double()
-    variance = (wanted - wanted.mean(0)).square().sum()
-
-    def error(model: nn.Module) -> float:
-        return float((all_features(model, images) - wanted).square().sum() / variance)
-
-    return error
-
-
 def classified(
     dense: nn.Module, test: Labeled, size: int
 ) -> Callable[[nn.Module], dict[str, float]]:
@@ -98,39 +84,14 @@ def classified(
     return lambda m: {"accuracy": accuracy(m, test, size), "feature error": error(m)}
 
 
-def vit_small(folder: Path, device: torch.device, size: int = 126) -> Subject:
+def vit_small(folder: Path, device: torch.device) -> Subject:
     """Return the ViT-S/14: ridge accuracies on 400 test images each, error of ImageNet features."""
-    spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
-    model = fastsal.load_model(spec, weights=folder / "vit_small_dino.safetensors").float()
-    model.to(device)
-
-    def resized(x: Tensor) -> Tensor:
-        return F.interpolate(normalized(x), size=(size, size), mode="bicubic", antialias=True)
-
-    sets: dict[str, tuple[Tensor, Tensor, Heads]] = {}
-    for name in ("cifar10", "cifar100"):
-        train, train_y = read_npz(folder / f"{name}_train.npz")
-        test, test_y = read_npz(folder / f"{name}_test.npz")
-        heads = Heads(all_features(model, resized(train[-2000:])), train_y[-2000:])
-        sets[name] = resized(test[:400]), test_y[:400], heads
-    named = fastsal.load_images(folder / "imagenet_sample")
-    spec_of = fastsal.input_spec(model, size=size)
-    error = feature_error(model, torch.cat([x for x, _ in named.batches(spec_of, 50)][::10]))
-
-    def measure(m: nn.Module) -> dict[str, float]:
-        found = {
-            f"{name} ridge accuracy": heads.accuracy(all_features(m, x), y)
-            for name, (x, y, heads) in sets.items()
-        }
-        return {**found, "ImageNet feature error": error(m)}
-
-    found = sets["cifar10"][2]
-    head = nn.Linear(*reversed(found.weight.shape))
-    head.load_state_dict({"weight": found.weight, "bias": found.bias})
-    head.to(device)
-    train, train_y = read_npz(folder / "cifar10_train.npz")
+    found = load_vit_small(folder, device, tests=400, photos=100)
+    ridge = found.heads["cifar10"]
+    head = nn.Linear(*reversed(ridge.weight.shape))
+    head.load_state_dict({"weight": ridge.weight, "bias": ridge.bias})
     goals = _halves("mlp", "heads")
-    return Subject(model, resized(train[:512]), train_y[:512], measure, 256, goals, head=head)
+    return Subject(found.model, *found.train, found.measure, 256, goals, head=head.to(device))
 
 
 def mnist_vit(folder: Path, device: torch.device) -> Subject:
@@ -143,16 +104,9 @@ def mnist_vit(folder: Path, device: torch.device) -> Subject:
 
 def lite0(folder: Path, device: torch.device) -> Subject:
     """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
-    from fastsal.models.lite0 import load_backbone
-
-    model = load_backbone().eval().to(device)
-    named = fastsal.load_images(folder / "imagenet_sample", class_map="imagenet")
-    found = list(named.batches(fastsal.input_spec(model), 50))
-    x, y = (torch.cat([pair[i] for pair in found]) for i in range(2))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    used, test = order[:512], (x[order[512:]], y[order[512:]])
+    model, train, test = load_lite0(folder, device)
     goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
-    return Subject(model, x[used], y[used], classified(model, test, 61), 256, goals)
+    return Subject(model, *train, classified(model, test, 61), 256, goals)
 
 
 def resnet20(folder: Path, device: torch.device) -> Subject:
