@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     "--checkpoint",
     type=PATH,
     metavar="FILE",
-    help="File for the state after each round; rerun the same command to resume from it.",
+    help="File for the state after each round and within --refit; rerun the same command to resume "
+    "from it.",
 )
 @click.option(
     "--recalibrate/--no-recalibrate",

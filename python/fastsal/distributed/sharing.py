@@ -15,7 +15,7 @@ from fastsal.data.content import SeenImages
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import LossFunction
-from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.checkpoint import Checkpoint, Resumed
 from fastsal.pruning.history import Round
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
@@ -105,10 +105,16 @@ class SharedCheckpoint(Checkpoint):
         super().__init__(path, asked, rest, seen, writes=ranks.rank == 0)
         self._ranks = ranks
 
-    def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
-        """Write the state after a round."""
+    def save(
+        self,
+        weights: Mapping[str, Tensor],
+        masks: Masks,
+        history: list[Round],
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the state after a round; with its scores, the state before its refit."""
         if self._ranks.rank == 0:
-            super().save(weights, masks, history)
+            super().save(weights, masks, history, scores)
         self._ranks.all_gather(None)
 
     def resume(
@@ -116,19 +122,19 @@ class SharedCheckpoint(Checkpoint):
         tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
         masked: Iterable[str] | None = None,
-    ) -> tuple[Masks | None, list[Round]]:
+    ) -> Resumed:
         """Restore the state of the file, if it exists.
 
         Raises:
             InvalidArgument: Not all ranks can read it.
         """
-        masks, history = super().resume(tensors, passes, masked)
-        seen = self._ranks.all_gather(len(history))
+        found = super().resume(tensors, passes, masked)
+        seen = self._ranks.all_gather(len(found.history))
         if len(set(seen)) > 1:
             raise InvalidArgument(
                 f"checkpoint must be a file that all ranks can read, got {seen} complete rounds"
             )
-        return masks, history
+        return found
 
     def remove(self) -> None:
         """Remove the file, after all rounds are complete."""

@@ -21,7 +21,6 @@ from fastsal.data.batches import Batches, first_images
 from fastsal.data.numbering import check_labels_of
 from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
-from fastsal.finetuning.checkpoint import TrainingCheckpoint
 from fastsal.finetuning.freezing import trained_parameters, training_only
 from fastsal.finetuning.trainer import Trainer
 from fastsal.gradients.losses import LossFunction, check_autocast
@@ -32,6 +31,7 @@ from fastsal.models.placing import on_device
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.shelf import all_or_nothing, copies, restore
+from fastsal.pruning.training_checkpoint import TrainingCheckpoint
 from fastsal.utils.choices import Schedule
 from fastsal.utils.identity import identity_of
 from fastsal.utils.numbers import real, whole
@@ -216,7 +216,9 @@ def finetune(
                 }
                 start = {**original, **{f"mask:{name}": mask for name, mask in masks.items()}}
                 structure = structure_digest(model)
-                keeper = TrainingCheckpoint(checkpoint, asked, start, structure, trainer.seen)
+                keeper = TrainingCheckpoint(
+                    checkpoint, asked, start, "finetune", structure, trainer.seen
+                )
             # If all masked parameters are frozen, no optimizer can change their zeros.
             moved = not set(trained.values()).isdisjoint(masks.parameters(model).values())
             with masks.hold(model, trainer.optimizer if moved else None):

@@ -1,10 +1,14 @@
-"""A checkpoint of the state between two rounds of pruning, from which a rerun resumes."""
+"""A checkpoint of the state between two rounds of pruning, from which a rerun resumes.
+
+A refit, which may take longer than all else, has a file beside it for its own state.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +59,22 @@ class Checkpoint:
         if writes:
             check_writable(self._path, "checkpoint")
 
-    def save(self, weights: Mapping[str, Tensor], masks: Masks, history: list[Round]) -> None:
-        """Write the state after a round."""
+    @property
+    def of_refit(self) -> Path:
+        """The file for the state of a refit."""
+        return self._path.with_name(f"{self._path.name}.refit")
+
+    def save(
+        self,
+        weights: Mapping[str, Tensor],
+        masks: Masks,
+        history: list[Round],
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the state after a round; with its scores, the state before its refit."""
         entries = [Entry.of(f"weight:{n}", p) for n, p in weights.items()]
         entries += [Entry.of(f"mask:{n}", mask) for n, mask in masks.items()]
+        entries += [Entry.of(f"score:{n}", score) for n, score in (scores or {}).items()]
         header = {
             "format": _FORMAT,
             "asked": self._asked,
@@ -66,6 +82,7 @@ class Checkpoint:
             "history": [entry.as_dict() for entry in history],
             "recipe": masks.recipe,
             "data": self._seen.recorded(),
+            "before_refit": scores is not None,
         }
         streamed_files.write(self._path, header, entries)
 
@@ -74,7 +91,7 @@ class Checkpoint:
         tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
         masked: Iterable[str] | None = None,
-    ) -> tuple[Masks | None, list[Round]]:
+    ) -> Resumed:
         """Restore the state of the file, if it exists.
 
         Args:
@@ -83,15 +100,12 @@ class Checkpoint:
             passes: Starts a pass over the images, which are compared with those of the file.
             masked: Names of those that have a mask; None for all.
 
-        Returns:
-            Masks and history; None and an empty list if there is no file.
-
         Raises:
             FileFormatError: The file is damaged, or of another run, model or data.
         """
         self._start = Digest().text(self._rest).text(tensors_digest(tensors)).hexdigest()
         if not self._path.exists():
-            return None, []
+            return Resumed()
         with self._opened() as file:
             header = header_of(file.metadata())
             check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
@@ -102,7 +116,10 @@ class Checkpoint:
                 p.copy_(file.get_tensor(f"weight:{name}"))
             masks = {n: file.get_tensor(f"mask:{n}").bool() for n in masked or tensors}
             history = [Round.from_dict(entry) for entry in header["history"]]
-            return Masks(masks, header["recipe"], copy=False), history
+            scores = None
+            if header.get("before_refit"):
+                scores = {n: file.get_tensor(f"score:{n}") for n in masks}
+            return Resumed(Masks(masks, header["recipe"], copy=False), history, scores)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -122,3 +139,18 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the file, after all rounds are complete."""
         remove_finished(self._path)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The state of a file.
+
+    Attributes:
+        masks: Masks after the last round; None if there is no file.
+        history: The rounds.
+        scores: Scores of the last round if it is still to be refitted, else None.
+    """
+
+    masks: Masks | None = None
+    history: list[Round] = field(default_factory=list)
+    scores: dict[str, Tensor] | None = None

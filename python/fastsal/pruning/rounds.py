@@ -132,7 +132,7 @@ def prune_in_rounds(
     found = RoundStatistics()
     with job.all_or_nothing() as dense, moments_kept_on_error(model):
         if checkpoint is not None:
-            masks, history = checkpoint.resume(job.changed, job.images, job.chosen)
+            masks, history, scores = _resumed(job, checkpoint, len(goals))
         for number, goal in list(enumerate(goals, start=1))[len(history) :]:
             clock = Clock()
             chooses = recipe.is_auto and not history
@@ -160,20 +160,46 @@ def prune_in_rounds(
             del result, best  # they refer to scores
             found, fisher = found.without_statistics(), None
             judged = found if found.held is not None else replace(own, recalibrates=recalibrate)
-            entry = history[-1]
-            history[-1] = _reconstructed(job, judged, masks, dense, entry, is_last=is_last)
+            history[-1] = _reconstructed(job, judged, masks, dense, history[-1], is_last=is_last)
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:
-                history[-1] = _refitted(job, found, masks, history[-1])
-            if checkpoint is not None and not is_last:
-                checkpoint.save(job.changed, masks, history)
+                _save(checkpoint, job, masks, history, scores)
+                history[-1] = _refitted(job, found, masks, history[-1], checkpoint)
+            if not is_last:
+                _save(checkpoint, job, masks, history)
         if masks is None:
             raise InvalidArgument("rounds must be at least 1, got 0")
         recipe.sign(masks, history, refit=job.refit and job.refit.settings.as_dict())
         if checkpoint is not None:
             checkpoint.remove()
     return masks, scores, history
+
+
+def _save(
+    checkpoint: Checkpoint | None,
+    job: Job,
+    masks: Masks,
+    history: list[Round],
+    scores: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the state after a round, or with its scores that before its refit, if asked for."""
+    if checkpoint is not None:
+        checkpoint.save(job.changed, masks, history, scores)
+
+
+def _resumed(
+    job: Job, checkpoint: Checkpoint, rounds: int
+) -> tuple[Masks | None, list[Round], dict[str, Tensor]]:
+    """Return masks, history and scores of a checkpoint; a refit that it stopped at is finished."""
+    found = checkpoint.resume(job.changed, job.images, job.chosen)
+    masks, history = found.masks, found.history
+    if masks is None or found.scores is None:
+        return masks, history, {}
+    history[-1] = _refitted(job, RoundStatistics(), masks, history[-1], checkpoint)
+    if len(history) < rounds:
+        _save(checkpoint, job, masks, history)
+    return masks, history, found.scores
 
 
 def _chosen_damping(
@@ -242,7 +268,9 @@ def _recalibrated(job: Job, found: RoundStatistics, entry: Round) -> Round:
     return replace(entry, recalibration=effect, seconds=entry.seconds | clock.seconds)
 
 
-def _refitted(job: Job, found: RoundStatistics, masks: Masks, entry: Round) -> Round:
+def _refitted(
+    job: Job, found: RoundStatistics, masks: Masks, entry: Round, checkpoint: Checkpoint | None
+) -> Round:
     """Refit the model to its dense copy; return the entry with what that did."""
     if job.refit is None:
         return entry
@@ -250,7 +278,9 @@ def _refitted(job: Job, found: RoundStatistics, masks: Masks, entry: Round) -> R
     # Without statistics nothing is held out yet.
     held = found.held or job.tuning_samples(job.source(), job.total)
     require_some(held)
-    done = job.refit.run(job.model, Repeated(lambda: held.without(job.source())), held, masks)
+    source = Repeated(lambda: held.without(job.source()))
+    file = None if checkpoint is None else checkpoint.of_refit
+    done = job.refit.run(job.model, source, held, masks, file)
     clock.lap("refit")
     return replace(entry, refit=done, seconds=entry.seconds | clock.seconds)
 

@@ -59,7 +59,11 @@ class Downloads:
 
     def _buffer(self, number: int) -> Tensor:
         if number == len(self._buffers):
-            self._buffers.append(torch.empty(self.chunk, pin_memory=True))
+            try:
+                buffer = torch.empty(self.chunk, pin_memory=True)
+            except RuntimeError:  # the system allows no more locked memory: slower, not wrong
+                buffer = torch.empty(self.chunk)
+            self._buffers.append(buffer)
         return self._buffers[number]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,51 +61,84 @@ class Fitting:
         self._source, self._how, self._masks = source, how, masks
         self._seed, self._micro_batch, self._room = seed, micro_batch, room
         self._parameters = dict(self._model.named_parameters())
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
 
-    def run(self, report: Report) -> dict[str, Any]:
-        """Refit; returns the attributes of a `RefitResult`, except windows and seconds."""
+    def run(
+        self,
+        report: Report,
+        saved: Mapping[str, Any] | None = None,
+        save: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Refit; returns the attributes of a `RefitResult`, except windows and seconds.
+
+        Args:
+            report: Called with the steps done and in total.
+            saved: What `save` got in an earlier run, to go on from there.
+            save: Called with the state after each measurement but the last.
+        """
         how = self._how
         self._matching.find_scales(self._micro_batch)
-        before = self._held_out_error()
+        state = self._begun() if saved is None else _State(**saved["state"])
+        if saved is not None:
+            restore(self._parameters, saved["weights"])
+        steps, every = state.steps, math.ceil(state.steps / how.checks)
+        sums: list[float] = []
+        course = self._steps(state.lr, steps - state.began, saved)
+        try:
+            while not state.is_over(how.patience):
+                sums.append(next(course))
+                state.done += 1
+                report(state.done, steps)
+                if state.done % every and state.done != steps:
+                    continue
+                value = self._held_out_error()
+                error = sum(sums) / len(sums)
+                sums = []
+                if state.improves(error, value):
+                    state.best_weights = copies(self._parameters)
+                elif how.lr == "auto" and state.is_too_fast(value):
+                    course.close()
+                    restore(self._parameters, state.best_weights)
+                    state.lr /= _FALL
+                    state.began, self._optimizer = state.done, None
+                    course = self._steps(state.lr, steps - state.began)
+                if save is not None and not state.is_over(how.patience):
+                    save(
+                        {
+                            "state": vars(state),
+                            "weights": copies(self._parameters),
+                            **self._moving(),
+                        }
+                    )
+        finally:
+            course.close()  # it holds the masks, also where weights are restored
+        restore(self._parameters, state.best_weights)
+        return {
+            "before": state.before,
+            "after": state.best,
+            "kept_step": state.kept,
+            "steps": state.done,
+            "lr": state.lr,
+            "micro_batch": self._micro_batch,
+            "history": state.history,
+        }
+
+    def _begun(self) -> _State:
+        """Return the state before the first step."""
+        how, before = self._how, self._held_out_error()
         if not math.isfinite(before):
             raise NonFiniteLoss(f"the error of the pruned model must be finite, got {before}")
         steps = self._count_steps() if how.steps == "auto" else how.steps
         lr = self._chosen_rate(steps) if how.lr == "auto" else how.lr
-        best, kept, misses = before, 0, 0
-        best_weights = copies(self._parameters)
-        history: list[dict[str, Any]] = []
-        every = math.ceil(steps / how.checks)
-        sums: list[float] = []
-        done = 0
-        course = self._steps(lr, steps)
-        while done < steps and misses < how.patience:
-            sums.append(next(course))
-            done += 1
-            report(done, steps)
-            if done % every and done != steps:
-                continue
-            value = self._held_out_error()
-            history.append({"step": done, "error": sum(sums) / len(sums), "held_out_error": value})
-            sums, misses = [], misses + 1
-            if value < best:
-                best, kept, misses = value, done, 0
-                best_weights = copies(self._parameters)
-            elif how.lr == "auto" and not kept and _is_too_fast(value, before, done / steps):
-                course.close()
-                restore(self._parameters, best_weights)
-                lr /= _FALL
-                course = self._steps(lr, steps - done)
-        course.close()
-        restore(self._parameters, best_weights)
-        return {
-            "before": before,
-            "after": best,
-            "kept_step": kept,
-            "steps": done,
-            "lr": lr,
-            "micro_batch": self._micro_batch,
-            "history": history,
-        }
+        return _State(before, steps, lr, before, copies(self._parameters))
+
+    def _moving(self) -> dict[str, Any]:
+        """Return the state of the optimizer and of its schedule; none before its first step."""
+        optimizer, schedule = self._optimizer, self._schedule
+        if optimizer is None or schedule is None:
+            return {"optimizer": None}
+        return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
     def _count_steps(self) -> int:
         images = sum(len(images) for images, _ in self._source)
@@ -173,12 +207,26 @@ class Fitting:
             total += float(error.detach())
         return total
 
-    def _steps(self, lr: float, steps: int) -> Generator[float, None, None]:
-        """Make steps; yields the training error of each."""
+    def _steps(
+        self, lr: float, steps: int, saved: Mapping[str, Any] | None = None
+    ) -> Generator[float, None, None]:
+        """Make steps; yields the training error of each.
+
+        Args:
+            lr: Learning rate.
+            steps: Number of steps, those of an earlier run included.
+            saved: State to go on from.
+        """
         optimizer = torch.optim.Adam(self._groups(lr))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
+        self._optimizer, self._schedule = optimizer, schedule
+        first = 0
+        if saved is not None and saved["optimizer"] is not None:
+            optimizer.load_state_dict(saved["optimizer"])
+            schedule.load_state_dict(saved["schedule"])
+            first = saved["state"]["done"] - saved["state"]["began"]
         with self._masks.hold(self._model, optimizer):
-            for images in itertools.islice(self._batches(), steps):
+            for images in itertools.islice(self._batches(), first, steps):
                 optimizer.zero_grad()
                 total = self._backward(images)
                 if math.isfinite(total):
@@ -188,19 +236,61 @@ class Fitting:
         optimizer.zero_grad()
 
 
+@dataclass
+class _State:
+    """Where a refitting is.
+
+    Attributes:
+        before: Held-out error before the first step.
+        steps: Number of steps in all.
+        lr: Learning rate.
+        best: Least held-out error.
+        best_weights: Those that have it.
+        kept: Step after which they were found; 0 for the start.
+        misses: Measurements since then.
+        done: Steps that were made.
+        began: Steps that were made before the learning rate was set.
+        history: One entry for each measurement.
+    """
+
+    before: float
+    steps: int
+    lr: float
+    best: float
+    best_weights: dict[str, Tensor]
+    kept: int = 0
+    misses: int = 0
+    done: int = 0
+    began: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def is_over(self, patience: int) -> bool:
+        """Whether no further step is made."""
+        return self.done >= self.steps or self.misses >= patience
+
+    def improves(self, error: float, held_out: float) -> bool:
+        """Record a measurement; returns whether it is the best."""
+        self.history.append({"step": self.done, "error": error, "held_out_error": held_out})
+        self.misses += 1
+        if held_out < self.best:
+            self.best, self.kept, self.misses = held_out, self.done, 0
+            return True
+        return False
+
+    def is_too_fast(self, error: float) -> bool:
+        """Whether the learning rate is too high for a held-out error, and nothing was gained yet.
+
+        A high rate raises the error at first and lowers it as it decays.
+        """
+        part = self.done / self.steps
+        return not self.kept and part < 1 and (error > _RISE * self.before or part >= 1 / 2)
+
+
 def _size(parameter: Tensor) -> float:
     """Return the root mean square of the weights that are not zero, at least a small one."""
     weights = at_least_float32(parameter.detach())
     squares = weights.square().sum() / weights.count_nonzero().clamp(min=1)
     return max(float(squares.sqrt()), _LEAST)
-
-
-def _is_too_fast(error: float, before: float, part: float) -> bool:
-    """Tell whether the learning rate is too high for an error after a part of the steps.
-
-    A high rate raises the error at first and lowers it as it decays.
-    """
-    return part < 1 and (error > _RISE * before or part >= 1 / 2)
 
 
 def _rate(step: int, steps: int) -> float:

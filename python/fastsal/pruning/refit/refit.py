@@ -12,16 +12,21 @@ Axes: n images.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
 from fastsal.data.batches import Batches, Pair
+from fastsal.data.content import SeenImages
+from fastsal.data.held_out import Repeated
 from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
+from fastsal.models.digest import structure_digest
 from fastsal.models.evaluating import evaluating
 from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
@@ -34,6 +39,7 @@ from fastsal.pruning.refit.windows import find_blocks
 from fastsal.pruning.refit_result import RefitResult
 from fastsal.pruning.same_model import check_same
 from fastsal.pruning.shelf import all_or_nothing
+from fastsal.pruning.training_checkpoint import TrainingCheckpoint
 from fastsal.utils.numbers import whole
 from fastsal.utils.progress import Report, reporter
 
@@ -51,6 +57,7 @@ def refit(
     held_out: Batches | None = None,
     batch: BatchRule | None = None,
     autocast: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool | Report = False,
     seed: int = 0,
 ) -> RefitResult:
@@ -77,6 +84,8 @@ def refit(
         batch: Function from a batch of another form to `(images, anything)`; None accepts pairs,
             images and dicts with a usual name for the images.
         autocast: dtype of the passes under `torch.autocast`; None disables it.
+        checkpoint: File for the state after each measurement of the held-out error (`checks` of
+            `Refit`); rerun the same call to resume from it. It is removed in the end.
         progress: True shows a progress bar; a function is called with the steps done and in total.
         seed: Seed of the order and of the augmentation of the images.
 
@@ -88,6 +97,7 @@ def refit(
         MaskError: The masks do not fit the model.
         DataError: Batches are invalid, or too few images.
         NonFiniteLoss: The error became NaN or infinite at the first measurement.
+        FileFormatError: `checkpoint` is damaged, or belongs to another run.
 
         If an error is raised, the model has its original weights.
     """
@@ -102,7 +112,16 @@ def refit(
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     source, held = images_apart(batches, samples, held_out, seed)
     return refit_on(
-        model, dense, source, held, masks, how, autocast=autocast, progress=progress, seed=seed
+        model,
+        dense,
+        source,
+        held,
+        masks,
+        how,
+        autocast=autocast,
+        progress=progress,
+        seed=seed,
+        checkpoint=checkpoint,
     )
 
 
@@ -118,6 +137,7 @@ def refit_on(
     progress: bool | Report,
     seed: int,
     room: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> RefitResult:
     """Refit as `refit` does, on checked arguments.
 
@@ -132,6 +152,7 @@ def refit_on(
         progress: As for `refit`.
         seed: Seed of all draws.
         room: Bytes for images and activations; None for no limit.
+        checkpoint: As for `refit`.
     """
     start = time.perf_counter()
     names = _windows(model, how)
@@ -150,10 +171,23 @@ def refit_on(
         # ResNet-50 the peak was a twelfth above the room without this quarter.
         left = None if room is None else (room - buffer) * 3 // 4
         micro_batch = how.micro_batch or matching.micro_batch(how.batch_size, left)
+        keeper = None
+        passes = {"batches": source.__iter__}
+        if checkpoint is not None:
+            seen = {"batches": SeenImages()}
+            source = Repeated(partial(seen["batches"].watch, source))
+            asked = {**how.as_dict(), "autocast": autocast, "seed": seed}
+            ends = {**tensors, **{f"dense:{n}": p for n, p in dense.named_parameters()}}
+            structure = structure_digest(model)
+            keeper = TrainingCheckpoint(checkpoint, asked, ends, "refit", structure, seen)
         fitting = Fitting(
             matching, source, how, masks, seed=seed, micro_batch=micro_batch, room=buffer
         )
-        found = fitting.run(report)
+        if keeper is None:
+            found = fitting.run(report)
+        else:
+            found = fitting.run(report, keeper.load(passes), keeper.save)
+            keeper.remove()
     return RefitResult(**found, windows=names, seconds=time.perf_counter() - start)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -90,7 +91,12 @@ class RefitStage:
         return cls(settings, dense, autocast, progress, seed, room)
 
     def run(
-        self, model: nn.Module, source: Iterable[Pair], held: Iterable[Pair], masks: Masks
+        self,
+        model: nn.Module,
+        source: Iterable[Pair],
+        held: Iterable[Pair],
+        masks: Masks,
+        checkpoint: Path | None = None,
     ) -> RefitResult:
         """Refit a pruned model in place.
 
@@ -99,6 +105,7 @@ class RefitStage:
             source: Training images, iterable again.
             held: Held-out images, iterable again.
             masks: Masks to hold.
+            checkpoint: As for `fastsal.refit`.
         """
         return refit_on(
             model,
@@ -111,4 +118,5 @@ class RefitStage:
             progress=self.progress,
             seed=self.seed,
             room=self.room,
+            checkpoint=checkpoint,
         )

@@ -108,6 +108,23 @@ def test_a_rerun_resumes_with_the_refitted_weights(data, tmp_path, monkeypatch):
     assert not file.exists()
 
 
+@pytest.mark.parametrize("step", [1, 6])
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_interrupt_between_two_steps_restores_everything(data, rounds, step):
+    model = dense()
+    before = state(model)
+
+    def report(done, total):
+        if total == FAST.steps and done == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fastsal.prune(model, data, 0.7, **HOW, rounds=rounds, refit=FAST, progress=report)
+    assert same(state(model), before)
+    del caught  # its traceback keeps everything that was running
+    assert same(state(model), before)
+
+
 def test_an_error_after_refitting_restores_everything(data, monkeypatch):
     from fastsal.pruning.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""Checkpoints of fine-tuning, from which an interrupted run resumes."""
+"""Checkpoints of fine-tuning and of refitting, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from fastsal.utils.atomic import atomic_path, check_writable
 from fastsal.utils.digests import Digest, tensors_digest
 from fastsal.utils.resuming import as_asked, check_origin, remove_finished
 
-_FORMAT = "fastsal.epoch"
+_FORMATS = {"finetune": "fastsal.epoch", "refit": "fastsal.refit"}
 
 
 class TrainingCheckpoint:
-    """A file with the state after the last complete epoch.
+    """A file with the state of a training that is not over.
 
     Args:
         path: The file. It is written atomically.
         asked: Arguments of the run, JSON values. A file of a run with other arguments is rejected.
         start: Name to tensor at the start of the run. A file with another start is rejected.
+        call: The function that trains: `"finetune"` or `"refit"`.
         structure: Digest of the architecture of the model.
         seen: Name to the images of that name, as passes over them see them.
 
@@ -40,10 +41,11 @@ class TrainingCheckpoint:
         path: str | os.PathLike[str],
         asked: Mapping[str, Any],
         start: Mapping[str, Tensor],
+        call: str,
         structure: str = "",
         seen: Mapping[str, SeenImages] | None = None,
     ) -> None:
-        self._path = Path(path)
+        self._path, self._call = Path(path), call
         self._asked = as_asked(asked)
         self._start = Digest().text(structure).text(tensors_digest(start)).hexdigest()
         self._seen = dict(seen or {})
@@ -52,7 +54,12 @@ class TrainingCheckpoint:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state of tensors, numbers and containers of them."""
         data = {name: seen.recorded() for name, seen in self._seen.items()}
-        header = {"format": _FORMAT, "asked": self._asked, "start": self._start, "data": data}
+        header = {
+            "format": _FORMATS[self._call],
+            "asked": self._asked,
+            "start": self._start,
+            "data": data,
+        }
         with atomic_path(self._path) as temporary:
             torch.save({**header, "state": dict(state)}, temporary)
 
@@ -72,8 +79,9 @@ class TrainingCheckpoint:
             return None
         found = read_pickle(self._path, "checkpoint", "pass another path")
         if not isinstance(found, dict):
-            raise FileFormatError(f"checkpoint: {self._path} is not a checkpoint of finetune")
-        check_origin(self._path, "finetune", found, _FORMAT, self._start, self._asked)
+            raise FileFormatError(f"checkpoint: {self._path} is not a checkpoint of {self._call}")
+        kind = _FORMATS[self._call]
+        check_origin(self._path, self._call, found, kind, self._start, self._asked)
         for name, start_pass in (passes or {}).items():
             self._seen[name].check(found.get("data", {}).get(name), start_pass)
         return dict(found["state"])
