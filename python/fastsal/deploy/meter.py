@@ -88,6 +88,7 @@ def measure_against(
         FastsalError: A model cannot be exported.
     """
     check_choice("runtime", runtime, RUNTIMES)
+    gpu = require_gpu() if runtime == "torch-2:4" else None
     seconds = real("seconds", seconds, above=0)
     counts = [whole("batches", count, 1) for count in batches]
     if not counts:
@@ -110,8 +111,8 @@ def measure_against(
     else:
         timings = _of_files(runtime, dense, pruned, images, runs, seconds)
     facts = {**machine(), "versions": versions()}
-    if runtime == "torch-2:4":
-        facts |= device_facts(require_gpu())
+    if gpu is not None:
+        facts |= device_facts(gpu)
     return Measurement(*sizes, timings, runtime, _zeros(sizes[1], runtime, compressed), facts)
 
 
