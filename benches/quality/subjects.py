@@ -159,7 +159,7 @@ def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) 
         folder: Folder of the data sets and of the weights.
         device: Where it runs.
         tests: Number of test images of each data set.
-        photos: Number of ImageNet images.
+        photos: Number of ImageNet images, in groups of 50 neighbors.
     """
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
     model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float().to(device)
@@ -177,8 +177,8 @@ def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) 
         sets[name] = resized(test[:tests]), test_y[:tests]
     named = fastsal.load_images(folder / "imagenet_sample")
     spec_of = fastsal.input_spec(model, size=size)
-    found = torch.cat([x for x, _ in named.batches(spec_of, 50)])
-    error = feature_error(model, found[:: len(found) // photos])
+    groups = [x for x, _ in named.batches(spec_of, 50)]
+    error = feature_error(model, torch.cat(groups[:: 50 * len(groups) // photos]))
 
     def measure(m: nn.Module) -> dict[str, float]:
         accuracies = {
