@@ -152,7 +152,9 @@ class Backbone:
     measure: Callable[[nn.Module], dict[str, float]]
 
 
-def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) -> Backbone:
+def load_vit_small(
+    folder: Path, device: torch.device, tests: int, photos: int, images: int = 512
+) -> Backbone:
     """Return the ViT-S/14 of `examples/` at 126 pixels.
 
     Args:
@@ -160,6 +162,7 @@ def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) 
         device: Where it runs.
         tests: Number of test images of each data set.
         photos: Number of ImageNet images, in groups of 50 neighbors.
+        images: Number of images that calibrate; those of the heads are the last 2,000 of 6,000.
     """
     spec = f"{ROOT / 'examples' / 'vit_small_dino.py'}:vit_small"
     model = load_model(spec, weights=folder / "vit_small_dino.safetensors").float().to(device)
@@ -188,7 +191,7 @@ def load_vit_small(folder: Path, device: torch.device, tests: int, photos: int) 
         return {**accuracies, "ImageNet feature error": error(m)}
 
     train, train_y = read_npz(folder / "cifar10_train.npz")
-    return Backbone(model, (resized(train[:512]), train_y[:512]), heads, measure)
+    return Backbone(model, (resized(train[:images]), train_y[:images]), heads, measure)
 
 
 def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], float]:

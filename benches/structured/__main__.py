@@ -27,11 +27,14 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "structured.json"
 def main() -> None:
     """Run the cells that are missing, and print the tables."""
     parser = table_parser("python -m benches.structured", __doc__, SUBJECTS, RESULTS)
+    parser.add_argument("--samples", type=int, help="number of images of a draw")
+    parser.add_argument("--goals", nargs="+", metavar="GOAL", help="such as '0.5 of mlp'")
     print(tables(fill(parser.parse_args(), _run)))
 
 
 def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
-    subject = SUBJECTS[name](given.data, given.device)
+    options = {} if given.samples is None else {"samples": given.samples}
+    subject = SUBJECTS[name](given.data, given.device, **options)
 
     def measure(model: torch.nn.Module) -> dict[str, float]:
         size = model_size(model, subject.images[:1], has_values=False)
@@ -53,6 +56,8 @@ def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
     for method in wanted:
         for seed in given.seeds:
             for goal in subject.goals:
+                if given.goals and str(goal) not in given.goals:
+                    continue
                 if goal.structure == "heads" and "Torch-Pruning" in method:
                     continue  # its importance of heads fails on timm's attention
                 cell(method, seed, goal)

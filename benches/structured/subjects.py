@@ -84,40 +84,44 @@ def classified(
     return lambda m: {"accuracy": accuracy(m, test, size), "feature error": error(m)}
 
 
-def vit_small(folder: Path, device: torch.device) -> Subject:
-    """Return the ViT-S/14: ridge accuracies on 400 test images each, error of ImageNet features."""
-    found = load_vit_small(folder, device, tests=400, photos=100)
+def vit_small(folder: Path, device: torch.device, samples: int = 256) -> Subject:
+    """Return the ViT-S/14: ridge accuracies on 400 test images each, error of ImageNet features.
+
+    Draws of up to 512 images are from the first 512, larger ones from the first 4,000.
+    """
+    pool = 512 if samples <= 512 else 4000
+    found = load_vit_small(folder, device, tests=400, photos=100, images=pool)
     ridge = found.heads["cifar10"]
     head = nn.Linear(*reversed(ridge.weight.shape))
     head.load_state_dict({"weight": ridge.weight, "bias": ridge.bias})
     goals = _halves("mlp", "heads")
-    return Subject(found.model, *found.train, found.measure, 256, goals, head=head.to(device))
+    return Subject(found.model, *found.train, found.measure, samples, goals, head=head.to(device))
 
 
-def mnist_vit(folder: Path, device: torch.device) -> Subject:
+def mnist_vit(folder: Path, device: torch.device, samples: int = 256) -> Subject:
     """Return the small ViT of `examples/`; its layers are too narrow for multiples."""
     model, (x, y), test = load_mnist_vit(folder)
     model.to(device)
     measure = classified(model, test, 250)
-    return Subject(model, x, y, measure, 256, _halves("mlp", "heads"), 1)
+    return Subject(model, x, y, measure, samples, _halves("mlp", "heads"), 1)
 
 
-def lite0(folder: Path, device: torch.device) -> Subject:
+def lite0(folder: Path, device: torch.device, samples: int = 256) -> Subject:
     """Return EfficientNet-Lite0: half of `imagenet_sample` calibrates, the other half tests."""
     model, train, test = load_lite0(folder, device)
     goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
-    return Subject(model, *train, classified(model, test, 61), 256, goals)
+    return Subject(model, *train, classified(model, test, 61), samples, goals)
 
 
-def resnet20(folder: Path, device: torch.device) -> Subject:
+def resnet20(folder: Path, device: torch.device, samples: int = 512) -> Subject:
     """Return the ResNet-20 on CIFAR-10; its layers are too narrow for multiples."""
     model, train, test = load_resnet20(folder)
     model.to(device)
     goals = (*_halves("channels"), Goal("channels", 0.3, "macs"))
-    return Subject(model, *train, classified(model, test, 250), 512, goals, 1)
+    return Subject(model, *train, classified(model, test, 250), samples, goals, 1)
 
 
-SUBJECTS: Mapping[str, Callable[[Path, torch.device], Subject]] = {
+SUBJECTS: Mapping[str, Callable[..., Subject]] = {
     "resnet20": resnet20,
     "mnist-vit": mnist_vit,
     "vit-small": vit_small,
