@@ -177,8 +177,8 @@ def prune(
             where samples are held out anyway, for `damping="auto"`; within a memory budget only if
             there is room, and with as many images and rows as fit.
         checkpoint: File with the state after each round, and before a refit, whose own state is in
-            a file beside it that ends in `.refit`; rerun the same call to resume from them.
-            Both are removed at the end. The file of a run with another model, images, labels, loss or
+            a file beside it that ends in `.refit`; rerun the same call to resume from them. Both
+            are removed at the end. The file of a run with another model, images, labels, loss or
             other arguments is rejected; the images are read once to compare them.
         head: Name of the classifier's layer, or several; None finds it. Only
             `curvature="features"` uses it: features are its input.

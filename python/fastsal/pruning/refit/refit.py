@@ -165,21 +165,22 @@ def refit_on(
         reporter(progress, "refitting", "steps") as report,
     ):
         masks.apply(model)
+        keeper = None
+        passes = {"batches": source.__iter__, "held_out": held.__iter__}
+        if checkpoint is not None:
+            seen = {name: SeenImages(name) for name in passes}
+            source = Repeated(partial(seen["batches"].watch, source))
+            held = Repeated(partial(seen["held_out"].watch, held))
+            asked = {**how.as_dict(), "autocast": autocast, "seed": seed}
+            ends = {**tensors, **{f"dense:{n}": p for n, p in dense.named_parameters()}}
+            structure = structure_digest(model)
+            keeper = TrainingCheckpoint(checkpoint, asked, ends, "refit", structure, seen)
         matching = Matching(model, dense, names, masks, autocast, held)
         buffer = _BUFFER if room is None else min(_BUFFER, room // 4)
         # Gradients of activations and the workspace of kernels come beside what is saved: on a
         # ResNet-50 the peak was a twelfth above the room without this quarter.
         left = None if room is None else (room - buffer) * 3 // 4
         micro_batch = how.micro_batch or matching.micro_batch(how.batch_size, left)
-        keeper = None
-        passes = {"batches": source.__iter__}
-        if checkpoint is not None:
-            seen = {"batches": SeenImages()}
-            source = Repeated(partial(seen["batches"].watch, source))
-            asked = {**how.as_dict(), "autocast": autocast, "seed": seed}
-            ends = {**tensors, **{f"dense:{n}": p for n, p in dense.named_parameters()}}
-            structure = structure_digest(model)
-            keeper = TrainingCheckpoint(checkpoint, asked, ends, "refit", structure, seen)
         fitting = Fitting(
             matching, source, how, masks, seed=seed, micro_batch=micro_batch, room=buffer
         )

@@ -75,12 +75,16 @@ def test_files_of_others_are_refused(data, tmp_path):
         fastsal.refit(model, original, data, masks, how, checkpoint=path, progress=stop_at(9))
     before, content = state(model), path.read_bytes()
 
-    def again(said, images=data, settings=how, seed=0, net=model):
+    def again(said, images=data, settings=how, seed=0, net=model, held_out=None):
         with pytest.raises(FileFormatError, match=said):
-            fastsal.refit(net, original, images, masks, settings, checkpoint=path, seed=seed)
+            fastsal.refit(
+                net, original, images, masks, settings, checkpoint=path, seed=seed,
+                held_out=held_out,
+            )  # fmt: skip
 
     again("other values of lr", settings=Refit(steps=20, batch_size=16, lr=1e-3, checks=5))
     again("other values of seed", seed=1)
+    again("other (batches|held_out)", held_out=[(x + 1, y) for x, y in data[:1]])
     again("other batches", images=[(x + 1, y) for x, y in data])
     other, _, _ = pruned()
     with torch.no_grad():
