@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.errors import FastsalError
-from fastsal.models.evaluating import to_model
+from fastsal.models.evaluating import outputs
 from fastsal.models.outputs import output_tensor
 
 _Array = NDArray[np.float32]
@@ -27,6 +26,12 @@ class OneOutput(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits or features of images."""
         return output_tensor(self.model(images))
+
+
+def output_array(model: nn.Module, images: Tensor) -> _Array:
+    """Return the logits or features of images, float32, wherever the model is."""
+    found: _Array = output_tensor(outputs(model, images)).cpu().numpy()
+    return found
 
 
 def compare_outputs(
@@ -49,10 +54,8 @@ def compare_outputs(
         FastsalError: The difference is larger, or outputs have another shape.
     """
     worst = 0.0
-    first = next(model.parameters())
     for some in (images, images[:1]):
-        with torch.no_grad():
-            wanted = output_tensor(model(to_model(some, first))).float().cpu().numpy()
+        wanted = output_array(model, some)
         found = run(some.numpy())
         if found.shape != wanted.shape:
             raise FastsalError(

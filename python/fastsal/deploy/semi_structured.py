@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import compare_outputs
+from fastsal.deploy.comparing import compare_outputs, output_array
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
-from fastsal.models.evaluating import to_model
-from fastsal.models.outputs import output_tensor
 from fastsal.utils.plain_text import first_line
 
 _LEAST_CAPABILITY = (8, 0)
@@ -125,7 +122,13 @@ def export_semi_structured(
         torch.save(stored.state_dict(), made)
         _load(stored, made)
         values, zeros = _compare_zeros(dense, stored, names)
-        difference = _difference(dense, stored, images, tolerance)
+        difference = compare_outputs(
+            dense,
+            lambda x: output_array(stored, torch.from_numpy(x)),
+            images.float().cpu(),
+            tolerance,
+            "2:4",
+        )
         size = bytes_beside(made)
     return size, difference, values, zeros
 
@@ -152,14 +155,3 @@ def _compare_zeros(dense: nn.Module, stored: nn.Module, names: Iterable[str]) ->
         values += wanted.numel()
         zeros += int((wanted == 0).sum())
     return values, zeros
-
-
-def _difference(dense: nn.Module, stored: nn.Module, images: Tensor, tolerance: float) -> float:
-    first = next(dense.parameters())
-
-    def run(x: NDArray[Any]) -> NDArray[Any]:
-        with torch.no_grad():
-            found = output_tensor(stored(to_model(torch.from_numpy(x), first)))
-        return found.float().cpu().numpy()
-
-    return compare_outputs(dense, run, images.float().cpu(), tolerance, "2:4")

@@ -15,11 +15,9 @@ from fastsal.data.content import SeenImages
 from fastsal.distributed.ranks import Ranks
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import LossFunction
-from fastsal.pruning.checkpoint import Checkpoint, Resumed
-from fastsal.pruning.history import Round
+from fastsal.pruning.checkpoint import Checkpoint, RoundState
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
-from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import InMicroBatches, mean_of
 
 _Item = TypeVar("_Item")
@@ -105,16 +103,10 @@ class SharedCheckpoint(Checkpoint):
         super().__init__(path, asked, rest, seen, writes=ranks.rank == 0)
         self._ranks = ranks
 
-    def save(
-        self,
-        weights: Mapping[str, Tensor],
-        masks: Masks,
-        history: list[Round],
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write the state after a round; with its scores, the state before its refit."""
+    def save(self, weights: Mapping[str, Tensor], state: RoundState) -> None:
+        """Write the state after a round, or before its refit."""
         if self._ranks.rank == 0:
-            super().save(weights, masks, history, scores)
+            super().save(weights, state)
         self._ranks.all_gather(None)
 
     def resume(
@@ -122,7 +114,7 @@ class SharedCheckpoint(Checkpoint):
         tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
         masked: Iterable[str] | None = None,
-    ) -> Resumed:
+    ) -> RoundState:
         """Restore the state of the file, if it exists.
 
         Raises:

@@ -64,14 +64,10 @@ class Checkpoint:
         """The file for the state of a refit."""
         return self._path.with_name(f"{self._path.name}.refit")
 
-    def save(
-        self,
-        weights: Mapping[str, Tensor],
-        masks: Masks,
-        history: list[Round],
-        scores: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Write the state after a round; with its scores, the state before its refit."""
+    def save(self, weights: Mapping[str, Tensor], state: RoundState) -> None:
+        """Write the state after a round, or before its refit."""
+        masks, scores = state.masks, state.scores
+        assert masks is not None  # there is one after a round
         entries = [Entry.of(f"weight:{n}", p) for n, p in weights.items()]
         entries += [Entry.of(f"mask:{n}", mask) for n, mask in masks.items()]
         entries += [Entry.of(f"score:{n}", score) for n, score in (scores or {}).items()]
@@ -79,7 +75,7 @@ class Checkpoint:
             "format": _FORMAT,
             "asked": self._asked,
             "start": self._start,
-            "history": [entry.as_dict() for entry in history],
+            "history": [entry.as_dict() for entry in state.history],
             "recipe": masks.recipe,
             "data": self._seen.recorded(),
             "before_refit": scores is not None,
@@ -91,7 +87,7 @@ class Checkpoint:
         tensors: Mapping[str, Tensor],
         passes: Callable[[], Iterable[Pair]] = tuple,
         masked: Iterable[str] | None = None,
-    ) -> Resumed:
+    ) -> RoundState:
         """Restore the state of the file, if it exists.
 
         Args:
@@ -105,7 +101,7 @@ class Checkpoint:
         """
         self._start = Digest().text(self._rest).text(tensors_digest(tensors)).hexdigest()
         if not self._path.exists():
-            return Resumed()
+            return RoundState()
         with self._opened() as file:
             header = header_of(file.metadata())
             check_origin(self._path, "prune", header, _FORMAT, self._start, self._asked)
@@ -119,7 +115,7 @@ class Checkpoint:
             scores = None
             if header.get("before_refit"):
                 scores = {n: file.get_tensor(f"score:{n}") for n in masks}
-            return Resumed(Masks(masks, header["recipe"], copy=False), history, scores)
+            return RoundState(Masks(masks, header["recipe"], copy=False), history, scores)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Any]:
@@ -142,15 +138,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Resumed:
-    """The state of a file.
+class RoundState:
+    """The state after a round, besides the weights.
 
     Attributes:
-        masks: Masks after the last round; None if there is no file.
+        masks: Masks after the last round; None before the first one.
         history: The rounds.
         scores: Scores of the last round if it is still to be refitted, else None.
     """
 
     masks: Masks | None = None
     history: list[Round] = field(default_factory=list)
-    scores: dict[str, Tensor] | None = None
+    scores: Mapping[str, Tensor] | None = None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsal.data.held_out import HeldOutSamples, Repeated, require_some
 from fastsal.errors import InvalidArgument
 from fastsal.fisher.statistics import Statistics
-from fastsal.pruning.checkpoint import Checkpoint
+from fastsal.pruning.checkpoint import Checkpoint, RoundState
 from fastsal.pruning.damping import DampingChoice
 from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
@@ -164,10 +164,10 @@ def prune_in_rounds(
             if recalibrate and is_last:
                 history[-1] = _recalibrated(job, found, history[-1])
             if refits:
-                _save(checkpoint, job, masks, history, scores)
+                _save(checkpoint, job, RoundState(masks, history, scores))
                 history[-1] = _refitted(job, found, masks, history[-1], checkpoint)
             if not is_last:
-                _save(checkpoint, job, masks, history)
+                _save(checkpoint, job, RoundState(masks, history))
         if masks is None:
             raise InvalidArgument("rounds must be at least 1, got 0")
         recipe.sign(masks, history, refit=job.refit and job.refit.settings.as_dict())
@@ -176,16 +176,10 @@ def prune_in_rounds(
     return masks, scores, history
 
 
-def _save(
-    checkpoint: Checkpoint | None,
-    job: Job,
-    masks: Masks,
-    history: list[Round],
-    scores: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write the state after a round, or with its scores that before its refit, if asked for."""
+def _save(checkpoint: Checkpoint | None, job: Job, state: RoundState) -> None:
+    """Write the state after a round, or before its refit, if asked for."""
     if checkpoint is not None:
-        checkpoint.save(job.changed, masks, history, scores)
+        checkpoint.save(job.changed, state)
 
 
 def _resumed(
@@ -198,8 +192,8 @@ def _resumed(
         return masks, history, {}
     history[-1] = _refitted(job, RoundStatistics(), masks, history[-1], checkpoint)
     if len(history) < rounds:
-        _save(checkpoint, job, masks, history)
-    return masks, history, found.scores
+        checkpoint.save(job.changed, RoundState(masks, history))
+    return masks, history, dict(found.scores)
 
 
 def _chosen_damping(

@@ -61,8 +61,8 @@ class Fitting:
         self._source, self._how, self._masks = source, how, masks
         self._seed, self._micro_batch, self._room = seed, micro_batch, room
         self._parameters = dict(self._model.named_parameters())
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        # Optimizer and schedule, since the first step at the present learning rate.
+        self._moving: tuple[torch.optim.Adam, torch.optim.lr_scheduler.LambdaLR] | None = None
 
     def run(
         self,
@@ -101,16 +101,12 @@ class Fitting:
                     course.close()
                     restore(self._parameters, state.best_weights)
                     state.lr /= _FALL
-                    state.began, self._optimizer = state.done, None
+                    state.began, self._moving = state.done, None
                     course = self._steps(state.lr, steps - state.began)
                 if save is not None and not state.is_over(how.patience):
-                    save(
-                        {
-                            "state": vars(state),
-                            "weights": copies(self._parameters),
-                            **self._moving(),
-                        }
-                    )
+                    moving = self._moving and [each.state_dict() for each in self._moving]
+                    weights = copies(self._parameters)
+                    save({"state": vars(state), "weights": weights, "moving": moving})
         finally:
             course.close()  # it holds the masks, also where weights are restored
         restore(self._parameters, state.best_weights)
@@ -132,13 +128,6 @@ class Fitting:
         steps = self._count_steps() if how.steps == "auto" else how.steps
         lr = self._chosen_rate(steps) if how.lr == "auto" else how.lr
         return _State(before, steps, lr, before, copies(self._parameters))
-
-    def _moving(self) -> dict[str, Any]:
-        """Return the state of the optimizer and of its schedule; none before its first step."""
-        optimizer, schedule = self._optimizer, self._schedule
-        if optimizer is None or schedule is None:
-            return {"optimizer": None}
-        return {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
 
     def _count_steps(self) -> int:
         images = sum(len(images) for images, _ in self._source)
@@ -219,11 +208,12 @@ class Fitting:
         """
         optimizer = torch.optim.Adam(self._groups(lr))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
-        self._optimizer, self._schedule = optimizer, schedule
+        self._moving = optimizer, schedule
         first = 0
-        if saved is not None and saved["optimizer"] is not None:
-            optimizer.load_state_dict(saved["optimizer"])
-            schedule.load_state_dict(saved["schedule"])
+        if saved is not None and saved["moving"] is not None:
+            of_optimizer, of_schedule = saved["moving"]
+            optimizer.load_state_dict(of_optimizer)
+            schedule.load_state_dict(of_schedule)
             first = saved["state"]["done"] - saved["state"]["began"]
         with self._masks.hold(self._model, optimizer):
             for images in itertools.islice(self._batches(), first, steps):

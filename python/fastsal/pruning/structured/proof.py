@@ -7,7 +7,6 @@ model must agree. A group that fails, or with which the model does not run, is l
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -130,15 +129,13 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
     hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
     first = next(model.parameters())
     try:
-        with contextlib.ExitStack() as stack:
-            for context in (
-                evaluating(model),
-                torch.no_grad(),
-                torch.random.fork_rng(devices=[]),
-                full_float32(),
-                convolutions_in_float32(),
-            ):
-                stack.enter_context(context)
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            full_float32(),
+            convolutions_in_float32(),
+        ):
             result = model(to_model(images, first))
     finally:
         for hook in hooks:
