@@ -4,19 +4,17 @@
 //! by `-H e_j θ_j / H_jj`; delete row and column `j` from `H` (a rank-one downdate); repeat. The
 //! downdates are those of a Cholesky factorization of `H` whose pivots the costs select, so the
 //! current column `j` is `h_j = H_:j - sum_s h_s h_s[j] / p_s`, with `h_s` the columns of the earlier
-//! steps and `p_s` their pivots. Small and large blocks share everything
-//! except how they compute that column.
+//! steps and `p_s` their pivots. Small blocks are processed side by side ([`interleaved`]), large ones
+//! alone.
 
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, check_weights, Result};
 use crate::greedy_large::Large;
-use crate::greedy_small::{Small, LARGEST_SMALL};
 use crate::greedy_state::Block;
-use crate::interleaved::{self, Invert, Wanted};
+use crate::interleaved::{self, Eliminate, BLOCKS};
 use crate::isa::Isa;
 use crate::layout::triangle;
-use crate::memory::Aligned;
 use crate::parallel;
 use crate::scratch::{Failure, Scratch};
 use crate::simd::dispatch;
@@ -60,7 +58,7 @@ fn eliminate_with(
     check_weights(weights)?;
     let block = layout.block();
     let per_task = if block <= interleaved::LARGEST {
-        interleaved::BLOCKS
+        BLOCKS
     } else if block <= IN_TURNS_UP_TO {
         IN_TURNS
     } else {
@@ -102,10 +100,10 @@ fn eliminate_with(
 /// A worker's memory.
 #[derive(Default)]
 struct Workspace {
+    /// Of large blocks.
     scratches: [Scratch; IN_TURNS],
-    /// Of [`interleaved`].
-    square: Aligned<f64>,
-    inverses: Aligned<f64>,
+    /// Of small ones.
+    memory: interleaved::Memory,
 }
 
 /// A few neighboring blocks of one size, the first of them `first`.
@@ -121,65 +119,39 @@ struct Task<'a> {
 
 impl Task<'_> {
     fn run(self, size: usize, workspace: &mut Workspace) -> Result<()> {
-        let Self { isa, damped, first, scores, turns, weights, sensitivities } = self;
-        let Workspace { scratches, square, inverses } = workspace;
-        let count = sensitivities.len();
-        if count == 0 {
+        if self.sensitivities.is_empty() {
             return Ok(());
         }
-        for scratch in scratches.iter_mut().take(count) {
-            scratch.reserve(size)?;
+        if size > interleaved::LARGEST {
+            return self.run_large(size, &mut workspace.scratches);
         }
-        let len = triangle(size);
-        if size <= interleaved::LARGEST {
-            let wanted = Wanted::Inverses(inverses.room(count * len));
-            let memory = &mut *square;
-            let found = dispatch(isa, Invert { damped, b: first, size, count, memory, wanted });
-            sensitivities.copy_from_slice(&found[..count]);
-        } else {
-            for (k, (sensitivity, scratch)) in
-                sensitivities.iter_mut().zip(&mut *scratches).enumerate()
-            {
-                *sensitivity = damped.invert(isa, first + k, scratch);
-            }
-        }
-        let mut inverses = inverses.chunks_mut(len);
-        let parts = scores.chunks_mut(IN_TURNS * size).zip(turns.chunks_mut(IN_TURNS * size));
-        let parts = parts.zip(weights.chunks(IN_TURNS * size));
-        let parts = parts.zip(sensitivities.chunks(IN_TURNS));
-        for (turn, (((scores, turns), weights), sensitivities)) in parts.enumerate() {
-            let parts = scores.chunks_mut(size).zip(turns.chunks_mut(size));
-            let parts = parts.zip(weights.chunks(size)).zip(sensitivities);
-            let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
-            for (k, ((((scores, turns), weights), sensitivity), scratch)) in
-                parts.zip(&mut *scratches).enumerate()
-            {
-                let Scratch { upper, lower, row, packed, .. } = scratch;
-                let inverse = match inverses.next() {
-                    Some(inverse) if size <= interleaved::LARGEST => inverse,
-                    _ => &mut packed[..len],
-                };
-                if sensitivity.is_none() {
-                    scores.fill(f32::NAN);
-                    continue;
-                }
-                let kept = damped.kept_in(first + turn * IN_TURNS + k);
-                blocks[k] =
-                    Some(Block { upper, lower, row, inverse, weights, kept, scores, turns });
-            }
-            remove(isa, blocks);
-        }
+        let Self { isa, damped, first: b, scores, turns, weights, sensitivities } = self;
+        let memory = &mut workspace.memory;
+        let found = dispatch(isa, Eliminate { damped, b, size, memory, weights, scores, turns });
+        sensitivities.copy_from_slice(&found[..sensitivities.len()]);
         Ok(())
     }
-}
 
-/// Process blocks of one size in turns.
-fn remove(isa: Isa, blocks: [Option<Block<'_>>; IN_TURNS]) {
-    let size = blocks.iter().flatten().map(|block| block.weights.len()).next();
-    match size {
-        None => {}
-        Some(..=LARGEST_SMALL) => dispatch(isa, Small { blocks }),
-        Some(_) => dispatch(isa, Large { blocks }),
+    /// Invert large blocks one after the other, and process them in turns.
+    fn run_large(self, size: usize, scratches: &mut [Scratch; IN_TURNS]) -> Result<()> {
+        let Self { isa, damped, first, scores, turns, weights, sensitivities } = self;
+        let parts = scores.chunks_mut(size).zip(turns.chunks_mut(size));
+        let parts = parts.zip(weights.chunks(size)).zip(sensitivities).zip(scratches);
+        let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
+        for (k, ((((scores, turns), weights), sensitivity), scratch)) in parts.enumerate() {
+            scratch.reserve(size)?;
+            *sensitivity = damped.invert(isa, first + k, scratch);
+            if sensitivity.is_none() {
+                scores.fill(f32::NAN);
+                continue;
+            }
+            let Scratch { upper, row, packed, .. } = scratch;
+            let inverse = &mut packed[..triangle(size)];
+            let kept = damped.kept_in(first + k);
+            blocks[k] = Some(Block { upper, row, inverse, weights, kept, scores, turns });
+        }
+        dispatch(isa, Large { blocks });
+        Ok(())
     }
 }
 

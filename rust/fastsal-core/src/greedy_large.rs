@@ -53,7 +53,7 @@ struct Elimination<'a> {
 impl<'a> Elimination<'a> {
     #[inline(always)]
     fn new<S: Simd<T = f64>>(simd: S, block: Block<'a>) -> Self {
-        let Block { upper, row, inverse: packed, weights, kept, scores, turns, .. } = block;
+        let Block { upper, row, inverse: packed, weights, kept, scores, turns } = block;
         let (size, stride) = (weights.len(), padded(weights.len()));
         let packed = &mut packed[..triangle(size)];
         let (candidates, order) = begin(row, stride, packed, weights, kept, scores, turns);
@@ -70,7 +70,7 @@ impl<'a> Elimination<'a> {
     #[inline(always)]
     fn step<S: Simd<T = f64>>(&mut self, simd: S) -> bool {
         let Self { rest, negated, columns, steps, order } = self;
-        if order.is_complete() {
+        if order.left() == 0 {
             return false;
         }
         if *steps == 0 {
@@ -89,7 +89,7 @@ impl<'a> Elimination<'a> {
         subtract_row(simd, &mut column[..n], earlier, stride, *steps, factors, stride);
         rest.remove(simd, at, column);
         *steps += 1;
-        if *steps == STEPS && !order.is_complete() {
+        if *steps == STEPS && order.left() > 0 {
             rest.compact(simd, negated, &mut columns[..STEPS * stride]);
             let m = rest.index.len();
             syrk(simd.isa(), columns, STEPS, m, padded(m), &mut negated[..triangle(m)]);

@@ -1,5 +1,5 @@
-//! What the elimination of small and of large blocks shares: candidates, their costs, and the order
-//! in which they are removed.
+//! What the elimination of a block keeps: candidates, their costs, and the order in which they are
+//! removed.
 
 use crate::layout::row_base;
 use crate::memory::Aligned;
@@ -9,9 +9,8 @@ pub(crate) const MOST_LANES: usize = 8;
 
 /// A block to be processed.
 pub(crate) struct Block<'a> {
-    /// Memory for two matrices and a few rows of it.
+    /// Memory for a matrix and a few rows of it.
     pub upper: &'a mut Aligned<f64>,
-    pub lower: &'a mut Aligned<f64>,
     pub row: &'a mut Aligned<f64>,
     /// Its inverse `H`, which is overwritten.
     pub inverse: &'a mut [f64],
@@ -63,17 +62,12 @@ pub(crate) fn begin<'a>(
     }
     diagonal[size..].fill(1.0);
     out[size..].fill(f64::INFINITY);
-    let mut turn = 0;
-    if let Some(kept) = kept {
-        for j in (0..size).filter(|j| !kept[*j]) {
-            out[j] = f64::INFINITY;
-            scores[j] = f32::NEG_INFINITY;
-            turns[j] = 0;
-            turn += 1;
-        }
+    let order = Order::new(kept, scores, turns);
+    for j in (0..size).filter(|j| order.is_removed(*j)) {
+        out[j] = f64::INFINITY;
     }
     let least = [f64::INFINITY; MOST_LANES];
-    (Candidates { theta, diagonal, out, costs, least }, Order { turn, highest: 0.0, scores, turns })
+    (Candidates { theta, diagonal, out, costs, least }, order)
 }
 
 impl Candidates<'_> {
@@ -98,16 +92,35 @@ impl Candidates<'_> {
     }
 }
 
-impl Order<'_> {
+impl<'a> Order<'a> {
+    /// Begin with the weights that are not kept, which are removed already.
+    pub(crate) fn new(kept: Option<&[bool]>, scores: &'a mut [f32], turns: &'a mut [u32]) -> Self {
+        scores.fill(0.0);
+        let mut turn = 0;
+        if let Some(kept) = kept {
+            for j in (0..scores.len()).filter(|j| !kept[*j]) {
+                scores[j] = f32::NEG_INFINITY;
+                turns[j] = 0;
+                turn += 1;
+            }
+        }
+        Self { turn, highest: 0.0, scores, turns }
+    }
+
     /// Number of weights in the block.
     pub(crate) fn len(&self) -> usize {
         self.scores.len()
     }
 
-    /// Whether all weights are removed.
+    /// Number of weights that are not removed yet.
     #[inline(always)]
-    pub(crate) fn is_complete(&self) -> bool {
-        self.turn == self.scores.len()
+    pub(crate) fn left(&self) -> usize {
+        self.scores.len() - self.turn
+    }
+
+    /// Whether weight `j` was removed before the elimination.
+    pub(crate) fn is_removed(&self, j: usize) -> bool {
+        self.scores[j] == f32::NEG_INFINITY
     }
 
     /// Record that weight `j` is removed next.

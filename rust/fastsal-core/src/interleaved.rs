@@ -8,13 +8,15 @@
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
+mod elimination;
 mod tiles;
 
 use crate::isa::Set;
-use crate::layout::{row_base, triangle};
+use crate::layout::triangle;
 use crate::memory::Aligned;
 use crate::simd::{Kernel, Real, Simd};
 use crate::statistics::{with_packed, Damped, Packed};
+pub(crate) use elimination::{Eliminate, Memory};
 use tiles::{invert, products, ROWS};
 
 /// The largest block that is processed here: its square in all lanes lies in a second-level cache.
@@ -23,51 +25,35 @@ pub(crate) const LARGEST: usize = 64;
 /// Blocks that are processed in one call: a whole number of vectors.
 pub(crate) const BLOCKS: usize = 8;
 
-/// What is formed of the inverses.
-pub(crate) enum Wanted<'a> {
-    /// Their diagonals, `[count, size]`.
-    Diagonals(&'a mut [f64]),
-    /// All of them, `[count, size (size + 1) / 2]`, packed.
-    Inverses(&'a mut [f64]),
-}
-
-/// `A_b⁻¹` of `count` blocks of one size, at most [`BLOCKS`], the first of them `b`.
+/// `diag(A_b⁻¹)` of blocks of one size, at most [`BLOCKS`], the first of them `b`.
 ///
 /// Returns their sensitivities, `None` for those that are not positive definite.
-pub(crate) struct Invert<'a> {
+pub(crate) struct Diagonals<'a> {
     pub damped: Damped<'a>,
     pub b: usize,
     pub size: usize,
-    pub count: usize,
     pub memory: &'a mut Aligned<f64>,
-    pub wanted: Wanted<'a>,
+    /// `[count, size]`
+    pub diagonals: &'a mut [f64],
 }
 
-impl Kernel<f64> for Invert<'_> {
+impl Kernel<f64> for Diagonals<'_> {
     type Output = [Option<f64>; BLOCKS];
 
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, simd: S) -> [Option<f64>; BLOCKS] {
-        let Self { damped, b, size, count, memory, mut wanted } = self;
-        assert!(0 < size && size <= LARGEST && count <= BLOCKS && BLOCKS.is_multiple_of(S::W));
+        let Self { damped, b, size, memory, diagonals } = self;
         let mut found = [None; BLOCKS];
-        for first in (0..count).step_by(S::W) {
-            let lanes = S::W.min(count - first);
+        let parts = diagonals.chunks_mut(S::W * size).zip(found.chunks_mut(S::W));
+        for (group, (diagonals, found)) in parts.enumerate() {
+            let (first, count) = (b + group * S::W, diagonals.len() / size);
             let mut group = Group::<S>::new(simd, memory, size);
-            group.read(damped, b + first, lanes);
+            group.read(damped, first, count);
             group.invert();
-            for lane in 0..lanes {
-                found[first + lane] = group.sensitivity(damped, b + first + lane, lane);
+            for (lane, found) in found.iter_mut().enumerate().take(count) {
+                *found = group.sensitivity(damped, first + lane, lane);
             }
-            match &mut wanted {
-                Wanted::Diagonals(out) => {
-                    group.write_diagonals(&mut out[first * size..(first + lanes) * size]);
-                }
-                Wanted::Inverses(out) => {
-                    let len = triangle(size);
-                    group.write_inverses(&mut out[first * len..(first + lanes) * len]);
-                }
-            }
+            group.write_diagonals(diagonals);
         }
         found
     }
@@ -78,8 +64,11 @@ struct Group<'a, S: Simd<T = f64>> {
     simd: S,
     /// Rows of the square: a multiple of [`ROWS`], of which those after `size` are of the identity.
     rows: usize,
+    /// Vectors from a row to the next: an odd number of them where rows are long, as many rows a power
+    /// of two apart would share a few places of a first-level cache.
+    stride: usize,
     size: usize,
-    /// `[rows, rows, W]`
+    /// `[rows, stride, W]`
     square: &'a mut [f64],
     /// `max_i F_ii`, `[W]`
     largest: &'a mut [f64],
@@ -92,12 +81,14 @@ struct Group<'a, S: Simd<T = f64>> {
 impl<'a, S: Simd<T = f64>> Group<'a, S> {
     #[inline(always)]
     fn new(simd: S, memory: &'a mut Aligned<f64>, size: usize) -> Self {
+        assert!(0 < size && size <= LARGEST && BLOCKS.is_multiple_of(S::W));
         let rows = size.next_multiple_of(ROWS);
-        let (w, row) = (S::W, rows * S::W);
-        let (square, rest) = memory.room(row * rows + 2 * row + w).split_at_mut(row * rows);
+        let (w, stride) = (S::W, if rows > 32 { rows | 1 } else { rows });
+        let (matrix, row) = (rows * stride * w, rows * w);
+        let (square, rest) = memory.room(matrix + 2 * row + w).split_at_mut(matrix);
         let (pivots, rest) = rest.split_at_mut(row);
         let (diagonal, largest) = rest.split_at_mut(row);
-        Self { simd, rows, size, square, largest, pivots, diagonal }
+        Self { simd, rows, stride, size, square, largest, pivots, diagonal }
     }
 
     /// Write `A` of `count` blocks, the first of them `b`; the other lanes are those of `b`, too.
@@ -108,7 +99,7 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
             self.read_from(packed, damped, lanes);
         });
         for i in self.size..self.rows {
-            let row = &mut self.square[i * self.rows * S::W..(i + 1) * self.rows * S::W];
+            let row = &mut self.square[i * self.stride * S::W..(i + 1) * self.stride * S::W];
             row.fill(0.0);
             row[i * S::W..(i + 1) * S::W].fill(1.0);
         }
@@ -126,7 +117,7 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
         damped: Damped<'_>,
         lanes: impl Fn(usize) -> usize,
     ) {
-        let (w, rows, size) = (S::W, self.rows, self.size);
+        let (w, stride, size) = (S::W, self.stride, self.size);
         let layout = damped.layout();
         let start: [usize; BLOCKS] =
             std::array::from_fn(
@@ -145,7 +136,7 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
         self.largest.fill(0.0);
         let mut at = 0;
         for i in 0..size {
-            let row = &mut self.square[(i * rows + i) * w..(i + 1) * rows * w];
+            let row = &mut self.square[(i * stride + i) * w..(i + 1) * stride * w];
             for to in row.chunks_exact_mut(w).take(size - i) {
                 for lane in 0..w {
                     to[lane] = from[lane][at].into() * scale;
@@ -162,18 +153,18 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
 
     /// Replace the rows and columns of pruned weights by those of the identity; damp the others.
     fn strike(&mut self, damped: Damped<'_>, kept: &[bool], lane: usize) {
-        let (w, rows, size) = (S::W, self.rows, self.size);
+        let (w, stride, size) = (S::W, self.stride, self.size);
         let mut largest = 0.0f64;
         for i in 0..size {
             if kept[i] {
-                let x = &mut self.square[(i * rows + i) * w + lane];
+                let x = &mut self.square[(i * stride + i) * w + lane];
                 largest = largest.max(*x);
                 *x += damped.damping();
                 continue;
             }
             for j in 0..size {
                 let (row, column) = (i.min(j), i.max(j));
-                self.square[(row * rows + column) * w + lane] = f64::from(u8::from(i == j));
+                self.square[(row * stride + column) * w + lane] = f64::from(u8::from(i == j));
             }
         }
         self.largest[lane] = largest;
@@ -183,8 +174,8 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
     #[inline(always)]
     fn invert(&mut self) {
         self.diagonal.fill(0.0);
-        let (w, rows) = (S::W, self.rows);
-        assert!(self.square.len() == rows * rows * w && self.diagonal.len() == rows * w);
+        let (w, rows, stride) = (S::W, self.rows, self.stride);
+        assert!(self.square.len() == rows * stride * w && self.diagonal.len() == rows * w);
         assert!(self.pivots.len() == rows * w && rows.is_multiple_of(ROWS));
         let _ = self.simd;
         let (square, diagonal) = (self.square.as_mut_ptr(), self.diagonal.as_mut_ptr());
@@ -194,9 +185,9 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
         // instruction set.
         unsafe {
             if const { matches!(S::SET, Set::Avx512) } {
-                invert::<S, 4>(square, pivots, diagonal, rows);
+                invert::<S, 4>(square, pivots, diagonal, rows, stride);
             } else {
-                invert::<S, 2>(square, pivots, diagonal, rows);
+                invert::<S, 2>(square, pivots, diagonal, rows, stride);
             }
         }
     }
@@ -223,45 +214,38 @@ impl<'a, S: Simd<T = f64>> Group<'a, S> {
         }
     }
 
-    /// Write the inverses of the first lanes, packed.
+    /// Write the lower triangles of the negated inverses of all lanes, row by row,
+    /// `[rows (rows + 1) / 2, W]`.
     #[inline(always)]
-    fn write_inverses(&self, out: &mut [f64]) {
+    fn write_negated_inverses(&self, lower: &mut [f64]) {
         if const { matches!(S::SET, Set::Avx512) } {
-            self.write_products::<4>(out);
+            self.write_products::<4>(lower);
         } else {
-            self.write_products::<2>(out);
+            self.write_products::<2>(lower);
         }
     }
 
-    /// [`Group::write_inverses`], `C` columns of four rows at a time.
+    /// [`Group::write_negated_inverses`], `C` columns of four rows at a time.
     #[inline(always)]
-    fn write_products<const C: usize>(&self, out: &mut [f64]) {
-        let (w, rows, size) = (S::W, self.rows, self.size);
-        assert!(self.square.len() == rows * rows * w && rows.is_multiple_of(ROWS));
-        let (count, square) = (out.len() / triangle(size), self.square.as_ptr());
-        let at = |i: usize, j: usize| square.wrapping_add((i * rows + j) * w);
+    fn write_products<const C: usize>(&self, lower: &mut [f64]) {
+        let (w, rows, stride) = (S::W, self.rows, self.stride);
+        assert!(self.square.len() == rows * stride * w && rows.is_multiple_of(ROWS));
+        assert!(lower.len() == triangle(rows) * w && ROWS.is_multiple_of(C));
+        let (square, lower, minus) = (self.square.as_ptr(), lower.as_mut_ptr(), -1.0);
+        let at = |i: usize, j: usize| square.wrapping_add((i * stride + j) * w);
         for i in (0..rows).step_by(ROWS) {
-            for j in (i..rows).step_by(C) {
-                // The columns of `M` begin on the diagonal.
-                let from = j / ROWS * ROWS;
-                let mut tile = [[[0.0; BLOCKS]; C]; ROWS];
-                // SAFETY: rows from..rows and the columns of both tiles lie in the square, by the
-                // assertion; no vector is longer than `BLOCKS`. `simd` is the proof of the
+            for j in (0..i + ROWS).step_by(C) {
+                // SAFETY: rows i..rows and the columns of both tiles lie in the square, and of the
+                // triangle only its own places are written, by the assertions; `simd` is the proof of the
                 // instruction set.
                 unsafe {
-                    let sum = products::<S, C>(at(from, i), at(from, j), rows - from, rows);
+                    // The columns of `M` begin on the diagonal.
+                    let sum = products::<S, C>(at(i, i), at(i, j), rows - i, stride);
                     for r in 0..ROWS {
                         for c in 0..C {
-                            S::store(tile[r][c].as_mut_ptr(), sum[r][c]);
-                        }
-                    }
-                }
-                for r in 0..ROWS.min(size.saturating_sub(i)) {
-                    for c in 0..C.min(size.saturating_sub(j)) {
-                        if i + r <= j + c {
-                            let place = row_base(size, i + r) + j + c;
-                            for lane in 0..count {
-                                out[lane * triangle(size) + place] = tile[r][c][lane];
+                            if j + c <= i + r {
+                                let to = lower.add((triangle(i + r) + j + c) * w);
+                                S::store(to, S::mul(S::splat(&raw const minus), sum[r][c]));
                             }
                         }
                     }

@@ -3,7 +3,7 @@
 use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Result};
-use crate::interleaved::{self, Invert, Wanted};
+use crate::interleaved::{self, Diagonals};
 use crate::isa::Isa;
 use crate::layout::{triangle, Layout};
 use crate::memory::Aligned;
@@ -32,8 +32,8 @@ fn inverse_diagonal_with(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Resul
             return dispatch(isa, Diagonal { damped, b, scratch, out });
         }
         // How a block is processed depends on its own size alone.
-        let (count, memory, wanted) = (1, &mut scratch.upper, Wanted::Diagonals(out));
-        dispatch(isa, Invert { damped, b, size, count, memory, wanted })[0]
+        let (memory, diagonals) = (&mut scratch.upper, out);
+        dispatch(isa, Diagonals { damped, b, size, memory, diagonals })[0]
     })
 }
 
@@ -53,8 +53,8 @@ fn small_blocks(isa: Isa, damped: Damped<'_>, out: &mut [f64]) -> Report {
                         continue;
                     }
                     let b = i * interleaved::BLOCKS + k;
-                    let (count, wanted) = (out.len() / size, Wanted::Diagonals(&mut *out));
-                    let each = dispatch(isa, Invert { damped, b, size, count, memory, wanted });
+                    let (memory, diagonals) = (&mut *memory, &mut *out);
+                    let each = dispatch(isa, Diagonals { damped, b, size, memory, diagonals });
                     for (out, sensitivity) in out.chunks_mut(size).zip(each) {
                         if sensitivity.is_none() {
                             out.fill(f64::NAN);

@@ -18,7 +18,6 @@ pub mod finite;
 mod floats;
 pub mod greedy;
 mod greedy_large;
-mod greedy_small;
 mod greedy_state;
 mod group_costs;
 pub mod groups;

@@ -62,6 +62,10 @@ pub trait Simd: Copy {
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
     /// Bit `i` says whether lane `i` is the same in both.
     unsafe fn equal(a: Self::V, b: Self::V) -> u32;
+    /// `yes` where `a < b`, and `no` elsewhere, also where either is NaN.
+    unsafe fn where_less(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
+    /// `yes` where `a == b`, and `no` elsewhere, also where either is NaN.
+    unsafe fn where_equal(a: Self::V, b: Self::V, yes: Self::V, no: Self::V) -> Self::V;
     unsafe fn store(p: *mut Self::T, v: Self::V);
     /// Lanes `lo..hi`; the others are zero.
     unsafe fn load_lanes(p: *const Self::T, lo: usize, hi: usize) -> Self::V;
@@ -69,7 +73,7 @@ pub trait Simd: Copy {
     unsafe fn store_lanes(p: *mut Self::T, v: Self::V, lo: usize, hi: usize);
 }
 
-/// The table: a row for each register, one operation after the other. `equal` and the two functions
+/// The table: a row for each register, one operation after the other. Comparisons and the two functions
 /// of some lanes are expressions in the names in the parentheses before them.
 macro_rules! registers {
     ($(
@@ -77,6 +81,7 @@ macro_rules! registers {
         zero $zero:path, load $load:path, store $store:path, splat $splat:path, mul_add $fma:path,
         add $add:path, mul $mul:path, div $div:path, sqrt $sqrt:path, min $min:path, max $max:path;
         equal($a:ident, $b:ident) $equal:expr;
+        where_less($yes:ident, $no:ident) $less:expr, where_equal $same:expr;
         load_lanes($from:ident, $lo:ident, $hi:ident) $load_lanes:expr;
         store_lanes($to:ident, $value:ident) $store_lanes:expr;
     )*) => {$(
@@ -155,6 +160,16 @@ macro_rules! registers {
                 unsafe { $equal }
             }
             #[inline(always)]
+            unsafe fn where_less($a: $v, $b: $v, $yes: $v, $no: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $less }
+            }
+            #[inline(always)]
+            unsafe fn where_equal($a: $v, $b: $v, $yes: $v, $no: $v) -> $v {
+                // SAFETY: the instruction set and valid pointers, by contract.
+                unsafe { $same }
+            }
+            #[inline(always)]
             unsafe fn load_lanes($from: *const $t, $lo: usize, $hi: usize) -> $v {
                 // SAFETY: the instruction set and valid pointers, by contract.
                 unsafe { $load_lanes }
@@ -174,6 +189,8 @@ registers! {
     mul_add plain::mul_add_f32, add plain::add, mul plain::mul, div plain::div,
     sqrt plain::sqrt_f32, min plain::min, max plain::max;
     equal(a, b) plain::equal(a, b);
+    where_less(yes, no) plain::where_less(a, b, yes, no),
+    where_equal plain::where_equal(a, b, yes, no);
     load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
     store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
 
@@ -182,6 +199,8 @@ registers! {
     mul_add plain::mul_add_f64, add plain::add, mul plain::mul, div plain::div,
     sqrt plain::sqrt_f64, min plain::min, max plain::max;
     equal(a, b) plain::equal(a, b);
+    where_less(yes, no) plain::where_less(a, b, yes, no),
+    where_equal plain::where_equal(a, b, yes, no);
     load_lanes(p, lo, hi) load_each::<Self, 2>(p, lo, hi);
     store_lanes(p, v) store_each::<Self, 2>(p, v, lo, hi);
 }
@@ -196,6 +215,8 @@ registers! {
     mul_add _mm256_fmadd_ps, add _mm256_add_ps, mul _mm256_mul_ps, div _mm256_div_ps,
     sqrt _mm256_sqrt_ps, min _mm256_min_ps, max _mm256_max_ps;
     equal(a, b) _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(a, b)) as u32;
+    where_less(yes, no) _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b)),
+    where_equal _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b));
     load_lanes(p, lo, hi) _mm256_maskload_ps(p, avx2::window(lo, hi));
     store_lanes(p, v) avx2::store_window(p, v, lo, hi);
 
@@ -204,6 +225,8 @@ registers! {
     mul_add _mm256_fmadd_pd, add _mm256_add_pd, mul _mm256_mul_pd, div _mm256_div_pd,
     sqrt _mm256_sqrt_pd, min _mm256_min_pd, max _mm256_max_pd;
     equal(a, b) _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_EQ_OQ>(a, b)) as u32;
+    where_less(yes, no) _mm256_blendv_pd(no, yes, _mm256_cmp_pd::<_CMP_LT_OQ>(a, b)),
+    where_equal _mm256_blendv_pd(no, yes, _mm256_cmp_pd::<_CMP_EQ_OQ>(a, b));
     load_lanes(p, lo, hi) _mm256_maskload_pd(p, avx2::window(2 * lo, 2 * hi));
     store_lanes(p, v) avx2::store_window(p.cast(), _mm256_castpd_ps(v), 2 * lo, 2 * hi);
 
@@ -212,6 +235,8 @@ registers! {
     mul_add _mm512_fmadd_ps, add _mm512_add_ps, mul _mm512_mul_ps, div _mm512_div_ps,
     sqrt _mm512_sqrt_ps, min _mm512_min_ps, max _mm512_max_ps;
     equal(a, b) u32::from(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b));
+    where_less(yes, no) _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), no, yes),
+    where_equal _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), no, yes);
     load_lanes(p, lo, hi) _mm512_maskz_loadu_ps(bits(lo, hi) as __mmask16, p);
     store_lanes(p, v) _mm512_mask_storeu_ps(p, bits(lo, hi) as __mmask16, v);
 
@@ -220,6 +245,8 @@ registers! {
     mul_add _mm512_fmadd_pd, add _mm512_add_pd, mul _mm512_mul_pd, div _mm512_div_pd,
     sqrt _mm512_sqrt_pd, min _mm512_min_pd, max _mm512_max_pd;
     equal(a, b) u32::from(_mm512_cmp_pd_mask::<_CMP_EQ_OQ>(a, b));
+    where_less(yes, no) _mm512_mask_blend_pd(_mm512_cmp_pd_mask::<_CMP_LT_OQ>(a, b), no, yes),
+    where_equal _mm512_mask_blend_pd(_mm512_cmp_pd_mask::<_CMP_EQ_OQ>(a, b), no, yes);
     load_lanes(p, lo, hi) _mm512_maskz_loadu_pd(bits(lo, hi) as __mmask8, p);
     store_lanes(p, v) _mm512_mask_storeu_pd(p, bits(lo, hi) as __mmask8, v);
 }

@@ -11,17 +11,18 @@ pub(super) const ROWS: usize = 4;
 /// Turn the square of `A` into those of `U` and `M`, and add up the diagonal; `C` columns of four rows at a time.
 ///
 /// # Safety
-/// `square` is valid for `[rows, rows]` vectors, `pivots` and `diagonal` for `rows`; `rows` is a multiple
-/// of four; the processor has the instruction set.
+/// `square` is valid for `rows` rows of vectors that are `stride` vectors apart, `pivots` and `diagonal`
+/// for `rows` vectors; `rows` is a multiple of four and at most `stride`; the processor has the instruction set.
 #[inline(always)]
 pub(super) unsafe fn invert<S: Simd<T = f64>, const C: usize>(
     square: *mut f64,
     pivots: *mut f64,
     diagonal: *mut f64,
     rows: usize,
+    stride: usize,
 ) {
     let w = S::W;
-    let at = |i: usize, j: usize| square.wrapping_add((i * rows + j) * w);
+    let at = |i: usize, j: usize| square.wrapping_add((i * stride + j) * w);
     let (one, minus) = (1.0, -1.0);
     // SAFETY: all places are of rows and columns below `rows`.
     unsafe {
@@ -31,7 +32,7 @@ pub(super) unsafe fn invert<S: Simd<T = f64>, const C: usize>(
             // The square on the diagonal: its factor, the reciprocals of the diagonal of that, and the
             // factor's inverse.
             for j in (i..i + ROWS).step_by(C) {
-                let known = products::<S, C>(at(0, i), at(0, j), i, rows);
+                let known = products::<S, C>(at(0, i), at(0, j), i, stride);
                 for r in 0..ROWS {
                     for c in 0..C {
                         let to = at(i + r, j + c);
@@ -82,7 +83,7 @@ pub(super) unsafe fn invert<S: Simd<T = f64>, const C: usize>(
             }
             // The rows of `U` right of it.
             for j in (i + ROWS..rows).step_by(C) {
-                let known = products::<S, C>(at(0, i), at(0, j), i, rows);
+                let known = products::<S, C>(at(0, i), at(0, j), i, stride);
                 for c in 0..C {
                     let mut x = [S::zero(); ROWS];
                     for r in 0..ROWS {
@@ -99,7 +100,7 @@ pub(super) unsafe fn invert<S: Simd<T = f64>, const C: usize>(
             // The rows of `M` left of it; its columns begin on the diagonal.
             for j in (0..i).step_by(C) {
                 let from = j / ROWS * ROWS;
-                let known = products::<S, C>(at(from, i), at(from, j), i - from, rows);
+                let known = products::<S, C>(at(from, i), at(from, j), i - from, stride);
                 for c in 0..C {
                     let mut x = [S::zero(); ROWS];
                     let place = diagonal.wrapping_add((j + c) * w);
@@ -121,7 +122,7 @@ pub(super) unsafe fn invert<S: Simd<T = f64>, const C: usize>(
     }
 }
 
-/// `sum_k left[k][r] * right[k][c]` over `count` rows, `rows` vectors apart.
+/// `sum_k left[k][r] * right[k][c]` over `count` rows, `stride` vectors apart.
 ///
 /// # Safety
 /// Both are valid for `count` rows of that many vectors, and the processor has the instruction set.
@@ -130,7 +131,7 @@ pub(super) unsafe fn products<S: Simd<T = f64>, const C: usize>(
     left: *const f64,
     right: *const f64,
     count: usize,
-    rows: usize,
+    stride: usize,
 ) -> [[S::V; C]; ROWS] {
     // SAFETY: by contract.
     unsafe {
@@ -145,7 +146,7 @@ pub(super) unsafe fn products<S: Simd<T = f64>, const C: usize>(
                     sum[r][c] = S::mul_add(factor, right[c], sum[r][c]);
                 }
             }
-            offset += rows * S::W;
+            offset += stride * S::W;
         }
         sum
     }

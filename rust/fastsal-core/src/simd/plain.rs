@@ -54,6 +54,24 @@ pub(crate) unsafe fn max<T: Copy + PartialOrd, const W: usize>(a: [T; W], b: [T;
 pub(crate) unsafe fn equal<T: Copy + PartialEq, const W: usize>(a: [T; W], b: [T; W]) -> u32 {
     (0..W).fold(0, |bits, i| bits | u32::from(a[i] == b[i]) << i)
 }
+#[inline(always)]
+pub(crate) unsafe fn where_less<T: Copy + PartialOrd, const W: usize>(
+    a: [T; W],
+    b: [T; W],
+    yes: [T; W],
+    no: [T; W],
+) -> [T; W] {
+    from_fn(|i| if a[i] < b[i] { yes[i] } else { no[i] })
+}
+#[inline(always)]
+pub(crate) unsafe fn where_equal<T: Copy + PartialEq, const W: usize>(
+    a: [T; W],
+    b: [T; W],
+    yes: [T; W],
+    no: [T; W],
+) -> [T; W] {
+    from_fn(|i| if a[i] == b[i] { yes[i] } else { no[i] })
+}
 macro_rules! mul_add {
     ($name:ident, $t:ty) => {
         #[inline(always)]
