@@ -14,8 +14,8 @@ from fastsal import BlockFisher, _core
 from fastsal.cli import main
 from fastsal.cli.bench.cases import cases_of
 from fastsal.cli.bench.peers import torch_compensation, torch_dual_diagonal, torch_n_of_m
-from fastsal.cli.bench.sizes import BenchSize
-from fastsal.cli.bench.timing import Case, Comparison, Result, Skip, run
+from fastsal.cli.bench.sizes import BenchSize, longer
+from fastsal.cli.bench.timing import Case, Comparison, Result, Seconds, Skip, run
 
 
 def test_both_sides_run_in_turn_and_the_median_ratio_is_kept():
@@ -32,6 +32,19 @@ def test_both_sides_run_in_turn_and_the_median_ratio_is_kept():
     (result,) = run(iter([Case("a case", "times", 1.5, lambda: comparison)]))
     assert calls == ["ours"] + ["ours", "peer"] * 3
     assert (result.ratio, result.peer, result.note, result.met) == (2.0, "a peer", "noted", True)
+
+
+def test_a_job_may_measure_itself_and_begin_cold():
+    calls = []
+
+    def ours():
+        calls.append("ours")
+        return Seconds(3.0)
+
+    comparison = Comparison(ours, lambda: Seconds(2.0), "", longer, pairs=1, warm_up=False)
+    (result,) = run(iter([Case("a case", "times", 1.5, lambda: comparison, at_least=False)]))
+    assert calls == ["ours"]
+    assert (result.ours, result.theirs, result.ratio, result.met) == (3.0, 2.0, 1.5, True)
 
 
 def test_a_missing_peer_is_named():

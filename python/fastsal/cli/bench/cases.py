@@ -13,22 +13,17 @@ from torch import Tensor, nn
 
 import fastsal
 import fastsal._core as _core
+from fastsal.cli.bench.engine import engine_cases
 from fastsal.cli.bench.kernels import kernel_cases
 from fastsal.cli.bench.peers import (
     sparseml_fisher,
     torch_fisher,
-    torch_func_gradients,
     torch_inverse_diagonal,
 )
 from fastsal.cli.bench.sizes import BenchSize, by_instructions, faster, longer, random_rows
 from fastsal.cli.bench.timing import Case, Comparison, Skip, keep_freed_memory
-from fastsal.gradients import GradientEngine, select_parameters
 
 _DAMPING = 1e-5
-
-
-# Models whose gradients may cost at most a quarter of a pass; for others it is half.
-_CLOSE = ("resnet50", "vit_small_patch16_224")
 
 
 def cases_of(size: BenchSize) -> Iterator[Case]:
@@ -77,22 +72,9 @@ def cases_of(size: BenchSize) -> Iterator[Case]:
         at_least=False,
     )
     yield Case(
-        "per-sample gradients of resnet18, a micro-batch of 8 at 224 px",
-        "times as fast",
-        1.0,
-        partial(_gradients, "resnet18"),
-    )
-    yield Case(
         "the command line's start (--help)", "of import torch's time", 0.25, _start, at_least=False
     )
-    for name in size.models:
-        yield Case(
-            f"collect of {name}, {size.images} images at 224 px, micro-batches of 8",
-            "times as long",
-            1.25 if name in _CLOSE else 1.5,
-            partial(_collect, size, name),
-            at_least=False,
-        )
+    yield from engine_cases(size)
 
 
 def _gram(size: BenchSize, block: int) -> Comparison:
@@ -189,28 +171,6 @@ def _threshold(size: BenchSize, peer: str) -> Comparison:
     return Comparison(lambda: _core.kth_smallest([scores], k), jobs[peer], peer, faster, 3)
 
 
-def _model(name: str, n: int) -> tuple[nn.Module, Tensor, Tensor]:
-    import timm
-
-    model = timm.create_model(name, pretrained=False).eval()
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(n, 3, 224, 224, generator=generator)
-    return model, images, torch.randint(0, 1000, (n,), generator=generator)
-
-
-def _gradients(name: str) -> Comparison:
-    model, images, labels = _model(name, 8)
-    engine = GradientEngine(model, select_parameters(model, None), micro_batch=8)
-    engine.__enter__()  # hooks are active until the case is dropped
-    return Comparison(
-        lambda: engine.run(images, labels, lambda *_: None),
-        lambda: torch_func_gradients(model, images, labels),
-        "torch.func.vmap",
-        faster,
-        3,
-    )
-
-
 def _start() -> Comparison:
     def python(*arguments: str) -> Callable[[], object]:
         command = [sys.executable, *arguments]
@@ -218,27 +178,6 @@ def _start() -> Comparison:
 
     ours, peer = python("-m", "fastsal", "--help"), python("-c", "import torch")
     return Comparison(ours, peer, "import torch", longer, 3)
-
-
-def _collect(size: BenchSize, name: str) -> Comparison:
-    keep_freed_memory()
-    model, images, labels = _model(name, size.images)
-
-    def plain() -> None:
-        for start in range(0, len(images), 8):
-            part = slice(start, start + 8)
-            model.zero_grad(set_to_none=True)
-            loss = nn.functional.cross_entropy(model(images[part]), labels[part])
-            loss.backward()  # type: ignore[no-untyped-call]
-        model.zero_grad(set_to_none=True)
-
-    return Comparison(
-        lambda: fastsal.collect(model, [(images, labels)], micro_batch=8),
-        plain,
-        "the plain forward and backward passes",
-        longer,
-        3,
-    )
 
 
 def _growth_in_weights(size: BenchSize) -> Comparison:

@@ -87,3 +87,13 @@ def torch_func_gradients(model: nn.Module, images: Tensor, labels: Tensor) -> di
 
     result: dict[str, Tensor] = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
     return result
+
+
+def plain_passes(model: nn.Module, images: Tensor, labels: Tensor, micro_batch: int) -> None:
+    """Run the forward and backward passes of a training step without an optimizer."""
+    for start in range(0, len(images), micro_batch):
+        part = slice(start, start + micro_batch)
+        model.zero_grad(set_to_none=True)
+        loss = nn.functional.cross_entropy(model(images[part]), labels[part])
+        loss.backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)

@@ -13,6 +13,10 @@ from typing import Any
 Job = Callable[[], object]
 
 
+class Seconds(float):
+    """The time of a job that measured it itself, such as that of a part of a new process."""
+
+
 @dataclass
 class Comparison:
     """Two jobs to compare, and the ratio of their times.
@@ -24,6 +28,7 @@ class Comparison:
         ratio: Function of our seconds and the peer's seconds that returns the figure.
         pairs: Number of times that both jobs run.
         after: Called at the end; returns a note for the table.
+        warm_up: Whether our job runs once before it is timed.
     """
 
     ours: Job
@@ -32,6 +37,7 @@ class Comparison:
     ratio: Callable[[float, float], float]
     pairs: int = 5
     after: Callable[[], str] | None = None
+    warm_up: bool = True
 
 
 @dataclass
@@ -97,10 +103,10 @@ def run(cases: Iterator[Case]) -> Iterator[Result]:
 
 def _measure(comparison: Comparison, result: Result) -> None:
     ours, theirs = [], []
-    first = _seconds(comparison.ours)
+    first = seconds_of(comparison.ours) if comparison.warm_up else 0.0
     for _ in range(comparison.pairs):
-        ours.append(_seconds(comparison.ours))
-        theirs.append(_seconds(comparison.peer))
+        ours.append(seconds_of(comparison.ours))
+        theirs.append(seconds_of(comparison.peer))
     result.peer = comparison.peer_name
     result.ours, result.theirs = statistics.median(ours), statistics.median(theirs)
     result.ratios = [comparison.ratio(o, t) for o, t in zip(ours, theirs, strict=True)]
@@ -110,10 +116,11 @@ def _measure(comparison: Comparison, result: Result) -> None:
         result.note += f"{'; ' if result.note else ''}first run {first:.2f} s"
 
 
-def _seconds(job: Callable[[], Any]) -> float:
+def seconds_of(job: Callable[[], Any]) -> float:
+    """Return the time of a job: the `Seconds` that it returns, otherwise its wall-clock time."""
     start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
+    found = job()
+    return found if isinstance(found, Seconds) else time.perf_counter() - start
 
 
 def keep_freed_memory() -> bool:

@@ -9,7 +9,7 @@
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
-use super::tiles::ROWS;
+use super::tiles::{add_products, ROWS};
 use super::{Group, BLOCKS, LARGEST};
 use crate::greedy_state::Order;
 use crate::isa::Set;
@@ -353,70 +353,15 @@ impl<'a, S: Simd<T = f64>> Elimination<'a, S> {
     /// Subtract the columns of all steps from `H`.
     #[inline(always)]
     fn subtract(&mut self) {
-        if const { matches!(S::SET, Set::Avx512) } {
-            self.subtract_tiles::<4>();
-        } else {
-            self.subtract_tiles::<2>();
-        }
-    }
-
-    /// [`Elimination::subtract`], `C` columns of four rows at a time.
-    #[inline(always)]
-    fn subtract_tiles<const C: usize>(&mut self) {
         self.check();
-        assert!(ROWS.is_multiple_of(C));
-        for i in (0..self.used).step_by(ROWS) {
-            // SAFETY: rows and columns of all tiles are below `self.rows`, a multiple of `ROWS`.
-            unsafe {
-                for j in (0..i).step_by(C) {
-                    self.tile::<C, false>(i, j);
-                }
-                for j in (i..i + ROWS).step_by(C) {
-                    self.tile::<C, true>(i, j);
-                }
-            }
-        }
-    }
-
-    /// Subtract the columns from four rows of `C` columns; `DIAGONAL` where some of these are above the
-    /// diagonal, which is not touched.
-    ///
-    /// # Safety
-    /// Rows from `i` on and columns from `j` on are below `self.rows`.
-    #[inline(always)]
-    unsafe fn tile<const C: usize, const DIAGONAL: bool>(&mut self, i: usize, j: usize) {
-        let w = S::W;
+        let (rows, column) = (self.used.next_multiple_of(ROWS), self.column());
         let (lower, columns) = (self.lower.as_mut_ptr(), self.columns.as_ptr());
-        let to = |r: usize, c: usize| lower.wrapping_add((triangle(i + r) + j + c) * w);
-        // SAFETY: of the triangle only its own places are touched; `simd` is the proof of the instruction
-        // set.
+        // SAFETY: checked: `rows` is at most `self.rows`; `simd` is the proof of the instruction set.
         unsafe {
-            let mut sum = [[S::zero(); C]; ROWS];
-            for r in 0..ROWS {
-                for c in 0..C {
-                    if !DIAGONAL || j + c <= i + r {
-                        sum[r][c] = S::load(to(r, c));
-                    }
-                }
-            }
-            let (mut left, mut right) = (columns.add(i * w), columns.add(j * w));
-            for _ in 0..STEPS {
-                let column: [S::V; C] = std::array::from_fn(|c| S::load(right.add(c * w)));
-                for r in 0..ROWS {
-                    let factor = S::load(left.add(r * w));
-                    for c in 0..C {
-                        sum[r][c] = S::mul_add(factor, column[c], sum[r][c]);
-                    }
-                }
-                left = left.wrapping_add(self.column());
-                right = right.wrapping_add(self.column());
-            }
-            for r in 0..ROWS {
-                for c in 0..C {
-                    if !DIAGONAL || j + c <= i + r {
-                        S::store(to(r, c), sum[r][c]);
-                    }
-                }
+            if const { matches!(S::SET, Set::Avx512) } {
+                add_products::<S, 4>(lower, columns, rows, column, STEPS);
+            } else {
+                add_products::<S, 2>(lower, columns, rows, column, STEPS);
             }
         }
     }

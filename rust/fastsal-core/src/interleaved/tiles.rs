@@ -3,6 +3,7 @@
 // Loops over registers index several arrays at once; iterators would hide that.
 #![allow(clippy::needless_range_loop)]
 
+use crate::layout::triangle;
 use crate::simd::Simd;
 
 /// Rows that are formed together.
@@ -149,5 +150,78 @@ pub(super) unsafe fn products<S: Simd<T = f64>, const C: usize>(
             offset += stride * S::W;
         }
         sum
+    }
+}
+
+/// Add `sum_k columns[k][i] * columns[k][j]` over `count` columns, `stride` numbers apart, to the entries
+/// `(i, j)`, `j <= i < rows`, of a lower triangle stored row by row; `C` columns of four rows at a time.
+///
+/// # Safety
+/// `lower` is valid for a triangle of `rows` rows of vectors, `columns` for `count` columns of `rows`
+/// vectors; `rows` is a multiple of four; the processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn add_products<S: Simd<T = f64>, const C: usize>(
+    lower: *mut f64,
+    columns: *const f64,
+    rows: usize,
+    stride: usize,
+    count: usize,
+) {
+    for i in (0..rows).step_by(ROWS) {
+        // SAFETY: rows and columns of all tiles are below `rows`.
+        unsafe {
+            for j in (0..i).step_by(C) {
+                add_tile::<S, C, false>(lower, columns, (i, j), stride, count);
+            }
+            for j in (i..i + ROWS).step_by(C) {
+                add_tile::<S, C, true>(lower, columns, (i, j), stride, count);
+            }
+        }
+    }
+}
+
+/// The tile of [`add_products`] that begins at `(i, j)`; `DIAGONAL` where a part of it is above the
+/// diagonal, which is not touched.
+///
+/// # Safety
+/// As above, for rows from `i` on and columns from `j` on.
+#[inline(always)]
+unsafe fn add_tile<S: Simd<T = f64>, const C: usize, const DIAGONAL: bool>(
+    lower: *mut f64,
+    columns: *const f64,
+    (i, j): (usize, usize),
+    stride: usize,
+    count: usize,
+) {
+    let w = S::W;
+    let to = |r: usize, c: usize| lower.wrapping_add((triangle(i + r) + j + c) * w);
+    // SAFETY: by contract; of the triangle only its own places are touched.
+    unsafe {
+        let mut sum = [[S::zero(); C]; ROWS];
+        for r in 0..ROWS {
+            for c in 0..C {
+                if !DIAGONAL || j + c <= i + r {
+                    sum[r][c] = S::load(to(r, c));
+                }
+            }
+        }
+        let (mut left, mut right) = (columns.add(i * w), columns.add(j * w));
+        for _ in 0..count {
+            let column: [S::V; C] = std::array::from_fn(|c| S::load(right.add(c * w)));
+            for r in 0..ROWS {
+                let factor = S::load(left.add(r * w));
+                for c in 0..C {
+                    sum[r][c] = S::mul_add(factor, column[c], sum[r][c]);
+                }
+            }
+            (left, right) = (left.wrapping_add(stride), right.wrapping_add(stride));
+        }
+        for r in 0..ROWS {
+            for c in 0..C {
+                if !DIAGONAL || j + c <= i + r {
+                    S::store(to(r, c), sum[r][c]);
+                }
+            }
+        }
     }
 }
