@@ -30,6 +30,7 @@ from fastsal.fisher.collection.passes import PassSettings, add_pass
 from fastsal.fisher.model_sums import ModelSums
 from fastsal.fisher.parts import Part, by_key, shapes_of
 from fastsal.fisher.rows import flat_rows
+from fastsal.fisher.sinks.gathering import MANY
 from fastsal.gradients.precision import row_dtype
 from fastsal.utils.progress import Report
 
@@ -53,17 +54,18 @@ class StepSums:
     def add(self, key: str, rows: Tensor) -> None:
         """Add the rows `[n, d]` of a part, once per micro-batch."""
         rest = self._rest.setdefault(key, [])
-        if sum(map(len, rest)) + len(rows) < self._step:
+        steps = self._whole_steps(sum(map(len, rest)) + len(rows))
+        if steps == 0:
             rest.append(rows.clone())
             return
         # Joined once a step: at every micro-batch, rows would be copied again and again.
         rows = torch.cat([*rest, rows]) if rest else rows
         rest.clear()
         seen = self._sums.rows_seen
-        steps = len(rows) // self._step * self._step
+        expected = MANY if self._expected is None else self._expected
         for start in range(0, steps, self._step):
             self._sums.rows_seen = seen + start  # so that an error names the sample
-            self._sums.add(key, rows[start : start + self._step], self._expected)
+            self._sums.add(key, rows[start : start + self._step], expected)
         self._sums.rows_seen = seen
         if len(rows) > steps:
             rest.append(rows[steps:].clone())
@@ -71,9 +73,17 @@ class StepSums:
     def end_micro_batch(self, n: int) -> None:
         """Count `n` samples, after the rows of all parts were added."""
         self._waiting += n
-        while self._waiting >= self._step:
+        steps = self._whole_steps(self._waiting)
+        for _ in range(0, steps, self._step):
             self._sums.count(self._step)
-            self._waiting -= self._step
+        self._waiting -= steps
+
+    def _whole_steps(self, rows: int) -> int:
+        """Return how many of some rows are added now.
+
+        As in `RowGatherer`, a whole step waits until more rows come if their total is unknown.
+        """
+        return (rows - (self._expected is None)) // self._step * self._step
 
     def flush(self) -> None:
         """Add the rows of an incomplete step."""

@@ -21,6 +21,9 @@ _MOST_ROWS = 32
 _MOST_BYTES = 5 * 2**29
 # Largest size of gathered rows, as a fraction of the size of the statistics.
 _SHARE = 0.75
+# The number of samples expected where more come than one step. If it is not known how many, sums
+# would keep a copy of the rows of the first step, and soon add them to blocks all the same.
+MANY = 2**62
 
 
 def step_rows(
@@ -68,6 +71,7 @@ class RowGatherer:
         self._dtypes = dtypes
         self._step = step
         self._expected = expected
+        self._is_total = expected is not None
         self._held = 0
         self._buffers: dict[str, Tensor] = {}
 
@@ -77,6 +81,8 @@ class RowGatherer:
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return a buffer `[n, *shape]` for the next rows of a parameter; None for a whole step."""
+        if self._held >= self._step:
+            self._add(MANY)
         if self._held == 0 and shape[0] >= self._step:
             return None  # a whole step is added at once
         buffer = self._buffers.get(name)
@@ -100,14 +106,18 @@ class RowGatherer:
             self._sums.count(n)
             return
         self._held += n
-        if self._held >= self._step:
+        # If the total is unknown, a whole step waits until more rows come.
+        if self._held >= self._step and self._is_total:
             self.flush()
 
     def flush(self) -> None:
         """Add the gathered rows to the sums."""
+        self._add(self._expected)
+
+    def _add(self, expected: int | None) -> None:
         if self._held == 0:
             return
         for name, buffer in self._buffers.items():
-            self._sums.add(name, buffer[: self._held], self._expected)
+            self._sums.add(name, buffer[: self._held], expected)
         self._sums.count(self._held)
         self._held = 0
