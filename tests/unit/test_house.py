@@ -40,6 +40,8 @@ OPTIONAL = {
     "openvino": {"fastsal.deploy.openvino_files"},
     "executorch": {"fastsal.deploy.executorch_files"},
     "coremltools": {"fastsal.deploy.coreml_files"},
+    "litert_torch": {"fastsal.deploy.litert_files"},
+    "ai_edge_litert": {"fastsal.deploy.litert_files"},
     "pandas": set(),
     "scipy": set(),
 }

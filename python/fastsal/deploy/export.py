@@ -27,6 +27,7 @@ _SUFFIXES = {
     "openvino": ".xml",
     "executorch": ".pte",
     "coreml": ".mlpackage",
+    "litert": ".tflite",
     "torch-2:4": ".pt",
 }
 _TOLERANCE = 1e-4
@@ -84,17 +85,18 @@ def export(
         model: The model, or a wrapper of it; not changed.
         path: The file, written atomically. `.safetensors` for `"packed"`, `.onnx` for `"onnx"`,
             `.xml` for `"openvino"`, whose weights are in a file beside it that ends in `.bin`,
-            `.pte` for `"executorch"`, `.mlpackage` for `"coreml"`, a folder, `.pt` for
-            `"torch-2:4"`.
+            `.pte` for `"executorch"`, `.mlpackage` for `"coreml"`, a folder, `.tflite` for
+            `"litert"`, `.pt` for `"torch-2:4"`.
         format: `"packed"`: a lossless layout without the zeros, which `load_model` reads; `"onnx"`:
             by `torch.onnx`, for any number of images, which requires the extra `export`;
             `"openvino"`: by OpenVINO's converter, in float32, for any number of images, which
             requires the extra `openvino`; `"executorch"`: a program for XNNPACK, for 1 to 64
             images, which requires the extra `executorch`; `"coreml"`: by coremltools, in float32,
             for one image, with sparse weights stored without their zeros, which requires the
-            extra `coreml`. Outputs of Core ML are compared on macOS alone. `"torch-2:4"`: a state
-            dict for `torch.load` in 16 bits, whose linear layers with 2:4 zeros are compressed by
-            PyTorch, which requires a GPU of CUDA.
+            extra `coreml`. Outputs of Core ML are compared on macOS alone. `"litert"`: by LiteRT's
+            converter, in float32, for one image, which requires the extra `litert`.
+            `"torch-2:4"`: a state dict for `torch.load` in 16 bits, whose linear layers with 2:4
+            zeros are compressed by PyTorch, which requires a GPU of CUDA.
         images: Images `[n, ...]` on which the outputs of the file are compared, at the size that it
             is made for; two at least. Not for `"packed"`.
         dtype: For `"packed"` and `"torch-2:4"`: type that weights are rounded to, `"float16"` or
@@ -145,6 +147,8 @@ def require_packages(format: str) -> None:
         from fastsal.deploy.executorch_files import require_package as require
     elif format == "coreml":
         from fastsal.deploy.coreml_files import require_package as require
+    elif format == "litert":
+        from fastsal.deploy.litert_files import require_package as require
     elif format == "torch-2:4":
         from fastsal.deploy.semi_structured import require_gpu
 
@@ -165,6 +169,8 @@ def _writer(format: str, dtype: str | None) -> Writer:
         from fastsal.deploy.executorch_files import export_executorch as writer
     elif format == "coreml":
         from fastsal.deploy.coreml_files import export_coreml as writer
+    elif format == "litert":
+        from fastsal.deploy.litert_files import export_litert as writer
     else:
         from fastsal.deploy.semi_structured import export_semi_structured
 

@@ -9,6 +9,9 @@
 //! Equal scores are ordered by position (first array first, first weight first), so the count is exact
 //! and the mask does not depend on the number of threads.
 
+// Loops over registers index several arrays at once; iterators would hide that.
+#![allow(clippy::needless_range_loop)]
+
 mod n_of_m;
 
 use crate::parallel::prelude::*;
@@ -20,7 +23,7 @@ use crate::keys::{
     SCORES_PER_TASK,
 };
 use crate::parallel;
-use crate::simd::{dispatch, Kernel, Simd};
+use crate::simd::{dispatch, Kernel, Simd, PADDING};
 pub use n_of_m::n_of_m;
 pub(crate) use n_of_m::share;
 
@@ -262,7 +265,9 @@ fn most_frequent(sorted: &[u32]) -> u32 {
     runs.max_by_key(|run| run.len()).map_or(0, |run| run[0])
 }
 
-/// Counts the keys below a bracket, and collects those inside; those of one key are only counted.
+/// Counts the scores below a bracket, and collects the keys inside; those of one key are only counted.
+///
+/// Scores are compared as they are: their keys have the same order, and both zeros are equal.
 struct Bracket<'a> {
     scores: &'a [f32],
     low: u32,
@@ -282,37 +287,68 @@ impl Kernel<f32> for Bracket<'_> {
     type Output = Inside;
     #[inline(always)]
     fn run<S: Simd<T = f32>>(self, _simd: S) -> Inside {
-        const AT_A_TIME: usize = 32;
-        let Self { scores, low, high, counted } = self;
-        let width = high - low;
-        // The key that is only counted lies inside, or nowhere.
-        let is_other = |k: u32| (k.wrapping_sub(low) <= width) & (k != counted);
-        let largest = key(f32::INFINITY);
+        const AT_A_TIME: usize = 8;
+        // No score has a key beyond those of the infinities.
+        let (least, largest) = (key(f32::NEG_INFINITY), key(f32::INFINITY));
+        let of_key = |k: u32| score(k.clamp(least, largest));
+        let (low, high) = (of_key(self.low), of_key(self.high));
+        // The key of no score is counted as NaN, which nothing is equal to.
+        let counted = if self.counted < least { f32::NAN } else { score(self.counted) };
         let mut found = Inside { below: 0, equal: 0, others: Vec::new(), has_nan: false };
-        let (chunks, rest) = scores.as_chunks::<AT_A_TIME>();
-        for scores in chunks {
-            let keys = scores.map(key);
-            let (mut less, mut equal, mut within, mut most) = (0u32, 0u32, 0u32, 0u32);
-            for (k, s) in keys.iter().zip(scores) {
-                less += u32::from(*k < low);
-                equal += u32::from(*k == counted);
-                within += u32::from(is_other(*k));
-                // NaN of either sign, without its sign, is above infinity.
-                most = most.max(s.to_bits() & 0x7fff_ffff | 0x8000_0000);
+        let chunks = self.scores.chunks_exact(AT_A_TIME * S::W);
+        let rest = chunks.remainder();
+        // SAFETY: every chunk is some vectors; `_simd` is the proof of the instruction set.
+        unsafe {
+            let (one, zero) = (1.0, S::zero());
+            let (one, low, high) =
+                (S::splat(&raw const one), S::splat(&raw const low), S::splat(&raw const high));
+            let counted = S::splat(&raw const counted);
+            // A part has fewer scores than floats count exactly.
+            let (mut below, mut equal, mut nan) = (zero, zero, zero);
+            for scores in chunks {
+                let mut inside = zero;
+                let mut outside = [zero; AT_A_TIME];
+                for v in 0..AT_A_TIME {
+                    let s = S::load(scores.as_ptr().add(v * S::W));
+                    let is_equal = S::where_equal(s, counted, one, zero);
+                    let is_below = S::where_less(s, low, one, zero);
+                    equal = S::add(equal, is_equal);
+                    below = S::add(below, is_below);
+                    nan = S::add(nan, S::where_equal(s, s, zero, one));
+                    outside[v] = S::where_less(high, s, one, S::add(is_below, is_equal));
+                    inside = S::add(inside, S::where_equal(outside[v], zero, one, zero));
+                }
+                // Calls for more memory are apart from the counters, which they would push out of
+                // registers.
+                if S::equal(inside, zero).count_ones() as usize == S::W {
+                    continue;
+                }
+                for v in 0..AT_A_TIME {
+                    let mut inside = S::equal(outside[v], zero);
+                    while inside != 0 {
+                        let at = v * S::W + inside.trailing_zeros() as usize;
+                        found.others.push(key(scores[at]));
+                        inside &= inside - 1;
+                    }
+                }
             }
-            found.below += less as usize;
-            found.equal += equal as usize;
-            found.has_nan |= most > largest;
-            if within > 0 {
-                found.others.extend(keys.iter().filter(|k| is_other(**k)));
-            }
+            let mut lanes = [[0.0f32; PADDING]; 3];
+            S::store(lanes[0].as_mut_ptr(), below);
+            S::store(lanes[1].as_mut_ptr(), equal);
+            S::store(lanes[2].as_mut_ptr(), nan);
+            let [below, equal, nan] =
+                lanes.map(|lanes| lanes.iter().map(|count| *count as usize).sum::<usize>());
+            (found.below, found.equal, found.has_nan) = (below, equal, nan > 0);
         }
         for s in rest {
-            let k = key(*s);
-            found.below += usize::from(k < low);
-            found.equal += usize::from(k == counted);
-            found.others.extend(is_other(k).then_some(k));
             found.has_nan |= s.is_nan();
+            if *s < low {
+                found.below += 1;
+            } else if *s == counted {
+                found.equal += 1;
+            } else if *s <= high {
+                found.others.push(key(*s));
+            }
         }
         found
     }

@@ -297,6 +297,16 @@ pub fn to_numpy<T: numpy::Element>(py: Python<'_>, values: Vec<T>) -> Bound<'_, 
     PyArray1::from_vec(py, values)
 }
 
+/// Make a one-dimensional array of zeros, in memory of NumPy, which asks for huge pages: the system
+/// takes longer to hand out many small ones than a mask to be written.
+pub fn numpy_zeros<T: numpy::Element>(
+    py: Python<'_>,
+    len: usize,
+) -> PyResult<Bound<'_, PyArray1<T>>> {
+    let array = py.import("numpy")?.call_method1("zeros", (len, T::get_dtype(py)))?;
+    Ok(array.cast_into()?)
+}
+
 /// The error for an argument of the wrong type.
 pub fn must_be(what: &str, expected: &str, got: &str) -> PyErr {
     PyTypeError::new_err(format!("{what} must be {expected}, got {got}"))

@@ -1,11 +1,10 @@
 //! Thresholds and masks.
 
-use fastsal_core::memory::zeros;
 use fastsal_core::{keys, select};
-use numpy::PyArray1;
+use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
-use crate::arrays::{slice, slices, to_numpy, Array};
+use crate::arrays::{numpy_zeros, slice, slice_mut, slices, to_numpy, Array};
 use crate::parallel::call;
 
 /// Masks of all arrays (true = kept) and the score of the last pruned weight.
@@ -37,16 +36,18 @@ pub fn prune_smallest<'py>(
     floors: Vec<usize>,
 ) -> PyResult<Cut<'py>> {
     let arrays = slices("scores", &scores)?;
-    let (masks, threshold) = call(py, passes(&arrays), || {
+    let masks: Vec<_> = arrays.iter().map(|a| numpy_zeros(py, a.len())).collect::<PyResult<_>>()?;
+    let mut kept: Vec<_> = masks.iter().map(|mask| mask.readwrite()).collect();
+    let kept =
+        kept.iter_mut().map(|mask| slice_mut("masks", mask)).collect::<PyResult<Vec<_>>>()?;
+    let threshold = call(py, passes(&arrays), || {
         let (cuts, threshold) = select::smallest(&arrays, k, &floors)?;
-        let write = |(scores, cut): (&&[f32], _)| {
-            let mut kept = zeros("masks", scores.len())?;
-            select::write_mask(scores, cut, &mut kept).map(|()| kept)
-        };
-        let masks: fastsal_core::Result<Vec<_>> = arrays.iter().zip(cuts).map(write).collect();
-        Ok((masks?, threshold))
+        for ((scores, cut), kept) in arrays.iter().zip(cuts).zip(kept) {
+            select::write_mask(scores, cut, kept)?;
+        }
+        Ok(threshold)
     })?;
-    Ok((masks.into_iter().map(|m| to_numpy(py, m)).collect(), threshold))
+    Ok((masks, threshold))
 }
 
 /// Counts of the halves of keys (see the core's `count_keys`), `[65536]`.
@@ -73,12 +74,9 @@ pub fn mask_below<'py>(
     ties: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = call(py, passes(&[scores]), || {
-        let mut kept = zeros("masks", scores.len())?;
-        let cut = select::threshold(scores, key, ties);
-        select::write_mask(scores, cut, &mut kept).map(|()| kept)
-    });
-    kept.map(|kept| to_numpy(py, kept))
+    mask_of(py, scores, passes(&[scores]), |kept| {
+        select::write_mask(scores, select::threshold(scores, key, ties), kept)
+    })
 }
 
 /// The score of a key.
@@ -97,9 +95,20 @@ pub fn n_of_m<'py>(
     m: usize,
 ) -> PyResult<Bound<'py, PyArray1<bool>>> {
     let scores = slice("scores", &scores)?;
-    let kept = call(py, 8 * passes(&[scores]), || {
-        let mut kept = zeros("masks", scores.len())?;
-        select::n_of_m(scores, shape, n, m, &mut kept).map(|()| kept)
-    });
-    kept.map(|kept| to_numpy(py, kept))
+    mask_of(py, scores, 8 * passes(&[scores]), |kept| select::n_of_m(scores, shape, n, m, kept))
+}
+
+/// Make a mask of scores, and write it.
+fn mask_of<'py>(
+    py: Python<'py>,
+    scores: &[f32],
+    work: u64,
+    write: impl FnOnce(&mut [bool]) -> fastsal_core::Result<()> + Send,
+) -> PyResult<Bound<'py, PyArray1<bool>>> {
+    let mask = numpy_zeros(py, scores.len())?;
+    let mut kept = mask.readwrite();
+    let written = slice_mut("mask", &mut kept)?;
+    call(py, work, || write(written))?;
+    drop(kept);
+    Ok(mask)
 }

@@ -83,6 +83,7 @@ def test_packed_and_narrow(vit, images, tmp_path):
         (("m.onnx", "openvino"), "path must end in .xml"),
         (("m.onnx", "executorch"), "path must end in .pte"),
         (("m.onnx", "coreml"), "path must end in .mlpackage"),
+        (("m.onnx", "litert"), "path must end in .tflite"),
         (("m.safetensors", "gguf"), "format must be 'packed', 'onnx', 'openvino'"),
         (("m.onnx", "onnx"), "images must have at least two"),
         (("m.xml", "openvino"), "images must have at least two"),
@@ -114,7 +115,11 @@ def test_a_missing_openvino_is_told(vit, images, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kind", "suffix", "package"),
-    [("executorch", ".pte", "executorch"), ("coreml", ".mlpackage", "coremltools")],
+    [
+        ("executorch", ".pte", "executorch"),
+        ("coreml", ".mlpackage", "coremltools"),
+        ("litert", ".tflite", "litert_torch"),
+    ],
 )
 def test_a_missing_mobile_package_is_told(
     vit, images, tmp_path, monkeypatch, kind, suffix, package

@@ -1,4 +1,4 @@
-"""Files of ExecuTorch and Core ML, where these are installed."""
+"""Files of ExecuTorch, Core ML and LiteRT, where these are installed."""
 
 from __future__ import annotations
 
@@ -81,6 +81,22 @@ def test_coreml(name, structure, tmp_path):
             p.add_(1e-3)
     dense = fastsal.export(model, tmp_path / "dense.mlpackage", "coreml", images=x)
     assert found.bytes < 0.75 * dense.bytes
+
+
+@cases
+def test_litert(name, structure, tmp_path):
+    pytest.importorskip("litert_torch", reason="needs the extra 'litert'")
+    model, x, masks = smaller(name, structure)
+    before = copy.deepcopy(model.state_dict())
+    found = fastsal.export(model, tmp_path / "m.tflite", "litert", images=x)
+    assert found.difference < 1e-4
+    assert found.bytes == (tmp_path / "m.tflite").stat().st_size
+    assert found.zeros == masks.total - sum(masks.kept.values())
+    assert found.values == masks.total
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    with pytest.raises(FastsalError, match="differ from those of the model"):
+        fastsal.export(model, tmp_path / "other.tflite", "litert", images=x, tolerance=1e-12)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.tflite"]
 
 
 def test_the_command(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 
@@ -102,6 +103,7 @@ def _first_collect(n: int, name: str) -> Comparison:
 
 def _report(name: str, n: int, threads: int) -> None:
     """Print the seconds of the first collection of this process, and of plain passes before it."""
+    warnings.simplefilter("ignore")  # that the labels are random
     torch.set_num_threads(threads)
     fastsal.set_num_threads(threads)
     model, images, labels = _model(name, n)

@@ -40,10 +40,14 @@ class Matching:
     half that of the features or outputs and half the mean over the other windows. So errors of
     micro-batches add up.
 
+    Attributes:
+        names: Names of the windows besides the features or outputs.
+
     Args:
         model: The pruned model, in evaluation mode.
         dense: The dense model, in evaluation mode.
-        names: Names of the windows besides the features or outputs.
+        names: Names of the windows besides the features or outputs. Those whose outputs have
+            another shape in the dense model, as some of their units were removed, are left out.
         masks: Masks; if they prune the classifier, outputs are matched in place of features.
         autocast: dtype for `torch.autocast`, or None.
         held: Held-out images, for any number of iterations.
@@ -59,7 +63,7 @@ class Matching:
         held: Iterable[Pair],
     ) -> None:
         self.model, self._dense = model, dense
-        self._names, self._autocast, self._held = names, autocast, held
+        self.names, self._autocast, self._held = names, autocast, held
         self._scales: dict[str, float] = {}
         images = next(iter(held))[0]
         head = {p for layer in classifier_of(model, images) for p in layer.parameters()}
@@ -69,6 +73,12 @@ class Matching:
         )
         for each in (model, dense):
             find_feature_layer(each, images)
+        with torch.no_grad():
+            shapes = [
+                {name: t.shape[1:] for name, t in self._outputs(each, images[:2]).items()}
+                for each in (model, dense)
+            ]
+        self.names = [name for name in names if shapes[0][name] == shapes[1][name]]
 
     def micro_batch(self, most: int, room: int | None) -> int:
         """Return how many images run together within some memory.
@@ -81,7 +91,7 @@ class Matching:
             InvalidArgument: There is no room for one image.
         """
         images = next(iter(self._held))[0][:2]
-        self._scales = dict.fromkeys([*self._names, _FINAL], 1.0)
+        self._scales = dict.fromkeys([*self.names, _FINAL], 1.0)
         each = self._activation_bytes(images)
         fits = (_room(self.model) if room is None else room) // max(1, each)
         if room is not None and not fits:
@@ -113,7 +123,7 @@ class Matching:
 
     def find_scales(self, micro_batch: int) -> None:
         """Compute the scales, from the held-out images."""
-        totals = dict.fromkeys([*self._names, _FINAL], 0.0)
+        totals = dict.fromkeys([*self.names, _FINAL], 0.0)
         finals = []
         with torch.no_grad():
             for images in parts(self._held, micro_batch):
@@ -162,13 +172,13 @@ class Matching:
         first = next(model.parameters())
         moved = to_model(images, first)
         with (
-            capturing(model, self._names) as caught,
+            capturing(model, self.names) as caught,
             torch.autocast(
                 first.device.type, dtype=self._autocast, enabled=self._autocast is not None
             ),
         ):
             final = self._call(model, moved)
-        missing = [name for name in self._names if name not in caught]
+        missing = [name for name in self.names if name not in caught]
         if missing:
             raise InvalidArgument(
                 f"windows: {missing[0]!r} must be called by the model and return a tensor; it is "

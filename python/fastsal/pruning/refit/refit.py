@@ -176,6 +176,13 @@ def refit_on(
             structure = structure_digest(model)
             keeper = TrainingCheckpoint(checkpoint, asked, ends, "refit", structure, seen)
         matching = Matching(model, dense, names, masks, autocast, held)
+        cut = [name for name in names if name not in matching.names]
+        if cut and how.windows != "blocks":
+            raise InvalidArgument(
+                f"windows: {cut[0]!r} must have as many outputs as in the dense model; some of its "
+                "units were removed"
+            )
+        names = matching.names
         buffer = _BUFFER if room is None else min(_BUFFER, room // 4)
         # Gradients of activations and the workspace of kernels come beside what is saved: on a
         # ResNet-50 the peak was a twelfth above the room without this quarter.

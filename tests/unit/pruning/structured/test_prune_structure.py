@@ -308,6 +308,20 @@ def test_refit_lowers_the_held_out_error(model, original, batches):
     assert "seconds" in result.as_dict()["refit"]
 
 
+def test_windows_without_some_of_their_outputs_are_not_matched():
+    model = fastsal.load_model("test_efficientnet", num_classes=3)
+    dense = copy.deepcopy(model)
+    x = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    how = {"structure": "channels", "scope": "layer", "reconstruct": False}
+    result = fastsal.prune_structure(model, [x], 0.5, refit=fastsal.Refit(steps=2), **how)
+    assert widths_of(model) != widths_of(dense)
+    # The outputs of every block lost channels: only the features are matched.
+    assert result.refit.windows == []
+    masks, block = result.masks, "blocks.1.0"
+    with pytest.raises(InvalidArgument, match="must have as many outputs as in the dense model"):
+        fastsal.refit(model, dense, [x], masks, fastsal.Refit(windows=[block], steps=1))
+
+
 def test_batch_normalization_takes_the_mean_of_a_layer_without_bias():
     class Block(nn.Module):
         def __init__(self):
