@@ -24,9 +24,9 @@ _IMAGES = 8  # on which the outputs of a file are compared
     required=True,
     help="Format of the file: the weights without their zeros, lossless, for load_model (packed), "
     "or the model, for ONNX runtimes (onnx), OpenVINO (openvino), ExecuTorch with XNNPACK "
-    "(executorch), Core ML (coreml) or LiteRT (litert); the state dict in 16 bits with 2:4 weights compressed by "
-    "PyTorch, on a GPU of CUDA (torch-2:4); or a folder for the Hugging Face hub, which timm reads "
-    "(hub).",
+    "(executorch), Core ML (coreml) or LiteRT (litert); the state dict in 16 bits with 2:4 weights "
+    "compressed by PyTorch, on a GPU of CUDA (torch-2:4); or a folder for the Hugging Face hub, "
+    "which timm reads (hub).",
 )
 @click.option(
     "--dtype",
@@ -54,7 +54,8 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @options.out_option(
     "FILE",
     "File to write: .safetensors for packed, .onnx for onnx, .xml for openvino, .pte for "
-    "executorch, .mlpackage for coreml, .tflite for litert, .pt for torch-2:4; a new folder for hub.",
+    "executorch, .mlpackage for coreml, .tflite for litert, .pt for torch-2:4; a new folder for "
+    "hub.",
 )
 def export(**given: Any) -> None:
     """Write the model of the run in DIR to a file, read it back and compare.

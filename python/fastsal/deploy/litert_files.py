@@ -1,4 +1,4 @@
-"""Files of LiteRT (TensorFlow Lite): written by its own converter, read back, and run on the CPU."""
+"""Files of LiteRT (TensorFlow Lite): written by its own converter, and run by its interpreter."""
 
 from __future__ import annotations
 
@@ -74,19 +74,16 @@ def _constants(path: Path) -> Iterator[NDArray[Any]]:
     LiteRT has the weights of convolutions as `[out, h, w, in]`, those of depthwise ones as
     `[1, h, w, out]`.
     """
-    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+    from ai_edge_litert.interpreter import Interpreter
 
-    # A delegate would store weights in an order of its own.
-    plain = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    file = Interpreter(str(path), experimental_op_resolver_type=plain)
-    file.allocate_tensors()
+    file = Interpreter(str(path))
     for tensor in file.get_tensor_details():
         if not np.issubdtype(tensor["dtype"], np.floating):
             continue
         try:
             value = file.get_tensor(tensor["index"])
         except ValueError:
-            continue  # computed when the model runs
+            continue  # computed by the model: without memory, which is not allocated here
         yield value
         if value.ndim == 4:
             yield np.moveaxis(value, -1, 1)

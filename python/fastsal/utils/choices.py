@@ -79,9 +79,7 @@ Target = Literal["xnnpack", "coreml", "openvino", "tensorrt", "torch"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 
 # Files that `fastsal.export` writes.
-ExportFormat = Literal[
-    "packed", "onnx", "openvino", "executorch", "coreml", "litert", "torch-2:4"
-]
+ExportFormat = Literal["packed", "onnx", "openvino", "executorch", "coreml", "litert", "torch-2:4"]
 EXPORT_FORMATS: tuple[ExportFormat, ...] = get_args(ExportFormat)
 # Libraries that `fastsal measure` times a model with.
 Runtime = Literal["torch", "torch-2:4", "onnxruntime", "openvino"]
