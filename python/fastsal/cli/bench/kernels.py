@@ -78,6 +78,12 @@ def kernel_cases(size: BenchSize) -> Iterator[Case]:
         15.0,
         partial(_equal_scores, size),
     )
+    yield Case(
+        f"rank of {size.scores:,} scores, masks included",
+        "times as fast",
+        12.0,
+        partial(_rank, size),
+    )
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         yield Case(
@@ -205,6 +211,18 @@ def _equal_scores(size: BenchSize) -> Comparison:
     k = scores.size // 4
     peer: Callable[[], object] = lambda: torch.from_numpy(scores).kthvalue(k)  # noqa: E731
     return Comparison(lambda: _core.kth_smallest([scores], k), peer, "torch.kthvalue", faster, 3)
+
+
+def _rank(size: BenchSize) -> Comparison:
+    scores = {"w": torch.from_numpy(_scores(size.scores))}
+    k = 9 * size.scores // 10
+    return Comparison(
+        lambda: fastsal.rank(scores, 0.9),
+        lambda: scores["w"].kthvalue(k),
+        "torch.kthvalue, which makes no masks",
+        faster,
+        5,
+    )
 
 
 def _check(size: BenchSize, dtype: torch.dtype) -> Comparison:
