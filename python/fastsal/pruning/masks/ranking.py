@@ -202,9 +202,8 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{tensor.dtype} of shape {tuple(tensor.shape)} for {name!r}"
             )
         single = tensor.float().reshape(-1).contiguous()
-        nan = torch.isnan(single)
-        if bool(nan.any()):
-            at = int(nan.nonzero()[0])
+        if bool(single.max().isnan()):  # that of any is; one pass without memory
+            at = int(single.isnan().nonzero()[0])
             raise InvalidArgument(f"scores must not be NaN, got NaN at position {at} of {name!r}")
         flat[name] = single
     return flat
