@@ -24,6 +24,10 @@ use crate::syrk::{Ahead, Between, Reads, Syrk};
 /// over, and the loads and stores at the ends of a tile cost a tenth of its products.
 pub const ROWS_PER_STEP: usize = 128;
 
+/// Bytes of a panel that stays in a first-level cache beside the next one and the rows that are packed
+/// into that. Packing between tiles is faster for larger ones alone.
+const SMALL_PANEL: usize = 12 << 10;
+
 /// Least number of weights of a task: each task waits for its first panel.
 const TASK: usize = 2048;
 
@@ -156,7 +160,7 @@ struct Task<'a, T> {
 
 impl<T: Real> Task<'_, T> {
     /// Process each block, [`ROWS_PER_STEP`] samples at a time; while one panel is multiplied the next
-    /// is packed. Returns whether all gradients were finite.
+    /// is packed, or requested from memory. Returns whether all gradients were finite.
     fn run(self, isa: Isa) -> bool {
         let Task { block, rows, first_column, packed, sums, fresh, scratch } = self;
         let (stride, columns) = (padded(block), sums.len());
@@ -189,7 +193,8 @@ impl<T: Real> Task<'_, T> {
                     panel: next,
                     stride,
                     step: rows_per_tile(n, size),
-                    looks_ahead: true,
+                    packs_between: n * stride * size_of::<T>() > SMALL_PANEL,
+                    requested: 0,
                 }
             });
             if item > 0 {
@@ -254,10 +259,13 @@ struct Packer<'a, T> {
     sums: &'a mut [T],
     panel: &'a mut [T],
     stride: usize,
-    /// Rows to pack at a time.
+    /// Rows to pack, or to request, at a time.
     step: usize,
-    /// Whether the memory of the next panel has still to be requested.
-    looks_ahead: bool,
+    /// Whether rows are packed between tiles. Otherwise they are only requested from memory there, and
+    /// packed together after the last tile.
+    packs_between: bool,
+    /// The next row to request; if rows are packed between tiles, of the panel after this one.
+    requested: usize,
 }
 
 impl<T: Real> Packer<'_, T> {
@@ -272,6 +280,16 @@ impl<T: Real> Packer<'_, T> {
         self.row += count;
     }
 
+    /// The memory of the next rows from `row` on, of as many columns as the block has.
+    fn request(&self, row: usize, column: usize) -> Ahead {
+        if row >= self.n {
+            return Ahead::NOTHING;
+        }
+        // Addresses past the end do no harm: nothing is read.
+        let bytes = self.rows.bytes(self.first + row, column, self.sums.len());
+        Ahead::rows(bytes, self.step.min(self.n - row))
+    }
+
     fn finish(&mut self) {
         if self.row < self.n {
             self.pack(self.n);
@@ -281,20 +299,20 @@ impl<T: Real> Packer<'_, T> {
 
 impl<T: Real> Between for Packer<'_, T> {
     fn step(&mut self) -> Ahead {
+        if !self.packs_between {
+            let row = self.requested;
+            self.requested += self.step;
+            return self.request(row, self.column);
+        }
         if self.row < self.n {
             self.pack(self.step);
         }
-        let (row, column) = if self.row < self.n {
-            (self.row, self.column)
-        } else if std::mem::replace(&mut self.looks_ahead, false) {
-            // The first rows of the following block, which are not packed between tiles.
-            (0, self.column + self.sums.len())
-        } else {
-            return Ahead::NOTHING;
-        };
-        // Addresses past the end do no harm: nothing is read.
-        let bytes = self.rows.bytes(self.first + row, column, self.sums.len());
-        Ahead::rows(bytes, self.step.min(self.n - row))
+        if self.row < self.n {
+            return self.request(self.row, self.column);
+        }
+        // The first rows of the following block, which are not packed between tiles.
+        let row = std::mem::replace(&mut self.requested, self.n);
+        self.request(row, self.column + self.sums.len())
     }
 }
 
