@@ -54,21 +54,30 @@ class StepSums:
     def add(self, key: str, rows: Tensor) -> None:
         """Add the rows `[n, d]` of a part, once per micro-batch."""
         rest = self._rest.setdefault(key, [])
-        steps = self._whole_steps(sum(map(len, rest)) + len(rows))
+        held, seen = sum(map(len, rest)), self._sums.rows_seen
+        if held == self._step:  # it has waited for more rows
+            self._add_steps(key, torch.cat(rest), seen)
+            rest.clear()
+            held, seen = 0, seen + self._step
+        steps = self._whole_steps(held + len(rows))
         if steps == 0:
             rest.append(rows.clone())
             return
         # Joined once a step: at every micro-batch, rows would be copied again and again.
         rows = torch.cat([*rest, rows]) if rest else rows
         rest.clear()
-        seen = self._sums.rows_seen
-        expected = MANY if self._expected is None else self._expected
-        for start in range(0, steps, self._step):
-            self._sums.rows_seen = seen + start  # so that an error names the sample
-            self._sums.add(key, rows[start : start + self._step], expected)
-        self._sums.rows_seen = seen
+        self._add_steps(key, rows[:steps], seen)
         if len(rows) > steps:
             rest.append(rows[steps:].clone())
+
+    def _add_steps(self, key: str, rows: Tensor, seen: int) -> None:
+        """Add the rows of whole steps, of which `seen` samples came before."""
+        counted = self._sums.rows_seen
+        expected = MANY if self._expected is None else self._expected
+        for start in range(0, len(rows), self._step):
+            self._sums.rows_seen = seen + start  # so that an error names the sample
+            self._sums.add(key, rows[start : start + self._step], expected)
+        self._sums.rows_seen = counted
 
     def end_micro_batch(self, n: int) -> None:
         """Count `n` samples, after the rows of all parts were added."""
