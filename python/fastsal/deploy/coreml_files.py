@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import staged
-from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import to_model
-from fastsal.utils.plain_text import first_line
 
 _INPUT, _OUTPUT = "images", "outputs"
 # A weight with fewer zeros is stored densely: Core ML's sparse layout has a bit for each element.
@@ -70,7 +70,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
         prune_weights,
     )
 
-    try:
+    with converting(model, "coremltools"):
         with torch.no_grad():
             program = torch.export.export(OneOutput(model).eval(), (images[:1],))
             program = program.run_decompositions({})
@@ -87,11 +87,6 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
         )
         made = prune_weights(made, OptimizationConfig(global_config=how))
         made.save(str(path))
-    except Exception as error:  # whatever the converter or the model raises
-        raise FastsalError(
-            f"model: coremltools cannot convert {type(model).__name__} "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
     return made
 
 

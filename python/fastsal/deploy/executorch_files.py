@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import bytes_beside, staged
-from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import to_model
-from fastsal.utils.plain_text import first_line
 
 _MOST_IMAGES = 64  # of one call
 
@@ -61,18 +61,12 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     count = torch.export.Dim("n", min=1, max=_MOST_IMAGES)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(
-                OneOutput(model).eval(), (images[:2],), dynamic_shapes=({0: count},)
-            )
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            made = lowered.to_executorch()
-    except Exception as error:  # whatever the exporter or the model raises
-        raise FastsalError(
-            f"model: ExecuTorch cannot convert {type(model).__name__} "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+    with converting(model, "ExecuTorch"), torch.no_grad():
+        program = torch.export.export(
+            OneOutput(model).eval(), (images[:2],), dynamic_shapes=({0: count},)
+        )
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        made = lowered.to_executorch()
     with path.open("wb") as file:
         made.write_to_file(file)
 

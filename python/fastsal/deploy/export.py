@@ -133,50 +133,44 @@ def export(
     if images is None or len(images) < 2:
         raise InvalidArgument(f"images must have at least two images for format {format!r}")
     with evaluating(model):
-        size, difference, values, zeros = _writer(format, dtype)(model, path, images, tolerance)
+        _, write = _converter(format, dtype)
+        size, difference, values, zeros = write(model, path, images, tolerance)
     return ExportResult(str(path), format, size, _dense_bytes(model), values, zeros, difference)
 
 
 def require_packages(format: str) -> None:
     """Raise InvalidArgument if a package that a format needs is not installed, or a GPU."""
-    if format == "onnx":
-        from fastsal.deploy.onnx_files import require_packages as require
-    elif format == "openvino":
-        from fastsal.deploy.openvino_files import require_package as require
-    elif format == "executorch":
-        from fastsal.deploy.executorch_files import require_package as require
-    elif format == "coreml":
-        from fastsal.deploy.coreml_files import require_package as require
-    elif format == "litert":
-        from fastsal.deploy.litert_files import require_package as require
-    elif format == "torch-2:4":
-        from fastsal.deploy.semi_structured import require_gpu
-
-        require_gpu()
-        return
-    else:
-        return
-    require()
+    if format in _SUFFIXES and format != "packed":
+        require, _ = _converter(format, "float16")
+        require()
 
 
-def _writer(format: str, dtype: str | None) -> Writer:
+def _converter(format: str, dtype: str | None) -> tuple[Callable[[], object], Writer]:
+    """Return the function that raises if a format cannot be written here, and the one that does."""
+    require: Callable[[], object]
     writer: Writer
     if format == "onnx":
         from fastsal.deploy.onnx_files import export_onnx as writer
+        from fastsal.deploy.onnx_files import require_packages as require
     elif format == "openvino":
         from fastsal.deploy.openvino_files import export_openvino as writer
+        from fastsal.deploy.openvino_files import require_package as require
     elif format == "executorch":
         from fastsal.deploy.executorch_files import export_executorch as writer
+        from fastsal.deploy.executorch_files import require_package as require
     elif format == "coreml":
         from fastsal.deploy.coreml_files import export_coreml as writer
+        from fastsal.deploy.coreml_files import require_package as require
     elif format == "litert":
         from fastsal.deploy.litert_files import export_litert as writer
+        from fastsal.deploy.litert_files import require_package as require
     else:
         from fastsal.deploy.semi_structured import export_semi_structured
+        from fastsal.deploy.semi_structured import require_gpu as require
 
         assert dtype is not None
         writer = partial(export_semi_structured, dtype=_TYPES[dtype])
-    return writer
+    return require, writer
 
 
 def _packed(model: nn.Module, path: Path, dtype: str | None) -> ExportResult:

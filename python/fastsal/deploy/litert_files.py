@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import bytes_beside, staged
-from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import to_model
-from fastsal.utils.plain_text import first_line
 
 
 def require_package() -> None:
@@ -58,14 +58,8 @@ def export_litert(
 def _write(model: nn.Module, path: Path, images: Tensor) -> None:
     import litert_torch
 
-    try:
-        with torch.no_grad():
-            litert_torch.convert(OneOutput(model).eval(), (images[:1],)).export(str(path))
-    except Exception as error:  # whatever the converter or the model raises
-        raise FastsalError(
-            f"model: LiteRT cannot convert {type(model).__name__} "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+    with converting(model, "LiteRT"), torch.no_grad():
+        litert_torch.convert(OneOutput(model).eval(), (images[:1],)).export(str(path))
 
 
 def _constants(path: Path) -> Iterator[NDArray[Any]]:

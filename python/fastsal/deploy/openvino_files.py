@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.converting import converting
 from fastsal.deploy.staged import bytes_beside, staged
-from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import to_model
-from fastsal.utils.plain_text import first_line
 
 
 def require_package() -> None:
@@ -58,20 +58,18 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
     import openvino
 
     screen = io.StringIO()
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(screen):
-            warnings.simplefilter("ignore")
-            made = openvino.convert_model(
-                OneOutput(model).eval(),
-                example_input=images[:2],
-                input=[-1, *images.shape[1:]],
-            )
-            openvino.save_model(made, str(path), compress_to_fp16=False)
-    except Exception as error:  # whatever the converter or the model raises
-        raise FastsalError(
-            f"model: OpenVINO cannot convert {type(model).__name__} "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+    with (
+        converting(model, "OpenVINO"),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(screen),
+    ):
+        warnings.simplefilter("ignore")
+        made = openvino.convert_model(
+            OneOutput(model).eval(),
+            example_input=images[:2],
+            input=[-1, *images.shape[1:]],
+        )
+        openvino.save_model(made, str(path), compress_to_fp16=False)
 
 
 def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:

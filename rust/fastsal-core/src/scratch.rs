@@ -34,7 +34,7 @@ impl Scratch {
             return Ok(());
         }
         let stride = padded(size);
-        // A row more than the matrix: the columns of the elimination end with one of zeros.
+        // A row more than the matrix: of one weight, `swept` has two rows of columns.
         let matrix = size.saturating_add(1).saturating_mul(stride);
         self.upper.reserve(WHAT, matrix)?;
         self.lower.reserve(WHAT, matrix)?;

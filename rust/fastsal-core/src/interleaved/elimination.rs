@@ -111,7 +111,6 @@ impl<'a, S: Simd<T = f64>> Elimination<'a, S> {
         let (lower, rest) = memory.split_at_mut(lower_len);
         group.write_negated_inverses(lower);
         let (columns, rest) = rest.split_at_mut(columns_len);
-        columns.fill(0.0);
         let (theta, rest) = rest.split_at_mut(row);
         let (diagonal, weight) = rest.split_at_mut(row);
         diagonal.copy_from_slice(group.diagonal);
@@ -181,7 +180,7 @@ impl<'a, S: Simd<T = f64>> Elimination<'a, S> {
         }
     }
 
-    /// Move the weights that are left to the first places, before the first step.
+    /// Move the weights that are left to the first places, before the first step, and clear the columns.
     #[inline(always)]
     fn gather(&mut self) {
         let left = self.left();
