@@ -44,14 +44,19 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the model name of the processor."""
-    try:
+    """Return the name of the processor, with family and model where the system tells them.
+
+    Clouds give processors of several generations one name.
+    """
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in facts and "model" in facts:
+        name += f" (family {facts['cpu family']}, model {facts['model']})"
+    return name
 
 
 def torch_threads() -> int:

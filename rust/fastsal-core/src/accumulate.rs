@@ -12,7 +12,7 @@ use crate::parallel::prelude::*;
 
 use crate::error::{check_length, Error, Result};
 use crate::finite::check_finite;
-use crate::isa::Isa;
+use crate::isa::{Isa, Set};
 use crate::layout::{row_base, triangle, Layout};
 use crate::memory::Aligned;
 use crate::parallel;
@@ -27,6 +27,10 @@ pub const ROWS_PER_STEP: usize = 128;
 /// Bytes of a panel that stays in a first-level cache beside the next one and the rows that are packed
 /// into that. Packing between tiles is faster for larger ones alone.
 const SMALL_PANEL: usize = 12 << 10;
+
+/// Rows that are requested ahead of those that are packed: where rows are a power of two apart, a set of a
+/// first-level cache holds no more of them.
+const WAYS: usize = 8;
 
 /// Least number of weights of a task: each task waits for its first panel.
 const TASK: usize = 2048;
@@ -182,6 +186,9 @@ impl<T: Real> Task<'_, T> {
                 let (first, n, start, size) = packing(item);
                 let sums = &mut chunk_sums[..size];
                 sums.fill(T::default());
+                let step = rows_per_tile(isa, n, size);
+                let packs_between = n * stride * size_of::<T>() > SMALL_PANEL;
+                let lead = WAYS.next_multiple_of(step);
                 Packer {
                     isa,
                     rows,
@@ -192,9 +199,10 @@ impl<T: Real> Task<'_, T> {
                     sums,
                     panel: next,
                     stride,
-                    step: rows_per_tile(n, size),
-                    packs_between: n * stride * size_of::<T>() > SMALL_PANEL,
-                    requested: 0,
+                    step,
+                    packs_between,
+                    lead,
+                    requested: if packs_between { lead } else { 0 },
                 }
             });
             if item > 0 {
@@ -239,9 +247,10 @@ fn has_finite_diagonal<T: Real>(packed: &[T], size: usize) -> bool {
 }
 
 /// Rows of a panel to pack with each tile of the panel before.
-fn rows_per_tile(n: usize, size: usize) -> usize {
-    // About as many tiles as AVX-512 uses; the remainder is packed at the end.
-    let tiles = (size * size).div_ceil(512).max(1);
+fn rows_per_tile(isa: Isa, n: usize, size: usize) -> usize {
+    // About as many tiles as the instruction set uses; the remainder is packed at the end.
+    let entries = if isa.set() == Set::Avx512 { 512 } else { 192 };
+    let tiles = (size * size).div_ceil(entries).max(1);
     n.div_ceil(tiles).next_multiple_of(4)
 }
 
@@ -264,7 +273,9 @@ struct Packer<'a, T> {
     /// Whether rows are packed between tiles. Otherwise they are only requested from memory there, and
     /// packed together after the last tile.
     packs_between: bool,
-    /// The next row to request; if rows are packed between tiles, of the panel after this one.
+    /// Rows that are requested before they are packed.
+    lead: usize,
+    /// The next row to request; those from `n` on are the first ones of the next block.
     requested: usize,
 }
 
@@ -307,12 +318,16 @@ impl<T: Real> Between for Packer<'_, T> {
         if self.row < self.n {
             self.pack(self.step);
         }
-        if self.row < self.n {
-            return self.request(self.row, self.column);
+        let row = self.requested;
+        if row >= self.n + self.lead {
+            return Ahead::NOTHING;
         }
-        // The first rows of the following block, which are not packed between tiles.
-        let row = std::mem::replace(&mut self.requested, self.n);
-        self.request(row, self.column + self.sums.len())
+        self.requested += self.step;
+        if row < self.n {
+            return self.request(row, self.column);
+        }
+        // The first rows of the following block.
+        self.request(row - self.n, self.column + self.sums.len())
     }
 }
 

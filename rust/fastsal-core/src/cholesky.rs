@@ -1,4 +1,5 @@
-//! Cholesky factors and inverses of small matrices in double precision, in the cache of one worker.
+//! Cholesky factors and inverses of matrices in double precision, in the cache of one worker; those of
+//! large ones are in [`panels`].
 //!
 //! The rows of a matrix of size `b` are `stride = padded(b)` apart. Rows are built in registers from
 //! the finished ones (left-looking), so each product costs one load and no store. That beats a
@@ -10,6 +11,7 @@
 use std::ops::Range;
 
 use crate::isa::{Isa, Set};
+use crate::panels::{self, Panels};
 use crate::parallel::checkpoint_at;
 use crate::simd::{dispatch, padded, Kernel, Simd};
 
@@ -200,29 +202,43 @@ pub(crate) fn subtract_row<S: Simd<T = f64>>(
 
 /// Factor `A = UᵀU` in place, upper triangle by rows; false when `A` is not positive definite in
 /// double precision. Entries below the diagonal are scratch.
-pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize) -> bool {
-    cholesky_rows(isa, a, size, size)
+pub(crate) fn cholesky(isa: Isa, a: &mut [f64], size: usize, panels: &mut Panels) -> bool {
+    cholesky_rows(isa, a, size, size, panels)
 }
 
 /// The first `rows` rows of the factor in place: `[U W]` from `A = [UᵀU, UᵀW; ·, ·]`. The other rows are
 /// not touched.
-pub(crate) fn cholesky_rows(isa: Isa, a: &mut [f64], size: usize, rows: usize) -> bool {
-    dispatch(isa, Cholesky { a, size, rows })
+pub(crate) fn cholesky_rows(
+    isa: Isa,
+    a: &mut [f64],
+    size: usize,
+    rows: usize,
+    panels: &mut Panels,
+) -> bool {
+    if size >= panels::SMALLEST {
+        return panels::cholesky_rows(isa, a, size, rows, panels);
+    }
+    factor(isa, a, size, rows, padded(size))
+}
+
+/// [`cholesky_rows`] of a matrix in a cache, whose rows are `stride` apart.
+pub(crate) fn factor(isa: Isa, a: &mut [f64], size: usize, rows: usize, stride: usize) -> bool {
+    dispatch(isa, Cholesky { a, size, rows, stride })
 }
 
 struct Cholesky<'a> {
     a: &'a mut [f64],
     size: usize,
     rows: usize,
+    stride: usize,
 }
 
 impl Kernel<f64> for Cholesky<'_> {
     type Output = bool;
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, _simd: S) -> bool {
-        let Self { a, size, rows } = self;
-        let stride = padded(size);
-        assert!(a.len() >= size * stride && rows <= size);
+        let Self { a, size, rows, stride } = self;
+        assert!(stride >= padded(size) && a.len() >= size * stride && rows <= size);
         for start in (0..rows).step_by(ROWS) {
             checkpoint_at(start, size);
             let end = rows.min(start + ROWS);
@@ -265,7 +281,17 @@ impl Kernel<f64> for Cholesky<'_> {
 
 /// Compute `M = U⁻ᵀ`, lower triangle by rows (zero above), from the `U` of [`cholesky`]; rows of both
 /// are `stride` apart.
-pub(crate) fn invert_factor(isa: Isa, u: &[f64], m: &mut [f64], size: usize, stride: usize) {
+pub(crate) fn invert_factor(
+    isa: Isa,
+    u: &[f64],
+    m: &mut [f64],
+    size: usize,
+    stride: usize,
+    panels: &mut Panels,
+) {
+    if size >= panels::SMALLEST {
+        return panels::invert_factor(isa, u, m, size, stride, panels);
+    }
     dispatch(isa, InvertFactor { u, m, size, stride });
 }
 

@@ -44,22 +44,25 @@ pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Res
             .par_chunks_mut(layout.block())
             .zip(mask.par_chunks(layout.block()))
             .enumerate()
-            .map_init(Workspace::default, |workspace, (b, (weights, mask))| {
-                if !failure.check(workspace.scratch.reserve(weights.len())) {
-                    return (0.0, 0.0, false);
-                }
-                let kept = damped.kept_in(b);
-                workspace.divide(mask, kept);
-                let found = if workspace.pruned.is_empty() {
-                    (0.0, 0.0, true)
-                } else {
-                    dispatch(isa, Block { damped, b, weights: &mut *weights, workspace })
-                };
-                for (weight, _) in weights.iter_mut().zip(mask).filter(|(_, kept)| !**kept) {
-                    *weight = 0.0;
-                }
-                found
-            })
+            .map_init(
+                || Workspace::of(layout.blocks()),
+                |workspace, (b, (weights, mask))| {
+                    if !failure.check(workspace.scratch.reserve(weights.len())) {
+                        return (0.0, 0.0, false);
+                    }
+                    let kept = damped.kept_in(b);
+                    workspace.divide(mask, kept);
+                    let found = if workspace.pruned.is_empty() {
+                        (0.0, 0.0, true)
+                    } else {
+                        dispatch(isa, Block { damped, b, weights: &mut *weights, workspace })
+                    };
+                    for (weight, _) in weights.iter_mut().zip(mask).filter(|(_, kept)| !**kept) {
+                        *weight = 0.0;
+                    }
+                    found
+                },
+            )
             .collect()
     });
     failure.or(Compensation {
@@ -79,6 +82,11 @@ struct Workspace {
 }
 
 impl Workspace {
+    /// For `count` blocks.
+    fn of(count: usize) -> Self {
+        Self { scratch: Scratch::of(count), ..Self::default() }
+    }
+
     /// Tell kept from pruned weights, of those that were `kept` before.
     fn divide(&mut self, mask: &[bool], kept: Option<&[bool]>) {
         self.kept.clear();
@@ -105,7 +113,8 @@ impl Kernel<f64> for Block<'_> {
     #[inline(always)]
     fn run<S: Simd<T = f64>>(self, simd: S) -> Self::Output {
         let Self { damped, b, weights, workspace } = self;
-        let Workspace { scratch: Scratch { upper, lower, row, .. }, kept, pruned } = workspace;
+        let Workspace { scratch: Scratch { upper, lower, row, panels, .. }, kept, pruned } =
+            workspace;
         let size = weights.len();
         let stride = padded(size);
         let a = upper.room(size * stride);
@@ -143,7 +152,7 @@ impl Kernel<f64> for Block<'_> {
                 *to = row[*l];
             }
         }
-        let fine = cholesky(simd.isa(), a_kk, kept.len()) && bare.is_finite();
+        let fine = cholesky(simd.isa(), a_kk, kept.len(), panels) && bare.is_finite();
         let mut increase = bare;
         if fine {
             solve(a_kk, kept.len(), step);

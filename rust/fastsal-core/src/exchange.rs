@@ -22,6 +22,7 @@ use crate::groups::Groups;
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle};
 use crate::memory::Aligned;
+use crate::panels::Panels;
 use crate::parallel;
 use crate::scratch::{Failure, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Simd};
@@ -53,11 +54,14 @@ pub fn refine(
         kept.par_chunks_mut(layout.block())
             .zip(weights.par_chunks(layout.block()))
             .enumerate()
-            .for_each_init(Workspace::default, |workspace, (b, (kept, weights))| {
-                if failure.check(workspace.scratch.reserve(weights.len())) {
-                    refine_block(isa, damped, b, weights, groups, kept, workspace);
-                }
-            });
+            .for_each_init(
+                || Workspace::of(layout.blocks()),
+                |workspace, (b, (kept, weights))| {
+                    if failure.check(workspace.scratch.reserve(weights.len())) {
+                        refine_block(isa, damped, b, weights, groups, kept, workspace);
+                    }
+                },
+            );
     });
     failure.or(())
 }
@@ -85,6 +89,17 @@ pub(crate) struct Workspace {
     place: Vec<usize>,
     pairs: Vec<Pair>,
 }
+
+impl Workspace {
+    /// For `count` blocks.
+    pub(crate) fn of(count: usize) -> Self {
+        Self { scratch: Scratch::of(count), ..Self::default() }
+    }
+}
+
+/// The matrices of [`sweep_kept`].
+type Matrices<'a> =
+    (&'a mut Aligned<f64>, &'a mut Aligned<f64>, &'a mut Aligned<f64>, &'a mut Panels);
 
 struct Block<'a> {
     damped: Damped<'a>,
@@ -133,9 +148,9 @@ impl Kernel<f64> for Block<'_> {
         let Some(count) = self.begin() else { return };
         let Self { damped, b, weights, kept, workspace, .. } = self;
         let Workspace { scratch, order, place, pairs } = workspace;
-        let Scratch { upper, lower, row, packed, .. } = scratch;
+        let Scratch { upper, lower, row, packed, panels, .. } = scratch;
         let (size, stride) = (order.len(), padded(order.len()));
-        if !sweep_kept(simd, damped, b, order, place, count, (upper, lower, packed)) {
+        if !sweep_kept(simd, damped, b, order, place, count, (upper, lower, packed, panels)) {
             return;
         }
         let t = &mut lower[..size * stride];
@@ -179,7 +194,7 @@ fn sweep_kept<S: Simd<T = f64>>(
     order: &[usize],
     place: &[usize],
     count: usize,
-    (upper, lower, packed): (&mut Aligned<f64>, &mut Aligned<f64>, &mut Aligned<f64>),
+    (upper, lower, packed, panels): Matrices<'_>,
 ) -> bool {
     let (size, stride) = (order.len(), padded(order.len()));
     let all = damped.layout().size(b);
@@ -206,11 +221,11 @@ fn sweep_kept<S: Simd<T = f64>>(
             }
         }
     }
-    if !cholesky_rows(simd.isa(), a, size, count) {
+    if !cholesky_rows(simd.isa(), a, size, count, panels) {
         return false;
     }
     let panel = upper.room(size * stride);
-    invert_factor(simd.isa(), a, panel, count, stride);
+    invert_factor(simd.isa(), a, panel, count, stride, panels);
     for (to, from) in panel.chunks_mut(stride).zip(a.chunks(stride)).take(count) {
         to[count..size].copy_from_slice(&from[count..size]);
     }

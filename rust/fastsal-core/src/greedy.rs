@@ -74,7 +74,7 @@ fn eliminate_with(
             .zip(sensitivities.par_chunks_mut(per_task))
             .enumerate()
             .for_each_init(
-                Workspace::default,
+                || Workspace::of(layout.blocks()),
                 |workspace, (i, (((scores, turns), weights), sensitivities))| {
                     let first = i * per_task;
                     // A short last block is processed by itself: how a block is processed depends on
@@ -104,6 +104,14 @@ struct Workspace {
     scratches: [Scratch; IN_TURNS],
     /// Of small ones.
     memory: interleaved::Memory,
+}
+
+impl Workspace {
+    /// For `count` blocks.
+    fn of(count: usize) -> Self {
+        let scratches = std::array::from_fn(|_| Scratch::of(count));
+        Self { scratches, ..Self::default() }
+    }
 }
 
 /// A few neighboring blocks of one size, the first of them `first`.

@@ -79,7 +79,9 @@ pub fn inverse(damped: Damped<'_>, out: &mut [f64]) -> Result<Report> {
     for_each_block(layout, out, layout.block() * layout.block(), |scratch, b, out| {
         let sensitivity = damped.invert(isa, b, scratch)?;
         let size = layout.size(b);
-        out.fill(0.0);
+        if size < layout.block() {
+            out.fill(0.0);
+        }
         unpack(&scratch.packed[..triangle(size)], size, out, layout.block());
         Some(sensitivity)
     })
@@ -96,14 +98,17 @@ fn for_each_block(
     let sensitivities: Vec<Option<f64>> = parallel::run(|| {
         out.par_chunks_mut(out_per_block)
             .enumerate()
-            .map_init(Scratch::default, |scratch, (b, out)| {
-                let has_room = failure.check(scratch.reserve(layout.size(b)));
-                let sensitivity = if has_room { job(scratch, b, out) } else { None };
-                if sensitivity.is_none() {
-                    out.fill(f64::NAN);
-                }
-                sensitivity
-            })
+            .map_init(
+                || Scratch::of(layout.blocks()),
+                |scratch, (b, out)| {
+                    let has_room = failure.check(scratch.reserve(layout.size(b)));
+                    let sensitivity = if has_room { job(scratch, b, out) } else { None };
+                    if sensitivity.is_none() {
+                        out.fill(f64::NAN);
+                    }
+                    sensitivity
+                },
+            )
             .collect()
     });
     failure.or(sensitivities.into())

@@ -27,6 +27,7 @@ pub mod isa;
 pub mod keys;
 pub mod layout;
 pub mod memory;
+mod panels;
 pub mod parallel;
 pub mod patterns;
 pub mod rows;

@@ -79,13 +79,14 @@ fn for_each_window<T: Send>(
     let isa = Isa::chosen()?;
     check_weights(weights)?;
     let len = window_len(groups, layout.block());
+    let windows = layout.len().div_ceil(len.max(1));
     let failure = Failure::default();
     let failed: Vec<Vec<usize>> = parallel::run(|| {
         out.par_chunks_mut(len)
             .zip(weights.par_chunks(len))
             .enumerate()
             .map_init(
-                || (Workspace::default(), Aligned::default()),
+                || (Workspace::of(windows), Aligned::default()),
                 |(workspace, table), (i, (out, weights))| {
                     let first = i * len / layout.block();
                     let failed = Vec::new();

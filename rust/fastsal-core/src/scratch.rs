@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 use crate::error::{Error, Result};
 use crate::layout::{row_base, triangle};
 use crate::memory::Aligned;
+use crate::panels::Panels;
 use crate::simd::{padded, Real};
 
 /// A worker's memory for the matrices of one block.
@@ -18,11 +19,18 @@ pub(crate) struct Scratch {
     pub row: Aligned<f64>,
     /// A packed triangle.
     pub packed: Aligned<f64>,
+    /// What large blocks are processed in.
+    pub panels: Panels,
     /// Weights of the largest block that there is room for.
     reserved: usize,
 }
 
 impl Scratch {
+    /// The memory of a worker of `count` blocks that are processed at the same time.
+    pub fn of(count: usize) -> Self {
+        Self { panels: Panels::sharing(count), ..Self::default() }
+    }
+
     /// Make room for everything that is done with a block of `size` weights, so that no large
     /// allocation comes later, where it could not fail.
     ///
@@ -40,6 +48,7 @@ impl Scratch {
         self.lower.reserve(WHAT, matrix)?;
         self.row.reserve(WHAT, stride.saturating_mul(4))?;
         self.packed.reserve(WHAT, triangle(size))?;
+        self.panels.reserve(WHAT, size)?;
         self.reserved = size;
         Ok(())
     }
@@ -65,14 +74,21 @@ impl Failure {
 /// Write a packed triangle as a full symmetric matrix with rows `stride` apart.
 pub(crate) fn unpack<T: Real>(packed: &[T], size: usize, full: &mut [f64], stride: usize) {
     debug_assert_eq!(packed.len(), triangle(size));
-    for i in 0..size {
-        let base = row_base(size, i);
-        let row = &packed[base + i..base + size];
-        for (to, x) in full[i * stride + i..i * stride + size].iter_mut().zip(row) {
-            *to = (*x).into();
+    // Squares of a cache line: a column of the matrix alone would write one number of each line.
+    const SQUARE: usize = 8;
+    for top in (0..size).step_by(SQUARE) {
+        let rows = top..size.min(top + SQUARE);
+        for i in rows.clone() {
+            let row = &packed[row_base(size, i) + i..row_base(size, i) + size];
+            for (to, x) in full[i * stride + i..i * stride + size].iter_mut().zip(row) {
+                *to = (*x).into();
+            }
         }
-        for j in i + 1..size {
-            full[j * stride + i] = packed[base + j].into();
+        for j in top + 1..size {
+            let rows = top..rows.end.min(j);
+            for (to, i) in full[j * stride + top..].iter_mut().zip(rows) {
+                *to = packed[row_base(size, i) + j].into();
+            }
         }
     }
 }

@@ -10,6 +10,7 @@ use crate::cholesky::{cholesky, invert_factor};
 use crate::error::{check_length, check_positive, Result};
 use crate::isa::Isa;
 use crate::layout::{row_base, triangle, Layout};
+use crate::panels;
 use crate::parallel;
 use crate::scratch::{unpack, Scratch};
 use crate::simd::{dispatch, padded, Kernel, Real, Simd};
@@ -226,10 +227,10 @@ impl<'a> Damped<'a> {
         let a = scratch.upper.room(size * padded(size));
         let m = scratch.lower.room(size * padded(size));
         let largest = self.write(b, a);
-        if !cholesky(isa, a, size) {
+        if !cholesky(isa, a, size, &mut scratch.panels) {
             return None;
         }
-        invert_factor(isa, a, m, size, padded(size));
+        invert_factor(isa, a, m, size, padded(size), &mut scratch.panels);
         Some(largest)
     }
 
@@ -255,8 +256,13 @@ impl Kernel<f64> for Invert<'_> {
         let Self { damped, b, scratch } = self;
         let largest = damped.factor(simd.isa(), b, scratch)?;
         let size = damped.layout().size(b);
-        let packed = scratch.packed.room(triangle(size));
-        syrk_of_lower(simd.isa(), &scratch.lower, size, packed);
+        let Scratch { upper, lower, packed, panels, .. } = scratch;
+        let packed = packed.room(triangle(size));
+        if size >= panels::SMALLEST {
+            panels::square_of_lower(simd.isa(), lower, size, upper, packed, panels);
+        } else {
+            syrk_of_lower(simd.isa(), lower, size, packed);
+        }
         let trace = (0..size).map(|i| packed[row_base(size, i) + i]).sum();
         Some(damped.sensitivity(b, largest, trace))
     }

@@ -208,13 +208,16 @@ impl<S: Simd> Tiles<'_, S> {
             i += unsafe {
                 let left = i1 - i;
                 // Tiles of about equal heights: the lower one is, the more of its time is loads.
+                // One vector of columns leaves room for eight.
+                let most = if const { NV < 2 } { 8 } else { S::ROWS };
                 let rows =
-                    if const { S::ROWS == 6 } { left.div_ceil(left.div_ceil(6)) } else { left };
+                    if const { S::ROWS == 6 } { left.div_ceil(left.div_ceil(most)) } else { left };
                 match rows {
                     1 => self.tile::<1, NV, HALF>(i, j0),
                     3 if const { S::ROWS == 6 } => self.tile::<3, NV, HALF>(i, j0),
                     2 | 3 => self.tile::<2, NV, HALF>(i, j0),
                     5 if const { S::ROWS == 6 } => self.tile::<5, NV, HALF>(i, j0),
+                    8 if const { S::ROWS == 6 && NV < 2 } => self.tile::<8, NV, HALF>(i, j0),
                     8.. if const { S::ROWS >= 8 } => self.tile::<8, NV, HALF>(i, j0),
                     6.. if const { S::ROWS >= 6 } => self.tile::<6, NV, HALF>(i, j0),
                     _ => self.tile::<4, NV, HALF>(i, j0),
@@ -277,15 +280,18 @@ impl<S: Simd> Tiles<'_, S> {
             }
             let samples = self.n - start;
             // As much of later statistics as this tile covers of these, spread over the samples.
-            let soon = (R * (NV * S::W + half) * size_of::<S::T>()).div_ceil(LINE);
+            let columns = NV * S::W + if HALF { half } else { 0 };
+            let mut soon = (R * columns * size_of::<S::T>()).div_ceil(LINE);
             let soon_step = soon.div_ceil((samples / 4).max(1));
             for _ in 0..samples / 4 {
                 ahead.step();
                 ahead.step();
-                for _ in 0..soon_step {
+                let lines = soon_step.min(soon);
+                for _ in 0..lines {
                     prefetch(self.soon);
                     self.soon = self.soon.wrapping_add(LINE / size_of::<S::T>());
                 }
+                soon -= lines;
                 sample!();
                 sample!();
                 sample!();

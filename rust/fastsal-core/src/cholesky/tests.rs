@@ -20,8 +20,9 @@ fn the_factor_and_its_inverse_give_the_matrix_and_one() {
         for size in [1, 2, 3, 4, 5, 8, 11, 16, 17, 23] {
             let (a, stride) = (matrix(size), padded(size));
             let (mut u, mut m) = (a.clone(), vec![f64::NAN; a.len()]);
-            assert!(cholesky(isa, &mut u, size));
-            invert_factor(isa, &u, &mut m, size, stride);
+            let panels = &mut Panels::default();
+            assert!(cholesky(isa, &mut u, size, panels));
+            invert_factor(isa, &u, &mut m, size, stride, panels);
             let mut x: Vec<f64> = (0..size).map(|i| i as f64).collect();
             solve(&u, size, &mut x);
             for i in 0..size {
@@ -47,7 +48,7 @@ fn what_is_not_positive_definite_is_refused() {
         for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             let mut a = matrix(7);
             a[6 * padded(7) + 6] = bad;
-            assert!(!cholesky(isa, &mut a, 7));
+            assert!(!cholesky(isa, &mut a, 7, &mut Panels::default()));
         }
     }
 }

@@ -26,7 +26,9 @@ fn slow_inverse(mut a: Vec<Vec<f64>>) -> Vec<Vec<f64>> {
 
 #[test]
 fn equals_gauss_jordan() {
-    for (len, block, n) in [(1, 1, 3), (70, 64, 100), (200, 64, 20), (130, 130, 90), (37, 9, 5)] {
+    for (len, block, n) in
+        [(1, 1, 3), (70, 64, 100), (200, 64, 20), (130, 130, 90), (37, 9, 5), (430, 400, 90)]
+    {
         let layout = Layout::new(len, block).expect("layout");
         let packed = random_statistics(7, layout, n);
         let kept: Vec<bool> = (0..len).map(|i| i % 3 != 1).collect();
