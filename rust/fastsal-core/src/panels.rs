@@ -89,6 +89,11 @@ fn strip_len(size: usize) -> usize {
     WIDEST.saturating_mul(size.saturating_add(HEIGHT))
 }
 
+/// Entries of all packed columns of a matrix: `[groups, size, ROWS]`.
+pub(crate) fn columns_len(size: usize) -> usize {
+    size.next_multiple_of(ROWS).saturating_mul(size)
+}
+
 /// A strip of each thread.
 struct Strips<'a> {
     memory: &'a mut [f64],
@@ -252,7 +257,7 @@ pub(crate) fn invert_factor(
     }
 }
 
-/// Write `MᵀM`, packed, for a lower triangular `M`; `memory` has room for a matrix.
+/// Write `MᵀM`, packed, for a lower triangular `M`; `memory` has room for [`columns_len`].
 pub(crate) fn square_of_lower(
     isa: Isa,
     m: &[f64],
@@ -264,8 +269,7 @@ pub(crate) fn square_of_lower(
     let stride = padded(size);
     assert!(m.len() >= size * stride && packed.len() == triangle(size));
     let (_, _, mut strips) = panels.room(size);
-    // All columns of `M`, `[groups, size, ROWS]`.
-    let groups = memory.room(size.next_multiple_of(ROWS) * size);
+    let groups = memory.room(columns_len(size));
     for (column, group) in (0..size).step_by(ROWS).zip(groups.chunks_mut(size * ROWS)) {
         let count = ROWS.min(size - column);
         for (k, to) in group.chunks_exact_mut(ROWS).enumerate().skip(column) {

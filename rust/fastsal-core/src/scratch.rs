@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use crate::error::{Error, Result};
 use crate::layout::{row_base, triangle};
 use crate::memory::Aligned;
-use crate::panels::Panels;
+use crate::panels::{self, Panels};
 use crate::simd::{padded, Real};
 
 /// A worker's memory for the matrices of one block.
@@ -44,7 +44,7 @@ impl Scratch {
         let stride = padded(size);
         // A row more than the matrix: of one weight, `swept` has two rows of columns.
         let matrix = size.saturating_add(1).saturating_mul(stride);
-        self.upper.reserve(WHAT, matrix)?;
+        self.upper.reserve(WHAT, matrix.max(panels::columns_len(size)))?;
         self.lower.reserve(WHAT, matrix)?;
         self.row.reserve(WHAT, stride.saturating_mul(4))?;
         self.packed.reserve(WHAT, triangle(size))?;

@@ -74,7 +74,7 @@ fn inverses_by_panels_are_the_inverse() {
             }
             let (mut got, mut want) = (vec![f64::NAN; triangle(size)], vec![0.0; triangle(size)]);
             let mut memory = Aligned::default();
-            memory.room(size * stride + 3 * size).fill(f64::NAN);
+            memory.room(columns_len(size)).fill(f64::NAN);
             square_of_lower(isa, &m, size, &mut memory, &mut got, &mut panels);
             syrk_of_lower(isa, &m, size, &mut want);
             for i in 0..size {
