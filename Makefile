@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install build lint test asan miri bench sweep clean
+.PHONY: help install build lint test asan miri arm64 bench sweep clean
 
 help:  ## List the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,13 @@ asan:  ## Run the tests of the core with AddressSanitizer, portable and with the
 # over many shapes are short enough.
 miri:  ## Run the tests of raw pointers in the core with Miri
 	cargo +nightly miri test --quiet -p fastsal-core --lib -- cholesky:: memory:: rows:: layout::
+
+# Needs `rustup target add aarch64-unknown-linux-gnu`, and qemu-user and gcc-aarch64-linux-gnu.
+arm64:  ## Run the tests of kernels on an emulated arm64 processor, a few minutes
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+	cargo test --quiet -p fastsal-core --lib --locked --target aarch64-unknown-linux-gnu -- \
+	simd:: panels:: cholesky:: accumulate:: interleaved:: inverse:: greedy:: select::
 
 bench:  ## Run the Rust and Python benchmarks
 	cargo bench --quiet -p fastsal-core

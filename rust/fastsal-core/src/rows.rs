@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
 use crate::isa::Set;
 use crate::simd::{Simd, PADDING};
 

@@ -2,10 +2,11 @@
 //!
 //! A kernel is written once, generic over [`Simd`], as an `#[inline(always)]` function; [`dispatch`]
 //! instantiates it for each instruction set. One table maps the operations of the trait to
-//! intrinsics. On arm64 NEON is part of the baseline, so the portable lanes compile to it.
+//! intrinsics. On arm64 NEON is part of the baseline, and takes the place of the portable lanes.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(not(target_arch = "aarch64"))]
 mod plain;
 
 use crate::isa::{Isa, Set};
@@ -183,6 +184,7 @@ macro_rules! registers {
     )*};
 }
 
+#[cfg(not(target_arch = "aarch64"))]
 registers! {
     PortableF32: f32, [f32; 4], 4 lanes of Portable, tiles of 4 rows, half Self;
     zero plain::zero, load plain::load, store plain::store, splat plain::splat,
@@ -251,6 +253,9 @@ registers! {
     store_lanes(p, v) _mm512_mask_storeu_pd(p, bits(lo, hi) as __mmask8, v);
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+
 /// Bits `lo..hi`.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
@@ -298,17 +303,20 @@ pub trait Real:
 }
 
 macro_rules! real {
-    ($t:ty, $widen:ident, $widen_all:ident, $portable:ty, $avx2:ty, $avx512:ty) => {
+    ($t:ty, $widen:ident, $widen_all:ident, $portable:ty, $neon:ty, $avx2:ty, $avx512:ty) => {
         impl Real for $t {
+            #[cfg(not(target_arch = "aarch64"))]
             type Portable = $portable;
+            #[cfg(target_arch = "aarch64")]
+            type Portable = $neon;
             #[cfg(target_arch = "x86_64")]
             type Avx2 = $avx2;
             #[cfg(target_arch = "x86_64")]
             type Avx512 = $avx512;
             #[cfg(not(target_arch = "x86_64"))]
-            type Avx2 = $portable;
+            type Avx2 = Self::Portable;
             #[cfg(not(target_arch = "x86_64"))]
-            type Avx512 = $portable;
+            type Avx512 = Self::Portable;
             #[inline(always)]
             fn widen<E: Element>(e: E) -> Self {
                 e.$widen()
@@ -325,8 +333,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, to_f32, to_f32s, PortableF32, Avx2F32, Avx512F32);
-real!(f64, to_f64, to_f64s, PortableF64, Avx2F64, Avx512F64);
+real!(f32, to_f32, to_f32s, PortableF32, neon::NeonF32, Avx2F32, Avx512F32);
+real!(f64, to_f64, to_f64s, PortableF64, neon::NeonF64, Avx2F64, Avx512F64);
 
 /// A computation written once for every instruction set; `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel<T: Real> {
