@@ -50,9 +50,10 @@ def processor() -> str:
     """
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+        for line in first.splitlines():
             key, _, value = line.partition(":")
-            facts.setdefault(key.strip(), value.strip())
+            facts[key.strip()] = value.strip()
     name = facts.get("model name") or platform.processor() or platform.machine()
     if "cpu family" in facts and "model" in facts:
         name += f" (family {facts['cpu family']}, model {facts['model']})"

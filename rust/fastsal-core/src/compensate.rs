@@ -44,25 +44,22 @@ pub fn compensate(damped: Damped<'_>, weights: &mut [f32], mask: &[bool]) -> Res
             .par_chunks_mut(layout.block())
             .zip(mask.par_chunks(layout.block()))
             .enumerate()
-            .map_init(
-                || Workspace::of(layout.blocks()),
-                |workspace, (b, (weights, mask))| {
-                    if !failure.check(workspace.scratch.reserve(weights.len())) {
-                        return (0.0, 0.0, false);
-                    }
-                    let kept = damped.kept_in(b);
-                    workspace.divide(mask, kept);
-                    let found = if workspace.pruned.is_empty() {
-                        (0.0, 0.0, true)
-                    } else {
-                        dispatch(isa, Block { damped, b, weights: &mut *weights, workspace })
-                    };
-                    for (weight, _) in weights.iter_mut().zip(mask).filter(|(_, kept)| !**kept) {
-                        *weight = 0.0;
-                    }
-                    found
-                },
-            )
+            .map_init(Workspace::default, |workspace, (b, (weights, mask))| {
+                if !failure.check(workspace.scratch.reserve(weights.len(), layout.blocks())) {
+                    return (0.0, 0.0, false);
+                }
+                let kept = damped.kept_in(b);
+                workspace.divide(mask, kept);
+                let found = if workspace.pruned.is_empty() {
+                    (0.0, 0.0, true)
+                } else {
+                    dispatch(isa, Block { damped, b, weights: &mut *weights, workspace })
+                };
+                for (weight, _) in weights.iter_mut().zip(mask).filter(|(_, kept)| !**kept) {
+                    *weight = 0.0;
+                }
+                found
+            })
             .collect()
     });
     failure.or(Compensation {
@@ -82,11 +79,6 @@ struct Workspace {
 }
 
 impl Workspace {
-    /// For `count` blocks.
-    fn of(count: usize) -> Self {
-        Self { scratch: Scratch::of(count), ..Self::default() }
-    }
-
     /// Tell kept from pruned weights, of those that were `kept` before.
     fn divide(&mut self, mask: &[bool], kept: Option<&[bool]>) {
         self.kept.clear();

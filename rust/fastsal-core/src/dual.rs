@@ -63,17 +63,16 @@ pub fn inverse_diagonal(
     let blocks: Vec<Option<f64>> = parallel::run(|| {
         out.par_chunks_mut(layout.block())
             .enumerate()
-            .map_init(
-                || Scratch::of(layout.blocks()),
-                |scratch, (b, out)| {
-                    let block = Block { rows, first: b * layout.block(), kept };
-                    let result = block.inverse_diagonal(isa, samples, damping, out, scratch);
-                    result.unwrap_or_else(|error| {
-                        failure.check(Err(error));
-                        None
-                    })
-                },
-            )
+            .map_init(Scratch::default, |scratch, (b, out)| {
+                let block = Block { rows, first: b * layout.block(), kept };
+                let room = scratch.panels.reserve(GRAM, n, layout.blocks());
+                let result =
+                    room.and_then(|()| block.inverse_diagonal(isa, samples, damping, out, scratch));
+                result.unwrap_or_else(|error| {
+                    failure.check(Err(error));
+                    None
+                })
+            })
             .collect()
     });
     failure.or(blocks.into())
@@ -103,7 +102,6 @@ impl Block<'_> {
         let gram = self.gram(isa, size)?;
         let mut trace = 0.0;
         scratch.upper.reserve(GRAM, n * padded(n))?;
-        scratch.panels.reserve(GRAM, n)?;
         let u = scratch.upper.zeros((n * padded(n)).max(1));
         for i in 0..n {
             let row = &mut u[i * padded(n) + i..i * padded(n) + n];

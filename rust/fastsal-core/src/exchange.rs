@@ -54,14 +54,11 @@ pub fn refine(
         kept.par_chunks_mut(layout.block())
             .zip(weights.par_chunks(layout.block()))
             .enumerate()
-            .for_each_init(
-                || Workspace::of(layout.blocks()),
-                |workspace, (b, (kept, weights))| {
-                    if failure.check(workspace.scratch.reserve(weights.len())) {
-                        refine_block(isa, damped, b, weights, groups, kept, workspace);
-                    }
-                },
-            );
+            .for_each_init(Workspace::default, |workspace, (b, (kept, weights))| {
+                if failure.check(workspace.scratch.reserve(weights.len(), layout.blocks())) {
+                    refine_block(isa, damped, b, weights, groups, kept, workspace);
+                }
+            });
     });
     failure.or(())
 }
@@ -88,13 +85,6 @@ pub(crate) struct Workspace {
     /// Their places in this order.
     place: Vec<usize>,
     pairs: Vec<Pair>,
-}
-
-impl Workspace {
-    /// For `count` blocks.
-    pub(crate) fn of(count: usize) -> Self {
-        Self { scratch: Scratch::of(count), ..Self::default() }
-    }
 }
 
 /// The matrices of [`sweep_kept`].

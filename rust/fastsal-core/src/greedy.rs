@@ -74,7 +74,7 @@ fn eliminate_with(
             .zip(sensitivities.par_chunks_mut(per_task))
             .enumerate()
             .for_each_init(
-                || Workspace::of(layout.blocks()),
+                Workspace::default,
                 |workspace, (i, (((scores, turns), weights), sensitivities))| {
                     let first = i * per_task;
                     // A short last block is processed by itself: how a block is processed depends on
@@ -104,14 +104,6 @@ struct Workspace {
     scratches: [Scratch; IN_TURNS],
     /// Of small ones.
     memory: interleaved::Memory,
-}
-
-impl Workspace {
-    /// For `count` blocks.
-    fn of(count: usize) -> Self {
-        let scratches = std::array::from_fn(|_| Scratch::of(count));
-        Self { scratches, ..Self::default() }
-    }
 }
 
 /// A few neighboring blocks of one size, the first of them `first`.
@@ -147,7 +139,7 @@ impl Task<'_> {
         let parts = parts.zip(weights.chunks(size)).zip(sensitivities).zip(scratches);
         let mut blocks: [Option<Block<'_>>; IN_TURNS] = Default::default();
         for (k, ((((scores, turns), weights), sensitivity), scratch)) in parts.enumerate() {
-            scratch.reserve(size)?;
+            scratch.reserve(size, damped.layout().blocks())?;
             *sensitivity = damped.invert(isa, first + k, scratch);
             if sensitivity.is_none() {
                 scores.fill(f32::NAN);

@@ -98,17 +98,14 @@ fn for_each_block(
     let sensitivities: Vec<Option<f64>> = parallel::run(|| {
         out.par_chunks_mut(out_per_block)
             .enumerate()
-            .map_init(
-                || Scratch::of(layout.blocks()),
-                |scratch, (b, out)| {
-                    let has_room = failure.check(scratch.reserve(layout.size(b)));
-                    let sensitivity = if has_room { job(scratch, b, out) } else { None };
-                    if sensitivity.is_none() {
-                        out.fill(f64::NAN);
-                    }
-                    sensitivity
-                },
-            )
+            .map_init(Scratch::default, |scratch, (b, out)| {
+                let has_room = failure.check(scratch.reserve(layout.size(b), layout.blocks()));
+                let sensitivity = if has_room { job(scratch, b, out) } else { None };
+                if sensitivity.is_none() {
+                    out.fill(f64::NAN);
+                }
+                sensitivity
+            })
             .collect()
     });
     failure.or(sensitivities.into())

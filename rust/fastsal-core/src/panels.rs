@@ -19,7 +19,7 @@ use crate::memory::Aligned;
 use crate::parallel::prelude::*;
 use crate::parallel::{checkpoint, parts};
 use crate::simd::{dispatch, padded};
-use strips::{Product, Solution, Width, WIDEST};
+use strips::{Product, Solution, Strip, Width, WIDEST};
 
 /// From this size on, a matrix is processed by panels.
 pub(crate) const SMALLEST: usize = 384;
@@ -41,28 +41,20 @@ pub(crate) struct Panels {
 
 impl Default for Panels {
     fn default() -> Self {
-        Self::of(1)
+        Self { workers: 1, memory: Aligned::default() }
     }
 }
 
 impl Panels {
-    /// With this number of threads.
-    pub(crate) fn of(workers: usize) -> Self {
-        Self { workers, memory: Aligned::default() }
-    }
-
-    /// For `count` matrices that are processed at the same time: all threads share each of them, unless
-    /// there is one for every thread. (A thread that waits for its part would begin another matrix.)
-    pub(crate) fn sharing(count: usize) -> Self {
-        let threads = parts();
-        Self::of(if count < threads { threads } else { 1 })
-    }
-
-    /// Make room for matrices of this size.
+    /// Make room for matrices of this size, of which `count` are processed at the same time: all threads
+    /// share each of them, unless there is one for every thread. (A thread that waits for its part would
+    /// begin another matrix.)
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when there is no memory of this size.
-    pub(crate) fn reserve(&mut self, what: &'static str, size: usize) -> Result<()> {
+    pub(crate) fn reserve(&mut self, what: &'static str, size: usize, count: usize) -> Result<()> {
+        let threads = parts();
+        self.workers = if count < threads { threads } else { 1 };
         let strips = self.workers.saturating_mul(strip_len(size));
         let len = left_len(size).saturating_add(HEIGHT * SIDE).saturating_add(strips);
         self.memory.reserve(what, if size < SMALLEST { 0 } else { len })
@@ -190,7 +182,8 @@ impl Panel {
         strips.each(isa, columns, |strip, columns| {
             let first = if self.is_lower { columns.start.min(self.start) } else { 0 };
             // The assertion is what it needs: no other strip has these columns.
-            dispatch(isa, Solution { left, x, panel: self, first, columns, is_solved, strip });
+            let panel = self;
+            dispatch(isa, Strip(Solution { left, x, panel, first, columns, is_solved, strip }));
         });
     }
 }
@@ -278,7 +271,7 @@ pub(crate) fn square_of_lower(
     }
     let (groups, packed) = (&*groups, Shared(packed.as_mut_ptr()));
     strips.each(isa, 0..size, |strip, columns| {
-        dispatch(isa, Product { groups, m, size, columns, packed, strip });
+        dispatch(isa, Strip(Product { groups, m, size, columns, packed, strip }));
     });
 }
 

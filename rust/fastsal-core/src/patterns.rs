@@ -86,12 +86,12 @@ fn for_each_window<T: Send>(
             .zip(weights.par_chunks(len))
             .enumerate()
             .map_init(
-                || (Workspace::of(windows), Aligned::default()),
+                || (Workspace::default(), Aligned::default()),
                 |(workspace, table), (i, (out, weights))| {
                     let first = i * len / layout.block();
                     let failed = Vec::new();
                     let mut window = Window { isa, damped, groups, weights, first, failed, table };
-                    if failure.check(window.factor(&mut workspace.scratch)) {
+                    if failure.check(window.factor(&mut workspace.scratch, windows)) {
                         job(&window, workspace, out);
                     }
                     window.failed
@@ -129,8 +129,8 @@ struct Window<'a> {
 }
 
 impl Window<'_> {
-    /// Factor the blocks and fill the table.
-    fn factor(&mut self, scratch: &mut Scratch) -> Result<()> {
+    /// Factor the blocks and fill the table; `windows` are processed at the same time.
+    fn factor(&mut self, scratch: &mut Scratch, windows: usize) -> Result<()> {
         let Self { isa, damped, groups, weights, first, .. } = *self;
         let len = weights.len();
         let entries = groups.size().saturating_mul(len);
@@ -139,7 +139,7 @@ impl Window<'_> {
         for (k, start) in (0..len).step_by(damped.layout().block()).enumerate() {
             checkpoint();
             let b = first + k;
-            scratch.reserve(damped.layout().size(b))?;
+            scratch.reserve(damped.layout().size(b), windows)?;
             if !dispatch(isa, Bands { damped, b, groups, scratch, table, start, len }) {
                 self.failed.push(b);
             }

@@ -26,17 +26,12 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    /// The memory of a worker of `count` blocks that are processed at the same time.
-    pub fn of(count: usize) -> Self {
-        Self { panels: Panels::sharing(count), ..Self::default() }
-    }
-
-    /// Make room for everything that is done with a block of `size` weights, so that no large
-    /// allocation comes later, where it could not fail.
+    /// Make room for everything that is done with a block of `size` weights, one of `count` that are
+    /// processed at the same time, so that no large allocation comes later, where it could not fail.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] when there is no memory for a block of this size.
-    pub fn reserve(&mut self, size: usize) -> Result<()> {
+    pub fn reserve(&mut self, size: usize, count: usize) -> Result<()> {
         const WHAT: &str = "the matrices of a block";
         if size <= self.reserved {
             return Ok(());
@@ -48,7 +43,7 @@ impl Scratch {
         self.lower.reserve(WHAT, matrix)?;
         self.row.reserve(WHAT, stride.saturating_mul(4))?;
         self.packed.reserve(WHAT, triangle(size))?;
-        self.panels.reserve(WHAT, size)?;
+        self.panels.reserve(WHAT, size, count)?;
         self.reserved = size;
         Ok(())
     }

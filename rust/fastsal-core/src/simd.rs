@@ -6,8 +6,6 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
-#[cfg(not(target_arch = "aarch64"))]
-mod plain;
 
 use crate::isa::{Isa, Set};
 use crate::memory::Zero;
@@ -184,28 +182,10 @@ macro_rules! registers {
     )*};
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 #[cfg(not(target_arch = "aarch64"))]
-registers! {
-    PortableF32: f32, [f32; 4], 4 lanes of Portable, tiles of 4 rows, half Self;
-    zero plain::zero, load plain::load, store plain::store, splat plain::splat,
-    mul_add plain::mul_add_f32, add plain::add, mul plain::mul, div plain::div,
-    sqrt plain::sqrt_f32, min plain::min, max plain::max;
-    equal(a, b) plain::equal(a, b);
-    where_less(yes, no) plain::where_less(a, b, yes, no),
-    where_equal plain::where_equal(a, b, yes, no);
-    load_lanes(p, lo, hi) load_each::<Self, 4>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 4>(p, v, lo, hi);
-
-    PortableF64: f64, [f64; 2], 2 lanes of Portable, tiles of 4 rows, half Self;
-    zero plain::zero, load plain::load, store plain::store, splat plain::splat,
-    mul_add plain::mul_add_f64, add plain::add, mul plain::mul, div plain::div,
-    sqrt plain::sqrt_f64, min plain::min, max plain::max;
-    equal(a, b) plain::equal(a, b);
-    where_less(yes, no) plain::where_less(a, b, yes, no),
-    where_equal plain::where_equal(a, b, yes, no);
-    load_lanes(p, lo, hi) load_each::<Self, 2>(p, lo, hi);
-    store_lanes(p, v) store_each::<Self, 2>(p, v, lo, hi);
-}
+mod plain;
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -252,9 +232,6 @@ registers! {
     load_lanes(p, lo, hi) _mm512_maskz_loadu_pd(bits(lo, hi) as __mmask8, p);
     store_lanes(p, v) _mm512_mask_storeu_pd(p, bits(lo, hi) as __mmask8, v);
 }
-
-#[cfg(target_arch = "aarch64")]
-mod neon;
 
 /// Bits `lo..hi`.
 #[cfg(target_arch = "x86_64")]
@@ -333,8 +310,8 @@ macro_rules! real {
         }
     };
 }
-real!(f32, to_f32, to_f32s, PortableF32, neon::NeonF32, Avx2F32, Avx512F32);
-real!(f64, to_f64, to_f64s, PortableF64, neon::NeonF64, Avx2F64, Avx512F64);
+real!(f32, to_f32, to_f32s, plain::PortableF32, neon::NeonF32, Avx2F32, Avx512F32);
+real!(f64, to_f64, to_f64s, plain::PortableF64, neon::NeonF64, Avx2F64, Avx512F64);
 
 /// A computation written once for every instruction set; `run` must be `#[inline(always)]`.
 pub(crate) trait Kernel<T: Real> {

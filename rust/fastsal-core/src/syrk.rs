@@ -217,8 +217,9 @@ impl<S: Simd> Tiles<'_, S> {
                     3 if const { S::ROWS == 6 } => self.tile::<3, NV, HALF>(i, j0),
                     2 | 3 => self.tile::<2, NV, HALF>(i, j0),
                     5 if const { S::ROWS == 6 } => self.tile::<5, NV, HALF>(i, j0),
-                    8 if const { S::ROWS == 6 && NV < 2 } => self.tile::<8, NV, HALF>(i, j0),
-                    8.. if const { S::ROWS >= 8 } => self.tile::<8, NV, HALF>(i, j0),
+                    8.. if const { S::ROWS >= 8 || (S::ROWS == 6 && NV < 2) } => {
+                        self.tile::<8, NV, HALF>(i, j0)
+                    }
                     6.. if const { S::ROWS >= 6 } => self.tile::<6, NV, HALF>(i, j0),
                     _ => self.tile::<4, NV, HALF>(i, j0),
                 }

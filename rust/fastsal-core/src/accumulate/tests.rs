@@ -1,4 +1,5 @@
 use super::*;
+use crate::rows::Rows;
 use crate::testing::{random, random_f32, relative_error};
 use half::{bf16, f16};
 

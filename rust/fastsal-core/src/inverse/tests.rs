@@ -115,7 +115,7 @@ fn lanes_of_small_blocks_are_the_diagonals_of_the_inverse() {
                 }
                 let mut scratch = Scratch::default();
                 for b in 0..layout.blocks() {
-                    scratch.reserve(block).expect("room");
+                    scratch.reserve(block, layout.blocks()).expect("room");
                     let want = damped.invert(isa, b, &mut scratch).expect("inverse");
                     assert!((report.sensitivity[b] - want).abs() <= 1e-10 * want);
                 }

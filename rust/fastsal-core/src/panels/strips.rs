@@ -40,6 +40,26 @@ const fn vectors<S: Simd>() -> usize {
     }
 }
 
+/// Work on a strip of `NV` vectors of columns.
+pub(super) trait OnStrip {
+    fn run<S: Simd<T = f64>, const NV: usize>(self, simd: S);
+}
+
+/// The kernel of it, with as many vectors as the instruction set has registers for.
+pub(super) struct Strip<W>(pub W);
+
+impl<W: OnStrip> Kernel<f64> for Strip<W> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd<T = f64>>(self, simd: S) {
+        if const { vectors::<S>() == 4 } {
+            self.0.run::<S, 4>(simd);
+        } else {
+            self.0.run::<S, 2>(simd);
+        }
+    }
+}
+
 /// [`Panel::solve`] for the columns of a strip.
 pub(super) struct Solution<'a> {
     /// `[groups, depth, ROWS]`
@@ -53,21 +73,9 @@ pub(super) struct Solution<'a> {
     pub strip: &'a mut [f64],
 }
 
-impl Kernel<f64> for Solution<'_> {
-    type Output = ();
+impl OnStrip for Solution<'_> {
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self, simd: S) {
-        if const { vectors::<S>() == 4 } {
-            self.run_in::<S, 4>(simd);
-        } else {
-            self.run_in::<S, 2>(simd);
-        }
-    }
-}
-
-impl Solution<'_> {
-    #[inline(always)]
-    fn run_in<S: Simd<T = f64>, const NV: usize>(self, _simd: S) {
+    fn run<S: Simd<T = f64>, const NV: usize>(self, _simd: S) {
         let Self { left, x, panel, first, columns, is_solved, strip } = self;
         let Panel { start, height, stride, .. } = panel;
         let (width, known, groups) = (NV * S::W, start - first, height.div_ceil(ROWS));
@@ -86,13 +94,13 @@ impl Solution<'_> {
                 let count = if is_row { columns.len() } else { 0 };
                 let from = x.at((first + k) * stride + columns.start);
                 prefetch(from.wrapping_add(SOON * stride));
-                copy::<S, NV>(from, at(k), count);
+                pack::<S, NV>(from, at(k), count);
             }
             for k in (0..known).step_by(DEPTH) {
                 let count = DEPTH.min(known - k);
                 for g in 0..groups {
                     let sum = products::<S, NV>(left(g, first + k), at(k), count);
-                    subtract::<S, NV>(at(known + g * ROWS), &sum);
+                    add_multiple::<S, NV>(at(known + g * ROWS), -1.0, &sum);
                 }
             }
             if is_solved {
@@ -103,11 +111,7 @@ impl Solution<'_> {
             }
             for k in 0..height {
                 let (from, to) = (at(known + k), x.at((start + k) * stride + columns.start));
-                if columns.len() == width {
-                    copy::<S, NV>(from, to, width);
-                } else {
-                    std::ptr::copy_nonoverlapping(from, to, columns.len());
-                }
+                copy::<S, NV>(from, to, columns.len());
             }
         }
     }
@@ -126,21 +130,9 @@ pub(super) struct Product<'a> {
     pub strip: &'a mut [f64],
 }
 
-impl Kernel<f64> for Product<'_> {
-    type Output = ();
+impl OnStrip for Product<'_> {
     #[inline(always)]
-    fn run<S: Simd<T = f64>>(self, simd: S) {
-        if const { vectors::<S>() == 4 } {
-            self.run_in::<S, 4>(simd);
-        } else {
-            self.run_in::<S, 2>(simd);
-        }
-    }
-}
-
-impl Product<'_> {
-    #[inline(always)]
-    fn run_in<S: Simd<T = f64>, const NV: usize>(self, _simd: S) {
+    fn run<S: Simd<T = f64>, const NV: usize>(self, _simd: S) {
         let Self { groups, m, size, columns, packed, strip } = self;
         let (width, stride) = (NV * S::W, padded(size));
         let (start, known) = (columns.start, size - columns.start);
@@ -156,7 +148,7 @@ impl Product<'_> {
             for k in 0..known {
                 let from = m.wrapping_add((start + k) * stride + start);
                 prefetch(from.wrapping_add(SOON * stride));
-                copy::<S, NV>(from, at(k), columns.len());
+                pack::<S, NV>(from, at(k), columns.len());
             }
             at(known).write_bytes(0, rows * width);
             for k in (0..known).step_by(DEPTH) {
@@ -166,31 +158,32 @@ impl Product<'_> {
                     let later = (g * ROWS).saturating_sub(start + k).min(count);
                     let (left, right) = (left(g, start + k + later), at(k + later));
                     let sum = products::<S, NV>(left, right, count - later);
-                    let to = at(known + g * ROWS);
-                    for r in 0..ROWS {
-                        for v in 0..NV {
-                            let to = to.wrapping_add(r * width + v * S::W);
-                            S::store(to, S::add(S::load(to), sum[r][v]));
-                        }
-                    }
+                    add_multiple::<S, NV>(at(known + g * ROWS), 1.0, &sum);
                 }
             }
             for i in 0..columns.end {
                 let from = start.max(i);
                 let to = packed.at(row_base(size, i) + from);
                 let row = at(known + i).wrapping_add(from - start);
-                let count = columns.end - from;
-                if count == width {
-                    copy::<S, NV>(row, to, count);
-                } else {
-                    std::ptr::copy_nonoverlapping(row, to, count);
-                }
+                copy::<S, NV>(row, to, columns.end - from);
             }
         }
     }
 }
 
 /// Copy `count` numbers to the vectors of a row of a strip; the others are zero.
+#[inline(always)]
+unsafe fn pack<S: Simd<T = f64>, const NV: usize>(from: *const f64, to: *mut f64, count: usize) {
+    // SAFETY: both are valid for what is copied, by contract.
+    unsafe {
+        if count < NV * S::W {
+            to.write_bytes(0, NV * S::W);
+        }
+        copy::<S, NV>(from, to, count);
+    }
+}
+
+/// Copy `count` numbers, in whole vectors where they fill a row of a strip.
 #[inline(always)]
 unsafe fn copy<S: Simd<T = f64>, const NV: usize>(from: *const f64, to: *mut f64, count: usize) {
     // SAFETY: both are valid for what is copied, by contract.
@@ -200,7 +193,6 @@ unsafe fn copy<S: Simd<T = f64>, const NV: usize>(from: *const f64, to: *mut f64
                 S::store(to.wrapping_add(v * S::W), S::load(from.wrapping_add(v * S::W)));
             }
         } else {
-            to.write_bytes(0, NV * S::W);
             std::ptr::copy_nonoverlapping(from, to, count);
         }
     }
@@ -230,17 +222,20 @@ unsafe fn products<S: Simd<T = f64>, const NV: usize>(
     }
 }
 
-/// Subtract sums from the rows of a tile.
+/// Add a multiple of sums to the rows of a tile.
 #[inline(always)]
-unsafe fn subtract<S: Simd<T = f64>, const NV: usize>(to: *mut f64, sum: &[[S::V; NV]; ROWS]) {
+unsafe fn add_multiple<S: Simd<T = f64>, const NV: usize>(
+    to: *mut f64,
+    factor: f64,
+    sum: &[[S::V; NV]; ROWS],
+) {
     // SAFETY: by contract.
     unsafe {
-        let minus = -1.0;
-        let minus = S::splat(&raw const minus);
+        let factor = S::splat(&raw const factor);
         for r in 0..ROWS {
             for v in 0..NV {
                 let to = to.wrapping_add((r * NV + v) * S::W);
-                S::store(to, S::mul_add(minus, sum[r][v], S::load(to)));
+                S::store(to, S::mul_add(factor, sum[r][v], S::load(to)));
             }
         }
     }

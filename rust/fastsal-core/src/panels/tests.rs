@@ -18,10 +18,8 @@ fn matrix(size: usize) -> Vec<f64> {
     a
 }
 
-fn panels(workers: usize, size: usize) -> Panels {
-    let mut panels = Panels::of(workers);
-    panels.reserve("panels", size).expect("room");
-    panels
+fn panels(workers: usize) -> Panels {
+    Panels { workers, ..Panels::default() }
 }
 
 /// The upper triangles of both, by rows `stride` apart, differ by rounding alone.
@@ -41,7 +39,7 @@ fn factors_by_panels_are_those_by_rows() {
             for rows in [size, size / 2, size.saturating_sub(3)] {
                 let (mut want, mut got) = (matrix(size), matrix(size));
                 assert!(cholesky::factor(isa, &mut want, size, rows, padded(size)));
-                assert!(cholesky_rows(isa, &mut got, size, rows, &mut panels(1, size)));
+                assert!(cholesky_rows(isa, &mut got, size, rows, &mut panels(1)));
                 assert_close(&got, &want, size, rows, padded(size));
                 // The rest is as it was.
                 let from = rows * padded(size);
@@ -58,7 +56,7 @@ fn inverses_by_panels_are_the_inverse() {
     for isa in Isa::available() {
         for size in SIZES {
             let stride = padded(size);
-            let mut panels = panels(1, size);
+            let mut panels = panels(1);
             let mut u = matrix(size);
             assert!(cholesky_rows(isa, &mut u, size, size, &mut panels));
             let mut m = vec![f64::NAN; u.len()];
@@ -93,7 +91,7 @@ fn threads_that_share_a_matrix_change_no_bit() {
     for isa in Isa::available() {
         let mut found: Vec<Vec<u64>> = Vec::new();
         for workers in [1, 2, 3, 7, 40] {
-            let (mut u, mut panels) = (matrix(size), panels(workers, size));
+            let (mut u, mut panels) = (matrix(size), panels(workers));
             assert!(cholesky_rows(isa, &mut u, size, size, &mut panels));
             let (mut m, mut packed) = (vec![0.0; u.len()], vec![0.0; triangle(size)]);
             invert_factor(isa, &u, &mut m, size, padded(size), &mut panels);
@@ -114,7 +112,7 @@ fn what_is_not_positive_definite_is_refused() {
         for (at, bad) in [(0, -1.0), (130, 0.0), (299, f64::NAN)] {
             let mut a = matrix(size);
             a[at * padded(size) + at] = bad;
-            assert!(!cholesky_rows(isa, &mut a, size, size, &mut panels(2, size)));
+            assert!(!cholesky_rows(isa, &mut a, size, size, &mut panels(2)));
         }
     }
 }
