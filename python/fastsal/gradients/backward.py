@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -26,6 +27,17 @@ class Lender(Protocol):
 
     def room(self, name: str, shape: Sequence[int]) -> Tensor | None:
         """Return contiguous memory `[n, *shape]` in the parameter's `row_dtype`, or None."""
+
+
+@runtime_checkable
+class Deferrer(Protocol):
+    """A sink that may keep a call instead of its rows, and compute the rows when it adds them."""
+
+    def defers(self, name: str, shape: Sequence[int], nbytes: int) -> bool:
+        """Return whether to keep a call of `nbytes` instead of the rows `[n, *shape]`."""
+
+    def defer(self, name: str, shape: Sequence[int], fill: Callable[[Tensor], None]) -> None:
+        """Receive the function that writes the rows `[n, *shape]` to contiguous memory."""
 
 
 @runtime_checkable
@@ -77,10 +89,25 @@ class Record:
             UnsupportedLayer: The input was modified in place, or its first axis is not the sample
                 axis.
         """
+        call, dy = self._of_first(grad_output, out.shape[0], ran or out.shape[0])
+        _write_rows(self.operation, call, scale.undone(dy.to(out.dtype)), workspace, out)
+
+    def kept(
+        self, grad_output: Tensor, n: int, ran: int, workspace: Workspace
+    ) -> Callable[[Tensor], None]:
+        """Return a function that writes the rows, as `fill` without a scale, at any later time.
+
+        It has copies of the input and of the gradient, as others may change both.
+        """
+        call, dy = self._of_first(grad_output, n, ran)
+        call = replace(call, input=call.input.clone())
+        return partial(_write_rows, self.operation, call, dy.clone(), workspace)
+
+    def _of_first(self, grad_output: Tensor, n: int, ran: int) -> tuple[Call, Tensor]:
+        """Return the call and the gradient of its output, of the first n of `ran` samples."""
         self.check_input()
         x = self.call.input
         axes = self.output_shape[:1] if self.call.samples_first else self.output_shape[:-1]
-        n, ran = out.shape[0], ran or out.shape[0]
         if math.prod(axes) % ran:
             raise UnsupportedLayer(
                 f"{self.name}: the input of its {self.operation.name} call, {list(x.shape)}, "
@@ -90,8 +117,7 @@ class Record:
         if n < ran:
             features = 1 if x.is_floating_point() else 0  # token ids have no axis of features
             x, dy = self._first(x, n, ran, features), self._first(dy, n, ran, 1)
-        call = replace(self.call, input=x.to(out.dtype) if x.is_floating_point() else x)
-        self.operation.rule(call, scale.undone(dy.to(out.dtype)), out, workspace)
+        return replace(self.call, input=x), dy
 
     def _first(self, values: Tensor, n: int, ran: int, features: int) -> Tensor:
         """Return the part of the first n of `ran` samples, with the same layout."""
@@ -99,6 +125,13 @@ class Record:
             return values[: len(values) // ran * n]
         last = values.shape[values.dim() - features :]
         return values.reshape(-1, ran, *last)[:, :n].reshape(-1, *last)
+
+
+def _write_rows(
+    operation: Operation, call: Call, dy: Tensor, workspace: Workspace, out: Tensor
+) -> None:
+    x = call.input.to(out.dtype) if call.input.is_floating_point() else call.input
+    operation.rule(replace(call, input=x), dy.to(out.dtype), out, workspace)
 
 
 class Pass:
@@ -139,6 +172,10 @@ class Pass:
         self._fired = dict.fromkeys(parameters, 0)
         self._sums: dict[str, Tensor] = {}
         self._lender = sink if isinstance(sink, Lender) else None
+        # Rows of a scaled loss are those of the scale of their own pass.
+        self._deferrer: Deferrer | None = None
+        if isinstance(sink, Deferrer) and not scale.is_active:
+            self._deferrer = sink
         self._skipper = sink if isinstance(sink, Skipper) else None
 
     def on_call(self, name: str, operation: Operation, call: Call, output: Tensor) -> Tensor:
@@ -195,6 +232,8 @@ class Pass:
         shape = (self._n, *parameter.shape)
         self._fired[name] += 1
         if self._calls[name] == 1:
+            if self._is_deferred(record, grad_output):
+                return
             rows = self._room(name, "rows")
             record.fill(grad_output, rows, self._workspace, self._scale, self._ran)
             self._sink(name, rows)
@@ -208,6 +247,19 @@ class Pass:
             self._sums[name].add_(rows)
         if self._fired[name] == self._calls[name]:
             self._sink(name, self._sums[name])
+
+    def _is_deferred(self, record: Record, grad_output: Tensor) -> bool:
+        """Return whether the sink keeps the only call of a parameter instead of its rows."""
+        deferrer, name = self._deferrer, record.name
+        if deferrer is None:
+            return False
+        shape = (self._n, *self._parameters[name].shape)
+        nbytes = (record.call.input.nbytes + grad_output.nbytes) * self._n // self._ran
+        if not deferrer.defers(name, shape, nbytes):
+            return False
+        fill = record.kept(grad_output, self._n, self._ran, self._workspace)
+        deferrer.defer(name, shape, fill)
+        return True
 
     def flush(self) -> None:
         """Pass the remaining rows to the sink after the backward pass.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fastsal.fisher.parts import Part, Parts
 from fastsal.fisher.rows import flat_rows
-from fastsal.gradients.backward import Lender
+from fastsal.gradients.backward import Deferrer, Lender
 
 if TYPE_CHECKING:
     from fastsal.fisher.sinks.base import RowSink
@@ -29,6 +29,7 @@ class PartSink:
         for part in parts.values():
             self._parts.setdefault(part.name, []).append(part)
         self._lender = sink if isinstance(sink, Lender) else None
+        self._deferrer = sink if isinstance(sink, Deferrer) else None
 
     def expect(self, samples: int) -> None:
         """Announce that at least `samples` samples come in total."""
@@ -39,6 +40,17 @@ class PartSink:
         if self._lender is None or not self._parts[name][0].is_whole:
             return None
         return self._lender.room(name, shape)
+
+    def defers(self, name: str, shape: Sequence[int], nbytes: int) -> bool:
+        """Return whether to keep a call of `nbytes` instead of rows; not of one that is cut."""
+        if self._deferrer is None or not self._parts[name][0].is_whole:
+            return False
+        return self._deferrer.defers(name, shape, nbytes)
+
+    def defer(self, name: str, shape: Sequence[int], fill: Callable[[Tensor], None]) -> None:
+        """Receive the function that writes the rows of a parameter that is not cut."""
+        if self._deferrer is not None:
+            self._deferrer.defer(name, shape, fill)
 
     def __call__(self, name: str, rows: Tensor) -> None:
         """Receive rows `[n, *shape]` of a parameter."""
