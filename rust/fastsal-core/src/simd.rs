@@ -360,9 +360,17 @@ pub(crate) fn dispatch<T: Real, K: Kernel<T>>(isa: Isa, kernel: K) -> K::Output 
 /// Elements that rows of panels and matrices are padded to: the widest vector of any instruction set.
 pub(crate) const PADDING: usize = 16;
 
-/// Round up to whole vectors.
+/// Rows that are a multiple of this many elements apart share a few places of a first-level cache.
+const CROWDED: usize = 128;
+
+/// Round up to whole vectors, and so that a column of rows that are as far apart fits a first-level cache.
 pub(crate) const fn padded(len: usize) -> usize {
-    len.next_multiple_of(PADDING)
+    let whole = len.next_multiple_of(PADDING);
+    if whole > 0 && whole.is_multiple_of(CROWDED) {
+        whole + PADDING
+    } else {
+        whole
+    }
 }
 
 /// Request the cache line at `p`; never faults.
