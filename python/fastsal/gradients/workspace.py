@@ -52,10 +52,12 @@ class Workspace:
             # Free the old buffer before a larger one is allocated.
             self._buffers.pop(key, None)
             buffer = None
-            if like.device.type == "cpu":
-                buffer = empty_pages(size, dtype)
-            else:
-                buffer = torch.empty(size, device=like.device, dtype=dtype)
+            # A buffer made under inference_mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                if like.device.type == "cpu":
+                    buffer = empty_pages(size, dtype)
+                else:
+                    buffer = torch.empty(size, device=like.device, dtype=dtype)
             self._buffers[key] = buffer
         return buffer[:size].view(tuple(shape))
 

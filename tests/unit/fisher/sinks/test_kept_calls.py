@@ -86,6 +86,32 @@ def test_sums_are_those_of_gathered_rows(model, kept, monkeypatch, options, size
     assert_same(found, fastsal.collect(model, batches(sizes), **options))
 
 
+class Wide(nn.Module):
+    """Rows of `last` are computed late, with larger scratch memory than those of `first` need."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1)
+        self.last = nn.Conv2d(64, 64, 3, stride=4, padding=1)
+        self.most = nn.Linear(256, 200)
+        self.head = nn.Linear(200, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.last(torch.relu(self.first(x)))).flatten(1)
+        return self.head(torch.tanh(self.most(x)))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_rows_are_computed_late_in_any_mode(kept, mode):
+    torch.manual_seed(0)
+    wide = Wide().eval()
+    some = batches((40, 40))
+    want = fastsal.collect(wide, some, micro_batch=4, samples=80)
+    assert "last.weight" in kept
+    with mode():
+        assert_same(fastsal.collect(wide, some, micro_batch=4, samples=80), want)
+
+
 def test_a_loader_may_reuse_its_memory(model, kept):
     # Linear layers of a flat image: the kept input would be the memory of the loader.
     flat = nn.Sequential(
