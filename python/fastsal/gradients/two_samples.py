@@ -19,6 +19,7 @@ weights; seldom a third.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -159,7 +160,8 @@ def find_rules(
     truth = {n: None if g is None else _unscaled(g, scale) for n, g in found.items()}
     reasons = dict(captures[0].unsupported)
     layouts: dict[str, bool] = {}
-    rows: dict[str, Tensor] = {}
+    calls = Counter(entry.record.name for entry in recorder.seen if entry.both is not None)
+    differences = _Differences(truth, calls)
     operations: dict[str, str] = {}
     workspace = Workspace()
     for entry in recorder.seen:
@@ -181,9 +183,9 @@ def find_rules(
             operations[name] = f"{known}+{kind}"
         total = _rows(entry.record, entry.both, parameters[name], workspace, scale)
         entry.first = entry.both = entry.second = None
-        rows[name] = rows[name] + total if name in rows else total
+        differences.add(name, total)
 
-    _compare(parameters, rows, truth, reasons, coarse=coarse)
+    _compare(parameters, differences.norms, truth, reasons, coarse=coarse)
     missing = [name for name in parameters if truth[name] is None and name not in operations]
     if missing:
         raise UnsupportedLayer(
@@ -298,6 +300,37 @@ def _grad(value: Tensor, by: list[GradientEdge | Tensor]) -> tuple[Tensor | None
     return found
 
 
+class _Differences:
+    """Compares the sums of a parameter's calls with autograd, in the memory that they are given in.
+
+    New memory for every parameter takes longer than the comparison.
+
+    Args:
+        truth: Name to the gradient of autograd, or None.
+        calls: Name to the number of calls.
+
+    Attributes:
+        norms: Name to the norm of the difference, of parameters with all calls and a gradient.
+    """
+
+    def __init__(self, truth: Mapping[str, Tensor | None], calls: Mapping[str, int]) -> None:
+        self._truth = truth
+        self._left = dict(calls)
+        self._sums: dict[str, Tensor] = {}
+        self.norms: dict[str, float] = {}
+
+    def add(self, name: str, total: Tensor) -> None:
+        """Add the gradient of a call, in scratch memory, which is overwritten."""
+        self._left[name] -= 1
+        if name in self._sums:
+            total = self._sums[name].add_(total)
+        elif self._left[name] > 0:
+            self._sums[name] = total.clone()
+        gradient = self._truth[name]
+        if self._left[name] == 0 and gradient is not None:
+            self.norms[name] = float(total.sub_(gradient).norm())
+
+
 def _rows(
     record: Record,
     gradient: Tensor,
@@ -305,15 +338,15 @@ def _rows(
     workspace: Workspace,
     scale: LossScale,
 ) -> Tensor:
-    """Return the rule's gradient of a call, summed over both samples."""
+    """Return the rule's gradient of a call, summed over both samples, in scratch memory."""
     out = workspace.take("two samples", (2, *parameter.shape), parameter, row_dtype(parameter))
     record.fill(gradient, out, workspace, scale)
-    return out.sum(0)
+    return out[0].add_(out[1])
 
 
 def _compare(
     parameters: Mapping[str, nn.Parameter],
-    rows: Mapping[str, Tensor],
+    differences: Mapping[str, float],
     truth: Mapping[str, Tensor | None],
     reasons: dict[str, str],
     *,
@@ -325,12 +358,11 @@ def _compare(
         gradient = truth[name]
         if gradient is None or name in reasons:
             continue
-        if name not in rows:
+        if name not in differences:
             reasons[name] = _UNSEEN
             continue
         tolerance = _COARSE_TOLERANCE if coarse else _TOLERANCE.get(parameter.dtype, 0.2)
-        difference = float((rows[name] - gradient).norm())
         # Gradients that are zero in exact arithmetic are rounding noise; the second term accepts
         # them.
-        if difference > tolerance * norms[name] + 1e-4 * tolerance * largest:
+        if differences[name] > tolerance * norms[name] + 1e-4 * tolerance * largest:
             reasons[name] = _UNSEEN
