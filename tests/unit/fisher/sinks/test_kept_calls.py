@@ -112,8 +112,8 @@ def test_rows_are_computed_late_in_any_mode(kept, mode):
         assert_same(fastsal.collect(wide, some, micro_batch=4, samples=80), want)
 
 
-def test_a_loader_may_reuse_its_memory(model, kept):
-    # Linear layers of a flat image: the kept input would be the memory of the loader.
+def test_a_loader_may_reuse_its_memory(kept):
+    # The first layer has the images themselves as its input.
     flat = nn.Sequential(
         nn.Flatten(),
         nn.Linear(192, 400),
@@ -136,7 +136,7 @@ def test_a_loader_may_reuse_its_memory(model, kept):
     assert "1.weight" in kept
 
 
-def test_calls_are_kept_where_they_are_small(model):
+def test_calls_are_kept_where_they_are_small():
     fisher = fastsal.BlockFisher({"most": (64, 32), "some": (32, 32)}, block_size=8)
     dtypes = {"most": torch.float32, "some": torch.float32}
     sink = RowGatherer(sums_of(fisher), dtypes, 8)
