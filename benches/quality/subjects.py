@@ -142,12 +142,14 @@ class Backbone:
     Attributes:
         model: The dense model.
         train: The CIFAR-10 images that calibrate, and their labels.
+        photos: The ImageNet images that `measure` does not use.
         heads: Ridge heads on the dense features of CIFAR-10 and CIFAR-100, by name.
         measure: Accuracies of these heads on other images, and the error of ImageNet features.
     """
 
     model: nn.Module
     train: Labeled
+    photos: Tensor
     heads: Mapping[str, Heads]
     measure: Callable[[nn.Module], dict[str, float]]
 
@@ -181,7 +183,9 @@ def load_vit_small(
     named = fastsal.load_images(folder / "imagenet_sample")
     spec_of = fastsal.input_spec(model, size=size)
     groups = [x for x, _ in named.batches(spec_of, 50)]
-    error = feature_error(model, torch.cat(groups[:: 50 * len(groups) // photos]))
+    step = 50 * len(groups) // photos
+    error = feature_error(model, torch.cat(groups[::step]))
+    others = torch.cat([group for i, group in enumerate(groups) if i % step])
 
     def measure(m: nn.Module) -> dict[str, float]:
         accuracies = {
@@ -191,7 +195,8 @@ def load_vit_small(
         return {**accuracies, "ImageNet feature error": error(m)}
 
     train, train_y = read_npz(folder / "cifar10_train.npz")
-    return Backbone(model, (resized(train[:images]), train_y[:images]), heads, measure)
+    used = resized(train[:images]), train_y[:images]
+    return Backbone(model, used, others, heads, measure)
 
 
 def feature_error(dense: nn.Module, images: Tensor) -> Callable[[nn.Module], float]:

@@ -98,6 +98,20 @@ def vit_small(folder: Path, device: torch.device, samples: int = 256) -> Subject
     return Subject(found.model, *found.train, found.measure, samples, goals, head=head.to(device))
 
 
+def vit_small_mixed(folder: Path, device: torch.device, samples: int = 4900) -> Subject:
+    """Return the ViT-S/14 with 4,000 images of CIFAR-10 and 900 of ImageNet to draw from.
+
+    All 3,000 test images of each data set are measured. Photos have the label -1, which no loss
+    accepts.
+    """
+    found = load_vit_small(folder, device, tests=3000, photos=100, images=4000)
+    images, labels = found.train
+    none = labels.new_full((len(found.photos),), -1)
+    x, y = drawn(torch.cat([images, found.photos]), torch.cat([labels, none]), 1, samples)
+    assert y is not None
+    return Subject(found.model, x, y, found.measure, samples, (Goal("mlp", 0.5),))
+
+
 def mnist_vit(folder: Path, device: torch.device, samples: int = 256) -> Subject:
     """Return the small ViT of `examples/`; its layers are too narrow for multiples."""
     model, (x, y), test = load_mnist_vit(folder)
@@ -125,5 +139,6 @@ SUBJECTS: Mapping[str, Callable[..., Subject]] = {
     "resnet20": resnet20,
     "mnist-vit": mnist_vit,
     "vit-small": vit_small,
+    "vit-small-mixed": vit_small_mixed,
     "lite0": lite0,
 }
