@@ -142,14 +142,14 @@ class Backbone:
     Attributes:
         model: The dense model.
         train: The CIFAR-10 images that calibrate, and their labels.
-        photos: The ImageNet images that `measure` does not use.
+        photos: The ImageNet images that `measure` does not use, in groups.
         heads: Ridge heads on the dense features of CIFAR-10 and CIFAR-100, by name.
         measure: Accuracies of these heads on other images, and the error of ImageNet features.
     """
 
     model: nn.Module
     train: Labeled
-    photos: Tensor
+    photos: list[Tensor]
     heads: Mapping[str, Heads]
     measure: Callable[[nn.Module], dict[str, float]]
 
@@ -185,7 +185,7 @@ def load_vit_small(
     groups = [x for x, _ in named.batches(spec_of, 50)]
     step = 50 * len(groups) // photos
     error = feature_error(model, torch.cat(groups[::step]))
-    others = torch.cat([group for i, group in enumerate(groups) if i % step])
+    others = [group for i, group in enumerate(groups) if i % step]
 
     def measure(m: nn.Module) -> dict[str, float]:
         accuracies = {

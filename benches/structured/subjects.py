@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benches.quality.subjects import (
@@ -106,8 +107,9 @@ def vit_small_mixed(folder: Path, device: torch.device, samples: int = 4900) -> 
     """
     found = load_vit_small(folder, device, tests=3000, photos=100, images=4000)
     images, labels = found.train
-    none = labels.new_full((len(found.photos),), -1)
-    x, y = drawn(torch.cat([images, found.photos]), torch.cat([labels, none]), 1, samples)
+    pool = torch.cat([images, *found.photos])
+    labels = F.pad(labels, (0, len(pool) - len(labels)), value=-1)
+    x, y = drawn(pool, labels, 1, len(pool))  # so that the first ones are of both
     assert y is not None
     return Subject(found.model, x, y, found.measure, samples, (Goal("mlp", 0.5),))
 
