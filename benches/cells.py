@@ -43,6 +43,13 @@ class Cells:
     def __contains__(self, key: tuple[Any, ...]) -> bool:
         return key in self._done
 
+    def measures(self, key: tuple[Any, ...]) -> Measures:
+        """Return the measures of a cell that is there."""
+        found: Measures = next(
+            row["measures"] for row in self.rows if tuple(row[each] for each in KEYS) == key
+        )
+        return found
+
     def add(self, key: tuple[Any, ...], work: Callable[[], Callable[[], Measures]]) -> None:
         """Run a cell unless the file has it.
 

@@ -35,14 +35,23 @@ def structured(
     )
 
 
-def taylor(model: nn.Module, batches: Batches, goal: Goal, subject: Subject) -> None:
+def taylor(
+    model: nn.Module,
+    batches: Batches,
+    goal: Goal,
+    subject: Subject,
+    *,
+    refit: fastsal.Refit | None = None,
+) -> None:
     """Torch-Pruning's Taylor importance, on the units that fastsal finds."""
     first = next(model.parameters())
     there = [(to_model(x, first), y.to(first.device)) for x, y in batches]
     layers = [group.name for group in find(model, there[0][0][:2], goal.structure).groups]
     torch_pruning_taylor(model, there, goal, layers, subject.head)
-    with torch.no_grad():
-        model(there[0][0][:2])
+    model.zero_grad()
+    if refit is not None:
+        kept = fastsal.Masks({n: torch.ones_like(p).bool() for n, p in model.named_parameters()})
+        fastsal.refit(model, subject.model, batches, kept, refit)
 
 
 # VBP: Berisha, Mehnert and Condurache, ICCV 2025: the variance of activations over all layers, and
@@ -69,5 +78,6 @@ METHODS: Mapping[str, Method] = {
     "magnitude, same width, refitted": partial(peer, **_MAGNITUDE, scope="layer", refit=_REFIT),
     "VBP, refitted": partial(peer, **_VBP, refit=_REFIT),
     "CORP, refitted": partial(peer, **_CORP, refit=_REFIT),
+    "Torch-Pruning, Taylor, refitted": partial(taylor, refit=_REFIT),
     "fastsal, refitted": partial(structured, refit=_REFIT),
 }

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fastsal.fisher.memory_plan import MemoryPlan
     from fastsal.fisher.merging import merge_files
     from fastsal.gradients import per_sample_gradients, select_parameters
+    from fastsal.gradients.weight_macs import weight_macs
     from fastsal.models.inputs import input_spec
     from fastsal.models.loading import load_model
     from fastsal.pruning.compensation import CompensationReport, compensate
@@ -97,6 +98,7 @@ _HOME = {
     "BlockFisher": "fisher.block_fisher",
     "per_sample_gradients": "gradients",
     "select_parameters": "gradients",
+    "weight_macs": "gradients.weight_macs",
     "imbalanced": "data.imbalance",
     "Masks": "pruning.masks.masks",
     "MemoryPlan": "fisher.memory_plan",
@@ -197,6 +199,7 @@ __all__ = [
     "score",
     "select_parameters",
     "set_num_threads",
+    "weight_macs",
 ]
 
 

@@ -111,6 +111,7 @@ def test_prune(device, model, there, batches, curvature, criterion):
 
 WAYS = {
     "auto": {"sparsity": 0.6},
+    "macs": {"sparsity": 0.6, "budget": "macs"},
     "rounds": {"sparsity": 0.6, "rounds": 2},
     "recalibrate": {"sparsity": 0.6, "recalibrate": True},
     "limit": {"max_accuracy_drop": 0.3, "confidence": 0.6},

@@ -77,6 +77,25 @@ def test_reconstruction_is_a_stage_of_the_report(model, weights, tiny_npz, tmp_p
         assert run("verify", out).exit_code == 0
 
 
+def test_a_fraction_of_the_multiply_accumulates(model, weights, tiny_npz, tmp_path):
+    out = tmp_path / "run"
+    result = run(
+        "prune", model, "--weights", weights, "--data", tiny_npz, "--sparsity", 0.5,
+        "--budget", "macs", "--block-size", 8, "--quiet", "--out", out,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "million multiply-accumulates (" in " ".join(result.stdout.split())
+    report = json.loads((out / "report.json").read_text())
+    assert 0.45 < report["macs"]["after"] / report["macs"]["before"] < 0.55
+    assert fastsal.Masks.load(out / "masks.safetensors").recipe["budget"] == "macs"
+    assert run("verify", out, "--model", model).exit_code == 0
+    for budget in ("units", "latency"):
+        failed(
+            run("prune", model, "--sparsity", 0.5, "--budget", budget, "--out", tmp_path / "x"),
+            f"--budget {budget} requires --structure",
+        )
+
+
 def test_a_run_folder_is_whole_and_verifies(pruned, model, tiny_npz):
     assert sorted(p.name for p in pruned.iterdir()) == [
         "masks.safetensors", "model.safetensors", "report.json"

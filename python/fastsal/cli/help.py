@@ -11,12 +11,12 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "Model": ("weights", "weights_key", "model", "masks", "num_classes", "in_chans", "meta"),
     "Tasks": ("tasks", "tests", "classes", "class_maps", "sources", "head"),
     "Pruning": (
-        "sparsity", "sparsities", "target", "criterion", "criteria", "scope", "pattern", "floor",
-        "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate", "refit",
-        "refit_steps",
+        "sparsity", "sparsities", "budget", "target", "criterion", "criteria", "scope", "pattern",
+        "floor", "parameters", "rounds", "compensate", "damping", "reconstruct", "recalibrate",
+        "refit", "refit_steps",
     ),
     "Units": (
-        "structure", "budget", "latency_batch", "unit_criterion", "multiple", "layers",
+        "structure", "latency_batch", "unit_criterion", "multiple", "layers",
     ),
     "Accuracy or loss limit": (
         "max_accuracy_drop", "max_loss_increase", "loss_cap", "confidence",

@@ -71,6 +71,12 @@ def run_summary(report: Mapping[str, Any]) -> str:
     total = sum(math.prod(p["shape"]) for p in report["parameters"].values())
     kept = sum(p["kept"] for p in report["parameters"].values())
     text = f"{kept:,} of {total:,} weights kept, sparsity {report['sparsity']:.4f}"
+    if (macs := report.get("macs")) is not None:
+        share = macs["after"] / max(1, macs["before"])
+        text += (
+            f"; {macs['before'] / 1e6:,.1f} -> {macs['after'] / 1e6:,.1f} million "
+            f"multiply-accumulates ({1 - share:.1%} fewer)"
+        )
     if report["accuracy"]:
         before, after = report["accuracy"]["before"], report["accuracy"]["after"]
         text += f"; accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -199,6 +200,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         "history": [entry.as_dict() for entry in done.history],
         "safety": safety.as_dict() if safety else None,
         **selection_facts(done.left_out, done.in_use),
+        **_macs(done),
         "accuracy": accuracy.found,
         "seconds": clock.rounded(3),
     }
@@ -210,6 +212,17 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         return
     _show(done, result, has_picture=picture.is_drawn)
     console().print(f"Written to {given['out']}", soft_wrap=True)
+
+
+def _macs(done: PruneResult) -> dict[str, Any]:
+    """Return the multiply-accumulates before and after, where they were the budget."""
+    masks = done.masks
+    costs = masks.recipe.get("costs")
+    if costs is None:
+        return {}
+    before = sum(costs[name] * math.prod(shape) for name, shape in masks.shapes.items())
+    after = sum(costs[name] * kept for name, kept in masks.kept.items())
+    return {"macs": {"before": int(before), "after": int(after)}}
 
 
 def _check_target_runtime(given: dict[str, Any]) -> None:
@@ -290,6 +303,7 @@ def _pruned(
         reconstruct=given["reconstruct"],
         checkpoint=given["checkpoint"],
         refit=refit_settings(given),
+        budget=given["budget"] or "weights",
         **ranked,
         **collect_options(given),
     )

@@ -32,10 +32,10 @@ structure_options: Callable[[F], F] = options.together(
     click.option(
         "--budget",
         type=choice(BUDGETS),
-        default="units",
-        show_default=True,
-        help="With --structure: what --sparsity is a fraction of, the units of that structure, or "
-        "the parameters, multiply-accumulates or measured latency of the model.",
+        show_default="units with --structure, else the number of weights",
+        help="What --sparsity is a fraction of: the multiply-accumulates (macs) or, with "
+        "--structure, the units of that structure, or the parameters or measured latency of the "
+        "model.",
     ),
     click.option(
         "--latency-batch",
@@ -75,7 +75,7 @@ _OTHERS = (
     "micro_batch", "block_size", "parameters", "precision", "scratch", "scratch_budget",
     "curvature", "autocast",
 )  # fmt: skip
-_ONLY = ("budget", "latency_batch", "unit_criterion", "multiple", "layers")
+_ONLY = ("latency_batch", "unit_criterion", "multiple", "layers")
 
 
 def check_options(given: dict[str, Any]) -> None:
@@ -92,7 +92,10 @@ def check_options(given: dict[str, Any]) -> None:
             what = "must not be given with" if is_structured else "requires"
             raise InvalidArgument(f"{option} {what} --structure")
     if not is_structured:
+        if given["budget"] not in (None, "macs"):
+            raise InvalidArgument(f"--budget {given['budget']} requires --structure")
         return
+    given["budget"] = given["budget"] or "units"
     for name in ("sparsity", "data"):
         if given[name] is None:
             raise InvalidArgument(f"--{name} is required with --structure")

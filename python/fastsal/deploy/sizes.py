@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fastsal.models.evaluating import outputs
+from fastsal.gradients.weight_macs import weight_macs
 from fastsal.models.packed import pack
 from fastsal.models.saving import tensors_in
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -41,15 +37,16 @@ class ModelSize:
 
 
 def model_size(model: nn.Module, images: Tensor, *, has_values: bool) -> ModelSize:
-    """Return the size of a model; one image runs through it.
+    """Return the size of a model.
 
     Args:
         model: The model, in any mode.
-        images: `[n, ...]`.
+        images: `[n, ...]`; two run through the model.
         has_values: Whether the model has its values, and not random ones.
     """
     parameters = list(model.parameters())
-    macs, nonzero = _macs(model, images[:1])
+    macs = weight_macs(model, images)
+    owned = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors_in(model.state_dict()).items():
@@ -59,8 +56,8 @@ def model_size(model: nn.Module, images: Tensor, *, has_values: bool) -> ModelSi
     return ModelSize(
         sum(p.numel() for p in parameters),
         sum(int(p.count_nonzero()) for p in parameters),
-        macs,
-        nonzero,
+        sum(each * owned[name].numel() for name, each in macs.items()),
+        sum(each * int(owned[name].count_nonzero()) for name, each in macs.items() if each),
         sum(t.nbytes for t in state.values()),
         _zipped(state) if has_values else None,
         sum(t.nbytes for t in pack(state)[0].values()) if has_values else None,
@@ -73,31 +70,3 @@ def _zipped(state: dict[str, Tensor]) -> int:
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         size += len(zipped.compress(flat.numpy().data))
     return size + len(zipped.flush())
-
-
-def _macs(model: nn.Module, image: Tensor) -> tuple[int, int]:
-    counts = [0, 0]
-
-    def count(layer: nn.Module, _: object, result: Tensor) -> None:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        positions = result.numel() // len(weight)
-        counts[0] += weight.numel() * positions
-        counts[1] += int(weight.count_nonzero()) * positions
-
-    with _hooked(model, count):
-        outputs(model, image)
-    return counts[0], counts[1]
-
-
-@contextlib.contextmanager
-def _hooked(model: nn.Module, hook: object) -> Iterator[None]:
-    hooks = [
-        module.register_forward_hook(hook)  # type: ignore[arg-type]
-        for module in model.modules()
-        if isinstance(module, _LAYERS)
-    ]
-    try:
-        yield
-    finally:
-        for each in hooks:
-            each.remove()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from fastsal.models.evaluating import evaluating
+from fastsal.models.evaluating import drop_kept, evaluating
 from fastsal.utils.randomness import State, get_random_state, set_random_state
 
 
@@ -33,7 +33,8 @@ def replaced(
     """Replace parameters by other tensors under all their names, then put them back.
 
     `torch.func.functional_call` leaves the other tensors in a module that has two names: it swaps
-    them in once for each name, and puts back in the same order.
+    them in once for each name, and puts back in the same order. Values that modules keep of the
+    present weights are dropped before and after.
 
     Args:
         model: The model.
@@ -47,6 +48,7 @@ def replaced(
         for key, value in module._parameters.items()
         if id(value) in new
     ]
+    drop_kept(model)
     try:
         for owned, key, value in slots:
             owned[key] = new[id(value)]  # type: ignore[assignment]
@@ -54,6 +56,7 @@ def replaced(
     finally:
         for owned, key, value in slots:
             owned[key] = value
+        drop_kept(model)
 
 
 class PrivateRandomness:

@@ -11,11 +11,20 @@ from torch import nn
 
 from fastsal.data.batches import Batches
 from fastsal.data.unpacking import BatchRule, ruled
+from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import LossFunction
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.refit.settings import Refit
-from fastsal.utils.choices import CriterionName, Curvature, Precision, Scope
+from fastsal.utils.choices import (
+    WEIGHT_BUDGETS,
+    CriterionName,
+    Curvature,
+    Precision,
+    Scope,
+    WeightBudget,
+)
 from fastsal.utils.numbers import real, whole
+from fastsal.utils.suggestions import check_choice
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,32 @@ class Arguments:
     head: str | Sequence[str] | None = None
     batch: BatchRule | None = None
     refit: str | Sequence[str] | Refit | None = None
+    budget: WeightBudget = "weights"
 
     @property
     def has_limit(self) -> bool:
         """Whether the sparsity is searched for within a limit."""
         return self.max_loss_increase is not None or self.max_accuracy_drop is not None
+
+    @property
+    def is_by_macs(self) -> bool:
+        """Whether the sparsity is a fraction of the multiply-accumulates.
+
+        Raises:
+            InvalidArgument: The budget is unknown, or excludes another argument.
+        """
+        check_choice("budget", self.budget, WEIGHT_BUDGETS)
+        if self.budget == "weights":
+            return False
+        if self.scope != "global":
+            raise InvalidArgument(
+                f"scope must be 'global' with budget={self.budget!r}, got {self.scope!r}"
+            )
+        if self.pattern is not None:
+            raise InvalidArgument(
+                f"pattern must be None with budget={self.budget!r}, got {self.pattern!r}"
+            )
+        return True
 
     def normalized(self) -> Arguments:
         """Return them with plain numbers, the unwrapped model, and batches by the rule.

@@ -17,6 +17,7 @@ from fastsal.errors import InvalidArgument
 from fastsal.gradients import select_parameters
 from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction, cross_entropy, resolve_loss
+from fastsal.gradients.weight_macs import weight_macs
 from fastsal.gradients.weights_in_use import indirect, warn_if_computed
 from fastsal.models.classifier import using_head
 from fastsal.models.digest import model_digest
@@ -42,7 +43,14 @@ from fastsal.pruning.stages import (
     refit_stage,
     with_curvature,
 )
-from fastsal.utils.choices import CURVATURES, CriterionName, Curvature, Precision, Scope
+from fastsal.utils.choices import (
+    CURVATURES,
+    CriterionName,
+    Curvature,
+    Precision,
+    Scope,
+    WeightBudget,
+)
 from fastsal.utils.identity import identity_of
 from fastsal.utils.suggestions import check_choice
 
@@ -84,6 +92,7 @@ def prune(
     head: str | Sequence[str] | None = None,
     batch: BatchRule | None = None,
     refit: str | Sequence[str] | Refit | None = None,
+    budget: WeightBudget = "weights",
 ) -> PruneResult:
     """Prune a model in place.
 
@@ -188,6 +197,10 @@ def prune(
             these images, without labels: `"blocks"`, other windows or a `fastsal.Refit`; see
             `fastsal.refit`. One sample in eight is held out and decides which step is kept, if any.
             None for no refitting.
+        budget: What `sparsity` is a fraction of: the `"weights"`, or their `"macs"`, the
+            multiply-accumulates of one image, see `fastsal.weight_macs`. Weights then compete by
+            score per multiply-accumulate. Only with the scope `"global"` and without a pattern or a
+            limit.
 
     Returns:
         Masks, scores, the history with one `Round` for each round, and the report of a limit.
@@ -254,13 +267,17 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     chosen = select_parameters(model, given.parameters)
     images: Tensor | None = None
     is_indirect = bool(indirect(model, chosen))
-    if batches is not None and (given.curvature == "features" or is_indirect):
+    if batches is not None and (given.curvature == "features" or is_indirect or given.is_by_macs):
         images, batches = first_images(batches)
     if is_indirect:
         warn_if_computed(model, chosen, lambda: images)
     if given.curvature == "features":
         chosen = without_classifier(model, chosen, given.parameters, images)
         recipe = replace(recipe, parameters=list(chosen))
+    if given.is_by_macs:
+        macs = weight_macs(model, images)
+        costs = {name: macs[name] for name in chosen}
+        recipe = replace(recipe, ranking={**recipe.ranking, "costs": costs})
     nbytes = 0
     if given.memory_budget is not None:
         nbytes, batches = kept_images(batches, given.samples, recipe, limit, given.held_out)
@@ -336,6 +353,7 @@ def _to_limit(job: Job, given: Arguments, limit: Limit) -> PruneResult:
         "reconstruct": bool(given.reconstruct),
         "refit": given.refit is not None,
         "checkpoint": given.checkpoint is not None,
+        "budget": given.is_by_macs,
     }
     if any(others.values()):
         named = ", ".join(name for name, is_given in others.items() if is_given)

@@ -142,6 +142,8 @@ class Recipe:
 
     def sign(self, masks: Masks, history: Sequence[Round], **further: Any) -> None:
         """Record in the masks how they were made, with further facts that are not None."""
+        if "costs" in self.ranking:
+            masks.recipe["budget"] = "macs"
         masks.recipe.update({k: v for k, v in further.items() if v is not None})
         masks.recipe.update(
             criterion=self.criterion,

@@ -28,6 +28,9 @@ STRUCTURES: tuple[Structure, ...] = get_args(Structure)
 # What is to be removed a fraction of: units, parameters, multiply-accumulates, measured latency.
 Budget = Literal["units", "parameters", "macs", "latency"]
 BUDGETS: tuple[Budget, ...] = get_args(Budget)
+# What a sparsity of single weights is a fraction of: their number, or multiply-accumulates.
+WeightBudget = Literal["weights", "macs"]
+WEIGHT_BUDGETS: tuple[WeightBudget, ...] = get_args(WeightBudget)
 # Units of all layers compete, each layer loses the same fraction, or what is best of several.
 StructureScope = Literal["auto", "global", "layer"]
 STRUCTURE_SCOPES: tuple[StructureScope, ...] = get_args(StructureScope)

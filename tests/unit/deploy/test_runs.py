@@ -169,10 +169,10 @@ def test_options_that_do_not_fit(mlp_file, tiny_npz, tmp_path, options, message)
 def test_options_of_units_need_a_structure(mlp_file, tiny_npz, tmp_path):
     done = CliRunner().invoke(
         main, ["prune", f"{mlp_file}:net", "--data", str(tiny_npz), "--sparsity", "0.5",
-               "--budget", "macs", "--out", str(tmp_path / "x")],
+               "--budget", "units", "--out", str(tmp_path / "x")],
     )  # fmt: skip
     assert done.exit_code == 2
-    assert "--budget requires --structure" in done.stderr
+    assert "--budget units requires --structure" in done.stderr
 
 
 def test_another_model_is_refused_and_unchanged(folder, mlp_file):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fastsal
-from fastsal.gradients.weights_in_use import indirect, zeros_in_use
+from fastsal.gradients.weights_in_use import indirect, warn_if_computed, zeros_in_use
 from fastsal.pruning.masks.masks import Masks
 
 
@@ -164,3 +164,27 @@ def test_a_model_that_does_not_run_on_made_up_images():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         masks.verify(model)
+
+
+class Keeping(nn.Module):
+    """Keeps a value of its weights in evaluation mode, as the attention of timm's LeViT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 4))
+        self.bias_cache = {}
+
+    def forward(self, x):
+        if "sum" not in self.bias_cache:
+            self.bias_cache["sum"] = self.table.sum()
+        return x.mean((1, 2, 3)) + self.bias_cache["sum"]
+
+
+def test_values_of_replaced_weights_are_not_kept():
+    model, x = Keeping().eval(), torch.zeros(2, 3, 4, 4)
+    expected = model.table.sum().detach()
+    warn_if_computed(model, ["table"], lambda: x)
+    assert torch.equal(model(x), expected.expand(2))
+    model.bias_cache["sum"] = torch.zeros(())  # the pass does not use what is there either
+    warn_if_computed(model, ["table"], lambda: x)
+    assert torch.equal(model(x), expected.expand(2))

@@ -16,6 +16,7 @@ import fastsal._core as _core
 from fastsal.errors import InvalidArgument
 from fastsal.models.input_axis import Axes, WithAxes, input_axes, layer_axes, unknown_axis
 from fastsal.models.selection import model_parameters
+from fastsal.pruning.masks.costs import check_floors, checked_costs, counts_by_cost
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
@@ -38,6 +39,7 @@ def rank(
     floor: float = 0.0,
     *,
     model: nn.Module | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> Masks:
     """Turn scores into masks: the weights with the lowest scores are pruned.
 
@@ -64,14 +66,19 @@ def rank(
         floor: Least fraction of any parameter to keep, in `[0, 1]`, rounded up to whole weights.
         model: The model of the scores, whose layers say which axis is their input. None uses what
             `fastsal.score` noted in its result, and axis 1 for other dicts.
+        costs: Name to the cost of one weight of a parameter, such as its multiply-accumulates from
+            `fastsal.weight_macs`. `sparsity` is then the fraction of the cost of all weights to
+            prune, up to half the cost of one weight, and those with the lowest scores per cost are
+            pruned. Weights that cost nothing are kept. Only for single weights with the scope
+            `"global"`.
 
     Returns:
         The masks, True = kept. `masks.recipe` records how they were made.
 
     Raises:
         InvalidArgument: A fraction is outside `[0, 1]`, the floor does not allow the sparsity,
-            scope or pattern is unknown, scores are empty or NaN, or the input axis of a parameter
-            is unknown.
+            scope or pattern is unknown, scores are empty or NaN, the input axis of a parameter
+            is unknown, or costs are invalid.
         UnknownParameter: The model lacks a parameter of the scores, or has it in another shape.
     """
     noted = scores.axes if isinstance(scores, WithAxes) else None
@@ -81,7 +88,7 @@ def rank(
     axes: dict[str, Axes] = {}
     if pattern is not None:
         axes = _axes(noted, shapes, model)
-    check_ranking(shapes, sparsity, scope, pattern, floor, axes)
+    check_ranking(shapes, sparsity, scope, pattern, floor, axes, costs)
     sparsity, floor = None if sparsity is None else float(sparsity), float(floor)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     wanted = None if pattern is None else Pattern.parse(pattern)
@@ -100,7 +107,15 @@ def rank(
             kept[name] = _core.n_of_m(values.numpy(), axes[name], wanted.n, wanted.m)
     elif sparsity is not None:
         recipe["sparsity"] = sparsity
-        if scope == "global":
+        if costs is not None:
+            arrays_ = {name: values.numpy() for name, values in flat.items()}
+            each = checked_costs(costs, list(shapes), scope, pattern)
+            counts, recipe["threshold"] = counts_by_cost(
+                arrays_, each, sparsity, floor_counts(shapes, floor)
+            )
+            recipe["costs"] = each
+            kept = {n: _core.prune_smallest([a], counts[n], [])[0][0] for n, a in arrays_.items()}
+        elif scope == "global":
             count = global_count(shapes, sparsity)
             floors = floor_counts(shapes, floor)
             arrays = [values.numpy() for values in flat.values()]
@@ -123,10 +138,12 @@ def check_ranking(
     pattern: str | None = None,
     floor: float = 0.0,
     axes: Mapping[str, Axes] | None = None,
+    costs: Mapping[str, float] | None = None,
 ) -> None:
-    """Raise InvalidArgument if `rank` would, for scores of these shapes and input axes."""
+    """Raise InvalidArgument if `rank` would, for scores of these shapes, input axes and costs."""
     floor = real("floor", floor, least=0, most=1)
     check_choice("scope", scope, SCOPES)
+    each = None if costs is None else checked_costs(costs, list(shapes), scope, pattern)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
         groups = {}
@@ -142,6 +159,9 @@ def check_ranking(
         raise InvalidArgument("sparsity must be in [0, 1], got None")
     sparsity = real("sparsity", sparsity, least=0, most=1)
     floors = floor_counts(shapes, floor)
+    if each is not None:
+        check_floors(shapes, each, sparsity, floors)
+        return
     total = sum(math.prod(shape) for shape in shapes.values())
     if scope == "global":
         most = total - sum(floors.values())

@@ -48,9 +48,13 @@ class Matching:
         dense: The dense model, in evaluation mode.
         names: Names of the windows besides the features or outputs. Those whose outputs have
             another shape in the dense model, as some of their units were removed, are left out.
-        masks: Masks; if they prune the classifier, outputs are matched in place of features.
+        masks: Masks; if they prune the classifier, outputs are matched in place of features, and
+            also if features have another width in the dense model.
         autocast: dtype for `torch.autocast`, or None.
         held: Held-out images, for any number of iterations.
+
+    Raises:
+        InvalidArgument: The models have outputs of different shapes.
     """
 
     def __init__(
@@ -73,12 +77,24 @@ class Matching:
         )
         for each in (model, dense):
             find_feature_layer(each, images)
-        with torch.no_grad():
-            shapes = [
-                {name: t.shape[1:] for name, t in self._outputs(each, images[:2]).items()}
-                for each in (model, dense)
-            ]
+        shapes = self._shapes(dense, images)
+        if shapes[0][_FINAL] != shapes[1][_FINAL] and self._call is feature_outputs:
+            self._call = plain_call
+            shapes = self._shapes(dense, images)
+        found, wanted = (tuple(each[_FINAL]) for each in shapes)
+        if found != wanted:
+            raise InvalidArgument(
+                f"dense must have outputs of the shape of model's, {found}, got {wanted}"
+            )
         self.names = [name for name in names if shapes[0][name] == shapes[1][name]]
+
+    def _shapes(self, dense: nn.Module, images: Tensor) -> list[dict[str, torch.Size]]:
+        """Return the shapes of one image's outputs of both models."""
+        with torch.no_grad():
+            return [
+                {name: t.shape[1:] for name, t in self._outputs(each, images[:2]).items()}
+                for each in (self.model, dense)
+            ]
 
     def micro_batch(self, most: int, room: int | None) -> int:
         """Return how many images run together within some memory.

@@ -28,7 +28,6 @@ from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_autocast
 from fastsal.models.digest import structure_digest
 from fastsal.models.evaluating import evaluating
-from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
 from fastsal.pruning.images_apart import images_apart
 from fastsal.pruning.masks.masks import Masks
@@ -73,7 +72,7 @@ def refit(
     Args:
         model: The pruned model.
         dense: The dense model, of the same architecture; not changed. It may have units that were
-            removed from `model` by `fastsal.prune_structure`.
+            removed from `model`, by `fastsal.prune_structure` or by another library.
         batches: Images `[n, ...]`, or pairs `(images, anything)`; labels are ignored. Iterable
             several times, such as a list or a `DataLoader`.
         masks: Masks, True = kept; applied to the model first.
@@ -93,7 +92,8 @@ def refit(
         Errors before and after, and the history.
 
     Raises:
-        InvalidArgument: An argument is invalid, or `dense` has other parameters than `model`.
+        InvalidArgument: An argument is invalid, or `dense` has other parameters than `model`, or
+            smaller ones.
         MaskError: The masks do not fit the model.
         DataError: Batches are invalid, or too few images.
         NonFiniteLoss: The error became NaN or infinite at the first measurement.
@@ -106,9 +106,7 @@ def refit(
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")
     model, dense = unwrapped(model), unwrapped(dense)
-    # Without some of its units a model has other shapes; outputs of blocks have the same.
-    if widths_of(model) == widths_of(dense):
-        check_same(model, dense)
+    check_same(model, dense, may_be_narrower=True)
     batches, held_out = ruled(batches, batch), ruled(held_out, batch)
     source, held = images_apart(batches, samples, held_out, seed)
     return refit_on(

@@ -67,9 +67,8 @@ class Sizes:
                 _Term(p.numel(), tuple(touched.get(name, ()))) for name, p in parameters.items()
             ],
             "macs": [
-                _Term(parameters[weight].numel() * positions, tuple(touched.get(weight, ())))
-                for name, positions in units.positions.items()
-                if (weight := f"{name}.weight") in parameters
+                _Term(parameters[name].numel() * each, tuple(touched.get(name, ())))
+                for name, each in units.macs.items()
             ],
         }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastsal.gradients.weight_macs import weight_macs
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.graph import Graph
@@ -23,13 +24,13 @@ class Units:
     Attributes:
         groups: Proven groups, in the order of the forward pass.
         left_out: Name of a layer or of an attention to the reason why nothing is removed from it.
-        positions: Name of a layer to its outputs of a channel for one image.
+        macs: Name of a parameter to the multiply-accumulates of one of its weights for one image.
         normalization: Name of a consumer to that of the batch normalization right after it.
     """
 
     groups: list[Group]
     left_out: dict[str, str]
-    positions: dict[str, int]
+    macs: dict[str, int]
     normalization: dict[str, str]
 
 
@@ -65,7 +66,7 @@ def find(model: nn.Module, images: Tensor, kind: str) -> Units:
     return Units(
         groups,
         {**found.left_out, **unused, **failed},
-        graph.positions,
+        weight_macs(model, images),
         {name: other for name, other in after.items() if other is not None},
     )
 

@@ -96,8 +96,6 @@ class Graph:
 
     Attributes:
         calls: Calls of dense layers, in order.
-        positions: Name of a linear layer or convolution to the number of outputs that a channel of
-            it has for one image.
 
     Raises:
         Exception: Whatever the model raises on these images.
@@ -105,7 +103,6 @@ class Graph:
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.calls: list[Call] = []
-        self.positions: dict[str, int] = {}
         pair = images[:2] if len(images) > 1 else twice(images[:1])
         pair = to_model(pair.detach().clone(), next(model.parameters()))
         with traced(model), self._recording(model), torch.random.fork_rng(devices=[]):
@@ -122,9 +119,7 @@ class Graph:
     def _recording(self, model: nn.Module) -> Iterator[None]:
         sources: dict[nn.Module, Node] = {}
         names: dict[nn.Module, str] = {
-            module: name
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, *_CONVOLUTIONS))
+            module: name for name, module in model.named_modules() if is_dense(module)
         }
 
         def before(layer: nn.Module, given: tuple[Any, ...]) -> None:
@@ -132,9 +127,7 @@ class Graph:
 
         def after(layer: nn.Module, _: object, result: Tensor) -> None:
             name, places = names[layer], result.numel() // max(1, len(result) * widths(layer)[0])
-            self.positions[name] = self.positions.get(name, 0) + places
-            if is_dense(layer):
-                self.calls.append(Call(name, layer, sources[layer], result.grad_fn, places))
+            self.calls.append(Call(name, layer, sources[layer], result.grad_fn, places))
 
         hooks = [layer.register_forward_pre_hook(before) for layer in names]
         hooks += [layer.register_forward_hook(after) for layer in names]

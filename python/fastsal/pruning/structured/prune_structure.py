@@ -281,7 +281,7 @@ def _chosen(units: Units, layers: str | Sequence[str] | None, structure: str) ->
     if not groups:
         raise InvalidArgument(f"layers must select at least one layer, got {layers!r:.80}")
     others = {name: "not selected by layers" for name in known if name not in wanted}
-    return Units(groups, {**units.left_out, **others}, units.positions, units.normalization)
+    return Units(groups, {**units.left_out, **others}, units.macs, units.normalization)
 
 
 def _segments(model: nn.Module, units: Units, images: Tensor, how: Settings) -> list[Segment]:

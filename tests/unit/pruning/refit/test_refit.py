@@ -332,6 +332,51 @@ def test_invalid_arguments(data):
         fastsal.refit(model, dense, [], masks)
 
 
+class Narrow(Net):
+    """Widths as another library leaves them: fewer units in the blocks, or everywhere."""
+
+    def __init__(self, inner=8, outer=8):
+        super().__init__()
+        if outer < 8:
+            self.stem = nn.Conv2d(3, outer, 3, padding=1)
+            self.blocks = nn.Sequential(Block(outer), Block(outer))
+            self.fc = nn.Linear(outer, 4)
+        for block in self.blocks:
+            block.conv1 = nn.Conv2d(outer, inner, 3, padding=1)
+            block.norm = nn.BatchNorm2d(inner)
+            block.conv2 = nn.Conv2d(inner, outer, 3, padding=1)
+
+
+@pytest.mark.parametrize(("inner", "outer", "windows"), [(5, 8, 2), (5, 6, 0)])
+def test_model_that_another_library_made_narrower(data, inner, outer, windows):
+    dense = pruned()[1]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = Narrow(inner, outer).eval()
+    masks = fastsal.Masks({"stem.weight": torch.ones_like(model.stem.weight).bool()})
+    result = fastsal.refit(model, dense, data, masks, FAST)
+    assert result.after < 0.9 * result.before
+    assert len(result.windows) == windows
+    x = torch.cat([images for images, _ in data])
+    if outer < 8:  # features differ in width, so logits are matched
+        with torch.no_grad():
+            a, b = model(x), dense(x)
+        assert float((a - b).square().sum() / (b - b.mean(0)).square().sum()) < result.before
+
+
+def test_dense_model_with_smaller_parameters_or_other_outputs(data):
+    dense = pruned()[1]
+    narrow, other = Narrow(5).eval(), Narrow(5).eval()
+    other.fc = nn.Linear(8, 3)
+    masks = fastsal.Masks({"stem.weight": torch.ones_like(dense.stem.weight).bool()})
+    expected = r"the parameters of model, in the same or in larger sizes, got another 'blocks"
+    with pytest.raises(InvalidArgument, match=expected):
+        fastsal.refit(dense, narrow, data, masks, FAST)
+    head = fastsal.Masks({"fc.weight": torch.ones_like(other.fc.weight).bool()})
+    with pytest.raises(InvalidArgument, match=r"the shape of model's, \(3,\), got \(4,\)"):
+        fastsal.refit(other, dense, data, head, FAST)
+
+
 def test_settings_take_numbers_of_numpy():
     import numpy as np
 
