@@ -192,6 +192,10 @@ def test_ties_go_by_position(job, floor):
     for rank in range(ranks):
         found = torch.load(folder / f"ties{floor}{rank}.pt")
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected = fastsal.rank(scores, 0.6, floor=floor, costs=ranks_job.costs_of(shapes))
+    for rank in range(ranks):
+        found = torch.load(folder / f"costs{floor}{rank}.pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_bytes_are_those_on_paper(job):

@@ -111,7 +111,7 @@ class RankProcess(Process):
             return super().choose_masks(model, fisher, recipe, scores, goal, damping)
         mine = Mine.of(model, fisher, self._ranks)
         if recipe.ranking["pattern"] is None:
-            how = {name: recipe.ranking[name] for name in ("scope", "floor")}
+            how = {name: value for name, value in recipe.ranking.items() if name != "pattern"}
             return masks_of_shards(scores, mine.shares, mine.shapes, self._ranks, goal, **how)
         return pattern_masks_of_shards(
             mine,

@@ -89,8 +89,4 @@ def _check_alone(options: dict[str, Any], size: int) -> None:
                 f"{name} must be None with {size} processes, got {options[name]!r}; use "
                 f"fastsal.{name} on the pruned model in one process"
             )
-    if options.get("budget", "weights") != "weights":
-        raise InvalidArgument(
-            f"budget must be 'weights' with {size} processes, got {options['budget']!r}"
-        )
     options["reconstruct"] = False

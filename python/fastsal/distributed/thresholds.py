@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import fastsal._core as _core
 from fastsal.distributed.ranks import Ranks
 from fastsal.fisher.parts import Part
+from fastsal.pruning.masks.costs import checked_costs, counts_by_cost, priced
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import check_ranking, floor_counts, global_count, layer_counts
 
@@ -41,6 +43,7 @@ def masks_of_shards(
     *,
     scope: str = "global",
     floor: float = 0.0,
+    costs: Mapping[str, float] | None = None,
 ) -> Masks:
     """Turn the scores of all ranks into the masks of the whole model.
 
@@ -52,6 +55,7 @@ def masks_of_shards(
         sparsity: Fraction of the weights to prune.
         scope: Weights that compete with each other, see `fastsal.rank`.
         floor: Least fraction of any parameter to keep.
+        costs: Name to the cost of one weight that `sparsity` is a fraction of, see `fastsal.rank`.
 
     Returns:
         The masks, the same on every rank.
@@ -59,7 +63,7 @@ def masks_of_shards(
     Raises:
         InvalidArgument: An argument is invalid, see `fastsal.rank`.
     """
-    check_ranking(shapes, sparsity, scope, None, floor)
+    check_ranking(shapes, sparsity, scope, None, floor, costs=costs)
     assert sparsity is not None
     mine = {key: s.reshape(-1).contiguous().numpy() for key, s in scores.items()}
     by_name: dict[str, list[Part]] = {name: [] for name in shapes}
@@ -68,8 +72,14 @@ def masks_of_shards(
     order = [part for parts in by_name.values() for part in parts]
     recipe: dict[str, object] = {"scope": scope, "floor": floor, "sparsity": sparsity}
     cuts: dict[str, Cut] = {}
-    if scope == "global":
-        floors = floor_counts(shapes, floor)
+    floors = floor_counts(shapes, floor)
+    counts: dict[str, int] = {}
+    if costs is not None:
+        each = checked_costs(costs, list(shapes), scope, None)
+        count = partial(_priced, mine, by_name, ranks)
+        counts, recipe["threshold"] = counts_by_cost(shapes, each, sparsity, floors, count)
+        recipe["costs"] = each
+    elif scope == "global":
         caps = {
             name: _find(mine, by_name[name], by_name[name][0].size - least, ranks, {})
             for name, least in floors.items()
@@ -79,11 +89,28 @@ def masks_of_shards(
         cuts = _divided(mine, order, cut, ranks, caps)
         recipe["threshold"] = _core.score_of_key(cut.key) if cut.ties else None
     else:
-        for name, count in layer_counts(shapes, sparsity, scope, floor).items():
-            cut = _find(mine, by_name[name], count, ranks, {})
-            cuts |= _divided(mine, by_name[name], cut, ranks, {})
+        counts = layer_counts(shapes, sparsity, scope, floor)
+    for name, number in counts.items():
+        cut = _find(mine, by_name[name], number, ranks, {})
+        cuts |= _divided(mine, by_name[name], cut, ranks, {})
     kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
     return Masks(assembled(kept, shares, shapes, ranks), recipe, copy=False)
+
+
+def _priced(
+    mine: Scores,
+    by_name: Mapping[str, Sequence[Part]],
+    ranks: Ranks,
+    name: str,
+    price: np.float32,
+    upper: int | None,
+) -> NDArray[np.uint64]:
+    """Count the halves of the keys of a parameter's scores, divided by a price, of all ranks."""
+    counts = np.zeros(2**16, np.uint64)
+    for part in by_name[name]:
+        if part.key in mine:
+            counts += _core.count_keys(priced(mine[part.key], price), upper)
+    return ranks.all_reduce(counts)
 
 
 def _find(

@@ -9,7 +9,7 @@ Alistarh 2020, WoodFisher, section 5.2).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,11 +66,18 @@ def check_floors(
         )
 
 
+def priced(scores: NDArray[np.float32], price: np.float32) -> NDArray[np.float32]:
+    """Return scores per cost."""
+    found: NDArray[np.float32] = np.divide(scores, price, dtype=np.float32)
+    return found
+
+
 def counts_by_cost(
-    scores: Mapping[str, NDArray[np.float32]],
+    shapes: Mapping[str, Sequence[int]],
     costs: Mapping[str, float],
     sparsity: float,
     floors: Mapping[str, int],
+    count_keys: Callable[[str, np.float32, int | None], NDArray[np.uint64]],
 ) -> tuple[Counts, float | None]:
     """Return how many weights of each parameter are pruned, lowest scores per cost first.
 
@@ -78,22 +85,25 @@ def counts_by_cost(
     cost the order is that of the parameters. Weights without a cost are kept.
 
     Args:
-        scores: Name to scores `[d]`, without NaN.
+        shapes: Name to shape.
         costs: Name to the cost of one weight.
         sparsity: Fraction of the total cost to prune.
         floors: Name to the least number of weights to keep.
+        count_keys: Returns the counts `[65536]` of the halves of keys, as `_core.count_keys` does,
+            of the scores of a parameter divided by a price.
 
     Returns:
         The counts, and the highest score per cost that is pruned; None if nothing is.
     """
-    total = sum(costs[name] * len(values) for name, values in scores.items())
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(costs[name] * size for name, size in sizes.items())
     target = sparsity * total * (1 - _ROUNDING)
     if target <= 0:
-        return dict.fromkeys(scores, 0), None
+        return dict.fromkeys(sizes, 0), None
     # Relative to the mean, so that the unit of the costs does not matter.
-    mean = total / sum(map(len, scores.values()))
-    prices = {name: np.float32(costs[name] / mean) for name in scores if costs[name]}
-    caps = {name: len(scores[name]) - floors[name] for name in prices}
+    mean = total / sum(sizes.values())
+    prices = {name: np.float32(costs[name] / mean) for name in sizes if costs[name]}
+    caps = {name: sizes[name] - floors[name] for name in prices}
 
     def value(counts: Mapping[str, int]) -> float:
         return sum(costs[name] * min(counts[name], caps[name]) for name in prices)
@@ -101,8 +111,7 @@ def counts_by_cost(
     def reached(below: Mapping[str, int], upper: int | None) -> tuple[int, Counts, Counts]:
         """Return the half of a key that reaches the target, and counts below it and in it."""
         found = {
-            name: _core.count_keys(scores[name] / price, upper=upper).astype(np.int64)
-            for name, price in prices.items()
+            name: count_keys(name, price, upper).astype(np.int64) for name, price in prices.items()
         }
         until = {name: below[name] + np.cumsum(each) for name, each in found.items()}
         spent = np.zeros(len(next(iter(until.values()))))
@@ -114,7 +123,7 @@ def counts_by_cost(
 
     upper, below, _ = reached(dict.fromkeys(prices, 0), None)
     lower, below, equal = reached(below, upper)
-    counts = dict.fromkeys(scores, 0) | {name: min(below[name], caps[name]) for name in prices}
+    counts = dict.fromkeys(sizes, 0) | {name: min(below[name], caps[name]) for name in prices}
     for name in prices:
         left = round((target - value(counts)) / costs[name])
         counts[name] += max(0, min(left, equal[name], caps[name] - counts[name]))

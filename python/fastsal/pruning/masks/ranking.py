@@ -16,7 +16,12 @@ import fastsal._core as _core
 from fastsal.errors import InvalidArgument
 from fastsal.models.input_axis import Axes, WithAxes, input_axes, layer_axes, unknown_axis
 from fastsal.models.selection import model_parameters
-from fastsal.pruning.masks.costs import check_floors, checked_costs, counts_by_cost
+from fastsal.pruning.masks.costs import (
+    check_floors,
+    checked_costs,
+    counts_by_cost,
+    priced,
+)
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
@@ -108,13 +113,19 @@ def rank(
     elif sparsity is not None:
         recipe["sparsity"] = sparsity
         if costs is not None:
-            arrays_ = {name: values.numpy() for name, values in flat.items()}
             each = checked_costs(costs, list(shapes), scope, pattern)
-            counts, recipe["threshold"] = counts_by_cost(
-                arrays_, each, sparsity, floor_counts(shapes, floor)
+            counts, threshold = counts_by_cost(
+                shapes,
+                each,
+                sparsity,
+                floor_counts(shapes, floor),
+                lambda name, price, upper: _core.count_keys(
+                    priced(flat[name].numpy(), price), upper
+                ),
             )
-            recipe["costs"] = each
-            kept = {n: _core.prune_smallest([a], counts[n], [])[0][0] for n, a in arrays_.items()}
+            recipe |= {"costs": each, "threshold": threshold}
+            for name, values in flat.items():
+                kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
         elif scope == "global":
             count = global_count(shapes, sparsity)
             floors = floor_counts(shapes, floor)
