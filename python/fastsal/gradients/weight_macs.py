@@ -86,18 +86,28 @@ class _Counts(Interception):
 def _layers_counted(model: nn.Module, counts: _Counts) -> Iterator[None]:
     """Count the calls of linear layers and convolutions while the block runs."""
 
-    def hook(prefix: str, layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+    def hook(
+        prefix: str,
+        layer: nn.Module,
+        given: tuple[Tensor, ...],
+        named: dict[str, Tensor],
+        result: Tensor,
+    ) -> None:
         weight: Tensor = layer.weight  # type: ignore[assignment]
         # A transposed convolution uses each weight once for each position of its input.
-        ends = given[0] if isinstance(layer, _TRANSPOSED) else result
-        # Of a parametrized layer it is the parameter that the weight is computed from.
-        names = [n for n, p in layer.named_parameters() if p.numel() == weight.numel()]
+        ends = (*given, *named.values())[0] if isinstance(layer, _TRANSPOSED) else result
+        places = ends.numel() // max(1, weight.shape[0])
+        matrices = {n: p for n, p in layer.named_parameters() if p.ndim > 1}
+        # Of a parametrized layer it is the parameter that the weight is computed from; that of a
+        # weight normalization comes after the norms.
+        names = [n for n, p in matrices.items() if p.numel() == weight.numel()]
         if names:
-            counts.add_layer(prefix + names[0], ends.numel() // max(1, weight.shape[0]))
+            counts.add_layer(prefix + ("weight" if "weight" in names else names[-1]), places)
 
     with ExitStack() as stack:
         for name, layer in model.named_modules():
             if isinstance(layer, (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)):
-                handle = layer.register_forward_hook(partial(hook, f"{name}." if name else ""))
+                own = partial(hook, f"{name}." if name else "")
+                handle = layer.register_forward_hook(own, with_kwargs=True)
                 stack.callback(handle.remove)
         yield

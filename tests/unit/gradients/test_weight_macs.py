@@ -21,6 +21,7 @@ class Mixed(nn.Module):
         self.down = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.thin = torch.nn.utils.parametrizations.weight_norm(nn.Linear(1, 2))
         self.normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 16))
         self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
         self.twice = nn.Linear(16, 16)
@@ -30,7 +31,8 @@ class Mixed(nn.Module):
 
     def forward(self, x):
         x = self.depthwise(self.down(x))  # 4 × 4
-        x = self.normed(self.up(x).flatten(2).transpose(1, 2))  # 64 tokens
+        x = self.thin(x.unsqueeze(4)).mean(4)
+        x = self.normed(self.up(input=x).flatten(2).transpose(1, 2))  # 64 tokens
         x = x + self.words(torch.arange(x.shape[1]) % 10)
         x = self.attention(x, x, x, need_weights=False)[0]
         x = self.twice(self.norm(self.twice(x)))
@@ -42,6 +44,8 @@ EXPECTED = {
     "down.weight": 16,
     "depthwise.weight": 16,
     "up.weight": 16,  # each input position; the outputs are four times as many
+    "thin.parametrizations.weight.original0": 0,
+    "thin.parametrizations.weight.original1": 128,
     "normed.parametrizations.weight.original0": 0,
     "normed.parametrizations.weight.original1": 64,
     "attention.in_proj_weight": 64,
