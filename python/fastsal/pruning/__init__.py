@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import fastsal.utils.core_arrays as _  # noqa: F401 - before the first call
 from fastsal.utils.lazy import lazy_names
 
 if TYPE_CHECKING:

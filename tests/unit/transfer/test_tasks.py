@@ -49,7 +49,7 @@ def test_counts_are_the_shares_rounded(counts, shares, seed):
     except DataError as error:
         # Refused only where a part of some class has less than one image to expect.
         rests = [n - math.floor(n * test / 16 + 0.5) for n in counts]
-        assert "leaves none for part" in str(error)
+        assert "too few for split" in str(error)
         assert min(rests) * min(prune, fit, tune) < whole
         return
     for k, n in enumerate(counts):

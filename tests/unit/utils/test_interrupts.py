@@ -56,6 +56,34 @@ def test_other_threads_leave_the_handler():
     assert found == [signal.default_int_handler]
 
 
+# A call of the core, where Python code would be interrupted.
+FIRST_CALL = """
+import sys
+import numpy as np
+import fastsal._core as core
+
+def interrupt(frame, event, arg):
+    if event == "call":
+        raise KeyboardInterrupt
+
+if sys.argv[1:]:
+    __import__(sys.argv[1])
+scores = np.zeros(4, np.float32)
+sys.setprofile(interrupt)
+core.count_keys(scores)
+sys.setprofile(None)
+print("done")
+"""
+
+
+@pytest.mark.parametrize("room", ["fastsal.fisher", "fastsal.pruning", ""])
+def test_the_first_call_runs_no_python(python_env, room):
+    command = [sys.executable, "-c", FIRST_CALL, *([room] if room else [])]
+    done = subprocess.run(command, env=python_env, capture_output=True, text=True, check=False)
+    # Without a room the test is one that can fail.
+    assert (done.stdout == "done\n") is bool(room), done.stderr
+
+
 # Calls that would take many minutes: the same parameter again and again.
 CALLS = """
 import sys, threading
