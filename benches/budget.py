@@ -16,6 +16,7 @@ import fastsal
 from benches.cells import Cells, fill, table_parser
 from benches.quality.subjects import SUBJECTS
 from benches.quality.table import tables
+from fastsal.pruning.masks.costs import cost_of
 from fastsal.utils.choices import WeightBudget
 
 RESULTS = Path(__file__).resolve().parent / "results" / "budget.json"
@@ -41,8 +42,8 @@ def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
             model = copy.deepcopy(subject.model)
             batches = subject.draw(seed, samples)
             done = fastsal.prune(model, batches, goal, curvature="features", budget=budget)
-            total = sum(costs[n] * mask.numel() for n, mask in done.masks.items())
-            left = sum(costs[n] * kept for n, kept in done.masks.kept.items())
+            total = cost_of({name: mask.numel() for name, mask in done.masks.items()}, costs)
+            left = cost_of(done.masks.kept, costs)
             facts = {"sparsity": done.masks.sparsity, _REMOVED: 1 - left / total}
             return lambda: {**subject.measure(model), **facts}
 

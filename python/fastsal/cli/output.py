@@ -66,17 +66,21 @@ def print_selection(screen: Console, left_out: LeftOut | None, in_use: InUse | N
         screen.print(f"[yellow]{in_use}[/yellow]", soft_wrap=True)
 
 
+def macs_summary(before: int, after: int) -> str:
+    """Return how many multiply-accumulates are left, and how many fewer these are."""
+    return (
+        f"{before / 1e6:,.1f} -> {after / 1e6:,.1f} million multiply-accumulates "
+        f"({1 - after / max(1, before):.1%} fewer)"
+    )
+
+
 def run_summary(report: Mapping[str, Any]) -> str:
     """Return a one-line summary of the report of a run."""
     total = sum(math.prod(p["shape"]) for p in report["parameters"].values())
     kept = sum(p["kept"] for p in report["parameters"].values())
     text = f"{kept:,} of {total:,} weights kept, sparsity {report['sparsity']:.4f}"
     if (macs := report.get("macs")) is not None:
-        share = macs["after"] / max(1, macs["before"])
-        text += (
-            f"; {macs['before'] / 1e6:,.1f} -> {macs['after'] / 1e6:,.1f} million "
-            f"multiply-accumulates ({1 - share:.1%} fewer)"
-        )
+        text += f"; {macs_summary(macs['before'], macs['after'])}"
     if report["accuracy"]:
         before, after = report["accuracy"]["before"], report["accuracy"]["after"]
         text += f"; accuracy {before['accuracy']:.4f} -> {after['accuracy']:.4f}"

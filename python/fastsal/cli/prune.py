@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -216,13 +215,15 @@ def _prune(given: dict[str, Any], rank: int) -> None:
 
 def _macs(done: PruneResult) -> dict[str, Any]:
     """Return the multiply-accumulates before and after, where they were the budget."""
+    from fastsal.pruning.masks.costs import cost_of
+
     masks = done.masks
     costs = masks.recipe.get("costs")
     if costs is None:
         return {}
-    before = sum(costs[name] * math.prod(shape) for name, shape in masks.shapes.items())
-    after = sum(costs[name] * kept for name, kept in masks.kept.items())
-    return {"macs": {"before": int(before), "after": int(after)}}
+    sizes = {name: mask.numel() for name, mask in masks.items()}
+    found = {"before": cost_of(sizes, costs), "after": cost_of(masks.kept, costs)}
+    return {"macs": {name: int(value) for name, value in found.items()}}
 
 
 def _check_target_runtime(given: dict[str, Any]) -> None:

@@ -203,12 +203,13 @@ def _damping(value: float | str) -> float:
 
 
 def _summary(done: StructureResult, accuracy: dict[str, Any]) -> str:
+    from fastsal.cli.output import macs_summary
+
     before, after = done.before, done.after
     text = (
         f"{before.parameters:,} -> {after.parameters:,} parameters "
-        f"({1 - after.parameters / before.parameters:.1%} fewer), {before.macs / 1e6:,.1f} -> "
-        f"{after.macs / 1e6:,.1f} million multiply-accumulates "
-        f"({1 - after.macs / max(1, before.macs):.1%} fewer)"
+        f"({1 - after.parameters / before.parameters:.1%} fewer), "
+        f"{macs_summary(before.macs, after.macs)}"
     )
     if before.latency is not None and after.latency is not None:
         text += (

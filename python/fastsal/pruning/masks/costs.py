@@ -23,6 +23,11 @@ Counts = dict[str, int]
 _ROUNDING = 1e-12
 
 
+def cost_of(counts: Mapping[str, int], costs: Mapping[str, float]) -> float:
+    """Return the cost of numbers of weights of parameters."""
+    return sum(costs[name] * count for name, count in counts.items())
+
+
 def checked_costs(
     costs: Mapping[str, float], names: Sequence[str], scope: str, pattern: str | None
 ) -> dict[str, float]:
@@ -57,8 +62,9 @@ def check_floors(
     floors: Mapping[str, int],
 ) -> None:
     """Raise InvalidArgument if the floors keep more of the cost than the sparsity leaves."""
-    most = sum(costs[n] * (math.prod(shape) - floors[n]) for n, shape in shapes.items())
-    total = sum(costs[n] * math.prod(shape) for n, shape in shapes.items())
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = cost_of(sizes, costs)
+    most = total - cost_of(floors, costs)
     if most < sparsity * total * (1 - _ROUNDING):
         raise InvalidArgument(
             f"sparsity must be at most {most / total:.4g} of the costs, which is what the floor "
@@ -96,7 +102,7 @@ def counts_by_cost(
         The counts, and the highest score per cost that is pruned; None if nothing is.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    total = sum(costs[name] * size for name, size in sizes.items())
+    total = cost_of(sizes, costs)
     target = sparsity * total * (1 - _ROUNDING)
     if target <= 0:
         return dict.fromkeys(sizes, 0), None
@@ -104,9 +110,6 @@ def counts_by_cost(
     mean = total / sum(sizes.values())
     prices = {name: np.float32(costs[name] / mean) for name in sizes if costs[name]}
     caps = {name: sizes[name] - floors[name] for name in prices}
-
-    def value(counts: Mapping[str, int]) -> float:
-        return sum(costs[name] * min(counts[name], caps[name]) for name in prices)
 
     def reached(below: Mapping[str, int], upper: int | None) -> tuple[int, Counts, Counts]:
         """Return the half of a key that reaches the target, and counts below it and in it."""
@@ -125,7 +128,7 @@ def counts_by_cost(
     lower, below, equal = reached(below, upper)
     counts = dict.fromkeys(sizes, 0) | {name: min(below[name], caps[name]) for name in prices}
     for name in prices:
-        left = round((target - value(counts)) / costs[name])
+        left = round((target - cost_of(counts, costs)) / costs[name])
         counts[name] += max(0, min(left, equal[name], caps[name] - counts[name]))
     if not any(counts.values()):
         return counts, None

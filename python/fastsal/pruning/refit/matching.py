@@ -77,10 +77,10 @@ class Matching:
         )
         for each in (model, dense):
             find_feature_layer(each, images)
-        shapes = self._shapes(dense, images)
+        shapes = self._shapes(images)
         if shapes[0][_FINAL] != shapes[1][_FINAL] and self._call is feature_outputs:
             self._call = plain_call
-            shapes = self._shapes(dense, images)
+            shapes = self._shapes(images)
         found, wanted = (tuple(each[_FINAL]) for each in shapes)
         if found != wanted:
             raise InvalidArgument(
@@ -88,12 +88,12 @@ class Matching:
             )
         self.names = [name for name in names if shapes[0][name] == shapes[1][name]]
 
-    def _shapes(self, dense: nn.Module, images: Tensor) -> list[dict[str, torch.Size]]:
+    def _shapes(self, images: Tensor) -> list[dict[str, torch.Size]]:
         """Return the shapes of one image's outputs of both models."""
         with torch.no_grad():
             return [
                 {name: t.shape[1:] for name, t in self._outputs(each, images[:2]).items()}
-                for each in (self.model, dense)
+                for each in (self.model, self._dense)
             ]
 
     def micro_batch(self, most: int, room: int | None) -> int:
