@@ -83,8 +83,8 @@ def export(**given: Any) -> None:
     if given["file_format"] != "packed":
         require_packages(given["file_format"])  # before images are read
         images = run_images(given, model, _IMAGES)
-    elif given["data"] is not None:
-        raise InvalidArgument("--data must not be given with --format packed")
+    else:
+        _refuse(given, "data", "size", "tolerance")
     found = fastsal.export(
         model,
         given["out"],
@@ -112,9 +112,7 @@ def _write_hub_folder(given: dict[str, Any]) -> None:
     from fastsal.cli.output import console, emit
     from fastsal.deploy.hub_folder import write_hub_folder
 
-    for name in ("dtype", "data"):
-        if given[name] is not None:
-            raise InvalidArgument(f"--{name} must not be given with --format hub")
+    _refuse(given, "dtype", "data", "size", "tolerance")
     folder = write_hub_folder(given["run"], given["out"], spec=given["model"])
     if given["as_json"]:
         emit({"path": str(folder), "format": "hub"})
@@ -124,6 +122,14 @@ def _write_hub_folder(given: dict[str, Any]) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _refuse(given: dict[str, Any], *names: str) -> None:
+    """Raise InvalidArgument for options that the format has no use for."""
+    chosen = given["file_format"]
+    for name in names:
+        if given[name] is not None:
+            raise InvalidArgument(f"--{name} must not be given with --format {chosen}")
 
 
 def run_images(given: dict[str, Any], model: Any, count: int) -> Any:

@@ -104,7 +104,8 @@ def measure(**given: Any) -> None:
     screen.print(_times(found))
     for timing in found.timings:
         images = "image" if timing.batch == 1 else "images"
-        screen.print(f"[bold]{timing.batch} {images}: {timing.verdict}[/bold]", soft_wrap=True)
+        verdict = f"{timing.batch} {images}: {timing.verdict}"
+        screen.print(verdict, style="bold", soft_wrap=True)
     screen.print(found.zeros, soft_wrap=True)
     facts = found.machine
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
@@ -129,20 +130,21 @@ def _sizes(found: Measurement) -> Table:
         table.add_column(title, justify="right" if number else "left")
     rows: list[tuple[str, str, Any]] = [
         ("parameters", "parameters", "{:,}".format),
-        ("non-zero parameters", "nonzeros", "{:,}".format),
         ("multiply-accumulates", "macs", "{:,}".format),
         ("file, dense", "dense_bytes", gib),
     ]
     for label, name, shown in rows:
         before, after = getattr(found.dense, name), getattr(found.pruned, name)
         table.add_row(label, shown(before), shown(after), f"{after / max(1, before):.3f}")
-    dense = found.dense.dense_bytes  # the run has the values of the pruned model alone
-    for label, size in (
-        ("file, zipped", found.pruned.zipped_bytes),
-        ("file, packed", found.pruned.packed_bytes),
+    # The run has the values of the pruned model alone.
+    counted = found.pruned.nonzeros, found.dense.parameters
+    for label, size, whole, shown, what in (
+        ("non-zero parameters", *counted, "{:,}".format, "parameters"),
+        ("file, zipped", found.pruned.zipped_bytes, found.dense.dense_bytes, gib, "dense file"),
+        ("file, packed", found.pruned.packed_bytes, found.dense.dense_bytes, gib, "dense file"),
     ):
         if size is not None:
-            table.add_row(label, "", gib(size), f"{size / dense:.3f} of the dense file")
+            table.add_row(label, "", shown(size), f"{size / max(1, whole):.3f} of the {what}")
     return table
 
 

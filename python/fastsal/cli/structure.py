@@ -184,10 +184,10 @@ def prune_units(given: dict[str, Any]) -> None:
         screen.print(f"\n{reconstruction_summary(done.reconstruction)}", soft_wrap=True)
     if done.refit is not None:
         screen.print(f"\n{refit_summary(done.refit)}", soft_wrap=True)
-    screen.print(f"\n[bold]{_summary(done, accuracy.found)}[/bold]", soft_wrap=True)
+    screen.print(f"\n{_summary(done, accuracy.found)}", style="bold", soft_wrap=True)
     for reason, count in Counter(done.left_out.values()).most_common(5):
         layers = "layer" if count == 1 else "layers"
-        screen.print(f"left out: {count} {layers}: {reason}", soft_wrap=True, markup=False)
+        screen.print(f"left out: {count} {layers}: {reason}", soft_wrap=True)
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
 
@@ -225,7 +225,7 @@ def _summary(done: StructureResult, accuracy: dict[str, Any]) -> str:
 def _table(done: StructureResult) -> Table:
     from rich.table import Table
 
-    from fastsal.cli.output import BAR, bar
+    from fastsal.cli.output import BAR, drawn_bar
 
     table = Table(title="Units kept", title_justify="left", title_style="bold", box=None)
     table.add_column("layer", overflow="fold")
@@ -233,12 +233,11 @@ def _table(done: StructureResult) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True, min_width=BAR)
     for name, (before, after) in done.widths.items():
-        drawn = bar(after / before)
         table.add_row(
             name,
             f"{after:,}",
             f"{before:,}",
             f"{100 * after / before:.1f}",
-            f"[cyan]{drawn}[/cyan][dim]{'·' * (BAR - len(drawn))}[/dim]",
+            drawn_bar(after / before),
         )
     return table

@@ -6,26 +6,47 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.errors import FastsalError
-from fastsal.models.evaluating import outputs
+from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import outputs, to_model
 from fastsal.models.outputs import output_tensor
 
 _Array = NDArray[np.float32]
 
 
 class OneOutput(nn.Module):
-    """A model whose output is one tensor."""
+    """A model in evaluation mode, whose output is one tensor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.training = False
+
+    def train(self, mode: bool = True) -> OneOutput:  # noqa: ARG002
+        """Change nothing: converters call `eval()`, by which a model may merge weights."""
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits or features of images."""
         return output_tensor(self.model(images))
+
+
+def images_of_type(model: nn.Module, images: Tensor, kind: str) -> Tensor:
+    """Return images on the CPU in the type of a model, which files of a kind must be able to take.
+
+    Raises:
+        InvalidArgument: NumPy has no such type.
+    """
+    first = next(model.parameters(), None)
+    if first is None or first.dtype == torch.bfloat16:
+        came = "no parameters" if first is None else "bfloat16"
+        raise InvalidArgument(
+            f"model must have parameters in float16, float32 or float64 for {kind}, got {came}"
+        )
+    return to_model(images, first).cpu()
 
 
 def output_array(model: nn.Module, images: Tensor) -> _Array:
@@ -53,7 +74,7 @@ def compare_outputs(
     Raises:
         FastsalError: The difference is larger, or outputs have another shape.
     """
-    worst = 0.0
+    differences = []
     for some in (images, images[:1]):
         wanted = output_array(model, some)
         found = run(some.numpy())
@@ -61,8 +82,13 @@ def compare_outputs(
             raise FastsalError(
                 f"the {kind} file has outputs {list(found.shape)}, the model {list(wanted.shape)}"
             )
-        scale = max(float(np.abs(wanted).max()), 1e-30)
-        worst = max(worst, float(np.abs(found.astype(np.float32) - wanted).max()) / scale)
+        if np.isnan(wanted).any():
+            raise FastsalError("the outputs of the model on images are NaN: none can be compared")
+        found = found.astype(np.float32)
+        apart = found != wanted  # equal infinities are none
+        scale = max(float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)), 1e-30)
+        differences.append(np.abs(found[apart] - wanted[apart]).max(initial=0) / scale)
+    worst = float(np.max(differences))  # NaN if there is one
     if not worst <= tolerance:
         raise FastsalError(
             f"the outputs of the {kind} file differ from those of the model by {worst:.3g} of the "

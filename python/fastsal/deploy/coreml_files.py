@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.comparing import (
+    OneOutput,
+    compare_outputs,
+    compare_zeros,
+    images_of_type,
+)
 from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import staged
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import to_model
 
 _INPUT, _OUTPUT = "images", "outputs"
 # A weight with fewer zeros is stored densely: Core ML's sparse layout has a bit for each element.
@@ -50,7 +54,7 @@ def export_coreml(
         FastsalError: The model cannot be exported, or the package differs from it.
     """
     require_package()
-    images = to_model(images, next(model.parameters())).cpu()
+    images = images_of_type(model, images, "Core ML")
     with staged(path) as made:
         with quiet():
             written = _write(model, made, images)
@@ -72,7 +76,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> Any:
 
     with converting(model, "coremltools"):
         with torch.no_grad():
-            program = torch.export.export(OneOutput(model).eval(), (images[:1],))
+            program = torch.export.export(OneOutput(model), (images[:1],))
             program = program.run_decompositions({})
             _without_aliases(program)
             made = coremltools.convert(

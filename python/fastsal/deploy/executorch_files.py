@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.comparing import OneOutput, compare_outputs, images_of_type
 from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import to_model
 
 _MOST_IMAGES = 64  # of one call
 
@@ -46,7 +45,7 @@ def export_executorch(
         FastsalError: The model cannot be exported, or the file differs from it.
     """
     require_package()
-    images = to_model(images[:_MOST_IMAGES], next(model.parameters())).cpu()
+    images = images_of_type(model, images[:_MOST_IMAGES], "ExecuTorch")
     with staged(path) as made:
         with quiet():
             _write(model, made, images)
@@ -62,9 +61,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
 
     count = torch.export.Dim("n", min=1, max=_MOST_IMAGES)
     with converting(model, "ExecuTorch"), torch.no_grad():
-        program = torch.export.export(
-            OneOutput(model).eval(), (images[:2],), dynamic_shapes=({0: count},)
-        )
+        program = torch.export.export(OneOutput(model), (images[:2],), dynamic_shapes=({0: count},))
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         made = lowered.to_executorch()
     with path.open("wb") as file:

@@ -18,6 +18,8 @@ from fastsal.models.saving import check_savable, save_packed, tensors_in
 from fastsal.models.weights import read_weights
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import EXPORT_FORMATS, ExportFormat
+from fastsal.utils.numbers import real
+from fastsal.utils.paths import user_path
 from fastsal.utils.suggestions import check_choice
 
 _TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -114,12 +116,18 @@ def export(
         FastsalError: The file differs from the model. It is removed.
     """
     check_choice("format", format, EXPORT_FORMATS)
-    path = Path(path)
+    path = user_path(path)
     suffix = _SUFFIXES[format]
     if path.suffix != suffix:
         raise InvalidArgument(f"path must end in {suffix} for format {format!r}, got {path}")
+    if path.is_dir() and format != "coreml":
+        raise InvalidArgument(f"path must be a file, got the folder {path}")
     model = unwrapped(model)
     if format == "packed":
+        if tolerance is not None:
+            raise InvalidArgument(
+                f"tolerance must be None for format 'packed', which is exact, got {tolerance!r:.80}"
+            )
         return _packed(model, path, dtype)
     is_half = format == "torch-2:4"
     if is_half:
@@ -130,8 +138,13 @@ def export(
         raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
     if tolerance is None:
         tolerance = _TOLERANCE_16 if is_half else _TOLERANCE
-    if images is None or len(images) < 2:
-        raise InvalidArgument(f"images must have at least two images for format {format!r}")
+    tolerance = real("tolerance", tolerance, least=0)
+    if not isinstance(images, Tensor) or images.ndim < 2 or len(images) < 2:
+        came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise InvalidArgument(
+            f"images must have at least two images for format {format!r}, a tensor [n, ...], got "
+            f"{came}"
+        )
     with evaluating(model):
         _, write = _converter(format, dtype)
         size, difference, values, zeros = write(model, path, images, tolerance)

@@ -12,12 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.comparing import (
+    OneOutput,
+    compare_outputs,
+    compare_zeros,
+    images_of_type,
+)
 from fastsal.deploy.converting import converting
 from fastsal.deploy.quiet import quiet
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import to_model
 
 
 def require_package() -> None:
@@ -45,7 +49,7 @@ def export_litert(
         FastsalError: The model cannot be exported, or the file differs from it.
     """
     require_package()
-    images = to_model(images, next(model.parameters())).cpu()
+    images = images_of_type(model, images, "LiteRT")
     with staged(path) as made:
         with quiet():
             _write(model, made, images)
@@ -59,7 +63,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
     import litert_torch
 
     with converting(model, "LiteRT"), torch.no_grad():
-        litert_torch.convert(OneOutput(model).eval(), (images[:1],)).export(str(path))
+        litert_torch.convert(OneOutput(model), (images[:1],)).export(str(path))
 
 
 def _constants(path: Path) -> Iterator[NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from fastsal.deploy.semi_structured import require_gpu, semi_structured
 from fastsal.deploy.sizes import ModelSize, model_size
 from fastsal.deploy.timing import Run, Timing, time_models, time_pair
 from fastsal.errors import InvalidArgument
+from fastsal.gradients.losses import check_images
 from fastsal.models.evaluating import evaluating, to_model
 from fastsal.models.inputs import example_images
 from fastsal.models.wrappers import unwrapped
@@ -90,11 +91,14 @@ def measure_against(
     check_choice("runtime", runtime, RUNTIMES)
     gpu = require_gpu() if runtime == "torch-2:4" else None
     seconds = real("seconds", seconds, above=0)
+    if not isinstance(batches, Iterable):
+        raise InvalidArgument(f"batches must be numbers of images, got {batches!r:.80}")
     counts = [whole("batches", count, 1) for count in batches]
     if not counts:
         raise InvalidArgument("batches must have at least one number of images, got none")
     dense, pruned = unwrapped(dense), unwrapped(pruned)
     images = example_images(pruned) if images is None else images
+    check_images(images)
     sizes = (
         model_size(dense, images, has_values=False),
         model_size(pruned, images, has_values=True),
@@ -122,6 +126,7 @@ def _repeated(images: Tensor, count: int) -> Tensor:
 
 
 def _zeros(size: ModelSize, runtime: Runtime, compressed: int) -> str:
+    assert size.nonzeros is not None  # the model has its values
     zeros = size.parameters - size.nonzeros
     if compressed:
         return (
@@ -154,12 +159,14 @@ def _of_files(
             for name, model in (("dense", dense), ("pruned", pruned))
         ]
 
-        def run(call: Callable[[Any], object], some: Tensor) -> Run:
-            given = to_model(some, next(pruned.parameters())).cpu().numpy()
+        def run(call: Callable[[Any], object], model: nn.Module, some: Tensor) -> Run:
+            given = to_model(some, next(model.parameters())).cpu().numpy()
             return lambda: call(given)
 
         timings = [
-            time_pair(run(calls[0], some), run(calls[1], some), len(some), seconds=seconds)
+            time_pair(
+                run(calls[0], dense, some), run(calls[1], pruned, some), len(some), seconds=seconds
+            )
             for some in runs
         ]
         calls.clear()  # they map the files
@@ -167,12 +174,12 @@ def _of_files(
 
 
 def _on_onnxruntime(model: nn.Module, path: Path, images: Tensor) -> Callable[[Any], object]:
-    from fastsal.deploy.onnx_files import export_onnx, runtime_session
+    from fastsal.deploy.onnx_files import export_onnx, run_session, runtime_session
 
     path = path.with_suffix(".onnx")
     export_onnx(model, path, images, tolerance=1e-2)
     session = runtime_session(path, torch.get_num_threads())
-    return lambda given: session.run(None, {"images": given})
+    return lambda given: run_session(session, given)
 
 
 def _on_openvino(model: nn.Module, path: Path, images: Tensor) -> Callable[[Any], object]:

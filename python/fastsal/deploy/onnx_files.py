@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs
+from fastsal.deploy.comparing import OneOutput, compare_outputs, images_of_type
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
-from fastsal.models.evaluating import to_model
 from fastsal.utils.plain_text import first_line
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -51,13 +50,13 @@ def export_onnx(
         FastsalError: The model cannot be exported, or the file differs from it.
     """
     require_packages()
-    images = to_model(images, next(model.parameters())).cpu()
+    images = images_of_type(model, images, "ONNX")
     with staged(path) as made:
         _write(model, made, images)
         values, zeros = _compare_weights(model, made)
         session = runtime_session(made)
         difference = compare_outputs(
-            model, lambda x: session.run(None, {"images": x})[0], images, tolerance, "ONNX"
+            model, lambda x: run_session(session, x), images, tolerance, "ONNX"
         )
         size = bytes_beside(made)
     return size, difference, values, zeros
@@ -74,7 +73,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
         ):
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                OneOutput(model).eval(),
+                OneOutput(model),
                 (images[:2],),
                 str(path),
                 dynamo=True,
@@ -121,13 +120,34 @@ def _compare_weights(model: nn.Module, path: Path) -> tuple[int, int]:
 
 
 def runtime_session(path: Path, threads: int | None = None) -> Any:
-    """Return a session of ONNX Runtime on the CPU."""
+    """Return a session of ONNX Runtime on the CPU.
+
+    Raises:
+        FastsalError: It cannot run the file, such as some layers in float64.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # whatever ONNX Runtime raises
+        raise _cannot_run(error) from error
+
+
+def run_session(session: Any, images: Any) -> Any:
+    """Return the outputs of a session on images `[n, ...]`; raise FastsalError if it cannot run."""
+    try:
+        return session.run(None, {"images": images})[0]
+    except Exception as error:  # whatever ONNX Runtime raises
+        raise _cannot_run(error) from error
+
+
+def _cannot_run(error: Exception) -> FastsalError:
+    return FastsalError(
+        f"model: ONNX Runtime cannot run the file ({type(error).__name__}: {first_line(error)})"
+    )
 
 
 @contextlib.contextmanager

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsal.deploy.comparing import OneOutput, compare_outputs, compare_zeros
+from fastsal.deploy.comparing import (
+    OneOutput,
+    compare_outputs,
+    compare_zeros,
+    images_of_type,
+)
 from fastsal.deploy.converting import converting
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import to_model
 
 
 def require_package() -> None:
@@ -45,7 +49,7 @@ def export_openvino(
         FastsalError: The model cannot be exported, or the file differs from it.
     """
     require_package()
-    images = to_model(images, next(model.parameters())).cpu()
+    images = images_of_type(model, images, "OpenVINO")
     with staged(path) as made:
         _write(model, made, images)
         values, zeros = _compare_weights(model, made)
@@ -65,7 +69,7 @@ def _write(model: nn.Module, path: Path, images: Tensor) -> None:
     ):
         warnings.simplefilter("ignore")
         made = openvino.convert_model(
-            OneOutput(model).eval(),
+            OneOutput(model),
             example_input=images[:2],
             input=[-1, *images.shape[1:]],
         )

@@ -17,6 +17,7 @@ from fastsal.models.saving import check_savable
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils.json_files import read_json
 from fastsal.utils.numbers import as_integer
+from fastsal.utils.paths import user_path
 
 
 def save_run(
@@ -50,7 +51,7 @@ def save_run(
             have.
         MaskError: The masks do not fit the model.
     """
-    target = Path(folder)
+    target = user_path(folder)
     if target.exists() and not target.is_dir():
         raise InvalidArgument(f"folder must be a folder, got the file {target}")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -131,7 +132,7 @@ def _described(
     folder: str | os.PathLike[str], spec: str | None
 ) -> tuple[Path, str, dict[str, Any]]:
     """Return the folder of a run, how its model is built, and the arguments in its report."""
-    path = Path(folder)
+    path = user_path(folder)
     if not path.is_dir():
         what = "which is a file" if path.exists() else "which does not exist"
         raise InvalidArgument(f"folder must be the folder of a run, got {path}, {what}")
@@ -145,7 +146,7 @@ def _described(
             f"folder: {path / REPORT} does not say how the model is built; pass spec"
         )
     file = found.rpartition(":")[0]
-    if spec is None and file.endswith(".py") and not Path(file).expanduser().is_file():
+    if spec is None and file.endswith(".py") and not user_path(file).is_file():
         raise InvalidArgument(
             f"folder: the model of {path} is {found!r}, and there is no file {file}; pass spec, or "
             "run from the folder that the path is relative to"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastsal.deploy.comparing import compare_outputs, output_array
 from fastsal.deploy.staged import bytes_beside, staged
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.models.evaluating import set_modes
 from fastsal.utils.plain_text import first_line
 
 _LEAST_CAPABILITY = (8, 0)
@@ -74,7 +75,8 @@ def semi_structured(model: nn.Module, dtype: torch.dtype) -> tuple[nn.Module, di
             compresses.
     """
     device = require_gpu()
-    found = copy.deepcopy(model).to(device=device, dtype=dtype).eval()
+    found = copy.deepcopy(model).to(device=device, dtype=dtype)
+    set_modes(found, False)
     done: dict[str, int] = {}
     reason = "no linear layer has two zeros in every four weights"
     for name, layer in two_of_four_layers(found).items():

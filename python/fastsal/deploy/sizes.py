@@ -19,18 +19,19 @@ class ModelSize:
 
     Attributes:
         parameters: Number of parameters.
-        nonzeros: Those that are not zero.
+        nonzeros: Those that are not zero; None for a model without its values.
         macs: Multiply-accumulates of linear layers and convolutions for one image.
-        nonzero_macs: Those with a weight that is not zero; no dense library skips the others.
+        nonzero_macs: Those with a weight that is not zero; no dense library skips the others. None
+            for a model without its values.
         dense_bytes: All tensors in their own types.
         zipped_bytes: The same, compressed by deflate; None for a model without its values.
         packed_bytes: The tensors of a packed file; None for a model without its values.
     """
 
     parameters: int
-    nonzeros: int
+    nonzeros: int | None
     macs: int
-    nonzero_macs: int
+    nonzero_macs: int | None
     dense_bytes: int
     zipped_bytes: int | None
     packed_bytes: int | None
@@ -53,11 +54,16 @@ def model_size(model: nn.Module, images: Tensor, *, has_values: bool) -> ModelSi
         if tensor.data_ptr() not in seen or not tensor.numel():
             state[name] = tensor
         seen.add(tensor.data_ptr())
+    nonzero_macs = None
+    if has_values:
+        nonzero_macs = sum(
+            each * int(owned[name].count_nonzero()) for name, each in macs.items() if each
+        )
     return ModelSize(
         sum(p.numel() for p in parameters),
-        sum(int(p.count_nonzero()) for p in parameters),
+        sum(int(p.count_nonzero()) for p in parameters) if has_values else None,
         sum(each * owned[name].numel() for name, each in macs.items()),
-        sum(each * int(owned[name].count_nonzero()) for name, each in macs.items() if each),
+        nonzero_macs,
         sum(t.nbytes for t in state.values()),
         _zipped(state) if has_values else None,
         sum(t.nbytes for t in pack(state)[0].values()) if has_values else None,

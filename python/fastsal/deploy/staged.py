@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """Yield `path` in a temporary folder, whose files are moved beside `path` without an error."""
+    """Yield `path` in a temporary folder, whose files are moved beside `path` without an error.
+
+    Files or folders of the same names are replaced.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         yield Path(folder) / path.name
         for part in sorted(Path(folder).iterdir()):
-            shutil.move(part, path.parent / part.name)
+            target = path.parent / part.name
+            if target.is_dir() and part.is_dir():  # which would be moved into it
+                os.replace(target, Path(folder) / f"{part.name}.old")
+            os.replace(part, target)
 
 
 def bytes_beside(path: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -12,6 +13,8 @@ from torch import nn
 
 import fastsal
 from fastsal.cli import main
+from fastsal.deploy.comparing import compare_outputs, output_array
+from fastsal.deploy.staged import staged
 from fastsal.errors import FastsalError, InvalidArgument
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,6 +165,115 @@ def test_other_outputs_are_an_error(vit, images, kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def small():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@both
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"images": None}, "images must have at least two images .* got NoneType"),
+        ({"images": [1, 2]}, "images must have at least two images .* got list"),
+        ({"images": torch.zeros(1, 12)}, r"images must have at least two images .* got \[1, 12\]"),
+        ({"tolerance": -1}, "tolerance must be .*, got -1"),
+        ({"tolerance": "1e-3"}, "tolerance must be a number, got '1e-3'"),
+        ({"tolerance": float("nan")}, "tolerance must be .*, got nan"),
+    ],
+)
+def test_arguments_of_files(kind, how, message, tmp_path):
+    with pytest.raises(InvalidArgument, match=message):
+        fastsal.export(
+            small(), tmp_path / f"m{SUFFIX[kind]}", kind, **{"images": torch.randn(2, 12), **how}
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@both
+def test_types_that_a_file_cannot_have(kind, tmp_path):
+    needs(kind)
+    path, x = tmp_path / f"m{SUFFIX[kind]}", torch.randn(2, 12)
+    with pytest.raises(InvalidArgument, match="model must have parameters in .* got bfloat16"):
+        fastsal.export(small().to(torch.bfloat16), path, kind, images=x)
+    with pytest.raises(InvalidArgument, match="model must have parameters in .* got no param"):
+        fastsal.export(nn.ReLU(), path, kind, images=x)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packed_file_is_exact(vit, tmp_path):
+    with pytest.raises(InvalidArgument, match="tolerance must be None for format 'packed', .* 0.1"):
+        fastsal.export(vit, tmp_path / "p.safetensors", tolerance=0.1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["packed", "onnx", "openvino"])
+def test_a_folder_is_not_written_to(kind, tmp_path):
+    path = tmp_path / f"m{SUFFIX.get(kind, '.safetensors')}"
+    path.mkdir()
+    with pytest.raises(InvalidArgument, match="path must be a file, got the folder"):
+        fastsal.export(small(), path, kind, images=torch.randn(2, 12))
+    assert not list(path.iterdir())
+
+
+def test_staged_folders_replace_those_of_before(tmp_path):
+    path = tmp_path / "m.mlpackage"
+    for text in ("one", "two"):
+        with staged(path) as made:
+            made.mkdir()
+            (made / text).touch()
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["m.mlpackage"]
+
+
+def test_outputs_that_are_not_finite():
+    x = torch.randn(2, 12)
+    model = small()
+    wanted = output_array(model, x)
+    with pytest.raises(FastsalError, match="differ from those of the model by nan"):
+        compare_outputs(
+            model, lambda x: output_array(model, torch.from_numpy(x)) * np.nan, x, 1, ""
+        )
+    with pytest.raises(FastsalError, match="outputs of the model on images are NaN"):
+        compare_outputs(model, lambda x: wanted[: len(x)], x * torch.nan, 1, "")
+    with torch.no_grad():
+        model[3].bias[1] = -torch.inf  # such as those of a class that is masked
+    masked = output_array(model, x)
+    assert compare_outputs(model, lambda x: masked[: len(x)], x, 1e-5, "") < 1e-5
+    with pytest.raises(FastsalError, match="differ from those of the model by inf"):
+        compare_outputs(model, lambda x: wanted[: len(x)], x, 1, "")
+
+
+class Merging(nn.Linear):
+    """An adapter that is merged into the weight by `eval()`, and taken out again by `train()`."""
+
+    def __init__(self):
+        super().__init__(12, 8)
+        self.adapter, self.is_merged = nn.Parameter(torch.randn(8, 12)), False
+
+    def train(self, mode=True):
+        if mode == self.is_merged:
+            self.weight.data += -self.adapter if mode else self.adapter
+            self.is_merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if self.is_merged else y + nn.functional.linear(x, self.adapter)
+
+
+@both
+def test_adapters_are_not_merged(kind, tmp_path):
+    needs(kind)
+    torch.manual_seed(0)
+    model = nn.Sequential(Merging(), nn.ReLU(), nn.Linear(8, 3))
+    before = copy.deepcopy(model.state_dict())
+    fastsal.export(model, tmp_path / f"m{SUFFIX[kind]}", kind, images=torch.randn(3, 12))
+    assert model.training
+    assert not model[0].is_merged
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+
+
 class Loop(nn.Module):
     def __init__(self):
         super().__init__()
@@ -217,6 +329,10 @@ def test_the_commands(vit, images, tmp_path):
     said = run("export", tmp_path / "run", "--format", "packed", "--out",
                tmp_path / "p.safetensors", status=2)  # fmt: skip
     assert "already exists" in said
+    for option in ("--tolerance", "--size"):
+        said = run("export", tmp_path / "run", "--format", "packed", option, 1, "--out",
+                   tmp_path / "q.safetensors", status=2)  # fmt: skip
+        assert f"{option} must not be given with --format packed" in said
     said = run("measure", tmp_path / "run", "--batch", 1, "--batch", 2, "--seconds", 0.01, "--json")
     found = json.loads(said)
     assert found["pruned"]["parameters"] == result.after.parameters

@@ -77,8 +77,9 @@ def test_the_command(run, tmp_path):
     done = invoke("--out", str(tmp_path / "hub"))
     assert done.exit_code == 2
     assert "folder must be new or empty" in done.output
-    done = invoke("--out", str(tmp_path / "other"), "--dtype", "float16")
-    assert "--dtype must not be given with --format hub" in done.output
+    for option, value in (("dtype", "float16"), ("tolerance", "1e-3"), ("size", "64")):
+        done = invoke("--out", str(tmp_path / "other"), f"--{option}", value)
+        assert f"--{option} must not be given with --format hub" in done.output
     assert not (tmp_path / "other").exists()
 
 

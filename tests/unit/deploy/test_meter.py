@@ -11,7 +11,7 @@ from torch import nn
 import fastsal
 from fastsal.deploy.sizes import model_size
 from fastsal.deploy.timing import Timing, time_pair
-from fastsal.errors import InvalidArgument
+from fastsal.errors import DataError, InvalidArgument
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +76,9 @@ def test_a_masked_model_is_said_to_be_as_it_is():
     assert found.timings[0].batch == 3
     assert found.machine["threads"] == 1
     assert found.as_dict()["pruned"]["nonzeros"] == 123
+    # The original of a run is built with random values.
+    assert found.dense.nonzeros is None
+    assert found.dense.nonzero_macs is None
 
 
 def test_arguments():
@@ -85,5 +88,20 @@ def test_arguments():
         fastsal.measure_against(net(), net(), batches=[0])
     with pytest.raises(InvalidArgument, match="batches must have"):
         fastsal.measure_against(net(), net(), batches=[])
+    with pytest.raises(InvalidArgument, match="batches must be numbers of images, got 4"):
+        fastsal.measure_against(net(), net(), batches=4)
     with pytest.raises(InvalidArgument, match="seconds must be"):
         fastsal.measure_against(net(), net(), seconds=0)
+    with pytest.raises(DataError, match="images must contain at least one"):
+        fastsal.measure_against(net(), net(), torch.zeros(0, 3, 8, 8))
+    with pytest.raises(DataError, match="images must be a tensor"):
+        fastsal.measure_against(net(), net(), [1])
+
+
+def test_files_of_models_of_two_types():
+    pytest.importorskip("openvino", reason="needs the extra 'openvino'")
+    found = fastsal.measure_against(
+        net().eval(), net().eval().half(), torch.randn(2, 3, 8, 8), batches=[1], seconds=0.01,
+        runtime="openvino",
+    )  # fmt: skip
+    assert found.pruned.dense_bytes < found.dense.dense_bytes

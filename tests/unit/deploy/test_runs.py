@@ -223,6 +223,53 @@ def test_a_run_of_timm(tmp_path):
     assert sum(p.numel() for p in again.parameters()) == result.after.parameters
 
 
+SHARED = """
+import torch
+from torch import nn
+
+
+class Attention(nn.Module):
+    num_heads = 4
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        n, tokens, _ = x.shape
+        shape = n, tokens, 3, self.num_heads, -1
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(n, tokens, -1))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.stem, self.head = Attention(), nn.Linear(12, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList([self.shared, self.shared])
+
+    def forward(self, x):
+        x = self.stem(x.reshape(len(x), -1, 12))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(dim=1))
+"""
+
+
+def test_a_run_with_a_shared_attention(tmp_path):
+    """A file has a shared tensor under the first of its names, here not that of the group."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    spec = f"{tmp_path}/shared.py:Net"
+    model, x = fastsal.load_model(spec), torch.randn(10, 3, 8, 8)
+    result = fastsal.prune_structure(model, [x], 0.5, structure="heads", reconstruct=False)
+    assert result.widths == {"shared": (4, 2)}
+    fastsal.save_run(tmp_path / "run", model, result.masks, spec)
+    again = fastsal.load_run(tmp_path / "run")
+    assert torch.equal(again(x), model(x))
+    assert again.blocks[1].qkv is again.shared.qkv
+
+
 def test_load_run_says_what_is_missing(tmp_path, folder, mlp_file):
     with pytest.raises(InvalidArgument, match="does not exist"):
         fastsal.load_run(tmp_path / "nothing")

@@ -31,8 +31,8 @@ class Moments:
     def __init__(self, size: int) -> None:
         self.count = 0
         self._shift: Tensor | None = None
-        self._sum = torch.zeros(size, dtype=torch.float64)
-        self._products = torch.zeros(size, size, dtype=torch.float64)
+        self._sum = torch.zeros(size, dtype=torch.float64, device="cpu")
+        self._products = torch.zeros(size, size, dtype=torch.float64, device="cpu")
 
     def add(self, rows: Tensor) -> None:
         """Add vectors `[R, D]`, float32 or float64."""

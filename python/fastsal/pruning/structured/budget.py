@@ -152,7 +152,7 @@ def choose_widths(
         raise InvalidArgument(
             f"sparsity must be at most {math.floor((1 - least / base) * 1000) / 1000:g} of the "
             f"{what} here, got {sparsity:g}: the other ones are not in units that can be removed, "
-            "or kept by floor"
+            "or kept by floor or multiple"
         )
     if scope == "layer" and what == "units":
         return _nearest(groups, allowed, goal / base)
@@ -179,7 +179,7 @@ def choose_widths(
     kept_total = dict(kept)
     for name in kept:
         offer(name)
-    while left > goal:
+    while left > goal and waiting:  # without steps left it is met, but for rounding errors
         _, _, name = heapq.heappop(waiting)
         place[name] += 1
         fewer = allowed[name][place[name]]

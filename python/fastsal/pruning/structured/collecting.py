@@ -24,6 +24,7 @@ from fastsal.gradients.state import frozen
 from fastsal.models.evaluating import differentiable, drop_kept, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
+from fastsal.pruning.structured.graph import input_of
 from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
@@ -75,7 +76,7 @@ def collect_statistics(
     found = {name: Statistics(Moments(_flat(layer).shape[1])) for name, layer in layers.items()}
     for name in curvature:
         outputs = len(_flat(layers[name]))
-        found[name].curvature = torch.zeros(outputs, outputs, dtype=torch.float64)
+        found[name].curvature = torch.zeros(outputs, outputs, dtype=torch.float64, device="cpu")
     noise = torch.Generator().manual_seed(seed)
     first, done, curved = next(model.parameters()), 0, 0
     # Gradients of outputs are enough, none of parameters.
@@ -151,13 +152,16 @@ def _observing(layers: dict[str, nn.Module], found: dict[str, Statistics]) -> It
     """Add the inputs of layers to their moments."""
 
     def observe(name: str) -> Callable[..., None]:
-        def add(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        def add(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             with torch.no_grad():
-                found[name].inputs.add(input_rows(layer, given[0]))
+                found[name].inputs.add(input_rows(layer, input_of(given, named)))
 
         return add
 
-    hooks = [layer.register_forward_pre_hook(observe(name)) for name, layer in layers.items()]
+    hooks = [
+        layer.register_forward_pre_hook(observe(name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
     try:
         yield
     finally:
@@ -171,7 +175,7 @@ def _gradients(
 ) -> Iterator[None]:
     """Add the gradients at the outputs of layers to their curvature."""
 
-    def observe(name: str) -> Callable[..., None]:
+    def observe(name: str) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
             is_last = isinstance(layers[name], nn.Linear)
             g = gradient.detach() if is_last else gradient.detach().movedim(1, -1)
@@ -181,10 +185,13 @@ def _gradients(
             assert total is not None
             total += product
 
-        def hook(_: nn.Module, __: object, result: Tensor) -> None:
+        def hook(_: nn.Module, __: object, result: Tensor) -> Tensor:
             if not result.requires_grad:
-                result.requires_grad_()  # the graph starts at the first of the layers
+                # The graph starts at the first of the layers. What follows may change its output
+                # in place, which autograd forbids for the start itself.
+                result = result.requires_grad_().clone()
             result.register_hook(add)  # type: ignore[no-untyped-call]
+            return result
 
         return hook
 

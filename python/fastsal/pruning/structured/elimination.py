@@ -42,8 +42,8 @@ def eliminate(inverse: Tensor, quadratic: Tensor, units: int, least: int = 1) ->
     """
     state = _State(inverse, quadratic, units)
     count = max(0, units - least)
-    order = torch.empty(count, dtype=torch.int64)
-    costs = torch.empty(count, dtype=torch.float64)
+    order = torch.empty(count, dtype=torch.int64, device="cpu")
+    costs = torch.empty(count, dtype=torch.float64, device="cpu")
     for step in range(count):
         order[step], costs[step] = state.remove_cheapest()
     return order, costs
@@ -59,8 +59,8 @@ class _State:
     def __init__(self, inverse: Tensor, quadratic: Tensor, units: int) -> None:
         self._inverse, self._quadratic = inverse, quadratic
         self._c = len(inverse) // units
-        self.names = torch.arange(units)
-        self._alive = torch.ones(units, dtype=torch.bool)
+        self.names = torch.arange(units, device="cpu")
+        self._alive = torch.ones(units, dtype=torch.bool, device="cpu")
         self._least = _LEAST_PIVOT * inverse.diagonal().abs().max()
         self._refresh()
 
@@ -105,7 +105,7 @@ class _State:
             cross = u3.mT @ a3
             self._a -= inverse.view(c, m, c).permute(1, 2, 0) @ a3
             self._s -= cross + cross.mT
-            self._a[unit] = torch.eye(c, dtype=self._a.dtype)
+            self._a[unit] = torch.eye(c, dtype=self._a.dtype, device="cpu")
         self._alive[unit] = False
         self._held += 1
         if self._held == self._room:
@@ -117,7 +117,7 @@ class _State:
         b, p, u = self._b[past], self._p[past], self._u[past]
         if int(self._alive.sum()) <= _COMPACTS_AT * len(self._alive):
             kept = self._alive.nonzero()[:, 0]
-            columns = (kept[:, None] * self._c + torch.arange(self._c)).flatten()
+            columns = (kept[:, None] * self._c + torch.arange(self._c, device="cpu")).flatten()
             self._inverse = self._inverse.index_select(0, columns).index_select(1, columns)
             self._quadratic = self._quadratic.index_select(0, columns).index_select(1, columns)
             b, p, u = b[:, columns], p[:, columns], u[:, columns]
@@ -133,9 +133,9 @@ class _State:
         self._room = max(1, min(_HELD // c, m))
         self._held = 0
         self._b, self._p, self._u = (
-            torch.empty(self._room * c, d, dtype=torch.float64) for _ in range(3)
+            torch.empty(self._room * c, d, dtype=torch.float64, device="cpu") for _ in range(3)
         )
-        blocks = torch.arange(m)
+        blocks = torch.arange(m, device="cpu")
         self._a = self._inverse.view(m, c, m, c)[blocks, :, blocks].clone()
         self._s = self._quadratic.view(m, c, m, c)[blocks, :, blocks].clone()
-        self._a[~self._alive] = torch.eye(c, dtype=self._a.dtype)
+        self._a[~self._alive] = torch.eye(c, dtype=self._a.dtype, device="cpu")

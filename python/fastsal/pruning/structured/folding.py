@@ -54,7 +54,7 @@ def fold(weight: Tensor, damped: Damped, kept: Tensor) -> tuple[Tensor, Tensor |
     Returns:
         `[O, D]` with zeros in the removed columns, and `[O]` or None.
     """
-    is_gone = torch.ones(weight.shape[1], dtype=torch.bool)
+    is_gone = torch.ones(weight.shape[1], dtype=torch.bool, device="cpu")
     is_gone[kept] = False
     gone = is_gone.nonzero()[:, 0]
     rows = damped.matrix.index_select(0, kept)

@@ -107,7 +107,7 @@ class Graph:
         pair = to_model(pair.detach().clone(), next(model.parameters()))
         with traced(model), self._recording(model), torch.random.fork_rng(devices=[]):
             outputs = model(pair)
-        self._roots = {t.grad_fn for t in _tensors(outputs) if t.grad_fn is not None}
+        self._roots = {t.grad_fn for t in tensors_within(outputs) if t.grad_fn is not None}
         self._heads = set(classifier_of(model, images))
         self._users: dict[Node, list[Node]] = {}
         self._find_users()
@@ -122,14 +122,14 @@ class Graph:
             module: name for name, module in model.named_modules() if is_dense(module)
         }
 
-        def before(layer: nn.Module, given: tuple[Any, ...]) -> None:
-            sources[layer] = given[0].grad_fn
+        def before(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            sources[layer] = input_of(given, named).grad_fn
 
         def after(layer: nn.Module, _: object, result: Tensor) -> None:
             name, places = names[layer], result.numel() // max(1, len(result) * widths(layer)[0])
             self.calls.append(Call(name, layer, sources[layer], result.grad_fn, places))
 
-        hooks = [layer.register_forward_pre_hook(before) for layer in names]
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in names]
         hooks += [layer.register_forward_hook(after) for layer in names]
         try:
             yield
@@ -138,7 +138,10 @@ class Graph:
                 hook.remove()
 
     def normalization_after(self, call: Call, model: nn.Module) -> str | None:
-        """Return the batch normalization that alone uses the output of a call; None without one."""
+        """Return the batch normalization that alone uses the output of a call; None without one.
+
+        Nor does it normalize anything else: another layer would lose its mean, too.
+        """
         users = self._users.get(call.result, [])
         if len(users) != 1 or not re.search("Batch_?Norm", users[0].name()):
             return None
@@ -147,7 +150,8 @@ class Graph:
             for name, module in model.named_modules()
             if isinstance(module, BATCH_NORMALIZATION) and module.running_mean is not None
         }
-        variables = [getattr(child, "variable", None) for child in children(users[0])]
+        own = [child for child in children(users[0]) if len(self._users[child]) == 1]
+        variables = [getattr(child, "variable", None) for child in own]
         return next((owners[id(v)] for v in variables if v is not None and id(v) in owners), None)
 
     def spaces(self) -> Iterator[Space]:
@@ -213,22 +217,29 @@ class Graph:
                 self._inside[node] = call
 
 
+def input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """Return the input of a layer, which may have been given by keyword."""
+    found: Tensor = (*given, *named.values())[0]
+    return found
+
+
 def children(node: Node) -> list[Node]:
     """Return the nodes that a node depends on."""
     return [child for child, _ in node.next_functions if child is not None]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_within(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model returns: containers, or objects with fields."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _tensors(part)
+            yield from tensors_within(part)
     elif isinstance(value, (list, tuple)):
         for part in value:
-            yield from _tensors(part)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))
+            yield from tensors_within(part)
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        yield from tensors_within(vars(value))
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class Group:
         """Return the columns of the flat weight `[O, D]` of a consumer that units have, sorted."""
         weight: Tensor = consumer.weight  # type: ignore[assignment]
         c = weight[0].numel() // self.units
-        return (kept[:, None] * c + torch.arange(c)).flatten()
+        return (kept[:, None] * c + torch.arange(c, device="cpu")).flatten()
 
 
 def tensor_of(model: nn.Module, part: Slice) -> Tensor:
@@ -127,8 +127,10 @@ def silence(model: nn.Module, cuts: Iterable[tuple[Group, Tensor]]) -> None:
             for name in group.consumers:
                 consumer = model.get_submodule(name)
                 weight: Tensor = consumer.weight  # type: ignore[assignment]
-                flat = weight.data.clone().view(len(weight), -1)
-                gone = torch.ones(flat.shape[1], dtype=torch.bool)
+                # In a format of its own: weights may be stored with the channels last.
+                flat = weight.data.clone(memory_format=torch.contiguous_format)
+                flat = flat.view(len(weight), -1)
+                gone = torch.ones(flat.shape[1], dtype=torch.bool, device="cpu")
                 gone[group.kept_columns(consumer, kept)] = False
                 flat[:, gone.to(flat.device)] = 0
                 weight.data = flat.view_as(weight)
@@ -146,12 +148,7 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
         on_error_only: Whether changes are kept unless the block raises.
     """
     tensors = [(t, t.data, t.grad) for t in [*model.parameters(), *model.buffers()]]
-    numbers = [
-        (module, key, value)
-        for module in model.modules()
-        for key, value in vars(module).items()
-        if type(value) is int
-    ]
+    numbers = [(module, _numbers_of(module)) for module in model.modules()]
     widths = widths_of(model)
 
     def restore() -> None:
@@ -159,8 +156,12 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
             if tensor.data.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
                 tensor.data = data
                 tensor.grad = gradient
-        for module, key, value in numbers:
-            setattr(module, key, value)
+        for module, before in numbers:
+            for key in _numbers_of(module).keys() - before.keys():
+                if hasattr(type(module), key):  # the number of the class is back without it
+                    delattr(module, key)
+            for key, value in before.items():
+                setattr(module, key, value)
         record_widths(model, widths)
         drop_kept(model)
 
@@ -171,6 +172,11 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
         raise
     if not on_error_only:
         restore()
+
+
+def _numbers_of(module: nn.Module) -> dict[str, int]:
+    """Return the numbers of a module itself, not those of its class."""
+    return {key: value for key, value in vars(module).items() if type(value) is int}
 
 
 def names_of(groups: Sequence[Group]) -> list[str]:

@@ -62,7 +62,7 @@ def _group(
     name: str, module: nn.Module, inputs: dict[str, nn.Linear], heads: int, width: int
 ) -> Group:
     each = width // heads
-    own = torch.arange(width).view(heads, each)
+    own = torch.arange(width, device="cpu").view(heads, each)
     slices: list[Slice] = []
     numbers = [Number(name, "num_heads")]
     for key in _WIDTHS:
@@ -76,7 +76,7 @@ def _group(
         numbers.append(Number(f"{name}.{key}", "out_features", _INPUTS[key] * each))
     slices.append(Slice(f"{name}.proj", "weight", 1, own))
     numbers.append(Number(f"{name}.proj", "in_features", each))
-    one = torch.arange(heads)[:, None]
+    one = torch.arange(heads, device="cpu")[:, None]
     tensors: list[tuple[str, Tensor]] = [
         *module.named_parameters(recurse=False),
         *module.named_buffers(recurse=False),

@@ -104,10 +104,11 @@ class Judge:
 def masks_of(model: nn.Module, cuts: Cuts) -> Masks:
     """Return masks of all weights of a model, False for those of units that go."""
     masks = {
-        name: torch.ones(p.shape, dtype=torch.bool) for name, p in select_parameters(model).items()
+        name: torch.ones(p.shape, dtype=torch.bool, device="cpu")
+        for name, p in select_parameters(model).items()
     }
     for group, kept in cuts:
-        gone = torch.ones(group.units, dtype=torch.bool)
+        gone = torch.ones(group.units, dtype=torch.bool, device="cpu")
         gone[kept] = False
         for part in group.slices:
             if part.name in masks:

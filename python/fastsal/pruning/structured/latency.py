@@ -115,7 +115,7 @@ def _not_rising(values: Sequence[float]) -> tuple[float, ...]:
 def _some(group: Group, fraction: float) -> Tensor:
     """Return units to keep, evenly spaced; latency does not depend on which ones."""
     count = max(1, round(fraction * group.units))
-    return torch.arange(count) * group.units // count
+    return torch.arange(count, device="cpu") * group.units // count
 
 
 @contextmanager

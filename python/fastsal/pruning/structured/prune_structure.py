@@ -22,6 +22,7 @@ from fastsal.data.batches import Batches, Pair, as_batches, first_images
 from fastsal.data.held_out import HELD_OUT_MOST, HeldOutSamples, Repeated, require_some
 from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument, UnknownParameter
+from fastsal.gradients.losses import check_images
 from fastsal.models.classifier import using_head
 from fastsal.models.widths import widths_of
 from fastsal.models.wrappers import unwrapped
@@ -36,6 +37,7 @@ from fastsal.pruning.structured.judging import Choice, Cuts, Judge, room_for
 from fastsal.pruning.structured.latency import Segment, measure_segments
 from fastsal.pruning.structured.result import Size, StructureResult
 from fastsal.pruning.structured.settings import Settings
+from fastsal.pruning.structured.trace import IS_OUTPUT
 from fastsal.pruning.structured.work import Work, applied
 from fastsal.utils.choices import (
     STRUCTURES,
@@ -151,7 +153,10 @@ def prune_structure(
             )
         batches = list(as_batches(batches, how.samples, "ignored"))
     model, clock = unwrapped(model), Clock()
+    if next(model.parameters(), None) is None:
+        raise InvalidArgument(f"model must have parameters, got {type(model).__name__} without any")
     images, batches = first_images(batches)
+    check_images(images)
     with using_head(model, head), restored(model, on_error_only=True):
         units = _chosen(find(model, images, structure), layers, structure)
         segments = _segments(model, units, images, how)
@@ -258,7 +263,9 @@ def _chosen(units: Units, layers: str | Sequence[str] | None, structure: str) ->
     """
     known = [group.name for group in units.groups]
     if not known:
-        why = next(iter(units.left_out.items()), None)
+        # That some layers are outputs is no reason why the others are not units.
+        reasons = sorted(units.left_out.items(), key=lambda each: each[1] == IS_OUTPUT)
+        why = next(iter(reasons), None)
         reason = "" if why is None else f" ({why[0]}: {why[1]})"
         raise InvalidArgument(
             f"structure: the model has no units that can be removed as {structure!r}{reason}; "
@@ -266,7 +273,11 @@ def _chosen(units: Units, layers: str | Sequence[str] | None, structure: str) ->
         )
     if layers is None:
         return units
-    patterns = [layers] if isinstance(layers, str) else list(layers)
+    given: Any = layers
+    is_one = isinstance(given, str) or not isinstance(given, Iterable)
+    patterns: list[str] = [given] if is_one else list(given)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InvalidArgument(f"layers must be names or patterns of layers, got {layers!r:.80}")
     wanted: set[str] = set()
     if all(pattern.startswith("!") for pattern in patterns):
         wanted = set(known)
@@ -304,5 +315,7 @@ def _all_kept(model: nn.Module, units: Units, recipe: dict[str, Any]) -> Masks:
     """Return masks of the weights of all groups, True everywhere."""
     names = {p.name for group in units.groups for p in group.slices if p.tensor == "weight"}
     shapes = {n: p.shape for n, p in model.named_parameters() if n in names and p.dim() > 1}
-    masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+    masks = {
+        name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()
+    }
     return Masks(masks, recipe, copy=False)

@@ -24,10 +24,10 @@ def simple_scores(model: nn.Module, group: Group, criterion: str, variance: Tens
     """
     if criterion == "random":
         draw = torch.Generator().manual_seed(seed)
-        return torch.rand(group.units, generator=draw, dtype=torch.float64)
+        return torch.rand(group.units, generator=draw, dtype=torch.float64, device="cpu")
     if criterion == "variance":
         return variance.view(group.units, -1).mean(dim=1)
-    squares = {0: torch.zeros(group.units, dtype=torch.float64)}
+    squares = {0: torch.zeros(group.units, dtype=torch.float64, device="cpu")}
     squares[1] = squares[0].clone()
     for part in group.slices:
         if part.tensor == "weight" and part.module in {*group.producers, *group.consumers}:

@@ -34,6 +34,8 @@ _BETWEEN = {
     re.compile("Softmax|ScaledDotProduct"): "its units take part in attention",
 }
 _SUM = re.compile("^(Add|Sub)Backward")
+# Of most models some layers are so.
+IS_OUTPUT = "its units are outputs or features of the model"
 
 
 class LeftOutError(Exception):
@@ -79,7 +81,15 @@ def find_units(graph: Graph, model: nn.Module, kind: str, heads: set[str]) -> Fo
             continue
         if own == kind:
             found.groups.append(group)
+    for call in graph.calls:
+        if call.result is None and call.name not in heads and _usual_kind(call.layer) == kind:
+            found.left_out[call.name] = "its outputs have no gradients, which tell what uses them"
     return found
+
+
+def _usual_kind(layer: nn.Module) -> str:
+    """Return the kind of the units of a layer of which nothing else is known."""
+    return "channels" if _kernel(layer) else "mlp"
 
 
 def _kernel(layer: nn.Module) -> tuple[int, ...]:
@@ -125,7 +135,7 @@ class _Names:
         """
         self._check(space)
         units = widths(space.consumers[0].layer)[1]
-        index = torch.arange(units)[:, None]
+        index = torch.arange(units, device="cpu")[:, None]
         slices: list[Slice] = []
         numbers: list[Number] = []
         for call in space.producers:
@@ -162,17 +172,10 @@ class _Names:
         for call in calls:
             self._check_layer(call)
         if space.reaches_output:
-            raise LeftOutError("its units are outputs or features of the model")
+            raise LeftOutError(IS_OUTPUT)
         if not space.consumers:
             raise LeftOutError("no linear layer or convolution uses its units alone")
-        for node in space.nodes:
-            for pattern, why in _BETWEEN.items():
-                if pattern.search(node.name()):
-                    raise LeftOutError(why)
-            data = [child for child in children(node) if not hasattr(child, "variable")]
-            is_sum = _SUM.search(node.name()) and len(data) > 1
-            if is_sum and len(space.producers) > 1:
-                raise LeftOutError("its units are added to those of other layers")
+        _check_between(space)
         units = widths(space.consumers[0].layer)[1]
         for call in calls:
             width = widths(call.layer)[0 if call in space.producers else 1]
@@ -183,10 +186,7 @@ class _Names:
                     f"{call.name!r} has {width} units, not the {units} inputs of {name!r}"
                 )
         for call in space.consumers:
-            has_own = type(call.layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
-            pads = getattr(call.layer, "padding_mode", "zeros") != "zeros"
-            if set(_kernel(call.layer)) - {1} and (has_own or pads or len(_kernel(call.layer)) > 2):
-                raise LeftOutError(f"the padding of {call.name!r} is its own")
+            _check_padding(call)
 
     def _check_layer(self, call: Call) -> None:
         if self._calls[call.name] > 1:
@@ -211,7 +211,7 @@ class _Names:
             axes = [0]
         elif len(axes) != 1 or parameter.numel() != units:
             raise LeftOutError(f"{label!r} acts on its units, not on each alone")
-        index = torch.arange(units)[:, None]
+        index = torch.arange(units, device="cpu")[:, None]
         slices, numbers = [Slice(name, own, axes[0], index)], []
         slices += [
             Slice(name, buffer, 0, index)
@@ -221,6 +221,33 @@ class _Names:
         attributes = ("num_features", "out_channels", "in_channels", "groups")
         numbers += [Number(name, key) for key in attributes if getattr(module, key, None) == units]
         return slices, numbers
+
+
+def _check_between(space: Space) -> None:
+    """Raise LeftOutError if an operation between the layers is over units, or adds others."""
+    has_volumes = any(len(_kernel(call.layer)) == 3 for call in space.producers + space.consumers)
+    for node in space.nodes:
+        for pattern, why in _BETWEEN.items():
+            if pattern.search(node.name()):
+                raise LeftOutError(why)
+        # As of a local response normalization, whose effect may be too small for the proof.
+        if "AvgPool3D" in node.name() and not has_volumes:
+            raise LeftOutError("a pooling is over its units")
+        data = [child for child in children(node) if not hasattr(child, "variable")]
+        is_sum = _SUM.search(node.name()) and len(data) > 1
+        if is_sum and len(space.producers) > 1:
+            raise LeftOutError("its units are added to those of other layers")
+
+
+def _check_padding(call: Call) -> None:
+    """Raise LeftOutError unless the patches of a consumer are known, see `input_rows`."""
+    if not set(_kernel(call.layer)) - {1}:
+        return
+    if len(_kernel(call.layer)) > 2:
+        raise LeftOutError(f"the kernel of {call.name!r} has three axes")
+    has_own = type(call.layer).forward not in (nn.Conv1d.forward, nn.Conv2d.forward)
+    if has_own or getattr(call.layer, "padding_mode", "zeros") != "zeros":
+        raise LeftOutError(f"the padding of {call.name!r} is its own")
 
 
 def _work(call: Call) -> int:

@@ -71,7 +71,7 @@ class Work:
         gone = self.removed(widths)
         for group in self._groups:
             if len(gone[group.name]):
-                mask = torch.ones(group.units, dtype=torch.bool)
+                mask = torch.ones(group.units, dtype=torch.bool, device="cpu")
                 mask[gone[group.name]] = False
                 found.append((group, mask.nonzero()[:, 0]))
         return found
