@@ -5,15 +5,17 @@ Machines are beside each other.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 
 def main() -> None:
     """Print the table and the machines of the results files."""
-    records = [json.loads(Path(file).read_text()) for file in sys.argv[1:]]
+    parser = argparse.ArgumentParser("python -m benches.table", description=__doc__)
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="of `fastsal bench`")
+    records = [json.loads(file.read_text()) for file in parser.parse_args().files]
     print("\n".join(table(records)))
 
 

@@ -18,6 +18,8 @@ import fastsal
 from fastsal.cli import main
 from fastsal.models.saving import save_weights
 
+from .commands import failed
+
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(each) for each in arguments])
@@ -157,3 +159,43 @@ def test_accuracy_is_that_of_timm_to_the_image(shared_data, tmp_path):
     with torch.no_grad():
         hits = [int(model(dataset[i][0][None]).argmax()) == dataset.targets[i] for i in chosen]
     assert found["accuracy"] * count == pytest.approx(sum(hits))
+
+
+def test_a_size_beyond_the_memory_is_one_line(folder):
+    result = run("eval", "test_resnet", "--num-classes", 2, "--data", folder, "--size", 99999999)
+    failed(result, "there is not enough memory")
+    assert "--size" in result.stderr
+
+
+def test_a_path_in_the_home_folder(folder, vit, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    loss = measured(*vit, "--data", folder)[0]["loss"]
+    assert measured(*vit, "--data", "~/set")[0]["loss"] == loss
+
+
+def test_whole_groups_need_a_sparsity(tmp_path):
+    result = run("prune", "no-such-model", "--pattern", "1x4", "--out", tmp_path / "out")
+    failed(result, "sparsity must be in [0, 1] with pattern '1x4'")
+
+
+def test_what_a_model_file_prints_is_not_output(tmp_path, folder):
+    code = "from torch import nn\nprint('read')\n\ndef net():\n    print('built')\n"
+    code += "    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))\n"
+    (tmp_path / "net.py").write_text(code)
+    _, stderr = measured(f"{tmp_path}/net.py:net", "--data", folder, "--size", 16)
+    assert "read\nbuilt\n" in stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("def net(:", "SyntaxError"),
+        ("import no_such_package", "ModuleNotFoundError: No module named"),
+        ("from .beside import net", "ImportError"),
+        ("def net():\n    raise SystemExit(0)", "must return a module, got an exit"),
+    ],
+)
+def test_a_model_file_that_cannot_be_used_is_one_line(tmp_path, folder, code, words):
+    (tmp_path / "net.py").write_text(code)
+    failed(run("eval", f"{tmp_path}/net.py:net", "--data", folder), words)

@@ -495,6 +495,24 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
     assert "report.html" in result.stdout
 
 
+def test_classes_are_names_before_they_are_numbers(tiny_file, tmp_path):
+    """Folders are numbered in the order of their names: 0, 1, 10, 2."""
+    rng = np.random.default_rng(0)
+    for name in ("0", "1", "10", "2"):
+        (tmp_path / "digits" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "digits" / name / f"{i}.png")
+    result = run(
+        "transfer", f"{tiny_file}:tiny", "--task", f"a={tmp_path / 'digits'}", "--classes", "a=1,2",
+        "--source", "a", "--criterion", "magnitude", "--sparsity", 0.5, "--quiet",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    splits = json.loads((tmp_path / "out" / "splits.json").read_text())["a"]
+    assert sorted(i for part in splits.values() for i in part) == [*range(8, 16), *range(24, 32)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -504,6 +522,7 @@ def test_transfer_is_a_study_of_one_model(study_file, tmp_path):
             ["--task", "a=x.npz", "--source", "a", "--test", "b=y"],
             "test must name one of the tasks a, got 'b'",
         ),
+        (["--task", "a=sklearn:digits", "--source", "a", "--classes", "a=²,1"], "no class '²'"),
     ],
 )
 def test_transfer_says_what_it_takes(arguments, message, tmp_path, tiny_file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +11,7 @@ from fastsal.cli.help import Command
 from fastsal.cli.types import COUNT, NUMBER, PATH, choice
 from fastsal.errors import InvalidArgument, MaskError
 from fastsal.utils.choices import SCHEDULES
+from fastsal.utils.paths import user_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -161,7 +161,7 @@ def finetune(**given: Any) -> None:
         return
     screen = console()
     screen.print(_table(done))
-    screen.print(f"\n[bold]epoch {done.kept_epoch} kept; {run_summary(result)}[/bold]")
+    screen.print(f"\nepoch {done.kept_epoch} kept; {run_summary(result)}", style="bold")
     print_selection(screen, rest, in_use)
     screen.print(f"Written to {given['out']}", soft_wrap=True)
 
@@ -173,7 +173,7 @@ def _fitting_masks(given: dict[str, Any], model: nn.Module) -> Masks:
 
     path = given["masks"]
     if path is None:
-        path = Path(given["weights"] or "")
+        path = user_path(given["weights"] or "")
         if given["weights"] is None or not path.is_dir():
             raise InvalidArgument("--masks is required unless --weights is the folder of a run")
     masks = fastsal.Masks.load(masks_file(path))

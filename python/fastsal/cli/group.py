@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import re
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +17,13 @@ import click
 from fastsal.errors import FastsalError
 from fastsal.utils.atomic import recording_writes
 from fastsal.utils.plain_text import plain_line
+from fastsal.utils.sizes import gib
 
 STATUS_ERROR = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+_MEMORY = ("--size", "--batch-size", "--memory-budget")
+_BYTES = re.compile(r"tried to allocate (\d+) bytes")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Group(click.Group):
@@ -45,6 +53,7 @@ class Group(click.Group):
         with contextlib.ExitStack() as stack:
             # A process that calls the command from Python keeps its own.
             stack.callback(setattr, warnings, "showwarning", before)
+            stack.enter_context(_any_character())
             written = stack.enter_context(recording_writes())
             return self._invoked(ctx, written)
 
@@ -56,7 +65,7 @@ class Group(click.Group):
         except (FastsalError, OSError) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            if not isinstance(error, FastsalError) and error.filename is None:
+            if isinstance(error, OSError) and error.filename is None and error.errno not in _FULL:
                 raise
             _exit_with(ctx, one_line(error))
         except ImportError as error:
@@ -64,9 +73,48 @@ class Group(click.Group):
             if ctx.params.get("debug") or error.name != "fastsal._core":
                 raise
             _exit_with(ctx, one_line(error))
+        except (MemoryError, RuntimeError) as error:
+            if ctx.params.get("debug") or not is_out_of_memory(error):
+                raise
+            _exit_with(ctx, self._out_of_memory(ctx, error))
         except KeyboardInterrupt:
             click.echo(f"interrupted: {_written(written)}", err=True)
             ctx.exit(STATUS_INTERRUPTED)
+
+    def _out_of_memory(self, ctx: click.Context, error: BaseException) -> str:
+        """Return how much memory was asked for, and which options of the command need less."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        names = [name for param in command.params for name in param.opts] if command else []
+        less = [name for name in _MEMORY if name in names]
+        asked = _BYTES.search(str(error))
+        found = f" for {gib(int(asked[1]))}" if asked else ""
+        return f"there is not enough memory{found}" + (
+            f"; a smaller {' or '.join(less)} needs less" if less else ""
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was exhausted; that of the CPU is an error of no type of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # of torch, which may not be imported
+        or "can't allocate memory" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def _any_character() -> Iterator[None]:
+    """Print a question mark for what the encoding of the output lacks, such as bars in ASCII."""
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    before = [(stream, stream.errors) for stream in streams if stream.errors == "strict"]
+    for stream, _ in before:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            with contextlib.suppress(OSError):  # what is left in its buffer does not fit on a disk
+                stream.reconfigure(errors=errors)
 
 
 def _written(paths: list[Path]) -> str:
@@ -94,6 +142,8 @@ def usage_line(error: click.UsageError) -> str:
 def one_line(error: BaseException) -> str:
     """Return the message of `error` without line breaks and escape codes."""
     if isinstance(error, OSError) and not isinstance(error, FastsalError) and error.strerror:
+        if error.filename is None:  # that of standard output, or of a file of a library
+            return f"the output cannot be written: {error.strerror}"
         return f"{error.filename}: {error.strerror}"
     return plain_line(error, None) or type(error).__name__
 

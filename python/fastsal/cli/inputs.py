@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.utils.atomic import check_writable
 from fastsal.utils.choices import CRITERION_NAMES
+from fastsal.utils.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -49,9 +51,10 @@ def open_model(given: dict[str, Any]) -> tuple[nn.Module, InputSpec]:
         which = "those of the function" if ".py:" in str(given["model"]) else "random"
         click.echo(f"note: --weights is not given; the weights are {which}", err=True)
     elif weights is not None and weights != "pretrained":
-        weights = weights_file(Path(weights))
+        weights = weights_file(user_path(weights))
     where = torch.device("meta") if given.get("meta") else contextlib.nullcontext()
-    with where:
+    # What the function of a file prints is no part of the output of the command.
+    with where, contextlib.redirect_stdout(sys.stderr):
         model = load_model(
             given["model"],
             weights=weights,
@@ -263,13 +266,18 @@ def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) ->
     With `finds_sparsity` neither a sparsity nor a pattern is required.
 
     Raises:
-        InvalidArgument: a fraction is out of range, or sparsity and pattern are both missing.
+        InvalidArgument: a fraction is out of range, or the sparsity is missing without a pattern
+            that fixes it.
     """
     if given["sparsity"] is None and given["pattern"] is None and not finds_sparsity:
         raise InvalidArgument("--sparsity or --pattern is required")
     for name in ("sparsity", "floor"):
         if given[name] is not None and not 0 <= given[name] <= 1:
             raise InvalidArgument(f"{name} must be in [0, 1], got {given[name]}")
+    if given["pattern"] is not None and not finds_sparsity:
+        from fastsal.pruning.masks.patterns import Pattern, check_given
+
+        check_given(Pattern.parse(given["pattern"]), given["sparsity"])
     names = ("sparsity", "scope", "pattern", "floor")
     return {name: given[name] for name in names if given[name] is not None}
 

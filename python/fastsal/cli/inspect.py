@@ -86,10 +86,11 @@ def inspect(**given: Any) -> None:
         screen.print()
         screen.print(history)
     screen.print(
-        f"\n[bold]{sum(layer.kept for layer in layers):,} of "
+        f"\n{sum(layer.kept for layer in layers):,} of "
         f"{sum(mask.numel() for mask in masks.values()):,} masked weights kept: sparsity "
         f"{masks.sparsity:.4f}, effective {_effective(layers):.4f}; {zeros:,} of all {weights:,} "
-        "values are zero[/bold]",
+        "values are zero",
+        style="bold",
         soft_wrap=True,
     )
     _print_facts(screen, masks, report)
@@ -137,7 +138,7 @@ def _effective(layers: Sequence[LayerZeros]) -> float:
 def _layers_table(layers: Sequence[LayerZeros]) -> Table:
     from rich.table import Table
 
-    from fastsal.cli.output import BAR, bar
+    from fastsal.cli.output import BAR, drawn_bar
 
     has_effective = any(f"{s.effective:.4f}" != f"{s.sparsity:.4f}" for s in layers)
     has_empty = any(layer.empty_outputs or layer.empty_inputs for layer in layers)
@@ -156,10 +157,8 @@ def _layers_table(layers: Sequence[LayerZeros]) -> Table:
         if has_empty:
             counts = (layer.empty_outputs, layer.empty_inputs or 0)
             row.append("{}/{}".format(*counts) if any(counts) else "")
-        drawn = bar(layer.sparsity)
-        rest = f"[dim]{'·' * (BAR - len(drawn))}[/dim]"
         shape = "x".join(map(str, layer.shape))
-        table.add_row(layer.name, shape, *row, f"[cyan]{drawn}[/cyan]{rest}")
+        table.add_row(layer.name, shape, *row, drawn_bar(layer.sparsity))
     return table
 
 
@@ -206,6 +205,6 @@ def _print_facts(screen: Console, masks: Masks, report: Mapping[str, Any]) -> No
     plain = {k: v for k, v in masks.recipe.items() if isinstance(v, (str, int, float))}
     if plain:
         text = ", ".join(f"{name} {value}" for name, value in plain.items())
-        screen.print(f"recipe: {text}", soft_wrap=True, markup=False)
+        screen.print(f"recipe: {text}", soft_wrap=True)
     if report.get("command"):
-        screen.print(shlex.join(report["command"]), style="dim", soft_wrap=True, markup=False)
+        screen.print(shlex.join(report["command"]), style="dim", soft_wrap=True)

@@ -10,9 +10,11 @@ import click
 
 from fastsal.cli.types import (
     COUNT,
-    INTEGER,
     NUMBER,
     PATH,
+    SEED,
+    TEXT,
+    THREADS,
     Device,
     Integer,
     Registered,
@@ -62,6 +64,7 @@ def together(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 weights_option = click.option(
     "--weights",
+    type=TEXT,
     metavar="FILE|DIR|pretrained",
     show_default="random weights",
     help="Weights to load: a file (.safetensors, .pth, .pt, .pth.tar, .ckpt, .bin), the folder of "
@@ -94,6 +97,7 @@ model_options: Callable[[F], F] = together(
 )
 class_map_option = click.option(
     "--class-map",
+    type=TEXT,
     metavar="FILE|imagenet|natural",
     show_default="class folders in the order of their names",
     help="Which output of the model each class belongs to: a FILE with the name and the index of "
@@ -329,14 +333,14 @@ rounds_option = click.option(
 )
 seed_option = click.option(
     "--seed",
-    type=INTEGER,
+    type=SEED,
     default=0,
     show_default=True,
     help="Seed of random weights, random draws and shuffling.",
 )
 threads_option = click.option(
     "--threads",
-    type=COUNT,
+    type=THREADS,
     show_default="OMP_NUM_THREADS, else all cores",
     help="Number of CPU threads.",
 )

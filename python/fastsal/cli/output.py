@@ -13,6 +13,7 @@ from fastsal.utils.json_files import to_json
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from fastsal.models.left_out import LeftOut
     from fastsal.pruning.masks.in_use import InUse
@@ -28,10 +29,10 @@ def emit(value: Mapping[str, Any]) -> None:
 
 
 def console() -> Console:
-    """Return a console on stdout."""
+    """Return a console on stdout; what is in brackets, as in a path or a name, is no markup."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Table:
@@ -53,7 +54,7 @@ def kept_table(kept: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -
             f"{kept[name]:,}",
             f"{count:,}",
             f"{100 * share:.1f}",
-            f"[cyan]{bar(share)}[/cyan][dim]{'·' * (BAR - len(bar(share)))}[/dim]",
+            drawn_bar(share),
         )
     return table
 
@@ -63,7 +64,7 @@ def print_selection(screen: Console, left_out: LeftOut | None, in_use: InUse | N
     if left_out is not None:
         screen.print(str(left_out), soft_wrap=True)
     if in_use is not None and in_use.computed:
-        screen.print(f"[yellow]{in_use}[/yellow]", soft_wrap=True)
+        screen.print(str(in_use), style="yellow", soft_wrap=True)
 
 
 def macs_summary(before: int, after: int) -> str:
@@ -105,6 +106,14 @@ def refit_summary(done: RefitResult) -> str:
         f"Refit: held-out error {done.before:.4g} -> {done.after:.4g} after {done.kept_step} "
         f"of {done.steps} steps, {done.seconds:.1f} s"
     )
+
+
+def drawn_bar(share: float) -> Text:
+    """Return a bar with dots up to its full length."""
+    from rich.text import Text
+
+    drawn = bar(share)
+    return Text.assemble((drawn, "cyan"), ("·" * (BAR - len(drawn)), "dim"))
 
 
 def bar(share: float) -> str:

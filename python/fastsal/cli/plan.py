@@ -59,6 +59,8 @@ def plan(**given: Any) -> None:
 
     Example: fastsal plan vit_large_patch16_224 --samples 1024 --memory-budget 8GiB --scratch /tmp
     """
+    from rich.text import Text
+
     from fastsal.cli.inputs import collect_options, open_model, set_threads, training_batches
     from fastsal.cli.output import console, emit
     from fastsal.gradients import select_parameters
@@ -100,10 +102,8 @@ def plan(**given: Any) -> None:
         emit({**facts, "samples": samples, **found.as_dict()})
         return
     screen = console()
-    screen.print(
-        f"[bold]{given['model']}[/bold]: {weights:,} weights in {len(pruned)} parameters, "
-        f"{samples:,} samples"
-    )
+    counts = f": {weights:,} weights in {len(pruned)} parameters, {samples:,} samples"
+    screen.print(Text.assemble((given["model"], "bold"), counts), soft_wrap=True)
     screen.print(str(rest), soft_wrap=True)
     screen.print(_table(found))
 
@@ -122,6 +122,7 @@ def _noise(given: dict[str, Any], spec: Any) -> list[Any]:
 
 def _table(plan: MemoryPlan) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     from fastsal.utils.sizes import gib
 
@@ -145,7 +146,8 @@ def _table(plan: MemoryPlan) -> Any:
         "samples per micro-batch", str(plan.micro_batch), f"accumulated {plan.step} at a time"
     )
     limit = "no limit" if plan.budget is None else f"of {gib(plan.budget)}"
-    table.add_row("[bold]memory added[/bold]", f"[bold]{gib(plan.memory)}[/bold]", limit)
+    memory = Text(gib(plan.memory), "bold")
+    table.add_row(Text("memory added", "bold"), memory, limit)
     table.add_row("  statistics of one pass", gib(plan.group))
     table.add_row("  gathered gradients", gib(plan.rows) if plan.rows else "none")
     if plan.activations:
@@ -155,9 +157,9 @@ def _table(plan: MemoryPlan) -> Any:
     table.add_row("  scores, masks, copies", gib(plan.kept))
     if plan.images:
         table.add_row("  held-out images", gib(plan.images))
-    disk = f"[bold]{gib(plan.disk)}[/bold]" if plan.disk else "none"
-    lacks = "[yellow]give --scratch DIR[/yellow]" if plan.disk and plan.scratch is None else ""
-    table.add_row("[bold]scratch file[/bold]", disk, lacks)
+    disk = Text(gib(plan.disk), "bold") if plan.disk else "none"
+    lacks = "give --scratch DIR" if plan.disk and plan.scratch is None else ""
+    table.add_row(Text("scratch file", "bold"), disk, Text(lacks, "yellow"))
     for what, nbytes in plan.sent.items():
         table.add_row(f"sent, {what}", gib(nbytes), f"by each of {plan.ranks} ranks")
     for name, seconds in plan.seconds.items():

@@ -268,7 +268,7 @@ def _show(done: PruneResult, result: dict[str, Any], *, has_picture: bool) -> No
             screen.print(f"\n{reconstruction_summary(entry.reconstruction)}", soft_wrap=True)
         if entry.refit is not None:
             screen.print(f"\n{refit_summary(entry.refit)}", soft_wrap=True)
-    screen.print(f"\n[bold]{run_summary(result)}[/bold]")
+    screen.print(f"\n{run_summary(result)}", style="bold")
     print_selection(screen, done.left_out, done.in_use)
 
 

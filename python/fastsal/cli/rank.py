@@ -29,6 +29,8 @@ def rank(scores: Path, **given: Any) -> None:
 
     Example: fastsal rank scores.safetensors --sparsity 0.7 --out masks.safetensors
     """
+    from rich.text import Text
+
     import fastsal
     from fastsal.cli.inputs import ranking_arguments, refuse_overwrite
     from fastsal.cli.output import console, emit, kept_table
@@ -59,7 +61,8 @@ def rank(scores: Path, **given: Any) -> None:
         return
     screen = console()
     screen.print(kept_table(masks.kept, masks.shapes))
-    screen.print(f"\n[bold]sparsity {masks.sparsity:.4f}[/bold]; written to {given['out']}")
+    words = (f"\nsparsity {masks.sparsity:.4f}", "bold"), f"; written to {given['out']}"
+    screen.print(Text.assemble(*words), soft_wrap=True)
 
 
 def _read_scores(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

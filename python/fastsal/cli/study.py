@@ -104,15 +104,17 @@ def run_and_report(
         screen = console()
         screen.print(_table(done.rows))
         screen.print(
-            f"\n[bold]{done.cells} cells, {done.done} finished in this run "
-            f"({done.seconds:.0f} s); {len(done.failed)} failed[/bold]"
+            f"\n{done.cells} cells, {done.done} finished in this run "
+            f"({done.seconds:.0f} s); {len(done.failed)} failed",
+            style="bold",
         )
         for error, count in Counter(done.failed.values()).most_common():
             cells = f"{count} cells" if count > 1 else "1 cell"
-            screen.print(f"  {cells}: {error}", soft_wrap=True, markup=False)
+            screen.print(f"  {cells}: {error}", soft_wrap=True)
         if done.warned:
             first = f"cells/{done.warned[0]}.json"
-            screen.print(f"{len(done.warned)} cells have warnings, see {first}", style="dim")
+            words = f"{len(done.warned)} cells have warnings, see {first}"
+            screen.print(words, style="dim", soft_wrap=True)
         if done.elsewhere:
             screen.print(
                 f"{done.elsewhere} cells are still computed by other processes; the last one "

@@ -203,9 +203,8 @@ def _settings(given: dict[str, Any]) -> dict[str, Any]:
         if name in class_maps:
             tasks[-1]["class_map"] = class_maps[name]
         if name in classes:
-            tasks[-1]["classes"] = [
-                int(c) if c.isdigit() else c for c in classes[name].split(",") if c
-            ]
+            # Names or numbers: folders may be called 0, 1, 10.
+            tasks[-1]["classes"] = [c for c in classes[name].split(",") if c]
     model = {"name": Path(given["model"].rpartition(":")[0] or given["model"]).stem}
     names = ("model", "weights", "weights_key", "num_classes", "in_chans", "size")
     model |= {k: given[k] for k in (*names, "interpolation")} | crop_arguments(given)

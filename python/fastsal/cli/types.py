@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from fastsal.utils.devices import DEVICE_KINDS, is_device_name
 
 
 class Integer(click.ParamType):  # type: ignore[type-arg]  # generic in recent click only
-    """An integer, optionally with a lower bound."""
+    """An integer, optionally with a lower bound and, beside it, an upper one."""
 
     name = "integer"
 
-    def __init__(self, least: int | None = None) -> None:
-        self.least = least
+    def __init__(self, least: int | None = None, most: int | None = None) -> None:
+        self.least, self.most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Return the integer that `value` is or spells."""
@@ -26,8 +27,10 @@ class Integer(click.ParamType):  # type: ignore[type-arg]  # generic in recent c
             number = int(value)
         except ValueError:
             number = None
-        if number is None or (self.least is not None and number < self.least):
+        is_small = number is None or (self.least is not None and number < self.least)
+        if number is None or is_small or (self.most is not None and number > self.most):
             bound = "" if self.least is None else f" of at least {self.least}"
+            bound = bound if self.most is None else f" in [{self.least}, {self.most}]"
             self.fail(f"must be an integer{bound}, got {shown(value)}", param, ctx)
         return number
 
@@ -53,6 +56,28 @@ class Number(click.ParamType):  # type: ignore[type-arg]
             bounds = f" in [{self.least:g}, {self.most:g}]" if is_bounded else ""
             self.fail(f"must be a number{bounds}, got {shown(value)}", param, ctx)
         return number
+
+
+class Text(click.ParamType):  # type: ignore[type-arg]
+    """A text that is not empty, as that of a variable that is not set is."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return `value`."""
+        if not value:
+            self.fail(f"must not be empty, got {value!r}", param, ctx)
+        return str(value)
+
+
+class FilePath(click.Path):
+    """A path, with `~` as in a shell; an empty one is not the current folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return `value` as a path."""
+        if value == "":
+            self.fail("must be a path, got ''", param, ctx)
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 class Choice(click.Choice):  # type: ignore[type-arg]
@@ -86,7 +111,7 @@ def parse_size(
     if value in (None, "native", "train", "test"):
         return value
     parts = value.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(
             "must be pixels as 96, height x width as 64x96, or native, train or test, got "
             f"{value!r}",
@@ -133,7 +158,9 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
-PATH = click.Path(path_type=Path)
+PATH = FilePath(path_type=Path)
+TEXT = Text()
 COUNT = Integer(least=1)
-INTEGER = Integer()
+THREADS = Integer(least=1, most=2**16)
+SEED = Integer(least=0, most=2**63 - 1)  # what both NumPy and PyTorch accept
 NUMBER = Number()

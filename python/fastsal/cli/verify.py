@@ -10,6 +10,7 @@ import click
 from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
+from fastsal.utils.paths import user_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,8 @@ def verify(**given: Any) -> None:
 
     Example: fastsal verify run
     """
+    from rich.text import Text
+
     from fastsal.cli.output import console, emit
     from fastsal.pruning.masks.in_use import InUse
 
@@ -45,7 +48,7 @@ def verify(**given: Any) -> None:
     else:
         screen = console()
         for failure in failures[:_SHOWN]:
-            screen.print(f"[red]FAILED[/red] {failure}", soft_wrap=True)
+            screen.print(Text.assemble(("FAILED", "red"), f" {failure}"), soft_wrap=True)
         if len(failures) > _SHOWN:
             screen.print(f"... and {len(failures) - _SHOWN} more")
         if counts:
@@ -54,9 +57,10 @@ def verify(**given: Any) -> None:
                 f"{counts['pruned']:,} pruned, sparsity {counts['sparsity']:.4f}"
             )
         if not failures:
-            screen.print("[green]OK[/green] masks intact, every pruned weight is zero")
+            words = " masks intact, every pruned weight is zero"
+            screen.print(Text.assemble(("OK", "green"), words))
         if counts.get("in_use") and counts["in_use"]["computed"]:
-            screen.print(f"[yellow]{InUse(**counts['in_use'])}[/yellow]", soft_wrap=True)
+            screen.print(str(InUse(**counts["in_use"])), style="yellow", soft_wrap=True)
     click.get_current_context().exit(1 if failures else 0)
 
 
@@ -76,7 +80,7 @@ def _check(given: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
     if not is_run and not (given["weights"] and given["masks"]):
         what = f", got {folder}, which is not a folder" if folder else ""
         raise InvalidArgument(f"the folder of a run, or --weights and --masks, is required{what}")
-    weights_path = weights_file(folder if is_run and folder else Path(given["weights"]))
+    weights_path = weights_file(folder if is_run and folder else user_path(given["weights"]))
     masks_path = masks_file(folder if is_run and folder else given["masks"])
     if not masks_path.is_file():
         raise InvalidArgument(f"masks: no such file: {masks_path}")

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.utils.numbers import as_integer
+from fastsal.utils.paths import user_path
 from fastsal.utils.suggestions import did_you_mean, listed
 
 ClassMap = str | os.PathLike[str] | Mapping[str, int] | Sequence[str]
@@ -35,7 +36,7 @@ CLASS_MAP_VALUES = (
     "'imagenet', 'natural', a file, {name: index}, or names in the order of the outputs"
 )
 
-_MOST = 2**20  # largest number of outputs
+MOST_OUTPUTS = 2**20  # of a model
 _SUBSET = re.compile(r"imagenet(-\d+k(-\w+)?)?")
 _PAIR = re.compile(r"(.*[^\s,;=])[\s,;=]+(-?\d+)")  # a line "name index"
 
@@ -106,7 +107,7 @@ def indices_of(
         return {name: i for i, name in enumerate(sorted(classes, key=natural_key))}
     if isinstance(class_map, str) and _SUBSET.fullmatch(text):
         return {name: i for i, name in enumerate(_imagenet_names(text))}
-    return _checked(_read(Path(text).expanduser(), there), f"class_map: {text}")
+    return _checked(_read(user_path(text), there), f"class_map: {text}")
 
 
 def is_keyword(text: str) -> bool:
@@ -221,10 +222,10 @@ def _checked(entries: Iterable[tuple[Any, Any]], what: str) -> dict[str, int]:
         if not isinstance(name, str) or not name:
             raise InvalidArgument(f"{what} must have names of classes, got {name!r:.80}")
         place = as_integer(value)
-        if place is None or not 0 <= place < _MOST:
+        if place is None or not 0 <= place < MOST_OUTPUTS:
             raise InvalidArgument(
-                f"{what} must have an index of 0 to {_MOST - 1} for each class, got {value!r:.80} "
-                f"for {name!r}"
+                f"{what} must have an index of 0 to {MOST_OUTPUTS - 1} for each class, got "
+                f"{value!r:.80} for {name!r}"
             )
         if name in found:
             raise InvalidArgument(

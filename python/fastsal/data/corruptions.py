@@ -106,7 +106,7 @@ class Corruption:
 def _blurred(x: Floats, sigma: float) -> Floats:
     """Apply a Gaussian filter along both axes; edge pixels are replicated."""
     reach = int(_REACH * sigma + 0.5)
-    at = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    at = torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu")
     weights = torch.exp(-(at**2) / (2 * sigma**2))
     weights /= weights.sum()
     y = torch.from_numpy(x).permute(2, 0, 1)[:, None]  # [c, 1, h, w]

@@ -15,9 +15,15 @@ from fastsal.data.npz_files import open_npz, split_of_name
 from fastsal.data.places import Place, TarImage
 from fastsal.data.tars import COMPRESSED, folder_of_tars, tar_images
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.paths import user_path
+from fastsal.utils.suggestions import listed
+from fastsal.utils.warn import warn_user
 
 IMAGE_SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+    {
+        *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+        *(".ppm", ".pgm", ".pbm"),
+    }
 )
 
 
@@ -63,10 +69,10 @@ def load_images(
     """
     check_class_arguments(classes, class_map)
     split = None
-    if not os.path.exists(path):
+    path = user_path(path)
+    if not path.exists():
         text, split = split_of_name(os.fspath(path))
-        path = text
-    path = Path(path)
+        path = Path(text)
     if path.is_dir():
         images = _open_folder(path) if labeled or _has_classes(path) else _open_flat(path)
     elif not path.exists():
@@ -93,15 +99,18 @@ def lacks_labels(path: str | os.PathLike[str]) -> bool:
 
     Nothing else is read. Other paths, and damaged files, are not said to lack labels.
     """
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         visible = [p for p in path.iterdir() if not p.name.startswith(".")]
         has_classes = any(p.is_dir() or p.suffix == ".tar" for p in visible)
         return not has_classes and any(_is_image(p) for p in visible)
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if path.suffix != ".npz":
         return False
-    with zipfile.ZipFile(path) as file:
-        names = set(file.namelist())
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = set(file.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
     return "x.npy" in names and "y.npy" not in names
 
 
@@ -137,6 +146,12 @@ def _open_folder(path: Path) -> ImageSet:
             )
         files.extend(found)
         labels.extend([label] * len(found))
+    loose = sorted(p.name for p in path.glob("*.tar") if not p.name.startswith("."))
+    if loose:
+        warn_user(
+            f"data: {listed(loose)} in {path} {'are' if len(loose) > 1 else 'is'} not read: beside "
+            "class folders, archives are not classes; unpack those that are"
+        )
     names = tuple(folder.name for folder in folders)
     y = np.array(labels, np.int64)
     return ImageSet(tuple(files), y, names, str(path.resolve()), numbering="sorted")
@@ -174,13 +189,59 @@ def _has_classes(path: Path) -> bool:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if _is_image(p))
+    """Return the image files of a folder and its subfolders, sorted by their names.
+
+    Raises:
+        DataError: There is a link to a file or folder that is missing, as on a disk that is not
+            mounted.
+    """
+    every = _below(folder)
+    found = [p for p in every if _is_image(p)]
+    # A name without a suffix may be that of a folder.
+    named = (p for p in every if _has_image_name(p) or not p.suffix)
+    missing = [p for p in named if p.is_symlink() and not p.exists()]
+    if missing:
+        what = "file" if missing[0].suffix else "file or folder"
+        raise DataError(
+            f"data: {missing[0]} is a link to a {what} that does not exist"
+            + (f", one of {len(missing)} such links" if len(missing) > 1 else "")
+        )
     return sorted(found, key=lambda p: p.relative_to(folder).as_posix())
 
 
+def _below(top: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, also those that are linked.
+
+    Each folder is read once, where it is rather than where a link to it is: links may form a loop.
+    """
+    real = top.resolve()
+    seen = {real, *real.parents}
+    found: list[Path] = []
+    waiting = [top]
+    while waiting:
+        links: list[Path] = []
+        for start in waiting:
+            for place, folders, files in os.walk(start):
+                inside = [Path(place) / name for name in folders]
+                links += [each for each in inside if each.is_symlink()]
+                found += [Path(place) / name for name in files]
+                own = {each.name: each.resolve() for each in inside if not each.is_symlink()}
+                folders[:] = [name for name in folders if name in own and own[name] not in seen]
+                seen.update(own.values())
+        waiting = []
+        for link in sorted(links):
+            if link.resolve() not in seen:
+                seen.add(link.resolve())
+                waiting.append(link)
+    return found
+
+
 def _is_image(path: Path) -> bool:
-    name = path.name
-    return path.suffix.lower() in IMAGE_SUFFIXES and not name.startswith(".") and path.is_file()
+    return _has_image_name(path) and path.is_file()
+
+
+def _has_image_name(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def _suffixes() -> list[str]:

@@ -122,7 +122,8 @@ class HeldOutSamples:
         known = {digest for images, _ in self for digest in sample_digests(images)}
         start = 0
         for images, labels in pairs:
-            out = torch.tensor([digest in known for digest in sample_digests(images)])
+            found = [digest in known for digest in sample_digests(images)]
+            out = torch.tensor(found, device="cpu")
             out[self._places(start, start + len(images), self._level) - start] = True
             start += len(images)
             if (other := _some((images, labels), ~out)) is not None:
@@ -161,7 +162,7 @@ class HeldOutSamples:
         start = 0
         for pair in self._source():
             stop = start + len(pair[0])
-            out = torch.zeros(stop - start, dtype=torch.bool)
+            out = torch.zeros(stop - start, dtype=torch.bool, device="cpu")
             out[self._places(start, stop, levels[-1]) - start] = True
             start = self._end = stop
             yield _some(pair, out), _some(pair, ~out)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastsal.data.cached_reading import parse_cache, read_cached
-from fastsal.data.class_map import NATURAL, ClassMap, apply_class_map
+from fastsal.data.class_map import MOST_OUTPUTS, NATURAL, ClassMap, apply_class_map
 from fastsal.data.class_order import class_order_note, in_class_order
 from fastsal.data.pixels import fit_arrays, normalize
 from fastsal.data.places import Place
@@ -120,7 +120,8 @@ class ImageSet:
         """Return the images of some classes, relabeled `0 .. k - 1`.
 
         Args:
-            classes: Two or more names or numbers of classes, in the order of the new labels.
+            classes: Two or more names or numbers of classes, in the order of the new labels. Digits
+                in a string are a number if no class has that name.
 
         Raises:
             InvalidArgument: A class is unknown or duplicated, or there are fewer than two.
@@ -288,7 +289,8 @@ class ImageSet:
     def _class_number(self, name: str | int) -> int:
         if isinstance(name, str) and name in self.classes:
             return self.classes.index(name)
-        number = as_integer(name)
+        is_number = isinstance(name, str) and name.isdecimal()  # as a command line has it
+        number = int(name) if is_number else as_integer(name)
         if number is not None and 0 <= number < len(self.classes):
             return number
         raise InvalidArgument(
@@ -379,4 +381,6 @@ def _check_labels(y: npt.NDArray[Any], n: int, source: str) -> npt.NDArray[np.in
         raise DataError(f"data: {source} contains no image")
     if int(y.min()) < 0:
         raise DataError(f"y must be at least 0, got {int(y.min())} in {source}")
+    if int(y.max()) >= MOST_OUTPUTS:  # every class up to it has a name
+        raise DataError(f"y must be less than {MOST_OUTPUTS}, got {int(y.max())} in {source}")
     return y.astype(np.int64)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsal.errors import FastsalError, InvalidArgument
+from fastsal.utils.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class DataName:
 
     def path(self, text: str) -> Path:
         """Return a path; a relative one is resolved against `root`."""
-        return self.root / Path(text).expanduser()
+        return self.root / user_path(text)
 
 
 def missing(spec: str, package: str) -> FastsalError:

@@ -5,11 +5,15 @@ Axes: n images, h and w pixels, c channels, k classes.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastsal.data.image_set import ImageSet
 from fastsal.errors import DataError, FileFormatError, InvalidArgument
@@ -31,11 +35,8 @@ def splits_of(path: Path) -> list[str]:
     Raises:
         FileFormatError: The file is damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = list(file.files)
-    except _DAMAGED as error:
-        raise _unreadable(path, error) from None
+    with _opened(path) as file:
+        names = list(file.files)
     found = [n.removesuffix("_images") for n in names if n.endswith("_images")]
     splits = [name for name in found if f"{name}_labels" in names]
     return [] if "x" in names else splits
@@ -61,30 +62,26 @@ def open_npz(path: Path, *, labeled: bool, split: str | None = None) -> ImageSet
             f"{did_you_mean(split, splits)}"
         )
     images, labels = ("x", "y") if split is None else (f"{split}_images", f"{split}_labels")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            needed = (images, labels) if labeled else (images,)
-            absent = [name for name in needed if name not in file.files]
-            if absent:
-                raise DataError(
-                    f"data: {path} must contain the arrays {' and '.join(needed)}, got "
-                    f"{', '.join(file.files) or 'none'} (of splits: train_images and train_labels)"
-                )
-            x = file[images]
-            y = file[labels] if labels in file.files else np.zeros(len(x), np.int64)
-            named = labels in file.files and "classes" in file.files
-            names = file["classes"] if named else np.empty(0, "U1")
-    except DataError:
-        raise
-    except _DAMAGED as error:
-        raise _unreadable(path, error) from None
+    with _opened(path) as file:
+        needed = (images, labels) if labeled else (images,)
+        absent = [name for name in needed if name not in file.files]
+        if absent:
+            raise DataError(
+                f"data: {path} must contain the arrays {' and '.join(needed)}, got "
+                f"{', '.join(file.files) or 'none'} (of splits: train_images and train_labels)"
+            )
+        x = _array(file, images)
+        n = len(x) if x.ndim else 0
+        y = _array(file, labels) if labels in file.files else np.zeros(n, np.int64)
+        named = labels in file.files and "classes" in file.files
+        names = _array(file, "classes") if named else np.empty(0, "U1")
     if split is not None:
-        y = _one_label(y, f"{labels} of {path}") if labeled else np.zeros(len(x), np.int64)
+        y = _one_label(y, f"{labels} of {path}") if labeled else np.zeros(n, np.int64)
     if names.ndim != 1 or names.dtype.kind not in "USiu":
         raise DataError(
             f"classes in {path} must be names [k], got {names.dtype} {list(names.shape)}"
         )
-    classes = [n.decode() if isinstance(n, bytes) else str(n) for n in names.tolist()]
+    classes = [_text(name, path) for name in names.tolist()]
     # The images of another split have the same indices, so that the split is part of the source.
     source = str(path.resolve()) + (f"{_QUERY}{split}" if split else "")
     return ImageSet(x, y, tuple(classes), source)
@@ -102,8 +99,38 @@ def _one_label(y: Any, what: str) -> Any:
     return y
 
 
-_DAMAGED = (zipfile.BadZipFile, ValueError, OSError, EOFError, KeyError)
+def _text(name: object, path: Path) -> str:
+    """Return the name of a class as text; bytes are those of UTF-8."""
+    try:
+        return name.decode() if isinstance(name, bytes) else str(name)
+    except UnicodeDecodeError:
+        raise DataError(f"classes in {path} must be names in UTF-8, got {name!r}") from None
 
 
-def _unreadable(path: Path, error: Exception) -> FileFormatError:
-    return FileFormatError(f"data: {path} cannot be read as .npz ({error})")
+def _array(file: np.lib.npyio.NpzFile, name: str) -> npt.NDArray[Any]:
+    found = file[name]
+    if not isinstance(found, np.ndarray):  # NumPy returns the bytes of what has another format
+        raise ValueError(f"{name} is not stored as an array")
+    return found
+
+
+# Also of headers that ask for more than there can be, and of archives that are encrypted.
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError),
+    *(MemoryError, OverflowError, RuntimeError),
+)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
+    """Open a file; an error of NumPy in the block is a FileFormatError."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it has a single array, as .npy files have")
+        with file:
+            yield file
+    except DataError:
+        raise
+    except _DAMAGED as error:
+        raise FileFormatError(f"data: {path} cannot be read as .npz ({error})") from None

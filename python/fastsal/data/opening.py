@@ -14,8 +14,9 @@ from fastsal.data.class_map import ClassMap
 from fastsal.data.folders import check_class_arguments, load_images
 from fastsal.data.image_set import ImageSet
 from fastsal.data.names import DataName, missing
-from fastsal.data.npz_files import SUFFIX, splits_of
+from fastsal.data.npz_files import SUFFIX, split_of_name, splits_of
 from fastsal.errors import DataError, InvalidArgument
+from fastsal.utils.paths import user_path
 
 _VALID = (
     "a folder of class folders, an .npz file, a .tar archive, 'sklearn:digits', "
@@ -26,6 +27,7 @@ _VALID = (
 # timm's readers of indexed data sets, and those that stream.
 _READERS = {"hfds": "hf", "torch": "torchvision"}
 _STREAMED = ("hfids", "tfds", "wds")
+_LIBRARY = re.compile(r"([A-Za-z][A-Za-z-]+):")
 
 
 def open_images(
@@ -72,9 +74,9 @@ def open_images(
     """
     check_class_arguments(classes, class_map)
     text = os.fspath(spec)
-    base = Path(root) if root is not None else Path()
+    base = user_path(root) if root is not None else Path()
     text = _own_name(text, base) if isinstance(spec, str) else text
-    found = re.match(r"([A-Za-z][A-Za-z-]+):", text)
+    found = _LIBRARY.match(text)
     if isinstance(spec, str) and found:
         library = found[1]
         if library not in _LIBRARIES:
@@ -86,7 +88,7 @@ def open_images(
             if class_map is not None:
                 return images.map_classes(class_map)
             return _select(images, classes)
-    path = base / Path(text).expanduser()
+    path = base / user_path(text)
     if train is not None:
         splits = splits_of(path) if path.suffix == SUFFIX and path.is_file() else []
         wanted = "train" if train else "test"
@@ -102,6 +104,20 @@ def is_name(text: str) -> bool:
     """Whether a text names a data set of a library, rather than a path."""
     library = _own_name(text, Path()).partition(":")[0]
     return library in _LIBRARIES and not Path(text).exists()
+
+
+def file_of(text: str, root: Path) -> Path | None:
+    """Return the file or folder that is read, which may not exist; None for a name of a library.
+
+    Args:
+        text: As the `spec` of `open_images`.
+        root: Folder that relative paths refer to.
+    """
+    path = root / user_path(text)
+    if path.exists():
+        return path
+    is_named = _LIBRARY.match(_own_name(text, root)) is not None
+    return None if is_named else Path(split_of_name(str(path))[0])
 
 
 def _own_name(text: str, base: Path) -> str:

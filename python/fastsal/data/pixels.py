@@ -46,9 +46,9 @@ def decode(place: Place) -> Image:
             is_gray = image.mode in ("1", "L", "LA")
             decoded: Image = image.convert("L" if is_gray else "RGB")
             return decoded
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise errors of many types
         # Of Pillow's message on what is no image, only the address of an object differs.
         reason = "unknown format" if "cannot identify" in str(error) else str(error)
         raise DataError(f"data: {place} cannot be read as an image ({reason})") from None
@@ -127,7 +127,9 @@ def fit_arrays(x: Pixels, spec: InputSpec, source: str) -> Tensor:
     images = torch.from_numpy(writable).permute(0, 3, 1, 2).float()
     channels = images.shape[1]
     if channels == 3 and spec.channels == 1:
-        images = (images * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        images = (images * torch.tensor(LUMINANCE, device="cpu").view(1, 3, 1, 1)).sum(
+            1, keepdim=True
+        )
     elif channels == 1 and spec.channels > 1:
         images = images.expand(-1, spec.channels, -1, -1)
     elif channels != spec.channels:
@@ -152,7 +154,7 @@ def normalize(images: Tensor, spec: InputSpec, *, pin_memory: bool = False) -> T
     scale = np.float32(1 if is_bytes else 255)
     mean = np.array(spec.mean, np.float32)[:, None, None] * scale
     std = np.array(spec.std, np.float32)[:, None, None] * scale
-    out = torch.empty(images.shape, pin_memory=pin_memory)
+    out = torch.empty(images.shape, dtype=torch.float32, device="cpu", pin_memory=pin_memory)
     # One image at a time fits the cache of a processor, whose other cores decode meanwhile.
     for source, normal in zip(images.numpy(), out.numpy(), strict=True):
         if is_bytes:

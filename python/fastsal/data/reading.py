@@ -88,7 +88,7 @@ class Reader:
             pixels = self._pixels(i)
             if out is None:
                 kind = torch.uint8 if self._fit is not None else torch.float32
-                out = torch.empty((len(chosen), *pixels.shape), dtype=kind)
+                out = torch.empty((len(chosen), *pixels.shape), dtype=kind, device="cpu")
             self.check_size((i, pixels.shape[1:]), (chosen[0], tuple(out.shape[2:])))
             out.numpy()[k] = pixels
         assert out is not None

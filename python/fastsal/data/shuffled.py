@@ -29,5 +29,5 @@ class Shuffled:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(self.samples).numpy()
+        order = torch.randperm(self.samples, device="cpu").numpy()
         yield from replace(self.batches, order=self.batches.order[order])

@@ -99,7 +99,9 @@ def unpack(batch: Any, number: int, labels: LabelUse) -> tuple[Tensor, Tensor | 
         targets = None  # unused, so that any object is accepted
     if targets is not None:
         try:
-            targets = torch.as_tensor(targets)
+            # A tensor remains where it is, whatever the default device is.
+            if not isinstance(targets, Tensor):
+                targets = torch.as_tensor(targets, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"labels: batch {number} must have a tensor of labels, got {described(targets)} "

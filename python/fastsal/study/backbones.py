@@ -28,6 +28,7 @@ from fastsal.transfer.own import Columns, OwnHead
 from fastsal.transfer.tasks import Task
 from fastsal.utils.choices import HeadKind
 from fastsal.utils.digests import Digest
+from fastsal.utils.paths import user_path
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def model_path(study: Study, settings: ModelSettings) -> str:
     file, colon, function = settings.model.rpartition(":")
     if not colon or not file.endswith(".py"):
         return settings.model
-    return f"{study.folder / file}:{function}"
+    return f"{study.folder / user_path(file)}:{function}"
 
 
 def weights_path(study: Study, settings: ModelSettings) -> str | Path | None:
@@ -177,7 +178,8 @@ def weights_path(study: Study, settings: ModelSettings) -> str | Path | None:
     """
     if settings.weights is None or settings.weights == "pretrained":
         return settings.weights
-    paths = [folder / settings.weights for folder in (study.root, study.folder)]
+    given = user_path(settings.weights)
+    paths = [folder / given for folder in (study.root, study.folder)]
     paths = [path / MODEL if path.is_dir() else path for path in paths]
     return next((path for path in paths if path.is_file()), paths[0])
 
@@ -192,7 +194,7 @@ def check_files(study: Study) -> None:
         if weights not in (None, "pretrained") and not Path(str(weights)).is_file():
             raise InvalidArgument(
                 f"model {settings.name!r}: weights file {settings.weights} does not exist in "
-                f"{study.root} or {study.folder}"
+                + " or ".join(dict.fromkeys(map(str, (study.root, study.folder))))
             )
 
 

@@ -144,7 +144,7 @@ def measured(
         "parameters": names,
         "block_size": study.block_size,
     }
-    batches = [(images.cpu(), torch.zeros(count, dtype=torch.int64))]
+    batches = [(images.cpu(), torch.zeros(count, dtype=torch.int64, device="cpu"))]
     prune: dict[str, float] = {}
     statistics = sums = 0.0
     plans: dict[tuple[object, ...], Any] = {}

@@ -115,4 +115,5 @@ def _key(
     text = json.dumps([base, plain], sort_keys=True, default=list)
     digest = Digest().text(text).hexdigest()[:12]
     slug = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", word).strip("_") for word in words)
-    return f"{slug[:120]}-{digest}"
+    # A hidden file would not be found among the results; "../model.py:function" is a name, too.
+    return f"{slug.lstrip('.')[:120]}-{digest}"

@@ -36,7 +36,9 @@ def loss_lines_of(source: PruningSource, states: Mapping[str, Mapping[str, Tenso
     settings, backbone = _settings(source), source.backbone
     found = []
     for name, task in backbone.tasks.items():
-        some = Task(name, task.fit, few(images_of(task.test), settings.images))
+        some = Task(
+            name, task.fit, few(images_of(task.test), settings.images, "diagnostics.images")
+        )
 
         def measure(model: nn.Module, some: Task = some) -> tuple[float, float]:
             measured = measure_tasks(model, [some], backbone.heads)[some.name]

@@ -15,13 +15,14 @@ from fastsal.data.corruptions import corrupt
 from fastsal.data.image_set import ImageSet
 from fastsal.data.imbalance import imbalanced
 from fastsal.data.opening import open_images
-from fastsal.errors import DataError, InvalidArgument
+from fastsal.errors import DataError, FileFormatError, InvalidArgument
 from fastsal.study.folder_format import SPLITS_FILE
 from fastsal.study.settings.schema import MOST_SAMPLES, SourceSettings, Study, TaskSettings
 from fastsal.transfer.splits import SPLITS, Shares
 from fastsal.transfer.tasks import Split, Task
 from fastsal.utils.digests import Digest, file_digest
 from fastsal.utils.json_files import read_json, write_json
+from fastsal.utils.paths import user_path
 from fastsal.utils.suggestions import listed
 
 
@@ -30,8 +31,8 @@ def open_tasks(study: Study, folder: Path | None = None) -> dict[str, Task]:
 
     Args:
         study: Settings of the study.
-        folder: Results folder, where the indices of the splits are stored and read on later calls;
-            None draws the splits without storing them.
+        folder: Results folder, from which the indices of splits are read that `store_splits` has
+            written; None draws the splits.
 
     Returns:
         `{name: task}`, with all four splits.
@@ -53,13 +54,18 @@ def open_tasks(study: Study, folder: Path | None = None) -> dict[str, Task]:
             shares = Shares(cut.prune, cut.fit, cut.tune, 0.0 if test is not None else cut.test)
             found = Task.cut(settings.name, images, test=test, shares=shares, seed=cut.seed)
         if settings.test_images is not None and isinstance(found.test, ImageSet):
-            found = replace(found, test=few(found.test, settings.test_images))
+            what = f"task {settings.name!r}: test_images"
+            found = replace(found, test=few(found.test, settings.test_images, what))
         tasks[settings.name] = found
     check_test_images(list(tasks.values()))
-    if folder is not None and not stored:
+    return tasks
+
+
+def store_splits(tasks: Mapping[str, Task], folder: Path) -> None:
+    """Write the indices of the splits to a results folder that has none."""
+    if not _read_splits(folder):
         splits = {name: task.indices() for name, task in tasks.items()}
         write_json(folder / SPLITS_FILE, splits, indent=None)
-    return tasks
 
 
 def check_test_images(tasks: list[Task]) -> None:
@@ -85,8 +91,13 @@ def check_test_images(tasks: list[Task]) -> None:
                     )
 
 
-def few(images: ImageSet, most: int) -> ImageSet:
+def few(images: ImageSet, most: int, name: str = "images") -> ImageSet:
     """Return at most `most` images: the first of every class, the same number of each.
+
+    Args:
+        images: The images.
+        most: Their largest number.
+        name: What gives this number, for the message.
 
     Raises:
         DataError: `most` is less than the number of classes.
@@ -96,8 +107,8 @@ def few(images: ImageSet, most: int) -> ImageSet:
     each = most // len(images.classes)
     if each < 1:
         raise DataError(
-            f"images of {images.source} must be at least its {len(images.classes)} classes, got "
-            f"{most}"
+            f"{name} must be at least {len(images.classes)}, one for each class of "
+            f"{images.source}, got {most}"
         )
     chosen = [np.flatnonzero(images.y == k)[:each] for k in range(len(images.classes))]
     return images.subset(np.sort(np.concatenate(chosen)))
@@ -171,7 +182,7 @@ def class_map_of(settings: TaskSettings, study: Study) -> ClassMap | None:
     given = settings.class_map
     if not isinstance(given, str) or is_keyword(given):
         return given
-    return study.root / given
+    return study.root / user_path(given)
 
 
 def class_map_digests(study: Study) -> dict[str, str]:
@@ -203,7 +214,9 @@ def _images(settings: TaskSettings, study: Study) -> tuple[ImageSet, ImageSet | 
             f"task {settings.name!r}: test and data must have the same classes, got "
             f"{listed(test.classes)} and {listed(images.classes)}"
         )
-    return (images if settings.images is None else few(images, settings.images)), test
+    if settings.images is not None:
+        images = few(images, settings.images, f"task {settings.name!r}: images")
+    return images, test
 
 
 def _transformed(images: Any, source: SourceSettings, seed: int) -> ImageSet:
@@ -219,8 +232,10 @@ def _read_splits(folder: Path) -> dict[str, dict[str, list[int]]]:
     path = folder / SPLITS_FILE
     try:
         found: dict[str, dict[str, list[int]]] = read_json(path, "out")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    if not isinstance(found, dict):
+        raise FileFormatError(f"out: {path} is damaged (it must have an object)")
     return found
 
 

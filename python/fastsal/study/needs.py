@@ -5,12 +5,12 @@ Nothing is downloaded or written. Where images are missing, their number is that
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastsal.data.image_set import ImageSet
+from fastsal.data.opening import file_of
 from fastsal.errors import FastsalError
 from fastsal.study.backbones import model_path, weights_path
 from fastsal.study.cells import Cell, cells_of
@@ -24,8 +24,6 @@ from fastsal.utils.plain_text import plain_line
 # Images a class of ImageNet, assumed for folders that are missing.
 _DATA_IMAGES, _TEST_IMAGES = 1300, 50
 _SHOWN = 3  # names in a line
-
-_LIBRARY = re.compile(r"[A-Za-z][A-Za-z-]+:")  # a data set of a library, by name
 
 Counts = Mapping[str, int]  # split to its number of images
 
@@ -98,10 +96,8 @@ def missing_data(study: Study) -> list[str]:
     found: dict[Path, list[str]] = {}
     for settings in study.tasks:
         for spec in (settings.data, settings.test):
-            if spec is None or _LIBRARY.match(spec):
-                continue
-            path = study.root / Path(spec).expanduser()
-            if not path.exists():
+            path = None if spec is None else file_of(spec, study.root)
+            if path is not None and not path.exists():
                 found.setdefault(path, []).append(settings.name)
     return [f"data {path} does not exist (tasks {_few(names)})" for path, names in found.items()]
 

@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,21 +19,22 @@ from fastsal.study.backbones import check_files, digest_of
 from fastsal.study.cells import Cell, cells_of, digests_of_criteria
 from fastsal.study.diagnostics import loss_lines_of, overlaps_of
 from fastsal.study.folder_format import DONE, FAILED
-from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks
+from fastsal.study.images import class_map_digests, digests_of, images_of, open_tasks, store_splits
 from fastsal.study.opened import Opened
 from fastsal.study.prune_cell import Pruned, plain_masks, prune_cell
 from fastsal.study.settings.schema import Study
 from fastsal.study.sources import PruningSource
 from fastsal.study.status import Status
-from fastsal.study.store import Store, digest_of_results
+from fastsal.study.store import Store, check_store, digest_of_results
 from fastsal.study.tables import Rows, require_tables, tables_of, write_tables
-from fastsal.study.tuning import tune
+from fastsal.study.tuning import check_tuning, tune
 from fastsal.study.turns import Turns
 from fastsal.study.waiting import POLL, Waiting
 from fastsal.transfer.evaluation import Measurement
 from fastsal.utils.claims import Claims
 from fastsal.utils.devices import device_facts, resolve_device
 from fastsal.utils.machine import machine, peak_memory, torch_threads, versions
+from fastsal.utils.paths import user_path
 from fastsal.utils.progress import Report, reporter
 
 TABLES_CLAIM = "tables"  # no cell has this key
@@ -118,18 +118,24 @@ def run_study(
         OSError: A result cannot be written; finished cells are kept.
     """
     start = time.perf_counter()
+    out = user_path(out)
     require_tables()
     check_files(study)
     device = resolve_device(study.device)
     identity = {k: v for k, v in study.settings().items() if k not in GRID}
-    store = Store(Path(out), identity)
+    # Nothing is written before all is open, so that another folder is not needed for a study whose
+    # mistake is mended.
+    check_store(out, identity)
     study = replace(study, device=str(device))
-    tasks = open_tasks(study, store.folder)
+    tasks = open_tasks(study, out)
+    check_tuning(study, tasks)
     files = {f"task {name}": digest for name, digest in digests_of(tasks).items()}
     files |= class_map_digests(study)
     files |= {f"model {m.name}": digest_of(study, m) for m in study.models}
     files |= digests_of_criteria(study)
     cells = cells_of(study, files)
+    store = Store(out, identity)
+    store_splits(tasks, store.folder)
     with store.claims() as claims:
         turns = Turns(store, claims, cells, retry=retry)
         total = len(turns.left)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastsal.errors import FileFormatError, InvalidArgument
 from fastsal.study.folder_format import FORMAT, STUDY_FILE
-from fastsal.utils.atomic import write_new
+from fastsal.utils.atomic import check_writable, write_new
 from fastsal.utils.claims import Claims
 from fastsal.utils.digests import Digest
 from fastsal.utils.json_files import plain, read_json, to_json, write_json
@@ -33,31 +33,11 @@ class Store:
         self.folder = folder
         self.cells = folder / "cells"
         self.heads = folder / "heads"
-        if folder.exists() and not folder.is_dir():
-            raise InvalidArgument(f"out must be a folder, got the file {folder}")
-        known = self._identity()
-        if known is None:
-            if folder.is_dir() and _others(folder):
-                # Of several processes that start at once another one may have been faster.
-                known = self._identity()
-                if known is None:
-                    raise InvalidArgument(
-                        "out must be an empty folder or the results folder of this study, got "
-                        f"{folder} with other files"
-                    )
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                text = to_json({"format": FORMAT, "identity": identity}, indent=1) + "\n"
-                if not write_new(folder / STUDY_FILE, text):
-                    known = self._identity()
-        if known is not None:
-            differing = differences(known, plain(identity))
-            if differing:
-                raise InvalidArgument(
-                    f"out: {folder} holds the results of another study (different settings: "
-                    f"{listed(differing, 4)}); use another folder or the same settings. Models, "
-                    "sources, criteria, rounds, sparsities and seeds may be added"
-                )
+        if not check_store(folder, identity):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = to_json({"format": FORMAT, "identity": identity}, indent=1) + "\n"
+            if not write_new(folder / STUDY_FILE, text):
+                check_store(folder, identity)
         self.cells.mkdir(parents=True, exist_ok=True)
 
     def claims(self) -> Claims:
@@ -84,41 +64,70 @@ class Store:
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Rewrite `study.json` with facts about the study beside its identity."""
-        identity = self._identity()
+        identity = _identity(self.folder)
         self._write(STUDY_FILE, {"format": FORMAT, **facts, "identity": identity})
 
     def describes(self, results: str) -> bool:
         """Whether the tables are those of the results with this digest, see `digest_of_results`."""
-        found = self._study()
+        found = _study(self.folder)
         return found is not None and found.get("results") == results
-
-    def _identity(self) -> dict[str, Any] | None:
-        found = self._study()
-        if found is None:
-            return None
-        identity: dict[str, Any] = found["identity"]
-        return identity
-
-    def _study(self) -> dict[str, Any] | None:
-        """Return the content of `study.json`; None if there is none."""
-        path = self.folder / STUDY_FILE
-        try:
-            found: dict[str, Any] = read_json(path, "out")
-            if found["format"] != FORMAT:
-                raise FileFormatError(
-                    f"out: format of {path} must be {FORMAT}, got {found['format']}"
-                )
-            found["identity"]  # it must be there
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, FileFormatError):
-                raise
-            raise FileFormatError(f"out: {path} is damaged ({error})") from None
-        return found
 
     def _write(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.folder / name, value)
+
+
+def check_store(folder: Path, identity: Mapping[str, Any]) -> bool:
+    """Check that a folder can be the results folder of a study; return whether it is one already.
+
+    Raises:
+        InvalidArgument: As `Store`, or the folder cannot be written.
+        FileFormatError: `study.json` is damaged, or has another format.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InvalidArgument(f"out must be a folder, got the file {folder}")
+    known = _identity(folder)
+    if known is None and folder.is_dir() and _others(folder):
+        # Of several processes that start at once another one may have been faster.
+        known = _identity(folder)
+        if known is None:
+            raise InvalidArgument(
+                "out must be an empty folder or the results folder of this study, got "
+                f"{folder} with other files"
+            )
+    differing = [] if known is None else differences(known, plain(identity))
+    if differing:
+        raise InvalidArgument(
+            f"out: {folder} holds the results of another study (different settings: "
+            f"{listed(differing, 4)}); use another folder or the same settings. Models, "
+            "sources, criteria, rounds, sparsities and seeds may be added"
+        )
+    check_writable(folder, "out")
+    return known is not None
+
+
+def _identity(folder: Path) -> dict[str, Any] | None:
+    found = _study(folder)
+    if found is None:
+        return None
+    identity: dict[str, Any] = found["identity"]
+    return identity
+
+
+def _study(folder: Path) -> dict[str, Any] | None:
+    """Return the content of `study.json`; None if there is none."""
+    path = folder / STUDY_FILE
+    try:
+        found: dict[str, Any] = read_json(path, "out")
+        if found["format"] != FORMAT:
+            raise FileFormatError(f"out: format of {path} must be {FORMAT}, got {found['format']}")
+        found["identity"]  # it must be there
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, FileFormatError):
+            raise
+        raise FileFormatError(f"out: {path} is damaged ({error})") from None
+    return found
 
 
 def _others(folder: Path) -> bool:

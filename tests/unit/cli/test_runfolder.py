@@ -192,6 +192,22 @@ def test_an_interrupted_run_names_its_checkpoint(tmp_path, tiny_file, tiny_npz, 
     assert f"{tmp_path / 'state'} written before" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["prune", "finetune"])
+def test_a_checkpoint_is_no_folder(command, tmp_path, tiny_file, tiny_npz):
+    model = (f"{tiny_file}:tiny", "--data", tiny_npz, "--quiet")
+    magnitude = ("--sparsity", 0.5, "--criterion", "magnitude", "--no-compensate")
+    run = tmp_path / "run"
+    assert invoke("prune", *model, *magnitude, "--out", run).exit_code == 0
+    words = {
+        "prune": ("--sparsity", 0.5),
+        "finetune": ("--weights", run, "--epochs", 1, "--lr", 0.1),
+    }[command]
+    done = invoke(command, *model, *words, "--checkpoint", run, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert f"error: checkpoint must be a file, got the folder {run}\n" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_leaves_the_warnings_of_the_process(tmp_path):
     import warnings
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,16 @@ def test_subset_and_classes_keep_track_of_their_source():
             images.select_classes(bad)
 
 
+def test_digits_are_the_name_of_a_class_before_they_are_a_number():
+    images = ImageSet(pixels(), np.array([0, 1, 2, 0, 1, 2]), ("0", "10", "2"), "here")
+    assert images.select_classes(["2", "10"]).index.tolist() == [1, 2, 4, 5]
+    assert images.select_classes([2, 1]).index.tolist() == [1, 2, 4, 5]
+    assert images.select_classes(["1", "0"]).classes == ("10", "0")  # no class is called 1
+    for bad in ("3", "²", "-1"):
+        with pytest.raises(InvalidArgument, match=f"no class '{bad}'"):
+            images.select_classes(["0", bad])
+
+
 def test_split_is_disjoint_and_stratified():
     images = ImageSet(pixels(60), np.arange(60) % 3)
     a, b, c = images.split(0.5, 0.3, 0.2, seed=4)
@@ -201,6 +213,28 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
     images = load_images(folder)
     with pytest.raises(DataError, match=r"0004\.png cannot be read"):
         everything(images, RGB)
+
+
+def test_an_unknown_kind_of_a_known_format_is_named(tmp_path):
+    """Pillow raises NotImplementedError of some files, among errors of other types."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "DDS")
+    folder = write_folder(tmp_path / "d", pixels(n=2), [0, 1])
+    (folder / "class0" / "0002.png").write_bytes(content.getvalue()[:80] + bytes(300))
+    with pytest.raises(DataError, match=r"0002\.png cannot be read as an image \(Unknown"):
+        everything(load_images(folder), RGB, workers=0)
+
+
+def test_links_to_nothing_are_named(tmp_path):
+    folder = write_folder(tmp_path / "d", pixels(n=2), [0, 1])
+    (folder / "class0" / "0002.png").symlink_to(folder / "class1" / "0001.png")
+    assert len(load_images(folder)) == 3
+    (folder / "class0" / "0003.png").symlink_to(tmp_path / "not mounted" / "0003.png")
+    with pytest.raises(DataError, match=r"0003\.png is a link to a file that does not exist$"):
+        load_images(folder)
+    (folder / "class0" / "0004.png").symlink_to(tmp_path / "not mounted" / "0004.png")
+    with pytest.raises(DataError, match=r"0003\.png .*, one of 2 such links"):
+        load_images(folder)
 
 
 def test_images_of_two_sizes_need_a_size(tmp_path):
@@ -300,3 +334,41 @@ def test_fractions_are_positive_numbers():
         images.split(True)
     with pytest.raises(InvalidArgument, match="classes: .* has no class True"):
         images.select_classes([True, 0])
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF"])
+def test_jpeg_files_of_other_suffixes(tmp_path, suffix):
+    x, y = pixels(), np.arange(6) % 2
+    write_folder(tmp_path / "d", x, y, ".jpg")
+    for file in (tmp_path / "d").rglob("*.jpg"):
+        file.rename(file.with_suffix(suffix))
+    assert len(load_images(tmp_path / "d")) == 6
+    assert len(everything(load_images(tmp_path / "d"), RGB)[1]) == 6
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """Links to another disk, to a folder beside it, and back to the class folder."""
+    data, disk = tmp_path / "d", tmp_path / "disk"
+    write_folder(data, pixels(), np.arange(6) % 2)
+    write_folder(disk, pixels(), np.zeros(6, int))  # disk/class0
+    first = data / "class0"
+    (first / "a-link").symlink_to(disk / "class0")  # what the second link has, too
+    (first / "more").symlink_to(disk)
+    (first / "again").symlink_to(disk)
+    (disk / "loop").symlink_to(first)
+    (first / "up").symlink_to(data)
+    (first / "self").symlink_to(first)
+    images = load_images(data)
+    assert np.bincount(images.y).tolist() == [3 + 6, 3]
+    assert len({place.resolve() for place in images.x}) == len(images)
+    (first / "own").mkdir()
+    (first / "own" / "b").symlink_to(tmp_path / "missing")
+    with pytest.raises(DataError, match="own/b is a link to a file or folder that does not exist"):
+        load_images(data)
+
+
+def test_archives_beside_class_folders_are_named(tmp_path):
+    write_folder(tmp_path / "d", pixels(), np.arange(6) % 2)
+    (tmp_path / "d" / "class2.tar").touch()
+    with pytest.warns(UserWarning, match=r"class2\.tar in .*d is not read"):
+        assert load_images(tmp_path / "d").classes == ("class0", "class1")

@@ -111,6 +111,22 @@ def test_missing_files_are_told_once_each(study_file, tmp_path):
     assert estimate(study, needs, tasks).seconds == {}
 
 
+def test_a_split_of_a_file_and_a_name_of_timm_are_no_missing_files(study_file, tmp_path):
+    found = np.load(tmp_path / "tiny.npz")
+    classes = found["y"] % 2
+    np.savez(tmp_path / "parts.npz", train_images=found["x"], train_labels=classes)
+    text = study_file.read_text().replace('classes = ["red", "blue"]\n', "")
+    study_file.write_text(text.replace('"tiny.npz"', '"parts.npz?split=train"'))
+    needs, tasks = needs_of(load_study(study_file), tmp_path / "out")
+    assert needs.missing == []
+    assert tasks is not None
+    study_file.write_text(text.replace('"tiny.npz"', '"torch/mnist?root=nowhere"', 1))
+    assert missing_data(load_study(study_file)) == []
+    study_file.write_text(text.replace('"tiny.npz"', '"none.npz?split=train"', 1))
+    (line,) = missing_data(load_study(study_file))
+    assert line == f"data {tmp_path / 'none.npz'} does not exist (tasks all)"
+
+
 def test_images_that_cannot_be_used_are_missing_too(study_file, tmp_path):
     with np.load(tmp_path / "tiny.npz") as file:
         content = dict(file)

@@ -189,6 +189,12 @@ def test_a_file_that_is_no_toml_names_the_line(write, tmp_path):
         load_study(tmp_path / "absent.toml")
 
 
+def test_a_byte_order_mark_is_no_mistake(write):
+    path = write(SMALL)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_study(path).name == "small"
+
+
 def test_lines_are_right_within_strings_and_lists_of_many_lines(write):
     text = SMALL.replace(
         "seeds = [0, 1]",

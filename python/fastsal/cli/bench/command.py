@@ -95,6 +95,7 @@ def _line(result: Result) -> str:
 
 def _table(results: list[Result]) -> Any:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
@@ -108,15 +109,14 @@ def _table(results: list[Result]) -> Any:
     table.add_column("against")
     for r in results:
         if r.ratio is None:
-            table.add_row(r.name, "", "", "", "", f"[dim]{r.note}[/dim]")
+            table.add_row(r.name, "", "", "", "", Text(r.note, "dim"))
             continue
-        color = "green" if r.met else "yellow"
         table.add_row(
             r.name,
             f"{r.ours:.3g} s",
             f"{r.theirs:.3g} s",
-            f"[{color}]{r.ratio:.2f}[/{color}]",
+            Text(f"{r.ratio:.2f}", style="green" if r.met else "yellow"),
             f"{'≥' if r.at_least else '≤'} {r.limit:g}",
-            r.peer + (f"\n[dim]{r.note}[/dim]" if r.note else ""),
+            Text.assemble(r.peer, (f"\n{r.note}" if r.note else "", "dim")),
         )
     return table

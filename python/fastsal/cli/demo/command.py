@@ -79,6 +79,7 @@ def demo(**given: Any) -> None:
 def _table(found: DemoResult) -> Table:
     """Return a table of accuracies: rows are methods by task, columns are sparsities."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title="Top-1 accuracy, %, with frozen heads and no training after pruning",
@@ -92,7 +93,7 @@ def _table(found: DemoResult) -> Table:
     for sparsity in found.settings.sparsities:
         table.add_column(f"{100 * sparsity:.0f} %", justify="right")
     for task, title in (("source", "digits 0-4 (source)"), ("unseen", "digits 5-9 (unseen)")):
-        table.add_row(f"[bold]{title}[/bold]")
+        table.add_row(Text(title, "bold"))
         rows = {
             method.label: [
                 100 * getattr(point, task) for point in found.points if point.method == method.label
@@ -102,7 +103,7 @@ def _table(found: DemoResult) -> Table:
         best = [max(column) for column in zip(*rows.values(), strict=True)]
         for label, row in rows.items():
             cells = [
-                f"[bold green]{value:.1f}[/bold green]" if value == top else f"{value:.1f}"
+                Text(f"{value:.1f}", "bold green" if value == top else "")
                 for value, top in zip(row, best, strict=True)
             ]
             table.add_row(f"  {label}", f"{100 * getattr(found.dense, task):.1f}", *cells)

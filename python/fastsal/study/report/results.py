@@ -21,6 +21,7 @@ from fastsal.study.folder_format import (
 )
 from fastsal.study.report.csv_rows import column, read_records, read_rows
 from fastsal.utils.json_files import read_json
+from fastsal.utils.paths import user_path
 
 Key = TypeVar("Key")
 
@@ -186,7 +187,7 @@ def read_results(folder: str | os.PathLike[str]) -> Results:
         FileFormatError: A file is damaged or has another format; the message names file, line and
             column.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     _check_kind(folder)
     facts = _read_facts(folder / STUDY_FILE)
     path = folder / "results.csv"

@@ -109,11 +109,13 @@ class Reader:
             raise self._located(key, error) from None
         return self._distinct(key, found)
 
-    def counts(self, key: str, default: list[int] | None, least: int = 0) -> list[int]:
-        """Return one or more distinct integers of at least `least`."""
+    def counts(
+        self, key: str, default: list[int] | None, least: int = 0, most: int | None = None
+    ) -> list[int]:
+        """Return one or more distinct integers in range."""
         values = self._list(key, default)
         try:
-            found = [whole(self._name(key), value, least) for value in values]
+            found = [whole(self._name(key), value, least, most) for value in values]
         except InvalidArgument as error:
             raise self._located(key, error) from None
         return self._distinct(key, found)

@@ -37,6 +37,9 @@ from fastsal.utils.choices import (
     Autocast,
 )
 from fastsal.utils.devices import DEVICE_KINDS, is_device_name
+from fastsal.utils.paths import user_path
+
+_MOST_SEED = 2**63 - 1  # of a column of integers
 
 
 def load_study(
@@ -54,7 +57,7 @@ def load_study(
             message names the key and its line.
         FileFormatError: The file is not valid TOML.
     """
-    path = Path(path)
+    path = user_path(path)
     table, lines = read_toml(path)
     return study_of(Reader(table, (), lines, path.name), path.absolute().parent, root)
 
@@ -79,10 +82,10 @@ def study_of(
         "head", "ridge", "save", "device", "autocast", "models", "tasks", "sources",
         "criteria", "split", "finetune", "diagnostics",
     )  # fmt: skip
-    own_root = Path(folder) / top.text("root", ".")
+    own_root = Path(folder) / user_path(top.text("root", "."))
     tasks = _named(top, "tasks", _task)
     samples = top.optional_count("samples")
-    sparsities, seeds = top.fractions("sparsities"), top.counts("seeds", [0])
+    sparsities, seeds = top.fractions("sparsities"), top.counts("seeds", [0], most=_MOST_SEED)
     models = _named(top, "models", _model)
     _register_criteria(top, models, folder)
     return Study(
@@ -108,7 +111,7 @@ def study_of(
             if "diagnostics" in top.table
             else None
         ),
-        root=Path(root).absolute() if root is not None else own_root,
+        root=user_path(root).absolute() if root is not None else own_root,
         folder=Path(folder),
     )
 
@@ -322,7 +325,7 @@ def _split(r: Reader) -> SplitSettings:
             next(iter(r.table), "prune"),
             f"must make prune + fit + tune = 1, got a sum of {total:g}",
         )
-    return SplitSettings(**shares, seed=r.count("seed", 0, least=0))
+    return SplitSettings(**shares, seed=r.count("seed", 0, least=0, most=_MOST_SEED))
 
 
 def _finetune(r: Reader) -> FinetuneSettings:

@@ -20,6 +20,7 @@ from fastsal.utils.choices import (
     Schedule,
     Scope,
 )
+from fastsal.utils.paths import user_path
 
 MOST_SAMPLES = 1024  # images for statistics where `samples` is not given
 
@@ -304,7 +305,7 @@ class Study:
 
     def __post_init__(self) -> None:
         for name in ("root", "folder"):  # a path may be given as a string
-            object.__setattr__(self, name, Path(getattr(self, name)))
+            object.__setattr__(self, name, user_path(getattr(self, name)))
 
     def __repr__(self) -> str:
         sizes = ", ".join(

@@ -38,7 +38,7 @@ def read_toml(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[Place,
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a byte order mark
     except FileNotFoundError:
         raise InvalidArgument(f"study: {path} does not exist") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
