@@ -1,4 +1,4 @@
-"""Every public function takes paths as text, as `Path` and as any other `PathLike`."""
+"""Every public function takes paths as text, also with `~`, as `Path` and as other `PathLike`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import fastsal
 from fastsal.models import load_weights, read_weights, save_weights
 from fastsal.study.report.results import read_results
 from fastsal.transfer.head_cache import HeadCache, load_head, save_head
+from fastsal.utils.paths import user_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,26 @@ class Place:
         return self._path
 
 
-KINDS = [str, Path, Place]
+def in_home(path):
+    """Return a path as a user writes it that is in the home folder."""
+    if not Path(path).is_absolute():
+        return str(path)
+    return str(Path("~") / Path(path).relative_to(Path.home()))
+
+
+KINDS = [str, Path, Place, in_home]
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_only_the_name_of_a_home_folder_is_replaced(tmp_path):
+    assert user_path("~") == tmp_path
+    assert user_path("~/a/~") == tmp_path / "a" / "~"
+    assert str(user_path("~nobody-at-all/a")) == "~nobody-at-all/a"
+    assert str(user_path("a~")) == "a~"
 
 
 def net():
@@ -72,6 +92,19 @@ def test_runs(kind, tmp_path):
     fastsal.finetune(
         model, batches(), result.masks, epochs=1, lr=0.1, checkpoint=kind(tmp_path / "epoch")
     )
+    assert not (Path.cwd() / "~").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_of_runs(kind, tmp_path, tiny_file):
+    model = fastsal.load_model(kind(tiny_file) + ":tiny") if kind is in_home else None
+    model = model or fastsal.load_model(f"{tiny_file}:tiny")
+    masks = fastsal.prune(model, None, 0.5, criterion="magnitude", compensate=False).masks
+    fastsal.save_run(kind(tmp_path / "run"), model, masks, spec=f"{tiny_file}:tiny")
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    fastsal.load_run(kind(tmp_path / "run"))
+    fastsal.export(model, kind(tmp_path / "packed.safetensors"), format="packed")
+    assert (tmp_path / "packed.safetensors").is_file()
 
 
 @pytest.mark.parametrize("kind", KINDS)

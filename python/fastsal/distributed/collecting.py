@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -35,6 +34,7 @@ from fastsal.fisher.statistics import Collected, Statistics
 from fastsal.models.classifier import using_head
 from fastsal.models.input_axis import layer_axes
 from fastsal.utils.choices import EXCHANGES, Exchange
+from fastsal.utils.paths import user_path
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
 from fastsal.utils.suggestions import check_choice
@@ -118,7 +118,7 @@ def save(
         InvalidArgument: `torch.distributed` is not initialized.
     """
     ranks = Ranks(group)
-    target = Path(path)
+    target = user_path(path)
     names = [shard_name(target, n + 1, ranks.size) for n in range(ranks.size)]
     with ranks.together("save"):
         fisher.save(target.parent / names[ranks.rank])

@@ -150,7 +150,9 @@ class RankProcess(Process):
             for part in share:
                 whole = mine.parameters[part.name]
                 is_own = owner == self._ranks.rank
-                there = torch.empty(0 if is_own else len(part), dtype=row_dtype(whole))
+                there = torch.empty(
+                    0 if is_own else len(part), dtype=row_dtype(whole), device="cpu"
+                )
                 values = moved[part.key].reshape(-1) if is_own else there
                 values = self._ranks.broadcast(values, owner, "weights")
                 with torch.no_grad():

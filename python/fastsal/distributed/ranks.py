@@ -189,7 +189,7 @@ class Ranks:
         """
         said = payload if failure is None else encoded(failure)
         header = [int(failure is not None), zlib.crc32(what.encode()), len(said)]
-        headers = [h.tolist() for h in self._gathered(torch.tensor(header))]
+        headers = [h.tolist() for h in self._gathered(torch.tensor(header, device="cpu"))]
         failed = [rank for rank, (is_failed, _, _) in enumerate(headers) if is_failed]
         if failed:
             texts = self._texts(said, [size if bad else 0 for bad, _, size in headers])
@@ -214,7 +214,7 @@ class Ranks:
         most = max(sizes)
         if most == 0:
             return [b""] * len(sizes)
-        padded = torch.zeros(most, dtype=torch.uint8)
+        padded = torch.zeros(most, dtype=torch.uint8, device="cpu")
         own = sizes[self.rank]
         padded[:own] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)[:own] if own else 0
         found = self._gathered(padded)

@@ -185,13 +185,16 @@ def assembled(
     ranks: Ranks,
 ) -> dict[str, Tensor]:
     """Return the masks of all parameters, from the bits of every rank's parts."""
-    masks = {name: torch.empty(tuple(shape), dtype=torch.bool) for name, shape in shapes.items()}
+    masks = {
+        name: torch.empty(tuple(shape), dtype=torch.bool, device="cpu")
+        for name, shape in shapes.items()
+    }
     for owner, share in enumerate(shares):
         count = sum(map(len, share))
         if owner == ranks.rank and share:
             bits = torch.from_numpy(np.packbits(np.concatenate([kept[p.key] for p in share])))
         else:
-            bits = torch.empty(-(-count // 8), dtype=torch.uint8)
+            bits = torch.empty(-(-count // 8), dtype=torch.uint8, device="cpu")
         bits = ranks.broadcast(bits, owner, "masks")
         flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool))
         start = 0

@@ -89,7 +89,7 @@ def checked_rows(
     prepared = {}
     counts = set()
     for name, value in gradients.items():
-        tensor = torch.as_tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
         shape = shapes[name]
         if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape:
             raise InvalidArgument(

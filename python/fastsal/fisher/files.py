@@ -29,6 +29,7 @@ from fastsal.utils import safetensors_files
 from fastsal.utils.digests import Digest
 from fastsal.utils.json_files import read_json, write_json
 from fastsal.utils.mapped_files import forget, mapped_base
+from fastsal.utils.paths import user_path
 from fastsal.utils.safetensors_files import Entry
 from fastsal.utils.sizes import parse_bytes
 
@@ -84,7 +85,7 @@ def write(
         return packed_bytes(part, sums.block_size, sums.itemsize)
 
     groups = cut(sums.shapes, None, cost, most) or [[p] for p in uncut(sums.shapes)]
-    target = Path(path)
+    target = user_path(path)
     names = []
     for number, group in enumerate(groups, start=1):
         name = shard_name(target, number, len(groups))
@@ -122,14 +123,15 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> ModelSums:
         FileNotFoundError: There is no such file.
         FileFormatError: The file is truncated, modified, or not a file of statistics.
     """
+    path = user_path(path)
     shown = repr(os.fspath(path))
-    if not os.path.isfile(path):
+    if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {shown}")
     try:
-        index = _index(Path(path))
+        index = _index(path)
         if index is None:
             return _read_file(path, verify=verify)
-        shards = [Path(path).parent / name for name in index["shards"]]
+        shards = [path.parent / name for name in index["shards"]]
         return _joined([_read_file(shard, verify=verify) for shard in shards], index["parameters"])
     except FileFormatError:
         raise

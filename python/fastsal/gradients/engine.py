@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastsal.errors import DataError, InvalidArgument, UnknownParameter
 from fastsal.gradients import losses as checks
 from fastsal.gradients.backward import Pass, Sink
-from fastsal.gradients.capture import Capture
+from fastsal.gradients.capture import Capture, make_root
 from fastsal.gradients.fallback import Fallback
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.micro_batch import choose_micro_batch
@@ -22,12 +22,18 @@ from fastsal.gradients.state import PrivateRandomness, frozen
 from fastsal.gradients.tokens import TokenLookups
 from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
-from fastsal.models.evaluating import differentiable, plain_call, to_model, twice
+from fastsal.models.evaluating import (
+    differentiable,
+    first_layer_parameter,
+    plain_call,
+    to_model,
+    twice,
+)
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.models.outputs import output_tensor
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.choices import CURVATURES, Curvature
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import SEEDS, whole
 from fastsal.utils.suggestions import check_choice
 
 
@@ -80,7 +86,7 @@ class GradientEngine:
             )
         if micro_batch is not None:
             micro_batch = whole("micro_batch", micro_batch, 1)
-        seed = whole("seed", seed, None)
+        seed = whole("seed", seed, *SEEDS)
         checks.check_autocast(autocast)
         if not parameters:
             raise InvalidArgument("parameters must contain at least one parameter, got none")
@@ -204,7 +210,7 @@ class GradientEngine:
         uniforms: Tensor | None = None
         if self._sampled:
             # Drawn for the whole batch, so that labels do not depend on the micro-batch.
-            uniforms = torch.rand(n, dtype=torch.float64, generator=self._generator)
+            uniforms = checks.draw_uniform((n,), self._generator)
         with differentiable():
             images = _usable(images)
             labels = None if labels is None else _usable(labels)
@@ -246,9 +252,9 @@ class GradientEngine:
     def skip(self, samples: int) -> None:
         """Advance the random numbers as for a run of `samples`; call it after `prepare`."""
         if self._sampled:
-            torch.rand(samples, dtype=torch.float64, generator=self._generator)
+            checks.draw_uniform((samples,), self._generator)
         elif self._by_features and self._outputs is not None:
-            checks.draw_noise(torch.empty(samples, *self._outputs), self._generator)
+            checks.draw_uniform((samples, *self._outputs), self._generator)
 
     @contextlib.contextmanager
     def rewinding(self) -> Iterator[None]:
@@ -262,7 +268,7 @@ class GradientEngine:
             self._find_rules(images, labels)
 
     def _to_model(self, images: Tensor) -> Tensor:
-        return to_model(images, next(iter(self._parameters.values())))
+        return to_model(images, first_layer_parameter(self._model))
 
     def _forward(self, call: Callable[[], Any]) -> Any:
         if self._autocast is None:
@@ -345,6 +351,8 @@ class GradientEngine:
         n, real_images = images.shape[0], images
         if n == 1 and self._pads:
             images, labels, uniforms = twice(images), twice(labels), twice(uniforms)
+        elif self._fallback is not None:
+            images = images.clone()  # the model may change them
         ran = images.shape[0]
         hooks = Pass(self._fast, n, ran, sink, self._workspace, self._scale, self._samples_last)
         lookups: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -352,7 +360,7 @@ class GradientEngine:
             # Recomputed tensors must require gradients as in the forward pass, where the graph
             # would otherwise start at the first tracked layer.
             if images.is_floating_point():
-                images = images.detach().requires_grad_()
+                images = make_root(images)
             else:
                 lookups = TokenLookups(images)
         with self._randomness.active(keep=True):

@@ -118,7 +118,8 @@ class Fallback:
     def _vmapped(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         values = {name: p.detach() for name, p in self._parameters.items()}
         per_sample = vmap(grad(self._loss), in_dims=(None, 0, 0), randomness="different")
-        result: dict[str, Tensor] = per_sample(values, images, labels)
+        # A copy, as the model may modify it in place, and the pass may fail.
+        result: dict[str, Tensor] = per_sample(values, images.clone(), labels)
         return result
 
     def _one_by_one(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,8 +57,12 @@ def in_float32(loss: LossFunction, device: torch.device) -> LossFunction:
 
 
 def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of each sample, `[n]`, in float32 or wider."""
-    return F.cross_entropy(at_least_float32(output_tensor(outputs)), labels, reduction="none")
+    """Return the cross-entropy of each sample, `[n]`, in float32 or wider.
+
+    Labels may be of any type of integers; PyTorch takes int64 and uint8 only.
+    """
+    targets = labels if labels.is_floating_point() else labels.long()
+    return F.cross_entropy(at_least_float32(output_tensor(outputs)), targets, reduction="none")
 
 
 def feature_matching(outputs: Tensor, noise: Tensor) -> Tensor:
@@ -177,13 +181,18 @@ def sample_labels(outputs: Tensor, uniforms: Tensor) -> Tensor:
     return drawn.clamp_(max=outputs.shape[1] - 1).to(outputs.device)
 
 
+def draw_uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw uniform numbers in [0, 1), float64, on the CPU whatever the default device is."""
+    return torch.rand(tuple(shape), dtype=torch.float64, generator=generator, device="cpu")
+
+
 def draw_noise(outputs: Tensor, generator: torch.Generator) -> Tensor:
     """Draw standard normal numbers with the shape of `outputs`, by inversion of uniform ones.
 
     The uniform numbers are drawn sample by sample on the CPU, so that the noise of a sample depends
     neither on the batch size (as with `torch.randn`) nor on the device.
     """
-    uniforms = torch.rand(outputs.shape, dtype=torch.float64, generator=generator)
+    uniforms = draw_uniform(outputs.shape, generator)
     # The generator may return 0, whose inverse is infinite.
     noise: Tensor = torch.special.ndtri(uniforms.clamp_(min=2.0**-54))
     # In two steps: the device may lack float64.

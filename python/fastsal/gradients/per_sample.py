@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from fastsal.gradients import losses as checks
 from fastsal.gradients.engine import GradientEngine
+from fastsal.gradients.feature_parameters import without_classifier
 from fastsal.gradients.losses import LossFunction
 from fastsal.gradients.precision import row_dtype
 from fastsal.models.selection import select_parameters
-from fastsal.utils.choices import Curvature
+from fastsal.models.wrappers import unwrapped
+from fastsal.utils.choices import CURVATURES, Curvature
+from fastsal.utils.suggestions import check_choice
 
 
 def per_sample_gradients(
@@ -38,7 +41,8 @@ def per_sample_gradients(
         images: `[n, C, H, W]`, normalized floating point; or token ids `[n, L]`, int64 or int32.
         labels: `[n]`, or the labels that `loss` expects. Optional for "sampled", ignored for
             "features".
-        parameters: Names or patterns, see `select_parameters`.
+        parameters: Names or patterns, see `select_parameters`. With "features" the weights of the
+            classifier are excluded unless they are named exactly.
         loss: "cross-entropy", or a function `(outputs, labels)` that returns losses `[n]`.
         curvature: "empirical" uses the given labels, "sampled" labels drawn from the model,
             "features" the loss of matching noisy features; see `GradientEngine`.
@@ -56,8 +60,11 @@ def per_sample_gradients(
         NonFiniteGradient: A loss is NaN or infinite.
         UnsupportedLayer: A per-sample gradient cannot be computed.
     """
+    check_choice("curvature", curvature, CURVATURES)
     selected = select_parameters(model, parameters)
     checks.check_images(images)
+    if curvature == "features":
+        selected = without_classifier(unwrapped(model), selected, parameters, images)
     with torch.inference_mode(False):
         result = {
             name: torch.empty(

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsal.models.evaluating import without_autocast
+
 
 def row_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of the rows of a parameter: float32, or float64 for float64 weights."""
@@ -31,13 +33,16 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def full_float32() -> Iterator[None]:
     """Disable TF32 in matrix products on CUDA, whose ten bits of mantissa would change inverses.
 
+    An autocast of the caller, with fewer bits yet, is disabled too.
+
     The settings of the process are restored exactly, whether they were made by `allow_tf32` and
     `set_float32_matmul_precision` or by `fp32_precision` (from PyTorch 2.9 on). Those two must not
     be mixed: after a setting by one, reading the other may raise.
     """
     restore = _disable_tf32()
     try:
-        yield
+        with without_autocast():
+            yield
     finally:
         restore()
 

@@ -142,8 +142,7 @@ def find_rules(
     Raises:
         UnsupportedLayer: Samples depend on each other, or a parameter receives no gradient.
     """
-    images = images.detach().clone()
-    start = _Start(images)
+    start = _Start(images.detach().clone())
     scale = scale.copy()
     recorder = _Recorder()
     captures: list[Capture] = []
@@ -153,7 +152,7 @@ def find_rules(
         captures.append(capture)
         with context():
             with capture:
-                values = losses(lambda: start.run(lambda: run_model(model, images)))
+                values = losses(lambda: start.run(lambda: run_model(model, start.images)))
             return _two_backward_passes(values, start, copies, recorder, scale)
 
     found = differentiate(model, parameters, gradients)
@@ -203,31 +202,39 @@ class _Start:
     """The start of the graph: the images, or the embeddings of tokens.
 
     Args:
-        images: `[2, ...]`; floating-point images require gradients from now on.
+        images: `[2, ...]`.
+
+    Attributes:
+        images: The input of the model, which it may modify in place.
     """
 
     def __init__(self, images: Tensor) -> None:
-        self._images = images.requires_grad_() if images.is_floating_point() else None
+        self._is_tokens = not images.is_floating_point()
+        self.images = images if self._is_tokens else make_root(images)
+        self._edges = [] if self._is_tokens else [get_gradient_edge(self.images)]
+        self._shapes = [images.shape]
         self._lookups = TokenLookups(images)
 
     def run(self, model: Callable[[], object]) -> object:
         """Run the model, and intercept its embeddings if the samples are tokens."""
-        with contextlib.nullcontext() if self._images is not None else self._lookups:
-            return model()
+        with self._lookups if self._is_tokens else contextlib.nullcontext():
+            found = model()
+        if self._is_tokens:
+            self._shapes = [tensor.shape for tensor in self._lookups.outputs]
+        return found
 
     @property
-    def tensors(self) -> list[Tensor]:
-        """The tensors in which samples must not mix."""
-        return self._lookups.outputs if self._images is None else [self._images]
+    def tensors(self) -> Sequence[GradientEdge | Tensor]:
+        """Where samples must not mix."""
+        return self._lookups.outputs if self._is_tokens else self._edges
 
     def found(
         self, first: Sequence[Tensor | None], both: Sequence[Tensor | None]
     ) -> list[SplitGradient]:
         """Return the gradients of the tensors under the first loss, and under both."""
-        any_layout = self._images is None
         return [
-            SplitGradient(tensor.shape, any_layout, one, two)
-            for tensor, one, two in zip(self.tensors, first, both, strict=True)
+            SplitGradient(shape, self._is_tokens, one, two)
+            for shape, one, two in zip(self._shapes, first, both, strict=True)
         ]
 
 

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from fastsal.gradients.capture import Interception
 from fastsal.gradients.rules.operations import Call, Operation
 from fastsal.gradients.state import PrivateRandomness, frozen, replaced
-from fastsal.models.evaluating import differentiable, plain_call, to_model, twice
+from fastsal.models.evaluating import (
+    differentiable,
+    first_layer_parameter,
+    plain_call,
+    to_model,
+    twice,
+)
 from fastsal.models.inputs import example_images
 from fastsal.models.wrappers import unwrapped
 
@@ -39,7 +45,7 @@ def weight_macs(model: nn.Module, images: Tensor | None = None) -> dict[str, int
     """
     model = unwrapped(model)
     own = {name: p for name, p in model.named_parameters() if p.ndim > 1 and p.is_floating_point()}
-    first = next(model.parameters())
+    first = first_layer_parameter(model)
     with (
         differentiable(),  # without gradients, attention of PyTorch is one call on all its weights
         frozen(model),
@@ -47,7 +53,7 @@ def weight_macs(model: nn.Module, images: Tensor | None = None) -> dict[str, int
     ):
         some = example_images(model) if images is None else images
         pair = some[:2] if len(some) > 1 else twice(some[:1])
-        pair = to_model(pair, first).detach().clone()  # those of inference mode have no gradients
+        pair = to_model(pair.detach(), first)
         copies = {name: p.detach().requires_grad_() for name, p in own.items()}
         counts = _Counts(copies)
         with replaced(model, own, copies), _layers_counted(model, counts), counts:

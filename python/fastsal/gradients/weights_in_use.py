@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsal.gradients.state import PrivateRandomness, frozen, replaced
-from fastsal.models.evaluating import differentiable, to_model, twice
+from fastsal.models.evaluating import differentiable, first_layer_parameter, to_model, twice
 from fastsal.models.inputs import example_images
 from fastsal.utils.warn import warn_user
 
@@ -79,7 +79,7 @@ def zeros_in_use(
     suspects = {name: parameters[name] for name in indirect(model, parameters)}
     if not suspects:
         return {}
-    first = next(model.parameters())
+    first = first_layer_parameter(model)
 
     own = dict(model.named_parameters(remove_duplicate=False))
     copies = {name: values.detach().requires_grad_() for name, values in suspects.items()}
@@ -92,11 +92,12 @@ def zeros_in_use(
         ):
             some = example_images(model) if images is None else images
             pair = some[:2] if len(some) > 1 else twice(some[:1])
-            x = to_model(pair, first).detach().clone()
+            x = to_model(pair.detach(), first)
             if x.is_floating_point():
                 x.requires_grad_()
             with _Uses(copies, x) as uses:
-                model.forward(x)  # hooks of the user see the passes of the run only
+                # Hooks of the user see the passes of the run only; an input may be modified.
+                model.forward(x.clone())
             return dict(uses.found)
     except Exception:  # whatever a model raises on images that it does not expect
         return None
@@ -168,7 +169,7 @@ def lost_zeros(values: Mapping[str, Tensor], found: Mapping[str, Zeros]) -> list
 
 def _halved(values: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    zero = torch.rand(values.shape, generator=generator) < 0.5
+    zero = torch.rand(values.shape, generator=generator, device="cpu") < 0.5
     return values.masked_fill(zero.to(values.device), 0)
 
 

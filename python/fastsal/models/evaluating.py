@@ -8,6 +8,7 @@ set flags. Adapter layers, for example, merge their weights in `eval()` and unme
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, overload
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.outputs import with_tensors
+
+# Layers that images or features of them enter.
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @contextlib.contextmanager
@@ -51,6 +55,8 @@ def drop_kept(model: nn.Module) -> None:
 
 
 def _drop_kept(module: nn.Module) -> None:
+    if type(module).train is nn.Module.train:
+        return  # which drops nothing: a dictionary of the model is there to stay
     for name, value in vars(module).items():
         if name.endswith("_cache") and isinstance(value, dict):
             value.clear()
@@ -60,18 +66,37 @@ def _drop_kept(module: nn.Module) -> None:
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Put every module in evaluation mode for the block, then restore its training flag.
 
+    An autocast of the caller is disabled in the block.
+
     Yields:
         The device of the model's first parameter.
     """
-    with modes_restored(model):
+    with modes_restored(model), without_autocast():
         set_modes(model, False)
         yield next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
-def differentiable() -> Iterator[None]:
-    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly."""
+def without_autocast() -> Iterator[None]:
+    """Disable a `torch.autocast` of the caller, so that types are those of the model.
+
+    Passes in mixed precision are asked for by an argument, and enable it inside of the block.
+    """
     with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
+def differentiable() -> Iterator[None]:
+    """Enable gradients, also under `no_grad` and `inference_mode`, and run models eagerly.
+
+    An autocast of the caller is disabled.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(without_autocast())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         if "torch._dynamo" in sys.modules:  # only then can anything be compiled
@@ -97,17 +122,33 @@ def outputs(
         images: `[n, ...]`, moved to the model's device and type; or token ids.
         call: Runs the model; `features.feature_outputs` returns its features.
     """
-    first = next(model.parameters())
+    first = first_layer_parameter(model)
     with evaluating(model), torch.no_grad():
         found = call(model, to_model(images, first))
     return with_tensors(found, lambda x: x.float() if x.is_floating_point() else x)
 
 
+def first_layer_parameter(model: nn.Module) -> Tensor:
+    """Return the parameter whose device and type the images of a model should have.
+
+    Parts of a model may have other types, such as a classifier in float32 after a backbone in
+    bfloat16: it is that of the first layer with weights, or else the first parameter.
+    """
+    layers = (module for module in model.modules() if isinstance(module, _LAYERS))
+    of_layers = (p for layer in layers for p in layer.parameters(recurse=False))
+    for p in itertools.chain(of_layers, model.parameters()):
+        if p.is_floating_point():
+            return p
+    return next(model.parameters())
+
+
 def to_model(images: Tensor, parameter: Tensor) -> Tensor:
-    """Move images to the device and type of a parameter; integer token ids keep their type."""
-    if not images.is_floating_point():
-        return images.to(parameter.device)
-    return images.to(parameter.device, parameter.dtype)
+    """Copy images to the device and type of a parameter; integer token ids keep their type.
+
+    It is always a copy: a model may change its input in place, and images are used again.
+    """
+    dtype = parameter.dtype if images.is_floating_point() else images.dtype
+    return images.to(parameter.device, dtype, copy=True)
 
 
 @overload

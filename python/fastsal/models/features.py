@@ -128,7 +128,10 @@ def _head_input(model: nn.Module, images: Tensor) -> tuple[Tensor, bool]:
         )
     caught: list[Tensor] = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args: caught.append(args[0])) for layer in layers
+        layer.register_forward_pre_hook(
+            lambda _, args, named: caught.append((*args, *named.values())[0]), with_kwargs=True
+        )
+        for layer in layers
     ]
     try:
         model(images)

@@ -116,7 +116,12 @@ def example_images(model: nn.Module) -> Tensor:
     spec = input_spec(model, mean=0.0, std=1.0)  # values that every number of channels has
     height, width = spec.size or (224, 224)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, spec.channels, height, width, generator=generator)
+    return torch.randn(
+        (2, spec.channels, height, width),
+        generator=generator,
+        dtype=torch.float32,
+        device="cpu",
+    )
 
 
 @dataclass(frozen=True)

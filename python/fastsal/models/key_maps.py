@@ -80,7 +80,8 @@ def _joined_clip(state: State) -> State:
     if "pos_embed" in found:
         found["pos_embed"] = found["pos_embed"][None]
     if "head.weight" in found:
-        found["head.bias"] = torch.zeros(len(found["head.weight"]))  # as timm does
+        weight = found["head.weight"]
+        found["head.bias"] = torch.zeros(len(weight), dtype=torch.float32, device="cpu")  # as timm
     return found
 
 

@@ -23,6 +23,7 @@ from fastsal.models.weights import check_weights_path, load_weights
 from fastsal.utils.devices import resolve_device
 from fastsal.utils.digests import Digest
 from fastsal.utils.numbers import as_integer, whole
+from fastsal.utils.paths import user_path
 from fastsal.utils.plain_text import first_line
 from fastsal.utils.suggestions import did_you_mean, listed
 
@@ -75,7 +76,7 @@ def load_model(
     place = resolve_device(device)
     pretrained = isinstance(weights, str) and weights == "pretrained"
     if weights is not None and not pretrained:
-        check_weights_path(Path(weights))
+        check_weights_path(user_path(weights))
     elif weights_key is not None:
         raise InvalidArgument(
             f"weights_key must be None without a weights file, got {weights_key!r}"
@@ -129,7 +130,7 @@ def _split_spec(spec: str) -> tuple[str, str] | None:
 
 def _from_file(spec: str, chosen: dict[str, int]) -> nn.Module:
     file, function = _split_spec(spec) or ("", "")
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise InvalidArgument(f"model: {spec!r}: there is no file {file}")
     if not function:
@@ -146,7 +147,11 @@ def _from_file(spec: str, chosen: dict[str, int]) -> nn.Module:
             f"model: {file} defines no function {function!r}, only {listed(names) or 'none'}"
             f"{did_you_mean(function, names)}"
         )
-    model = build(**_accepted(build, spec, chosen))
+    accepted = _accepted(build, spec, chosen)
+    try:
+        model = build(**accepted)
+    except SystemExit as error:  # it would end the command as if its work were done
+        raise InvalidArgument(f"model: {spec!r} must return a module, got an exit") from error
     if not isinstance(model, nn.Module):
         raise InvalidArgument(
             f"model: {spec!r} must return a torch.nn.Module, got {type(model).__name__}"
@@ -167,8 +172,12 @@ def _import_file(path: Path) -> ModuleType:
     sys.path.insert(0, folder)
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
+        if isinstance(error, (ImportError, SyntaxError, SystemExit)):
+            raise InvalidArgument(
+                f"model: {path} cannot be imported ({type(error).__name__}: {first_line(error)})"
+            ) from error
         raise
     finally:
         with contextlib.suppress(ValueError):
@@ -184,7 +193,7 @@ def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
         folder: Folder that the path of the file is relative to.
     """
     file, _ = _split_spec(spec) or ("", "")
-    path = Path(folder) / Path(file).expanduser()
+    path = Path(folder) / user_path(file)
     if file and path.is_file():
         with _building:
             _import_file(path)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import differentiable, evaluating, to_model, twice
+from fastsal.models.evaluating import (
+    differentiable,
+    evaluating,
+    first_layer_parameter,
+    to_model,
+    twice,
+)
 from fastsal.models.outputs import output_tensor
 
 _PRODUCT = re.compile(r"^(Addmm|Addbmm|Baddbmm|Bmm|Mm|Addmv|Mv)Backward|Linear|Conv")
@@ -42,16 +48,16 @@ def output_layers(model: nn.Module, images: Tensor) -> list[str]:
     Raises:
         Exception: Whatever the model raises on these images.
     """
-    first = next(model.parameters())
+    first = first_layer_parameter(model)
     pair = images[:2] if len(images) > 1 else twice(images[:1])
-    pair = to_model(pair.detach().clone(), first)
+    pair = to_model(pair.detach(), first)
     with _all_trained(model), differentiable(), torch.random.fork_rng(devices=[]):
         pair = pair.clone()
         if pair.is_floating_point():
             pair.requires_grad_()
         # Not through `__call__`: hooks of the user see the passes of the run only.
         try:
-            output = output_tensor(model.forward(pair))
+            output = output_tensor(model.forward(pair.clone()))  # which it may modify
         except InvalidArgument:  # of no tensor, or of several
             return []
         if output.grad_fn is None:

@@ -120,6 +120,6 @@ def _unpacked(mask: Tensor, values: Tensor, shape: list[int]) -> Tensor:
     kept = torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool))
     if int(kept.sum()) != len(values):
         raise ValueError("a mask has another number of elements than its values")
-    whole = torch.zeros(count, dtype=values.dtype)
+    whole = values.new_zeros(count)
     whole[kept] = values
     return whole.view(shape)

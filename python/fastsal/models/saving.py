@@ -168,7 +168,7 @@ class _State:
                     "parameter or buffer"
                 )
             try:
-                save({name: torch.zeros(1, dtype=value.dtype)})
+                save({name: torch.zeros(1, dtype=value.dtype, device="cpu")})
             except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
                 raise InvalidArgument(
                     f"model: {name!r} ({value.dtype}) cannot be written to a safetensors file "
@@ -177,7 +177,7 @@ class _State:
         if not self.tensors:
             raise InvalidArgument("model must have parameters or buffers to write, got none")
         try:
-            save({"x": torch.zeros(1)}, self.metadata())
+            save({"x": torch.zeros(1, device="cpu")}, self.metadata())
         except (SafetensorError, ValueError, TypeError) as error:
             raise InvalidArgument(
                 f"model: the state of its layers cannot be written to a safetensors file ({error})"

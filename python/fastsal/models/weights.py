@@ -19,6 +19,7 @@ from fastsal.models.saving import other_state, save_weights, tensors_in
 from fastsal.models.state_dicts import choose_state, fitted
 from fastsal.models.widths import read_widths, resized
 from fastsal.models.wrappers import renamed, unwrapped
+from fastsal.utils.paths import user_path
 from fastsal.utils.warn import warn_user
 
 __all__ = ["check_weights_path", "load_weights", "read_pickle", "read_weights", "save_weights"]
@@ -55,7 +56,7 @@ def load_weights(
         FileFormatError: The file cannot be read, its names, shapes or types do not fit the model,
             or several parts of it do.
     """
-    model = unwrapped(model)
+    model, path = unwrapped(model), user_path(path)
     state, choice = _read(path, weights_key)
     with resized(model, read_widths(path), state, path):
         own = tensors_in(model.state_dict())
@@ -132,7 +133,7 @@ def read_weights(
 
 def _read(path: str | os.PathLike[str], key: str | None) -> tuple[dict[str, Tensor], str]:
     """Return a state dict of a file, and a note on its choice."""
-    path = Path(path)
+    path = user_path(path)
     check_weights_path(path)
     if path.suffix == ".safetensors":
         loaded: Any = _read_safetensors(path)

@@ -142,8 +142,13 @@ def _smaller(
     model: nn.Module, state: Mapping[str, Tensor], path: object
 ) -> list[tuple[Tensor, torch.Size]]:
     """Return the tensors that are stored in smaller shapes, and these shapes."""
-    found = []
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    found: dict[int, tuple[Tensor, torch.Size]] = {}
+    # By all names of a shared tensor: a file has one of them, which need not be the first.
+    names = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    for name, tensor in names:
         stored = state.get(name)
         if stored is None or stored.shape == tensor.shape:
             continue
@@ -155,8 +160,8 @@ def _smaller(
                 f"weights: {path} has {name!r} in shape {list(stored.shape)}, which is no part of "
                 f"the model's {list(tensor.shape)}; build the model that was pruned"
             )
-        found.append((tensor, stored.shape))
-    return found
+        found[id(tensor)] = tensor, stored.shape
+    return list(found.values())
 
 
 def read_widths(path: Any) -> Widths:

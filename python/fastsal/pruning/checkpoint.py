@@ -21,9 +21,9 @@ from fastsal.errors import FileFormatError
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
 from fastsal.utils import safetensors_files as streamed_files
-from fastsal.utils.atomic import check_writable
 from fastsal.utils.digests import Digest, tensors_digest
-from fastsal.utils.resuming import as_asked, check_origin, remove_finished
+from fastsal.utils.paths import user_path
+from fastsal.utils.resuming import as_asked, check_origin, check_path, remove_finished
 from fastsal.utils.safetensors_files import Entry, header_of
 
 _FORMAT = "fastsal.round"
@@ -52,12 +52,12 @@ class Checkpoint:
         *,
         writes: bool = True,
     ) -> None:
-        self._path = Path(path)
+        self._path = user_path(path)
         self._asked = as_asked(asked)
         self._rest = rest
         self._seen = seen or SeenImages()
         if writes:
-            check_writable(self._path, "checkpoint")
+            check_path(self._path)
 
     @property
     def of_refit(self) -> Path:

@@ -238,7 +238,7 @@ def _counted(work: Work) -> tuple[float, float]:
     images, _ = work.source.first()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work.how.model(images[:1].to("meta"))
-    a = torch.randn(1024, 1024)
+    a = torch.randn(1024, 1024, dtype=torch.float32, device="cpu")
     rate = 2 * 1024**3 / min(_seconds(lambda: a @ a) for _ in range(5))
     one = 3 * counter.get_total_flops() / rate
     return 2.5 * one, one * work.how.micro_batch
@@ -254,7 +254,7 @@ def _sums_seconds(work: Work, samples: int) -> float:
     if plan.place == "file":
         nbytes = sums_nbytes(trial, parts["tried"], how.samples) + 256
         trial.move_to_file(FileArrays(_folder(plan), nbytes), how.samples)
-    rows = torch.ones(min(how.step, samples), count)
+    rows = torch.ones(min(how.step, samples), count, dtype=torch.float32, device="cpu")
     steps = -(-samples // len(rows))
     # The first gradients are stored as rows, which become blocks when there are more of them.
     tried = min(steps, (size + 1) // 2 // len(rows) + 3)

@@ -9,13 +9,13 @@ from typing import Any
 from fastsal.data.batches import Batches
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.criteria import CRITERIA
-from fastsal.pruning.criteria.scoring import SEEDS, find_criterion
+from fastsal.pruning.criteria.scoring import find_criterion
 from fastsal.pruning.damping import Damping, Multiple, parse_damping
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.joint import LARGEST_GROUP
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import Pattern
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import SEEDS, whole
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,14 @@ class Shelf:
 
     Args:
         folder: The scratch folder; None for memory.
+
+    Attributes:
+        depth: Number of `all_or_nothing` blocks that are active, one inside the other.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self._folder = folder
+        self.depth = 0
         self._files: dict[str, tuple[FileArrays, dict[str, Tensor]]] = {}
 
     def room(
@@ -32,7 +36,10 @@ class Shelf:
     ) -> dict[str, Tensor]:
         """Return uninitialized tensors on the CPU, to be filled by the caller."""
         if self._folder is None:
-            return {name: torch.empty(tuple(shape), dtype=dtype) for name, shape in shapes.items()}
+            return {
+                name: torch.empty(tuple(shape), dtype=dtype, device="cpu")
+                for name, shape in shapes.items()
+            }
         key = f"{purpose} {dtype} {[tuple(s) for s in shapes.values()]}"
         if key not in self._files:
             sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
@@ -75,13 +82,20 @@ def _copy(tensor: Tensor) -> Tensor:
 def all_or_nothing(
     tensors: Mapping[str, Tensor], shelf: Shelf | None = None
 ) -> Iterator[dict[str, Tensor]]:
-    """Restore parameters and buffers if the block raises; yields copies of their values."""
-    original = (shelf or Shelf()).put("original", tensors)
+    """Restore parameters and buffers if the block raises; yields copies of their values.
+
+    Blocks may be nested: each has its own copies.
+    """
+    shelf = shelf or Shelf()
+    original = shelf.put(f"original {shelf.depth}", tensors)
+    shelf.depth += 1
     try:
         yield original
     except BaseException:
         restore(tensors, original)
         raise
+    finally:
+        shelf.depth -= 1
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

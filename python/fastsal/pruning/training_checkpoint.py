@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ from fastsal.data.batches import Pair
 from fastsal.data.content import SeenImages
 from fastsal.errors import FileFormatError
 from fastsal.models.pickles import read_pickle
-from fastsal.utils.atomic import atomic_path, check_writable
+from fastsal.utils.atomic import atomic_path
 from fastsal.utils.digests import Digest, tensors_digest
-from fastsal.utils.resuming import as_asked, check_origin, remove_finished
+from fastsal.utils.paths import user_path
+from fastsal.utils.resuming import as_asked, check_origin, check_path, remove_finished
 
 _FORMATS = {"finetune": "fastsal.epoch", "refit": "fastsal.refit"}
 
@@ -45,11 +45,11 @@ class TrainingCheckpoint:
         structure: str = "",
         seen: Mapping[str, SeenImages] | None = None,
     ) -> None:
-        self._path, self._call = Path(path), call
+        self._path, self._call = user_path(path), call
         self._asked = as_asked(asked)
         self._start = Digest().text(structure).text(tensors_digest(start)).hexdigest()
         self._seen = dict(seen or {})
-        check_writable(self._path, "checkpoint")
+        check_path(self._path)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state of tensors, numbers and containers of them."""

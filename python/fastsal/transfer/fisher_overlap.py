@@ -109,7 +109,7 @@ def _eigenspace(source: Tensor, target: Tensor, sizes: list[int], k: int) -> flo
         shared = (us.transpose(1, 2) @ ut).square().sum(dim=(1, 2))
         overlaps.append(shared / dimensions.clamp(min=1))
         defined.append(dimensions > 0)
-    is_comparable = torch.cat(defined) & (torch.tensor(sizes) > k)
+    is_comparable = torch.cat(defined) & (torch.tensor(sizes, device="cpu") > k)
     weights = shares * is_comparable
     total = float(weights.sum())
     if total == 0:

@@ -27,6 +27,7 @@ from fastsal.transfer.own import OwnHead
 from fastsal.transfer.tasks import Split
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.digests import Digest
+from fastsal.utils.paths import user_path
 from fastsal.utils.safetensors_files import header_of, metadata_of
 from fastsal.utils.warn import warn_user
 
@@ -47,7 +48,7 @@ class HeadCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
 
     def __repr__(self) -> str:
         return f"HeadCache({str(self.folder)!r})"
@@ -123,9 +124,10 @@ def load_head(path: str | os.PathLike[str]) -> Head | KnnHead:
         FileNotFoundError: The file does not exist.
         FileFormatError: The file is truncated, modified or not a head.
     """
-    if not os.path.isfile(path):
+    path = user_path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"path: {os.fspath(path)!r} does not exist")
-    return _read(Path(path))[0]
+    return _read(path)[0]
 
 
 def split_digest(split: Split, batch: BatchRule | None = None) -> str:

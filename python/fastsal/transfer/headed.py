@@ -99,9 +99,11 @@ class SegmentedCrossEntropy:
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
-        ends = torch.tensor(sizes).cumsum(0)
-        self.first = torch.repeat_interleave(ends - torch.tensor(sizes), torch.tensor(sizes))
-        self.end = torch.repeat_interleave(ends, torch.tensor(sizes))
+        ends = torch.tensor(sizes, device="cpu").cumsum(0)
+        self.first = torch.repeat_interleave(
+            ends - torch.tensor(sizes, device="cpu"), torch.tensor(sizes, device="cpu")
+        )
+        self.end = torch.repeat_interleave(ends, torch.tensor(sizes, device="cpu"))
 
     def __call__(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Return the losses `[n]` of outputs `[n, k]`, in nats."""

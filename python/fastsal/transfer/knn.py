@@ -87,7 +87,7 @@ class KnnHead:
     def _votes(self, x: Tensor, bank: Tensor, exclude: Tensor | None = None) -> Tensor:
         similarity = F.normalize(x, dim=1) @ bank.T
         if exclude is not None:
-            similarity[torch.arange(len(x)), exclude] = -torch.inf
+            similarity[torch.arange(len(x), device="cpu"), exclude] = -torch.inf
         k = min(self.k, len(bank) - (exclude is not None))
         nearest, place = similarity.topk(k, dim=1)
         # Relative to the nearest: the shares are equal, and exp does not overflow.
@@ -119,6 +119,6 @@ def fit_knn(
             f"k must be in [1, {len(x) - 1}] for the {len(x)} fit images of task {task!r}, got {k}"
         )
     head = KnnHead(task, F.normalize(x.float(), dim=1), y, classes, k, temperature, spec)
-    some = torch.arange(0, len(x), math.ceil(len(x) / _MOST_LEFT_OUT))
+    some = torch.arange(0, len(x), math.ceil(len(x) / _MOST_LEFT_OUT), device="cpu")
     counts = torch.bincount(y[some], minlength=len(classes)).clamp_min(1)
     return replace(head, scale=best_scale(head.left_out(some), y[some], counts))

@@ -51,7 +51,7 @@ def solve_probe(
     flat = deviation <= 1e-7 * (deviation.max() + mean.abs())
     deviation = torch.where(flat, torch.ones_like(deviation), deviation)
     z = ((x - mean) / deviation).masked_fill(flat, 0.0)
-    start = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64)
+    start = torch.zeros(k, x.shape[1] + 1, dtype=torch.float64, device="cpu")
     if l2 is None:
         l2 = _choose(task, z, y, v, counts, seed)
     found = _minimize(z, y, v, l2, start, _STEPS)
@@ -66,13 +66,13 @@ def _choose(task: str, z: Tensor, y: Tensor, v: Tensor, counts: Tensor, seed: in
             f"l2 must be given for task {task!r}: a class has only 1 fit image, so none can be "
             "held out to select it"
         )
-    held = torch.zeros(len(y), dtype=torch.bool)
+    held = torch.zeros(len(y), dtype=torch.bool, device="cpu")
     order = torch.Generator().manual_seed(seed)
     for label in range(len(counts)):
         members = (y == label).nonzero()[:, 0]
-        members = members[torch.randperm(len(members), generator=order)]
+        members = members[torch.randperm(len(members), generator=order, device="cpu")]
         held[members[: max(1, len(members) // HELD_OUT_EVERY)]] = True
-    w = torch.zeros(len(counts), z.shape[1] + 1, dtype=torch.float64)
+    w = torch.zeros(len(counts), z.shape[1] + 1, dtype=torch.float64, device="cpu")
     losses = []
     for l2 in L2_GRID:
         w = _minimize(z[~held], y[~held], v[~held], l2, w, _STEPS // 10)

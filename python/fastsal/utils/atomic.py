@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.paths import user_path
 from fastsal.utils.sizes import gib
 
 _STEM = 40  # characters of the name of the file in a temporary name
@@ -34,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: The folder is not writable, or the disk is full. The error names `path`, and an
             existing file is not changed.
     """
-    target = Path(path)
+    target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
     try:
@@ -133,7 +134,7 @@ def check_writable(path: str | os.PathLike[str], argument: str, nbytes: int = 0)
         InvalidArgument: A file cannot be created there, or the disk has fewer bytes left.
     """
     shown = os.fspath(path)
-    target = Path(path).absolute()
+    target = user_path(path).absolute()
     parent = target if target.is_dir() else target.parent
     try:
         while not parent.exists():

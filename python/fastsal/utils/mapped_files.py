@@ -9,13 +9,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fastsal.errors import InvalidArgument
+from fastsal.utils.paths import user_path
 from fastsal.utils.sizes import gib
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -37,6 +37,7 @@ class FileArrays:
 
     def __init__(self, folder: str | os.PathLike[str], nbytes: int) -> None:
         self._size = max(_PAGE, -(-nbytes // _PAGE) * _PAGE)
+        folder = user_path(folder)
         check_folder(folder, self._size)
         with tempfile.TemporaryFile(dir=folder, prefix="fastsal-") as file:
             try:
@@ -99,7 +100,8 @@ def aligned(nbytes: int) -> int:
 
 def check_folder(folder: str | os.PathLike[str], nbytes: int) -> None:
     """Raise InvalidArgument unless `folder` is writable and has `nbytes` of free disk space."""
-    if not Path(folder).is_dir():
+    folder = user_path(folder)
+    if not folder.is_dir():
         raise InvalidArgument(f"scratch must be an existing folder, got {os.fspath(folder)!r}")
     if not os.access(folder, os.W_OK):
         raise InvalidArgument(f"scratch must be a writable folder, got {os.fspath(folder)!r}")

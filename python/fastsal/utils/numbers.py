@@ -8,6 +8,9 @@ from typing import Any
 
 from fastsal.errors import InvalidArgument
 
+# Seeds that a generator of PyTorch accepts: least and most.
+SEEDS = (-(2**63), 2**64 - 1)
+
 
 def whole(name: str, value: Any, least: int | None = 0, most: int | None = None) -> int:
     """Return an integer argument as an `int`.

@@ -7,8 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastsal.errors import FileFormatError
+from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.utils.atomic import check_writable
 from fastsal.utils.warn import warn_user
+
+
+def check_path(path: Path) -> None:
+    """Check before the work that a checkpoint can be written to `path`.
+
+    Raises:
+        InvalidArgument: It is a folder, or cannot be written.
+    """
+    if path.is_dir():
+        raise InvalidArgument(f"checkpoint must be a file, got the folder {path}")
+    check_writable(path, "checkpoint")
 
 
 def check_origin(

@@ -74,5 +74,5 @@ def _line(one: float, two: float) -> PassMemory:
 
 def first_samples(images: Tensor, labels: Tensor | None, n: int) -> tuple[Tensor, Tensor | None]:
     """Return the first `n` samples, repeated if there are fewer."""
-    at = torch.arange(n) % len(images)
-    return images[at], None if labels is None else labels[at]
+    at = torch.arange(n, device=images.device) % len(images)
+    return images[at], None if labels is None else labels[at.to(labels.device)]

@@ -60,9 +60,9 @@ class Downloads:
     def _buffer(self, number: int) -> Tensor:
         if number == len(self._buffers):
             try:
-                buffer = torch.empty(self.chunk, pin_memory=True)
+                buffer = torch.empty(self.chunk, dtype=torch.float32, device="cpu", pin_memory=True)
             except RuntimeError:  # the system allows no more locked memory: slower, not wrong
-                buffer = torch.empty(self.chunk)
+                buffer = torch.empty(self.chunk, dtype=torch.float32, device="cpu")
             self._buffers.append(buffer)
         return self._buffers[number]
 

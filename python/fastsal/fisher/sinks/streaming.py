@@ -74,7 +74,7 @@ class RowStream:
         size = math.prod(rows.shape) * dtype.itemsize
         buffer = self._buffers[turn]
         if buffer is None or buffer.numel() < size:
-            buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_cuda)
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=self._is_cuda)
             self._buffers[turn] = buffer
         return buffer[:size].view(dtype).view(rows.shape)
 

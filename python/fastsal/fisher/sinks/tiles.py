@@ -70,8 +70,8 @@ class DeviceTiles:
         block, count = p.block_size, math.ceil(p.d / p.block_size)
         if name not in self.tiles:
             self.tiles[name] = Tile(
-                torch.zeros(count, block, block, device=self._device),
-                torch.zeros(p.d, device=self._device),
+                torch.zeros(count, block, block, dtype=torch.float32, device=self._device),
+                torch.zeros(p.d, dtype=torch.float32, device=self._device),
             )
         tile = self.tiles[name]
         flat = flat_rows(rows).float()

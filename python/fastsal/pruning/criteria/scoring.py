@@ -20,16 +20,15 @@ from fastsal.models.selection import check_finite_weights, check_mask_shapes, mo
 from fastsal.models.wrappers import with_names_of
 from fastsal.pruning.criteria.registry import CRITERIA, Criterion, Inputs
 from fastsal.pruning.damping import resolve_damping
+from fastsal.pruning.shelf import Shelf
 from fastsal.utils.booleans import boolean
 from fastsal.utils.choices import CriterionName
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import SEEDS, whole
 from fastsal.utils.suggestions import check_choice
 from fastsal.utils.warn import warn_user
 
 # Relative error bound of a score from which on a warning is issued.
 _TOLERANCE = 0.01
-# Seeds that a generator of PyTorch accepts.
-SEEDS = (-(2**63), 2**64 - 1)
 
 
 def score(
@@ -121,7 +120,7 @@ def score_tensors(
     """
     generator = torch.Generator().manual_seed(seed)
     errors: dict[str, NDArray[np.float64]] = {}
-    scores = {name: torch.empty(p.shape) for name, p in tensors.items()}
+    scores = Shelf().room("scores", {name: p.shape for name, p in tensors.items()})
     for fisher, parts in _groups(tensors, statistics if entry.needs_fisher else None):
         weights = {key: _double(key, w) for key, w in slices(tensors, parts).items()}
         some = slices(kept, parts) or None

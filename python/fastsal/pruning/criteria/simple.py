@@ -17,7 +17,7 @@ def magnitude(inputs: Inputs) -> Scores:
 def random(inputs: Inputs) -> Scores:
     """Return seeded uniform numbers, the control for every other criterion."""
     return {
-        name: torch.rand(w.shape, dtype=torch.float32, generator=inputs.generator)
+        name: torch.rand(w.shape, dtype=torch.float32, generator=inputs.generator, device="cpu")
         for name, w in inputs.weights.items()
     }
 

@@ -26,6 +26,7 @@ from fastsal.pruning.masks.patterns import (
     reduce_groups,
 )
 from fastsal.pruning.masks.ranking import check_ranking, rank
+from fastsal.pruning.shelf import Shelf
 from fastsal.utils.choices import Scope
 
 # Most weights of a group whose joint cost is computed.
@@ -105,7 +106,8 @@ def joint_costs(
     damping: float,
 ) -> dict[str, Tensor]:
     """Return the joint costs of whole groups, name of the statistics to `[outer, G, inner]`."""
-    costs = {name: torch.empty(grouped_shape(axes[name], pattern.m)) for name in tensors}
+    shapes = {name: grouped_shape(axes[name], pattern.m) for name in tensors}
+    costs = Shelf().room("costs", shapes)
     for parts, inside, given in _by_rows(tensors, axes, statistics):
         found = _core.group_costs(*given, pattern.m, damping)
         for (key, part), (values, failed) in zip(parts.items(), found, strict=True):
@@ -125,7 +127,7 @@ def joint_choice(
     damping: float,
 ) -> dict[str, Tensor]:
     """Return the masks of an N:M pattern by joint costs, by the names of the statistics."""
-    kept = {name: torch.empty(w.shape, dtype=torch.bool) for name, w in tensors.items()}
+    kept = Shelf().room("kept", {name: w.shape for name, w in tensors.items()}, torch.bool)
     for parts, _, given in _by_rows(tensors, axes, statistics):
         chosen = _core.n_of_m_joint(*given, pattern.n, pattern.m, damping)
         for (key, part), (mask, failed) in zip(parts.items(), chosen, strict=True):

@@ -27,6 +27,7 @@ from fastsal.pruning.masks.patterns import broken_groups
 from fastsal.utils.atomic import atomic_path
 from fastsal.utils.booleans import boolean
 from fastsal.utils.digests import Digest
+from fastsal.utils.paths import user_path
 from fastsal.utils.safetensors_files import header_of, metadata_of
 from fastsal.utils.warn import warn_user
 
@@ -280,8 +281,9 @@ class Masks(Mapping[str, Tensor]):
         """
         from safetensors import SafetensorError, safe_open
 
+        path = user_path(path)
         shown = repr(os.fspath(path))
-        if not os.path.isfile(path):
+        if not path.is_file():
             raise FileNotFoundError(f"path must be an existing file, got {shown}")
         try:
             with safe_open(os.fspath(path), framework="np") as file:
@@ -326,5 +328,5 @@ def _digest(header: Mapping[str, Any], bits: Mapping[str, Any]) -> str:
 
 
 def _boolean(mask: Any, *, copy: bool) -> Tensor:
-    values = torch.as_tensor(mask).detach().cpu()
+    values = torch.as_tensor(mask, device="cpu").detach()
     return values if not copy and values.dtype == torch.bool else boolean(values)

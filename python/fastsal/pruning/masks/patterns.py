@@ -121,7 +121,9 @@ def broken_groups(masks: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dic
     for name, mask in masks.items():
         axes = Axes(*recorded[name]) if name in recorded else input_axes(mask.shape)
         kept = reduce_groups(mask.float(), pattern.m, "sum", axes)
-        sizes = reduce_groups(torch.ones(mask.shape), pattern.m, "sum", axes)
+        sizes = reduce_groups(
+            torch.ones(mask.shape, dtype=torch.float32, device="cpu"), pattern.m, "sum", axes
+        )
         if pattern.is_whole:
             wrong = (kept != 0) & (kept != sizes)
         else:
@@ -129,6 +131,15 @@ def broken_groups(masks: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dic
         if count := int(wrong.sum()):
             found[name] = count
     return found
+
+
+def check_given(pattern: Pattern, sparsity: float | None) -> None:
+    """Raise InvalidArgument for a pattern that does not fix the sparsity if none is given."""
+    if pattern.is_whole and sparsity is None:
+        raise InvalidArgument(
+            f"sparsity must be in [0, 1] with pattern {str(pattern)!r}, which unlike N:M does not "
+            "fix it, got None"
+        )
 
 
 def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:

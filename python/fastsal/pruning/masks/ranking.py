@@ -26,6 +26,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.patterns import (
     Pattern,
     check_fixed,
+    check_given,
     expand_groups,
     group_scores,
     grouped_shape,
@@ -87,7 +88,7 @@ def rank(
         UnknownParameter: The model lacks a parameter of the scores, or has it in another shape.
     """
     noted = scores.axes if isinstance(scores, WithAxes) else None
-    scores = {name: torch.as_tensor(values) for name, values in scores.items()}
+    scores = {name: torch.as_tensor(values, device="cpu") for name, values in scores.items()}
     flat = _flat(scores)
     shapes = {name: tuple(values.shape) for name, values in scores.items()}
     axes: dict[str, Axes] = {}
@@ -157,6 +158,7 @@ def check_ranking(
     each = None if costs is None else checked_costs(costs, list(shapes), scope, pattern)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
+        check_given(wanted, sparsity)
         groups = {}
         for name, shape in shapes.items():
             around = (axes or {}).get(name) or input_axes(shape)
@@ -226,7 +228,7 @@ def _flat(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise InvalidArgument("scores must hold at least one parameter, got none")
     flat = {}
     for name, values in scores.items():
-        tensor = torch.as_tensor(values).detach().cpu()
+        tensor = torch.as_tensor(values, device="cpu").detach()
         if not tensor.is_floating_point() or tensor.numel() == 0:
             raise InvalidArgument(
                 "scores must be non-empty floating point tensors, got "

@@ -131,7 +131,7 @@ class DenseTrace(Trace):
         outputs, *inputs = call.weight_shape
         total = output.numel() // outputs
         wanted = max(_LEAST_ROWS, _ROWS_PER_INPUT * math.prod(inputs))
-        places = torch.randperm(total, generator=self._generator)
+        places = torch.randperm(total, generator=self._generator, device="cpu")
         places = places[: min(total, wanted, self._most_rows)].sort().values.to(output.device)
         rows = at_least_float32(output_rows(call.op, output, places))
         self.targets[name] = Target(call.op, self.calls, output.shape, places, Rows.of(rows))

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair
 from fastsal.errors import DataError
-from fastsal.models.evaluating import differentiable, evaluating, plain_call, to_model
+from fastsal.models.evaluating import (
+    differentiable,
+    evaluating,
+    first_layer_parameter,
+    plain_call,
+    to_model,
+)
 from fastsal.pruning.reconstruction.dense_outputs import DenseTrace
 from fastsal.pruning.reconstruction.rebuilding import RebuildingTrace, chunk_bytes
 from fastsal.pruning.reconstruction.tracing import Trace
@@ -116,12 +122,12 @@ def _bytes_of_an_image(model: nn.Module, images: Tensor) -> int:
     """Return the memory that one image takes in a forward pass without gradients."""
     live = LiveMemory()
     with torch.no_grad(), evaluating(model), live:
-        model(to_model(images, next(model.parameters())))
+        model(to_model(images, first_layer_parameter(model)))
     return live.peak // len(images)
 
 
 def _pass(model: nn.Module, images: Tensor, trace: Trace, autocast: torch.dtype | None) -> None:
-    first = next(model.parameters())
+    first = first_layer_parameter(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(differentiable())  # not compiled
         stack.enter_context(torch.no_grad())

@@ -31,7 +31,7 @@ from fastsal.pruning.reconstruction.stage import ReconstructionStage
 from fastsal.pruning.reconstruction_result import Reconstruction
 from fastsal.pruning.same_model import check_same
 from fastsal.pruning.shelf import Shelf, all_or_nothing, copies, tensors_of
-from fastsal.utils.numbers import real, whole
+from fastsal.utils.numbers import SEEDS, real, whole
 
 
 def reconstruct(
@@ -82,7 +82,7 @@ def reconstruct(
 
         If an error is raised, the model has its original weights.
     """
-    seed, damping = whole("seed", seed, 0), real("damping", damping, above=0)
+    seed, damping = whole("seed", seed, 0, SEEDS[1]), real("damping", damping, above=0)
     check_autocast(autocast)
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")

@@ -29,12 +29,12 @@ def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
     if images.ndim != 4 or not images.is_floating_point():
         return images
     n, _, h, w = images.shape
-    mirrored = torch.rand(n, generator=generator) < 0.5
+    mirrored = torch.rand(n, generator=generator, device="cpu") < 0.5
     images = torch.where(mirrored[:, None, None, None].to(images.device), images.flip(3), images)
     up, left = max(1, int(h * _SHIFT)), max(1, int(w * _SHIFT))
     padded = F.pad(images, (left, left, up, up), mode="replicate")
-    tops = torch.randint(2 * up + 1, (n,), generator=generator).tolist()
-    lefts = torch.randint(2 * left + 1, (n,), generator=generator).tolist()
+    tops = torch.randint(2 * up + 1, (n,), generator=generator, device="cpu").tolist()
+    lefts = torch.randint(2 * left + 1, (n,), generator=generator, device="cpu").tolist()
     return torch.stack(
         [
             image[:, top : top + h, start : start + w]
@@ -76,7 +76,7 @@ class Draws:
         else:
             yield from self._permutations(buffer)
         while True:
-            chosen = torch.randperm(len(buffer), generator=self._generator)[: self._size].tolist()
+            chosen = self._order(len(buffer))[: self._size]
             yield torch.stack([buffer[i] for i in chosen])
             for i in chosen:
                 following = next(rows, None)
@@ -90,9 +90,13 @@ class Draws:
         size = min(self._size, len(buffer))
         while True:
             if len(order) < size:
-                order += torch.randperm(len(buffer), generator=self._generator).tolist()
+                order += self._order(len(buffer))
             chosen, order = order[:size], order[size:]
             yield torch.stack([buffer[i] for i in chosen])
+
+    def _order(self, n: int) -> list[int]:
+        order: list[int] = torch.randperm(n, generator=self._generator, device="cpu").tolist()
+        return order
 
     def _rows(self) -> Iterator[Tensor]:
         for images, _ in self._source:

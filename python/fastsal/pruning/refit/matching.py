@@ -16,7 +16,7 @@ from fastsal.data.batches import Pair
 from fastsal.errors import DataError, InvalidArgument
 from fastsal.gradients.precision import at_least_float32
 from fastsal.models.classifier import classifier_of
-from fastsal.models.evaluating import plain_call, to_model
+from fastsal.models.evaluating import first_layer_parameter, plain_call, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.models.outputs import output_tensor
 from fastsal.pruning.masks.masks import Masks
@@ -185,7 +185,7 @@ class Matching:
         return error if math.isfinite(error) else math.inf
 
     def _outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        first = next(model.parameters())
+        first = first_layer_parameter(model)
         moved = to_model(images, first)
         with (
             capturing(model, self.names) as caught,

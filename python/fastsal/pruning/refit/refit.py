@@ -39,7 +39,7 @@ from fastsal.pruning.refit_result import RefitResult
 from fastsal.pruning.same_model import check_same
 from fastsal.pruning.shelf import all_or_nothing
 from fastsal.pruning.training_checkpoint import TrainingCheckpoint
-from fastsal.utils.numbers import whole
+from fastsal.utils.numbers import SEEDS, whole
 from fastsal.utils.progress import Report, reporter
 
 _BUFFER = 2**28  # bytes of images that wait for their turn, without a budget
@@ -101,7 +101,7 @@ def refit(
 
         If an error is raised, the model has its original weights.
     """
-    how, seed = Refit.of(settings), whole("seed", seed, 0)
+    how, seed = Refit.of(settings), whole("seed", seed, 0, SEEDS[1])
     check_autocast(autocast)
     if not isinstance(masks, Masks):
         raise InvalidArgument(f"masks must be fastsal.Masks, got {type(masks).__name__}")

@@ -156,3 +156,15 @@ def test_joint_choice_predicts_less_loss_than_single_scores(collected):
     scores = fastsal.score(model, fisher, "block-fisher", 1e-2)
     single = predicted(fastsal.rank(scores, pattern="2:4"))
     assert predicted(fastsal.rank_pattern(model, fisher, "2:4", damping=1e-2)) < single
+
+
+def test_whole_groups_need_a_sparsity():
+    scores = {"w": torch.rand(4, 8)}
+    for call in (
+        lambda: fastsal.rank(scores, pattern="1x4"),
+        lambda: fastsal.prune(
+            nn.Linear(8, 4), None, criterion="magnitude", compensate=False, pattern="1x4"
+        ),
+    ):
+        with pytest.raises(InvalidArgument, match="sparsity must be .* pattern '1x4', .* None"):
+            call()
