@@ -194,6 +194,7 @@ def test_what_a_model_file_prints_is_not_output(tmp_path, folder):
         ("import no_such_package", "ModuleNotFoundError: No module named"),
         ("from .beside import net", "ImportError"),
         ("def net():\n    raise SystemExit(0)", "must return a module, got an exit"),
+        ("def net(width, *, depth, classes=2):\n    pass", "a function that needs width, depth"),
     ],
 )
 def test_a_model_file_that_cannot_be_used_is_one_line(tmp_path, folder, code, words):

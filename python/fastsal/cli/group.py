@@ -65,7 +65,9 @@ class Group(click.Group):
         except (FastsalError, OSError) as error:
             if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:
                 raise
-            if isinstance(error, OSError) and error.filename is None and error.errno not in _FULL:
+            # That of a file, or a lost connection of fastsal's own, which is an OSError too.
+            is_told = isinstance(error, FastsalError) or error.filename is not None
+            if not is_told and getattr(error, "errno", None) not in _FULL:
                 raise
             _exit_with(ctx, one_line(error))
         except ImportError as error:

@@ -63,6 +63,8 @@ def class_hint(state: State, own: State) -> str:
         return ""
     if any(state[n].shape[1:] != own[n].shape[1:] for n in wrong):
         return ""
+    if any(size > 1 for n in wrong for size in own[n].shape[2:]):
+        return ""  # a convolution, which is no classifier
     counts = {(state[n].shape[:1], own[n].shape[:1]) for n in wrong}
     if len(counts) > 1 or len({n.rpartition(".")[0] for n in wrong}) > 1:
         return ""

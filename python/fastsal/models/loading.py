@@ -201,6 +201,16 @@ def import_definition(spec: str, folder: str | os.PathLike[str] = "") -> None:
 
 def _accepted(build: Callable[..., Any], spec: str, chosen: dict[str, int]) -> dict[str, int]:
     parameters = inspect.signature(build).parameters
+    various = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind not in various and name not in chosen
+    ]
+    if required:
+        raise InvalidArgument(
+            f"model: {spec!r} must need no arguments, got a function that needs {listed(required)}"
+        )
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return chosen
     for name, value in chosen.items():

@@ -160,6 +160,13 @@ def test_another_number_of_classes_gets_a_hint(tiny_file, tmp_path):
         load_model(f"{tiny_file}:tiny", weights=tmp_path / "w.safetensors")
 
 
+def test_another_number_of_channels_gets_none(tmp_path):
+    save_weights(nn.Sequential(nn.Conv2d(3, 9, 3)), tmp_path / "w.safetensors")
+    with pytest.raises(FileFormatError, match=r"\[8, 3, 3, 3\]") as caught:
+        load_weights(nn.Sequential(nn.Conv2d(3, 8, 3)), tmp_path / "w.safetensors")
+    assert "num_classes" not in str(caught.value)
+
+
 def test_old_files_without_batch_counters_load(tiny_file, tmp_path):
     state = load_model(f"{tiny_file}:tiny", seed=3).state_dict()
     del state["bn.num_batches_tracked"]
