@@ -55,8 +55,6 @@ def drop_kept(model: nn.Module) -> None:
 
 
 def _drop_kept(module: nn.Module) -> None:
-    if type(module).train is nn.Module.train:
-        return  # which drops nothing: a dictionary of the model is there to stay
     for name, value in vars(module).items():
         if name.endswith("_cache") and isinstance(value, dict):
             value.clear()

@@ -214,22 +214,6 @@ def test_values_that_evaluation_keeps_are_those_of_the_weights(mode):
     assert result.history[result.kept_epoch - 1]["held_out_loss"] == pytest.approx(expected)
 
 
-def test_dictionaries_that_training_does_not_drop_remain():
-    class Scaled(nn.Linear):
-        def __init__(self):
-            super().__init__(4, 3)
-            self.scale_cache = {"scale": torch.ones(3)}
-
-        def forward(self, x):
-            return super().forward(x) * self.scale_cache["scale"]
-
-    model = nn.Sequential(nn.Flatten(), Scaled()).eval()
-    batches = [(torch.randn(16, 4), torch.arange(16) % 3)]
-    masks = fastsal.prune(model, batches, 0.5, damping="0.1x").masks
-    fastsal.finetune(model, batches, masks, epochs=1, lr=0.1, train_head=True)
-    assert model(batches[0][0]).shape == (16, 3)
-
-
 def test_modes_return_after_an_interruption():
     model = make(merged=True)
     flags = modes(model)
