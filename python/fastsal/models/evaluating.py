@@ -149,6 +149,12 @@ def to_model(images: Tensor, parameter: Tensor) -> Tensor:
     return images.to(parameter.device, dtype, copy=True)
 
 
+def input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """Return the input of a layer, which may have been given by keyword."""
+    found: Tensor = (*given, *named.values())[0]
+    return found
+
+
 @overload
 def twice(values: Tensor) -> Tensor: ...
 

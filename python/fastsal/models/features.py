@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnsupportedLayer
 from fastsal.models.classifier import chosen_head, trace_head, using_head
+from fastsal.models.evaluating import input_of
 from fastsal.models.outputs import FEATURES, described, output_tensor
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.numbers import as_integer
@@ -129,7 +130,7 @@ def _head_input(model: nn.Module, images: Tensor) -> tuple[Tensor, bool]:
     caught: list[Tensor] = []
     hooks = [
         layer.register_forward_pre_hook(
-            lambda _, args, named: caught.append((*args, *named.values())[0]), with_kwargs=True
+            lambda _, args, named: caught.append(input_of(args, named)), with_kwargs=True
         )
         for layer in layers
     ]

@@ -50,9 +50,8 @@ def output_layers(model: nn.Module, images: Tensor) -> list[str]:
     """
     first = first_layer_parameter(model)
     pair = images[:2] if len(images) > 1 else twice(images[:1])
-    pair = to_model(pair.detach(), first)
     with _all_trained(model), differentiable(), torch.random.fork_rng(devices=[]):
-        pair = pair.clone()
+        pair = to_model(pair.detach(), first)
         if pair.is_floating_point():
             pair.requires_grad_()
         # Not through `__call__`: hooks of the user see the passes of the run only.

@@ -21,10 +21,9 @@ from fastsal.data.batches import Batches, Pair, as_batches
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import check_images, draw_noise, feature_matching
 from fastsal.gradients.state import frozen
-from fastsal.models.evaluating import differentiable, drop_kept, to_model
+from fastsal.models.evaluating import differentiable, drop_kept, input_of, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
-from fastsal.pruning.structured.graph import input_of
 from fastsal.utils.float64 import in_float64
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.classifier import classifier_of
-from fastsal.models.evaluating import differentiable, drop_kept, evaluating, to_model, twice
+from fastsal.models.evaluating import (
+    differentiable,
+    drop_kept,
+    evaluating,
+    input_of,
+    to_model,
+    twice,
+)
 
 BATCH_NORMALIZATION = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -104,9 +111,8 @@ class Graph:
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.calls: list[Call] = []
         pair = images[:2] if len(images) > 1 else twice(images[:1])
-        pair = to_model(pair.detach().clone(), next(model.parameters()))
         with traced(model), self._recording(model), torch.random.fork_rng(devices=[]):
-            outputs = model(pair)
+            outputs = model(to_model(pair.detach(), next(model.parameters())))
         self._roots = {t.grad_fn for t in tensors_within(outputs) if t.grad_fn is not None}
         self._heads = set(classifier_of(model, images))
         self._users: dict[Node, list[Node]] = {}
@@ -215,12 +221,6 @@ class Graph:
                 waiting += children(node)
             for node in call.nodes:
                 self._inside[node] = call
-
-
-def input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    """Return the input of a layer, which may have been given by keyword."""
-    found: Tensor = (*given, *named.values())[0]
-    return found
 
 
 def children(node: Node) -> list[Node]:
