@@ -14,8 +14,7 @@ RIDGES = (1e-3, 1e-2, 1e-1)
 
 def all_features(model: nn.Module, x: Tensor) -> Tensor:
     """Return features on the CPU, in batches."""
-    first = next(model.parameters())
-    return torch.cat([features(model, to_model(some, first)).cpu() for some in x.split(32)])
+    return torch.cat([features(model, to_model(some, model)).cpu() for some in x.split(32)])
 
 
 class Heads:

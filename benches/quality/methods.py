@@ -135,6 +135,9 @@ METHODS: Mapping[str, Method] = {
     "fastsal, 8 rounds, refitted between and 900 steps": partial(
         prune_and_train, rounds=8, steps=900
     ),
+    "fastsal, 8 rounds, refitted between and 2,400 steps": partial(
+        prune_and_train, rounds=8, steps=2400
+    ),
     "fastsal, 16 rounds, refitted between and 3,000 steps": partial(
         prune_and_train, rounds=16, steps=3000
     ),

@@ -209,7 +209,7 @@ def layer_by_layer(
         The masks.
     """
     # As in `prune` with features: the classifier is left.
-    images = to_model(images, next(model.parameters()))
+    images = to_model(images, model)
     left = _classifier(model, images[:2])
     weights = {n: p for n, p in fastsal.select_parameters(model).items() if p is not left}
     goals: dict[str, Goal] = dict.fromkeys(weights, goal)

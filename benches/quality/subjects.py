@@ -67,10 +67,9 @@ def drawn(images: Tensor, labels: Tensor | None, seed: int, n: int) -> tuple[Ten
 
 def accuracy(model: nn.Module, test: Labeled, size: int = 250) -> float:
     """Return the top-1 accuracy on test images, which lie on the CPU."""
-    first = next(model.parameters())
     with torch.no_grad():
         parts = zip(*(t.split(size) for t in test), strict=True)
-        right = [int((model(to_model(x, first)).cpu().argmax(1) == y).sum()) for x, y in parts]
+        right = [int((model(to_model(x, model)).cpu().argmax(1) == y).sum()) for x, y in parts]
     return sum(right) / len(test[1])
 
 

@@ -45,7 +45,7 @@ def taylor(
 ) -> None:
     """Torch-Pruning's Taylor importance, on the units that fastsal finds."""
     first = next(model.parameters())
-    there = [(to_model(x, first), y.to(first.device)) for x, y in batches]
+    there = [(to_model(x, model), y.to(first.device)) for x, y in batches]
     layers = [group.name for group in find(model, there[0][0][:2], goal.structure).groups]
     torch_pruning_taylor(model, there, goal, layers, subject.head)
     model.zero_grad()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastsal.errors import FastsalError, InvalidArgument
-from fastsal.models.evaluating import outputs, to_model
+from fastsal.models.evaluating import first_layer_parameter, outputs, to_model
 from fastsal.models.outputs import output_tensor
 
 _Array = NDArray[np.float32]
@@ -40,13 +40,13 @@ def images_of_type(model: nn.Module, images: Tensor, kind: str) -> Tensor:
     Raises:
         InvalidArgument: NumPy has no such type.
     """
-    first = next(model.parameters(), None)
-    if first is None or first.dtype == torch.bfloat16:
-        came = "no parameters" if first is None else "bfloat16"
+    dtype = first_layer_parameter(model).dtype if any(True for _ in model.parameters()) else None
+    if dtype in (None, torch.bfloat16):
+        came = "no parameters" if dtype is None else "bfloat16"
         raise InvalidArgument(
             f"model must have parameters in float16, float32 or float64 for {kind}, got {came}"
         )
-    return to_model(images, first).cpu()
+    return to_model(images, model).cpu()
 
 
 def output_array(model: nn.Module, images: Tensor) -> _Array:

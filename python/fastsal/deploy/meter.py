@@ -160,7 +160,7 @@ def _of_files(
         ]
 
         def run(call: Callable[[Any], object], model: nn.Module, some: Tensor) -> Run:
-            given = to_model(some, next(model.parameters())).cpu().numpy()
+            given = to_model(some, model).cpu().numpy()
             return lambda: call(given)
 
         timings = [

@@ -98,7 +98,7 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 def torch_run(model: nn.Module, images: Tensor) -> Run:
     """Return a call that runs a model on images, and waits for its device."""
-    images = to_model(images, next(model.parameters()))
+    images = to_model(images, model)
 
     def run() -> object:
         with torch.inference_mode():

@@ -69,8 +69,7 @@ class Trainer:
         seed: int,
         records: bool = False,
     ) -> None:
-        first = next(model.parameters())
-        self._model, self._first, self._device = model, first, first.device
+        self._model, self._device = model, next(model.parameters()).device
         self._batches = batches
         self._updates = operator.length_hint(batches)  # 0 if unknown
         self.optimizer = _make_optimizer(model, optimizer, lr, momentum, weight_decay)
@@ -113,7 +112,7 @@ class Trainer:
                 with torch.autocast(
                     self._device.type, dtype=self._autocast, enabled=self._autocast is not None
                 ):
-                    out = self._model(to_model(images, self._first))
+                    out = self._model(to_model(images, self._model))
                     mean = self._losses(out, labels, samples)[:n].mean()
                 value = float(mean.detach())
                 if not math.isfinite(value):

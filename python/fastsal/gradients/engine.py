@@ -24,7 +24,6 @@ from fastsal.gradients.two_samples import find_rules
 from fastsal.gradients.workspace import Workspace
 from fastsal.models.evaluating import (
     differentiable,
-    first_layer_parameter,
     plain_call,
     to_model,
     twice,
@@ -268,7 +267,7 @@ class GradientEngine:
             self._find_rules(images, labels)
 
     def _to_model(self, images: Tensor) -> Tensor:
-        return to_model(images, first_layer_parameter(self._model))
+        return to_model(images, self._model)
 
     def _forward(self, call: Callable[[], Any]) -> Any:
         if self._autocast is None:

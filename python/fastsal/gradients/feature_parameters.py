@@ -12,7 +12,7 @@ from fastsal.gradients.fallback import differentiate
 from fastsal.gradients.losses import check_images
 from fastsal.gradients.state import PrivateRandomness, frozen
 from fastsal.models.classifier import chosen_head, classifier_of
-from fastsal.models.evaluating import differentiable, first_layer_parameter, to_model, twice
+from fastsal.models.evaluating import differentiable, to_model, twice
 from fastsal.models.features import feature_outputs
 from fastsal.models.wrappers import renamed
 
@@ -58,7 +58,7 @@ def _reached(model: nn.Module, candidates: Mapping[str, nn.Parameter], images: T
     """Return the names of the parameters that the features depend on."""
     check_images(images)
     first = next(iter(candidates.values()))
-    pair = to_model(twice(images[:1].detach()), first_layer_parameter(model))
+    pair = to_model(twice(images[:1].detach()), model)
 
     def gradients(copies: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         outputs = feature_outputs(model, pair)

@@ -53,7 +53,7 @@ def weight_macs(model: nn.Module, images: Tensor | None = None) -> dict[str, int
     ):
         some = example_images(model) if images is None else images
         pair = some[:2] if len(some) > 1 else twice(some[:1])
-        pair = to_model(pair.detach(), first)
+        pair = to_model(pair.detach(), model)
         copies = {name: p.detach().requires_grad_() for name, p in own.items()}
         counts = _Counts(copies)
         with replaced(model, own, copies), _layers_counted(model, counts), counts:

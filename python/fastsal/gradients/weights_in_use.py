@@ -92,7 +92,7 @@ def zeros_in_use(
         ):
             some = example_images(model) if images is None else images
             pair = some[:2] if len(some) > 1 else twice(some[:1])
-            x = to_model(pair.detach(), first)
+            x = to_model(pair.detach(), model)
             if x.is_floating_point():
                 x.requires_grad_()
             with _Uses(copies, x) as uses:

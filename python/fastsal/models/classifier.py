@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
-from fastsal.models.evaluating import evaluating, first_layer_parameter, to_model
+from fastsal.models.evaluating import evaluating, to_model
 from fastsal.models.inputs import example_images
 from fastsal.models.output_layers import output_layers
 from fastsal.models.outputs import output_tensor
@@ -53,7 +53,7 @@ def class_count(model: nn.Module, images: Tensor | None = None) -> int | None:
         return int(layers[0].out_features) if is_one else None  # type: ignore[arg-type]
     try:
         with evaluating(model), torch.no_grad():
-            found = output_tensor(model(to_model(images[:1], first_layer_parameter(model))))
+            found = output_tensor(model(to_model(images[:1], model)))
     except Exception:  # the run that follows fails in the same way, and says why
         return None
     return found.shape[1] if found.dim() == 2 else None

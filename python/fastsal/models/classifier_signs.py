@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.classifier import classifier_of
-from fastsal.models.evaluating import evaluating, first_layer_parameter, to_model
+from fastsal.models.evaluating import evaluating, to_model
 from fastsal.models.wrappers import unwrapped
 from fastsal.utils.numbers import as_integer
 from fastsal.utils.warn import warn_user
@@ -118,7 +118,7 @@ def _ends_with_normalization(model: nn.Module, images: Tensor) -> bool:
     if not hooks:
         return False
     try:
-        image = to_model(images[:1].detach(), first_layer_parameter(model))
+        image = to_model(images[:1].detach(), model)
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(image)
     finally:

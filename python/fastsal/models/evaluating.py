@@ -120,9 +120,8 @@ def outputs(
         images: `[n, ...]`, moved to the model's device and type; or token ids.
         call: Runs the model; `features.feature_outputs` returns its features.
     """
-    first = first_layer_parameter(model)
     with evaluating(model), torch.no_grad():
-        found = call(model, to_model(images, first))
+        found = call(model, to_model(images, model))
     return with_tensors(found, lambda x: x.float() if x.is_floating_point() else x)
 
 
@@ -140,11 +139,12 @@ def first_layer_parameter(model: nn.Module) -> Tensor:
     return next(model.parameters())
 
 
-def to_model(images: Tensor, parameter: Tensor) -> Tensor:
-    """Copy images to the device and type of a parameter; integer token ids keep their type.
+def to_model(images: Tensor, model: nn.Module) -> Tensor:
+    """Copy images to the device and type of a model; integer token ids keep their type.
 
     It is always a copy: a model may change its input in place, and images are used again.
     """
+    parameter = first_layer_parameter(model)
     dtype = parameter.dtype if images.is_floating_point() else images.dtype
     return images.to(parameter.device, dtype, copy=True)
 

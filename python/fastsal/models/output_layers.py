@@ -20,7 +20,6 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import (
     differentiable,
     evaluating,
-    first_layer_parameter,
     to_model,
     twice,
 )
@@ -48,10 +47,9 @@ def output_layers(model: nn.Module, images: Tensor) -> list[str]:
     Raises:
         Exception: Whatever the model raises on these images.
     """
-    first = first_layer_parameter(model)
     pair = images[:2] if len(images) > 1 else twice(images[:1])
     with _all_trained(model), differentiable(), torch.random.fork_rng(devices=[]):
-        pair = to_model(pair.detach(), first)
+        pair = to_model(pair.detach(), model)
         if pair.is_floating_point():
             pair.requires_grad_()
         # Not through `__call__`: hooks of the user see the passes of the run only.

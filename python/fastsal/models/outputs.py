@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument
 
@@ -95,6 +95,22 @@ def with_tensors(found: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return found
 
 
+def tensors_within(found: Any) -> Iterator[Tensor]:
+    """Yield every tensor in the output of a model, each object once, but not those of modules."""
+    waiting, seen = [found], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, nn.Module):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            waiting += reversed(value)
+        else:
+            waiting += reversed((_fields(value) or {}).values())
+
+
 def _rebuilt(found: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
     if dataclasses.is_dataclass(found) and not isinstance(found, type):  # as in Transformers
         return dataclasses.replace(found, **changed)
@@ -104,7 +120,7 @@ def _rebuilt(found: Mapping[Any, Any], changed: dict[Any, Any]) -> Any:
         return changed
 
 
-def _fields(found: Any) -> Mapping[Any, Any] | None:
+def _fields(found: Any) -> dict[Any, Any] | None:
     """Return the named entries of an output; None if it has no names."""
     if isinstance(found, Mapping):
         return dict(found)

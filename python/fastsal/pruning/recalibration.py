@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastsal.data.batches import Pair, in_micro_batches, without_single_images
 from fastsal.errors import DataError
-from fastsal.models.evaluating import evaluating, first_layer_parameter, to_model
+from fastsal.models.evaluating import evaluating, to_model
 from fastsal.pruning.shelf import all_or_nothing, restore
 
 # Images of a batch that are joined if batches have one image each.
@@ -62,13 +62,12 @@ def recalibrate(model: nn.Module, batches: Iterable[Pair]) -> int:
     layers = tracked(model)
     if not layers:
         return 0
-    first = first_layer_parameter(model)
     count = 0
     with moments_kept_on_error(model), _training_only(model, layers), torch.no_grad():
         for layer in layers:
             layer.reset_running_stats()
         for images, _ in _of_several(batches):
-            model(to_model(images, first))
+            model(to_model(images, model))
             count += len(images)
         if not count:
             raise DataError("batches must contain at least one image to recalibrate on, got none")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import InvalidArgument, UnsupportedLayer
 from fastsal.models.features import features
-from fastsal.models.outputs import described, output_tensor, with_tensors
+from fastsal.models.outputs import described, output_tensor, tensors_within, with_tensors
 
 LOGITS, OTHER = torch.ones(2, 3), torch.zeros(2, 5)
 Pair = namedtuple("Pair", ["aux", "logits"])
@@ -134,3 +134,14 @@ def test_features_that_are_no_tensor_are_described():
         UnsupportedLayer, match=r"features of Backbone must be .*dict with a: tensor"
     ):
         features(model, torch.randn(3, 4))
+
+
+def test_every_tensor_of_an_output_is_found():
+    owner = SimpleNamespace(features=OTHER, layer=nn.Linear(2, 2))
+    owner.itself = owner  # an object may refer to itself
+    found = {"a": [LOGITS, (owner,)], "b": Fields(LOGITS, LOGITS + 1), "none": None}
+    tensors = list(tensors_within(found))
+    assert [id(t) for t in tensors[:2]] == [id(LOGITS), id(OTHER)]
+    assert len(tensors) == 3
+    assert bool((tensors[2] == 2).all())
+    assert list(tensors_within(LOGITS)) == [LOGITS]

@@ -122,7 +122,7 @@ def _bytes_of_an_image(model: nn.Module, images: Tensor) -> int:
     """Return the memory that one image takes in a forward pass without gradients."""
     live = LiveMemory()
     with torch.no_grad(), evaluating(model), live:
-        model(to_model(images, first_layer_parameter(model)))
+        model(to_model(images, model))
     return live.peak // len(images)
 
 
@@ -135,4 +135,4 @@ def _pass(model: nn.Module, images: Tensor, trace: Trace, autocast: torch.dtype 
         is_mixed = autocast is not None
         stack.enter_context(torch.autocast(first.device.type, dtype=autocast, enabled=is_mixed))
         stack.enter_context(trace)
-        plain_call(model, to_model(images, first))
+        plain_call(model, to_model(images, model))

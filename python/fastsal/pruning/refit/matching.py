@@ -186,7 +186,7 @@ class Matching:
 
     def _outputs(self, model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         first = first_layer_parameter(model)
-        moved = to_model(images, first)
+        moved = to_model(images, model)
         with (
             capturing(model, self.names) as caught,
             torch.autocast(

@@ -77,14 +77,14 @@ def collect_statistics(
         outputs = len(_flat(layers[name]))
         found[name].curvature = torch.zeros(outputs, outputs, dtype=torch.float64, device="cpu")
     noise = torch.Generator().manual_seed(seed)
-    first, done, curved = next(model.parameters()), 0, 0
+    done = curved = 0
     # Gradients of outputs are enough, none of parameters.
     with frozen(model), _nothing_kept(model), _observing(layers, found), torch.no_grad():
         for images in _parts(as_batches(batches, samples, "ignored")):
             if not done:
                 check_images(images)
                 find_feature_layer(model, images)
-            moved = to_model(images, first)
+            moved = to_model(images, model)
             if curvature and curved < CURVATURE_SAMPLES:
                 with differentiable(), _gradients(layers, curvature, found):
                     f = feature_outputs(model, moved)

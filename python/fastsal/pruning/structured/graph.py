@@ -26,6 +26,7 @@ from fastsal.models.evaluating import (
     to_model,
     twice,
 )
+from fastsal.models.outputs import tensors_within
 
 BATCH_NORMALIZATION = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -112,7 +113,7 @@ class Graph:
         self.calls: list[Call] = []
         pair = images[:2] if len(images) > 1 else twice(images[:1])
         with traced(model), self._recording(model), torch.random.fork_rng(devices=[]):
-            outputs = model(to_model(pair.detach(), next(model.parameters())))
+            outputs = model(to_model(pair.detach(), model))
         self._roots = {t.grad_fn for t in tensors_within(outputs) if t.grad_fn is not None}
         self._heads = set(classifier_of(model, images))
         self._users: dict[Node, list[Node]] = {}
@@ -226,20 +227,6 @@ class Graph:
 def children(node: Node) -> list[Node]:
     """Return the nodes that a node depends on."""
     return [child for child, _ in node.next_functions if child is not None]
-
-
-def tensors_within(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors in what a model returns: containers, or objects with fields."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_within(part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_within(part)
-    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
-        yield from tensors_within(vars(value))
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsal.gradients.precision import convolutions_in_float32, full_float32
 from fastsal.models.evaluating import evaluating, to_model, twice
-from fastsal.pruning.structured.graph import tensors_within
+from fastsal.models.outputs import tensors_within
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
 from fastsal.utils.float64 import in_float64
 from fastsal.utils.plain_text import first_line
@@ -87,8 +87,8 @@ def _failure_of(
             found = _outputs(model, groups, images)
     except Exception as error:  # whatever a model raises that does not run with fewer units
         return f"the model does not run without them ({type(error).__name__}: {first_line(error)})"
-    first = next(model.parameters())
-    most = max(tolerance, _EPSILONS * torch.finfo(first.dtype).eps)
+    coarsest = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
+    most = max(tolerance, _EPSILONS * coarsest)
     for name, whole in wanted.items():
         other = found.get(name)
         is_layer = isinstance(name, str)
@@ -148,7 +148,6 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
 
     names = {name for group in groups for name in group.consumers}
     hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
-    first = next(model.parameters())
     try:
         with (
             evaluating(model),
@@ -157,7 +156,7 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
             full_float32(),
             convolutions_in_float32(),
         ):
-            result = model(to_model(images, first))
+            result = model(to_model(images, model))
     finally:
         for hook in hooks:
             hook.remove()
