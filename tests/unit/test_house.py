@@ -205,3 +205,28 @@ def test_layers():
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Functions of PyTorch whose results depend on the default device of the caller, and those that
+# depend on the default type too.
+OF_ANY_TYPE = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
+FACTORIES = OF_ANY_TYPE | {
+    "arange", "as_tensor", "full", "randint", "randperm", "scalar_tensor", "tensor",
+}  # fmt: skip
+
+
+def test_tensor_factories_name_their_device_and_type():
+    """The commands are a process of their own, where no caller sets a default device."""
+    for path in FILES:
+        if PACKAGE / "cli" in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            module, _, name = ast.unparse(node.func).partition(".")
+            if module != "torch" or name not in FACTORIES:
+                continue
+            wanted = {"device", "dtype"} if name in OF_ANY_TYPE else {"device"}
+            missing = wanted - {keyword.arg for keyword in node.keywords}
+            place = f"{module_of(path)}, line {node.lineno}"
+            assert not missing, f"{place}: {ast.unparse(node)} must name {sorted(missing)}"

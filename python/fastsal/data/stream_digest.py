@@ -49,7 +49,7 @@ def _bytes(values: Tensor) -> memoryview:
 def _some(values: Tensor) -> Tensor:
     """Return elements of every sample `[n, k]`, on the CPU."""
     if values.device.type == "meta":
-        return torch.zeros(values.shape[0], 1, device="cpu")
+        return torch.zeros(values.shape[0], 1, dtype=torch.float32, device="cpu")
     flat = values.detach().reshape(values.shape[0], -1)
     # An odd stride, so that it meets all columns of images whose width is a power of two.
     stride = flat.shape[1] // _ELEMENTS | 1

@@ -169,7 +169,8 @@ def lost_zeros(values: Mapping[str, Tensor], found: Mapping[str, Zeros]) -> list
 
 def _halved(values: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    zero = torch.rand(values.shape, generator=generator, device="cpu") < 0.5
+    draws = torch.rand(values.shape, generator=generator, dtype=torch.float32, device="cpu")
+    zero = draws < 0.5
     return values.masked_fill(zero.to(values.device), 0)
 
 

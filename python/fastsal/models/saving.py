@@ -177,7 +177,7 @@ class _State:
         if not self.tensors:
             raise InvalidArgument("model must have parameters or buffers to write, got none")
         try:
-            save({"x": torch.zeros(1, device="cpu")}, self.metadata())
+            save({"x": torch.zeros(1, dtype=torch.uint8, device="cpu")}, self.metadata())
         except (SafetensorError, ValueError, TypeError) as error:
             raise InvalidArgument(
                 f"model: the state of its layers cannot be written to a safetensors file ({error})"

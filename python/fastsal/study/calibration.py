@@ -124,7 +124,9 @@ def measured(
     spec = spec_of(model, settings)
     names = backbone_parameters(model, settings.parameters)
     count = min(_IMAGES, study.batch_size)
-    images = torch.randn(count, spec.channels, *(spec.size or (224, 224)), device=device)
+    images = torch.randn(
+        count, spec.channels, *(spec.size or (224, 224)), dtype=torch.float32, device=device
+    )
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     read = 0.0 if tasks is None else _reading(tasks, spec)

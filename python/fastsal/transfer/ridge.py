@@ -39,7 +39,13 @@ def solve_ridge(
     v = n / (k * counts.double())[y]
     target = torch.nn.functional.one_hot(y, k).double()
     pieces = [slice(i, i + _CHUNK) for i in range(0, n, _CHUNK)]
-    x_mean = sum((v[i] @ x[i].double() for i in pieces), torch.zeros((), device="cpu")) / v.sum()
+    x_mean = (
+        sum(
+            (v[i] @ x[i].double() for i in pieces),
+            torch.zeros((), dtype=torch.float64, device="cpu"),
+        )
+        / v.sum()
+    )
     y_mean = (v @ target) / v.sum()
     gram = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device="cpu")
     cross = torch.zeros(x.shape[1], k, dtype=torch.float64, device="cpu")

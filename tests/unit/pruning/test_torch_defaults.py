@@ -12,6 +12,7 @@ from torch import nn
 
 import fastsal
 from fastsal.models.inputs import InputSpec
+from fastsal.pruning.refit.draws import flip_and_shift
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,3 +121,16 @@ def test_heads(kind, which):
     expected = accuracies()
     with default(which):
         assert accuracies() == expected
+
+
+@pytest.mark.parametrize("which", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_images_are_augmented(which):
+    (images, _), *_ = data()
+
+    def augmented():
+        return flip_and_shift(images, torch.Generator().manual_seed(3))
+
+    expected = augmented()
+    assert not torch.equal(expected, images)
+    with default(which):
+        assert torch.equal(augmented(), expected)

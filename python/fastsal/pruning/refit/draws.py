@@ -29,7 +29,8 @@ def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
     if images.ndim != 4 or not images.is_floating_point():
         return images
     n, _, h, w = images.shape
-    mirrored = torch.rand(n, generator=generator, device="cpu") < 0.5
+    draws = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu")
+    mirrored = draws < 0.5
     images = torch.where(mirrored[:, None, None, None].to(images.device), images.flip(3), images)
     up, left = max(1, int(h * _SHIFT)), max(1, int(w * _SHIFT))
     padded = F.pad(images, (left, left, up, up), mode="replicate")
