@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fastsal
+from fastsal.deploy.hub_folder import write_hub_folder
 from fastsal.models import load_weights, read_weights, save_weights
 from fastsal.study.report.results import read_results
 from fastsal.transfer.head_cache import HeadCache, load_head, save_head
@@ -145,3 +147,15 @@ def test_studies(kind, tmp_path, tiny_npz, tiny_file):
     done = fastsal.run_study(by_hand, kind(tmp_path / "out"))
     assert (done.cells, done.failed) == (1, {})
     assert read_results(kind(tmp_path / "out")).rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_for_the_hub(kind, tmp_path):
+    model = fastsal.load_model("test_vit", num_classes=3)
+    masks = fastsal.prune(model, None, 0.5, criterion="magnitude", compensate=False).masks
+    fastsal.save_run(tmp_path / "run", model, masks, "test_vit", num_classes=3)
+    write_hub_folder(kind(tmp_path / "run"), kind(tmp_path / "hub"))
+    again = fastsal.load_model(
+        f"local-dir:{os.fspath(kind(tmp_path / 'hub'))}", weights="pretrained"
+    )
+    assert torch.equal(again.head.weight, model.head.weight)

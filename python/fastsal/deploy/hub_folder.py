@@ -19,6 +19,7 @@ from fastsal.pruning.masks.masks import Masks
 from fastsal.utils.atomic import note_written, temporary_beside
 from fastsal.utils.json_files import read_json
 from fastsal.utils.machine import versions
+from fastsal.utils.paths import user_path
 from fastsal.utils.plain_text import first_line
 
 _NORMAL = 1.959964  # quantile of the normal distribution for an interval of 95 %
@@ -46,10 +47,10 @@ def write_hub_folder(
         FileFormatError: The run is damaged.
         FastsalError: timm cannot describe the model.
     """
-    target = Path(folder).absolute()
+    target, source = user_path(folder).absolute(), user_path(run)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgument(f"folder must be new or empty, got {target}")
-    model = load_run(run, spec=spec)
+    model = load_run(source, spec=spec)
     if not getattr(model, "pretrained_cfg", None):
         raise InvalidArgument(
             f"run must have a model of timm for the hub, got {type(model).__name__}"
@@ -59,10 +60,10 @@ def write_hub_folder(
             "run must have a model with all of its units for the hub, as timm builds layers at "
             "their original widths; export it as packed, onnx or openvino"
         )
-    masks = Masks.load(Path(run) / MASKS)
-    report = read_json(Path(run) / REPORT, "run") if (Path(run) / REPORT).is_file() else {}
+    masks = Masks.load(source / MASKS)
+    report = read_json(source / REPORT, "run") if (source / REPORT).is_file() else {}
     if not isinstance(report, dict):
-        raise FileFormatError(f"run: {Path(run) / REPORT} must be an object")
+        raise FileFormatError(f"run: {source / REPORT} must be an object")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = temporary_beside(target)
     stage.mkdir()

@@ -264,9 +264,12 @@ def _timm_name(spec: str) -> str:
     if own != name and source in ("", "hf-hub") and _is_registered(own):
         return own
     if source == "local-dir":
-        if not (Path(name) / "config.json").is_file():
-            raise InvalidArgument(f"model: {spec!r}: there is no folder {name} with a config.json")
-        return spec
+        folder = user_path(name)
+        if not (folder / "config.json").is_file():
+            raise InvalidArgument(
+                f"model: {spec!r}: there is no folder {folder} with a config.json"
+            )
+        return f"local-dir:{folder}"
     owner, slash, short = name.partition("/")
     is_id = bool(owner and slash and short)
     if source == "hf-hub" and is_id:
