@@ -146,15 +146,25 @@ def _open_folder(path: Path) -> ImageSet:
             )
         files.extend(found)
         labels.extend([label] * len(found))
-    loose = sorted(p.name for p in path.glob("*.tar") if not p.name.startswith("."))
-    if loose:
-        warn_user(
-            f"data: {listed(loose)} in {path} {'are' if len(loose) > 1 else 'is'} not read: beside "
-            "class folders, archives are not classes; unpack those that are"
-        )
+    _warn_of_loose(path)
     names = tuple(folder.name for folder in folders)
     y = np.array(labels, np.int64)
     return ImageSet(tuple(files), y, names, str(path.resolve()), numbering="sorted")
+
+
+def _warn_of_loose(path: Path) -> None:
+    """Warn of archives and images beside class folders."""
+    visible = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+    for kind, loose, advice in (
+        ("archives", [p for p in visible if p.suffix == ".tar"], "unpack those that are"),
+        ("images", [p for p in visible if _is_image(p)], "move those with a class into its folder"),
+    ):
+        if loose:
+            verb = "are" if len(loose) > 1 else "is"
+            warn_user(
+                f"data: {listed([p.name for p in loose], 3)} in {path} {verb} not read: beside "
+                f"class folders, {kind} are not classes; {advice}"
+            )
 
 
 def _of_tars(found: list[tuple[str, TarImage]], path: Path, *, labeled: bool = True) -> ImageSet:
@@ -210,7 +220,7 @@ def _images_below(folder: Path) -> list[Path]:
 
 
 def _below(top: Path) -> list[Path]:
-    """Return the files of a folder and its subfolders, also those that are linked.
+    """Return the files of a folder and its visible subfolders, also those that are linked.
 
     Each folder is read once, where it is rather than where a link to it is: links may form a loop.
     """
@@ -222,7 +232,7 @@ def _below(top: Path) -> list[Path]:
         links: list[Path] = []
         for start in waiting:
             for place, folders, files in os.walk(start):
-                inside = [Path(place) / name for name in folders]
+                inside = [Path(place) / name for name in folders if not name.startswith(".")]
                 links += [each for each in inside if each.is_symlink()]
                 found += [Path(place) / name for name in files]
                 own = {each.name: each.resolve() for each in inside if not each.is_symlink()}

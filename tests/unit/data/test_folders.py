@@ -372,3 +372,28 @@ def test_archives_beside_class_folders_are_named(tmp_path):
     (tmp_path / "d" / "class2.tar").touch()
     with pytest.warns(UserWarning, match=r"class2\.tar in .*d is not read"):
         assert load_images(tmp_path / "d").classes == ("class0", "class1")
+
+
+def test_images_beside_class_folders_are_named(tmp_path):
+    x = pixels(4)
+    write_folder(tmp_path, x, np.arange(4) % 2)
+    for name in ("one.png", ".hidden.png"):
+        Image.fromarray(x[0]).save(tmp_path / name)
+    with pytest.warns(UserWarning, match=r"one.png in .* is not read: beside .*, images are not"):
+        images = load_images(tmp_path)
+    assert len(images) == 4
+
+
+def test_hidden_folders_are_not_read(tmp_path):
+    x = pixels(4)
+    write_folder(tmp_path, x, np.arange(4) % 2)
+    expected = load_images(tmp_path).x
+    for folder in sorted(p for p in tmp_path.iterdir() if p.is_dir()):
+        for inside in (".thumbnails", ".ipynb_checkpoints/deep"):
+            (folder / inside).mkdir(parents=True)
+            Image.fromarray(x[0]).save(folder / inside / "copy.png")
+    assert load_images(tmp_path).x == expected
+    (tmp_path / "all" / ".cache").mkdir(parents=True)
+    Image.fromarray(x[0]).save(tmp_path / "all" / ".cache" / "a.png")
+    with pytest.raises(DataError, match="contains no image file"):
+        load_images(tmp_path / "all", labeled=False)
