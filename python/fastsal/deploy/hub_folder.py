@@ -89,6 +89,8 @@ def _write_model(model: nn.Module, folder: Path) -> None:
             f"model: timm cannot describe {type(model).__name__} "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 
 def _card(model: nn.Module, masks: Masks, report: Mapping[str, Any]) -> str:

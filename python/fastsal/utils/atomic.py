@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -23,7 +24,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it if the block succeeds.
 
     The content is on the disk before the new name is. Every call has a name of its own, also among
-    threads, processes and machines that share the folder.
+    threads, processes and machines that share the folder. The file has the permissions that the
+    process gives to new files, whatever those are that its writer chose.
 
     Args:
         path: The file to write; missing parent folders are created.
@@ -39,7 +41,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            # safetensors replaces the file by one that only its owner can read.
+            with contextlib.suppress(OSError):  # a file system without permissions
+                temporary.chmod(mode)
         sync_file(temporary)
         os.replace(temporary, target)
         sync_folder(target.parent)

@@ -42,6 +42,7 @@ def test_timm_reads_it(vit, run, tmp_path):
     assert sorted(p.name for p in folder.iterdir()) == [
         "README.md", "config.json", "model.safetensors",
     ]  # fmt: skip
+    assert len({p.stat().st_mode for p in folder.iterdir()}) == 1  # whoever may read one reads all
     again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = torch.randn(2, 3, 160, 160)
     with torch.no_grad():

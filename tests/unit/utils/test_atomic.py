@@ -4,7 +4,9 @@ import errno
 import os
 import stat
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastsal.errors import InvalidArgument
 from fastsal.utils.atomic import atomic_path, check_writable, recording_writes, write_text
@@ -118,3 +120,16 @@ def test_written_files_are_recorded(tmp_path):
             raise ZeroDivisionError
     write_text(tmp_path / "c.txt", "x")
     assert written == [tmp_path / "a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions")
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    """Not those of a library that writes to a private file, such as safetensors."""
+    (tmp_path / "new").touch()
+    with atomic_path(tmp_path / "a.safetensors") as temporary:
+        save_file({"a": np.zeros(1)}, temporary)
+    with atomic_path(tmp_path / "b.txt") as temporary:
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
