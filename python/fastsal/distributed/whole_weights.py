@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsal.errors import UnsupportedLayer
 from fastsal.models.wrappers import unwrapped
+from fastsal.utils.interrupts import uninterrupted
 
 
 @contextlib.contextmanager
@@ -92,13 +93,14 @@ def _plain(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = made[id(p)]
         yield
     finally:
-        for module, name, p in weights:
-            module._parameters[name] = p
-        for table, entries, keys in zip(tables, before, ours, strict=True):
-            here = {**entries, **table}  # in the order of before, as hooks run in it
-            kept = {key: hook for key, hook in here.items() if key in keys or key in table}
-            table.clear()
-            table.update(kept)
+        with uninterrupted():
+            for module, name, p in weights:
+                module._parameters[name] = p
+            for table, entries, keys in zip(tables, before, ours, strict=True):
+                here = {**entries, **table}  # in the order of before, as hooks run in it
+                kept = {key: hook for key, hook in here.items() if key in keys or key in table}
+                table.clear()
+                table.update(kept)
 
 
 def _tables(module: nn.Module) -> list[dict[Any, Any]]:

@@ -13,6 +13,7 @@ from fastsal.models.classifier import find_head
 from fastsal.models.evaluating import modes_restored, set_modes
 from fastsal.models.normalization import normalization_layers
 from fastsal.models.wrappers import plain_name, unwrapped
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.suggestions import did_you_mean
 
 
@@ -89,6 +90,7 @@ def training_only(
                 p.grad = None
             yield
         finally:
-            for p, needed, gradient in found:
-                p.requires_grad_(needed)
-                p.grad = gradient
+            with uninterrupted():
+                for p, needed, gradient in found:
+                    p.requires_grad_(needed)
+                    p.grad = gradient

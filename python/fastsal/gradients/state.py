@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.evaluating import drop_kept, evaluating
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.randomness import State, get_random_state, set_random_state
 
 
@@ -22,8 +23,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
                 value.requires_grad_(False)
             yield
         finally:
-            for value, requires_grad in flags:
-                value.requires_grad_(requires_grad)
+            with uninterrupted():
+                for value, requires_grad in flags:
+                    value.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager
@@ -54,9 +56,10 @@ def replaced(
             owned[key] = new[id(value)]  # type: ignore[assignment]
         yield
     finally:
-        for owned, key, value in slots:
-            owned[key] = value
-        drop_kept(model)
+        with uninterrupted():
+            for owned, key, value in slots:
+                owned[key] = value
+            drop_kept(model)
 
 
 class PrivateRandomness:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastsal.models.classifier import classifier_of
 from fastsal.models.evaluating import evaluating, to_model
 from fastsal.models.wrappers import unwrapped
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import as_integer
 from fastsal.utils.warn import warn_user
 
@@ -122,6 +123,7 @@ def _ends_with_normalization(model: nn.Module, images: Tensor) -> bool:
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(image)
     finally:
-        for each in hooks:
-            each.remove()
+        with uninterrupted():
+            for each in hooks:
+                each.remove()
     return bool(last) and "norm" in type(last[0]).__name__.lower()

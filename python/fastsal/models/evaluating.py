@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.outputs import with_tensors
+from fastsal.utils.interrupts import uninterrupted
 
 # Layers that images or features of them enter.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,8 +30,9 @@ def modes_restored(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, mode in modes:
-            _set_mode(module, mode)
+        with uninterrupted():
+            for module, mode in modes:
+                _set_mode(module, mode)
 
 
 def set_modes(model: nn.Module, training: bool) -> None:

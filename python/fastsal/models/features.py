@@ -17,6 +17,7 @@ from fastsal.models.classifier import chosen_head, trace_head, using_head
 from fastsal.models.evaluating import input_of
 from fastsal.models.outputs import FEATURES, described, output_tensor
 from fastsal.models.wrappers import unwrapped
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import as_integer
 
 # timm's names of formats, and whether their last axis is that of features.
@@ -137,8 +138,9 @@ def _head_input(model: nn.Module, images: Tensor) -> tuple[Tensor, bool]:
     try:
         model(images)
     finally:
-        for hook in hooks:
-            hook.remove()
+        with uninterrupted():
+            for hook in hooks:
+                hook.remove()
     if not caught:
         raise UnsupportedLayer(
             f"model: the classifier of {name} is not called as a module by its forward; define "

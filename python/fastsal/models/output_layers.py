@@ -24,6 +24,7 @@ from fastsal.models.evaluating import (
     twice,
 )
 from fastsal.models.outputs import output_tensor
+from fastsal.utils.interrupts import uninterrupted
 
 _PRODUCT = re.compile(r"^(Addmm|Addbmm|Baddbmm|Bmm|Mm|Addmv|Mv)Backward|Linear|Conv")
 _NORMALIZATION = re.compile(r"(Batch|Layer|Group|Instance|Rms|RMS)_?Norm")
@@ -80,10 +81,11 @@ def _all_trained(model: nn.Module) -> Iterator[None]:
                 module._forward_hooks = OrderedDict()
             yield
         finally:
-            for module, own in hooks:
-                module._forward_hooks = own
-            for p, requires_grad in flags:
-                p.requires_grad_(requires_grad)
+            with uninterrupted():
+                for module, own in hooks:
+                    module._forward_hooks = own
+                for p, requires_grad in flags:
+                    p.requires_grad_(requires_grad)
 
 
 def _layer(parameter: str) -> str:

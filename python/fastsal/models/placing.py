@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsal.utils.devices import resolve_device
+from fastsal.utils.interrupts import uninterrupted
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def on_device(
         model.to(target)
         yield
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             for module, name, p, before, gradient in parameters:
                 if keeps:
                     before.copy_(getattr(module, name).data)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.errors import FileFormatError
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import as_integer
 
 Widths = dict[str, dict[str, int]]  # name of a module to its attributes
@@ -130,11 +131,12 @@ def resized(
         record_widths(model, widths)
         yield
     except BaseException:
-        for (tensor, _), data in zip(changes, old_data, strict=True):
-            tensor.data = data
-        for module, key, _, old in numbers:
-            setattr(module, key, old)
-        record_widths(model, before)
+        with uninterrupted():
+            for (tensor, _), data in zip(changes, old_data, strict=True):
+                tensor.data = data
+            for module, key, _, old in numbers:
+                setattr(module, key, old)
+            record_widths(model, before)
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,7 @@ from fastsal.pruning.masks.ranking import check_ranking
 from fastsal.pruning.process import Process
 from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
+from fastsal.pruning.recalibration import moments_kept_on_error
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.refit.settings import Refit
 from fastsal.pruning.rounds import prune_in_rounds, rising_goals
@@ -303,12 +304,13 @@ def _prune(process: Process, given: Arguments) -> PruneResult:
     )
     if needs_copy and not refits:
         job = replace(job, dense=copies(job.changed))
-    result = _to_sparsity(job, given) if limit is None else _to_limit(job, given, limit)
-    in_use = result.masks.in_use(model, images)
-    return replace(result, left_out=left_out(model, chosen), in_use=in_use)
+    with job.all_or_nothing() as dense, moments_kept_on_error(model):
+        result = _to_sparsity(job, given, dense) if limit is None else _to_limit(job, given, limit)
+        in_use = result.masks.in_use(model, images)
+        return replace(result, left_out=left_out(model, chosen), in_use=in_use)
 
 
-def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
+def _to_sparsity(job: Job, given: Arguments, dense: Mapping[str, Tensor]) -> PruneResult:
     """Prune to a sparsity, in rounds."""
     if given.held_out is not None:
         raise InvalidArgument(
@@ -339,7 +341,9 @@ def _to_sparsity(job: Job, given: Arguments) -> PruneResult:
         rest = model_digest(job.model, without=job.chosen.values())
         checkpoint = job.process.checkpoint(given.checkpoint, asked, rest, seen)
     goals = rising_goals(given.sparsity, given.rounds)
-    done = prune_in_rounds(job, goals, recalibrate=bool(given.recalibrate), checkpoint=checkpoint)
+    done = prune_in_rounds(
+        job, goals, dense=dense, recalibrate=bool(given.recalibrate), checkpoint=checkpoint
+    )
     return PruneResult(*done)
 
 

@@ -48,7 +48,7 @@ LOOK_AHEAD = 4
 def prune_safely(
     job: Job, limit: Limit, held_out: Batches | None
 ) -> tuple[Masks, dict[str, Tensor], list[Round], SafetyReport]:
-    """Prune to the highest sparsity within a limit.
+    """Prune to the highest sparsity within a limit. On error nothing is restored.
 
     Statistics, the choice of the damping and the test use disjoint images; those for the damping
     are added to the statistics afterwards.
@@ -63,34 +63,33 @@ def prune_safely(
     """
     limit, job, held_out = _checked(limit, job, held_out)
     recipe, step, clock = job.recipe, job.step, Clock()
-    with job.all_or_nothing():
-        fisher = None
-        source, total = job.source(), job.total
-        if held_out is not None:
-            tested = _tested(job, Source(held_out, None, name="held_out"), 1)
-        else:
-            tested = _tested(job, source, TESTED_EVERY, total)
-            source = tested.others
-            total = None if total is None else total - tested.count_of(total)
-        held: HeldOutSamples | None = None
-        if recipe.needs_fisher:
-            if recipe.is_auto:
-                held = job.tuning_samples(source, total)
-                source = held.others
-            fisher = job.collect(source, recipe.seed)
-        examination = job.examination(tested, limit, fisher)
-        clock.lap("statistics")
-        choice = DampingChoice(step.given_damping(fisher), [])
-        if fisher is not None and held is not None:
-            require_some(held)
-            tuned = job.held_out(held, fisher)
-            choice, _ = step.choose_damping(
-                fisher, None, _TYPICAL_SPARSITY, partial(tuned.mean_loss, job.model)
-            )
-            job.joining(fisher, held, recipe.seed + 1)()
-        clock.lap("damping")
-        result, report = _search(job, fisher, examination, choice.damping)
-        clock.lap("search")
+    fisher = None
+    source, total = job.source(), job.total
+    if held_out is not None:
+        tested = _tested(job, Source(held_out, None, name="held_out"), 1)
+    else:
+        tested = _tested(job, source, TESTED_EVERY, total)
+        source = tested.others
+        total = None if total is None else total - tested.count_of(total)
+    held: HeldOutSamples | None = None
+    if recipe.needs_fisher:
+        if recipe.is_auto:
+            held = job.tuning_samples(source, total)
+            source = held.others
+        fisher = job.collect(source, recipe.seed)
+    examination = job.examination(tested, limit, fisher)
+    clock.lap("statistics")
+    choice = DampingChoice(step.given_damping(fisher), [])
+    if fisher is not None and held is not None:
+        require_some(held)
+        tuned = job.held_out(held, fisher)
+        choice, _ = step.choose_damping(
+            fisher, None, _TYPICAL_SPARSITY, partial(tuned.mean_loss, job.model)
+        )
+        job.joining(fisher, held, recipe.seed + 1)()
+    clock.lap("damping")
+    result, report = _search(job, fisher, examination, choice.damping)
+    clock.lap("search")
     history = [step.record(1, fisher, choice, result, clock.seconds)]
     recipe.sign(result.masks, history)
     result.masks.recipe["limit"] = limit.as_dict()

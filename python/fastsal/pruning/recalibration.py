@@ -21,6 +21,7 @@ from fastsal.data.batches import Pair, in_micro_batches, without_single_images
 from fastsal.errors import DataError
 from fastsal.models.evaluating import evaluating, to_model
 from fastsal.pruning.shelf import all_or_nothing, restore
+from fastsal.utils.interrupts import uninterrupted
 
 # Images of a batch that are joined if batches have one image each.
 _JOINED = 8
@@ -158,5 +159,6 @@ def _training_only(model: nn.Module, layers: list[_Normalization]) -> Iterator[N
                 layer.momentum = None  # the average over all batches
             yield
         finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
+            with uninterrupted():
+                for layer, momentum in zip(layers, momenta, strict=True):
+                    layer.momentum = momentum

@@ -18,11 +18,7 @@ from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.measured import Measured
-from fastsal.pruning.recalibration import (
-    loss_if_recalibrated,
-    moments_kept_on_error,
-    recalibrate_if_better,
-)
+from fastsal.pruning.recalibration import loss_if_recalibrated, recalibrate_if_better
 from fastsal.pruning.shelf import restore
 from fastsal.pruning.step import Attempt
 from fastsal.utils.clock import Clock
@@ -99,11 +95,12 @@ def prune_in_rounds(
     job: Job,
     goals: Sequence[float | None],
     *,
+    dense: Mapping[str, Tensor],
     recalibrate: bool,
     checkpoint: Checkpoint | None = None,
     find: StatisticsSource | None = None,
 ) -> tuple[Masks, dict[str, Tensor], list[Round]]:
-    """Prune to each goal in turn; pruned weights remain pruned.
+    """Prune to each goal in turn; pruned weights remain pruned. On error nothing is restored.
 
     With `damping="auto"`, `λ` is chosen once, before the first round, by attempts at the last goal:
     in the small steps of single rounds, candidates differ by less than the noise of the held-out
@@ -112,6 +109,7 @@ def prune_in_rounds(
     Args:
         job: Model, images and recipe.
         goals: Sparsity after each round; None where a pattern fixes it.
+        dense: Copies of the tensors that the job may change, from `Job.all_or_nothing`.
         recalibrate: Whether batch normalization is recalibrated at the end, where that lowers the
             held-out loss.
         checkpoint: File with the state after each round, from which a rerun resumes.
@@ -130,49 +128,48 @@ def prune_in_rounds(
     history: list[Round] = []
     scores: dict[str, Tensor] = {}
     found = RoundStatistics()
-    with job.all_or_nothing() as dense, moments_kept_on_error(model):
-        if checkpoint is not None:
-            masks, history, scores = _resumed(job, checkpoint, len(goals))
-        for number, goal in list(enumerate(goals, start=1))[len(history) :]:
-            clock = Clock()
-            chooses = recipe.is_auto and not history
-            # Frees statistics and scores of the previous round.
-            found, fisher, scores = RoundStatistics(), None, {}
-            is_last = number == len(goals)
-            refits = job.refit is not None and (is_last or job.refit.settings.between_rounds)
-            holds_out = chooses or refits or (recalibrate and is_last)
-            holds_out = holds_out or job.reconstruction is not None
-            found = replace(find(number, holds_out=holds_out), recalibrates=recalibrate)
-            clock.lap("statistics")
-            choice, best = _chosen_damping(job, found, masks, goals[-1], history)
-            clock.lap("damping")
-            fisher = found.joined()
-            choice = choice or DampingChoice(step.given_damping(fisher), [])
-            result = step.run(fisher, masks, goal, choice.damping)
-            joined = len(goals) > 1 or found.keeps(model, best)
-            if best is not None and not joined:
-                restore(job.chosen, best.weights, job.shelf)
-                result = best.result
-            scores, masks = result.scores, result.masks
-            clock.lap("prune")
-            entry = step.record(number, fisher, choice, result, clock.seconds)
-            history.append(replace(entry, held_out_joined=joined) if chooses else entry)
-            del result, best  # they refer to scores
-            found, fisher = found.without_statistics(), None
-            judged = found if found.held is not None else replace(own, recalibrates=recalibrate)
-            history[-1] = _reconstructed(job, judged, masks, dense, history[-1], is_last=is_last)
-            if recalibrate and is_last:
-                history[-1] = _recalibrated(job, found, history[-1])
-            if refits:
-                _save(checkpoint, job, RoundState(masks, history, scores))
-                history[-1] = _refitted(job, found, masks, history[-1], checkpoint)
-            if not is_last:
-                _save(checkpoint, job, RoundState(masks, history))
-        if masks is None:
-            raise InvalidArgument("rounds must be at least 1, got 0")
-        recipe.sign(masks, history, refit=job.refit and job.refit.settings.as_dict())
-        if checkpoint is not None:
-            checkpoint.remove()
+    if checkpoint is not None:
+        masks, history, scores = _resumed(job, checkpoint, len(goals))
+    for number, goal in list(enumerate(goals, start=1))[len(history) :]:
+        clock = Clock()
+        chooses = recipe.is_auto and not history
+        # Frees statistics and scores of the previous round.
+        found, fisher, scores = RoundStatistics(), None, {}
+        is_last = number == len(goals)
+        refits = job.refit is not None and (is_last or job.refit.settings.between_rounds)
+        holds_out = chooses or refits or (recalibrate and is_last)
+        holds_out = holds_out or job.reconstruction is not None
+        found = replace(find(number, holds_out=holds_out), recalibrates=recalibrate)
+        clock.lap("statistics")
+        choice, best = _chosen_damping(job, found, masks, goals[-1], history)
+        clock.lap("damping")
+        fisher = found.joined()
+        choice = choice or DampingChoice(step.given_damping(fisher), [])
+        result = step.run(fisher, masks, goal, choice.damping)
+        joined = len(goals) > 1 or found.keeps(model, best)
+        if best is not None and not joined:
+            restore(job.chosen, best.weights, job.shelf)
+            result = best.result
+        scores, masks = result.scores, result.masks
+        clock.lap("prune")
+        entry = step.record(number, fisher, choice, result, clock.seconds)
+        history.append(replace(entry, held_out_joined=joined) if chooses else entry)
+        del result, best  # they refer to scores
+        found, fisher = found.without_statistics(), None
+        judged = found if found.held is not None else replace(own, recalibrates=recalibrate)
+        history[-1] = _reconstructed(job, judged, masks, dense, history[-1], is_last=is_last)
+        if recalibrate and is_last:
+            history[-1] = _recalibrated(job, found, history[-1])
+        if refits:
+            _save(checkpoint, job, RoundState(masks, history, scores))
+            history[-1] = _refitted(job, found, masks, history[-1], checkpoint)
+        if not is_last:
+            _save(checkpoint, job, RoundState(masks, history))
+    if masks is None:
+        raise InvalidArgument("rounds must be at least 1, got 0")
+    recipe.sign(masks, history, refit=job.refit and job.refit.settings.as_dict())
+    if checkpoint is not None:
+        checkpoint.remove()
     return masks, scores, history
 
 

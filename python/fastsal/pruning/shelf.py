@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.mapped_files import FileArrays, aligned
 
 
@@ -107,7 +108,8 @@ def restore(
     tensors: Mapping[str, Tensor], values: Mapping[str, Tensor], shelf: Shelf | None = None
 ) -> None:
     """Copy values back into tensors of the same names, one at a time from a shelf."""
-    with torch.no_grad():
+    # Half of the values would be another model; a second Ctrl-C often comes while they return.
+    with torch.no_grad(), uninterrupted():
         for name, value in values.items():
             tensors[name].copy_(value)
             if shelf is not None:

@@ -61,7 +61,8 @@ def prune_cell(source: PruningSource, cell: Cell) -> Pruned:
 
     start = time.perf_counter()
     goals = rising_goals(cell.sparsity, cell.rounds)
-    masks, _, history = prune_in_rounds(job, goals, recalibrate=False, find=find)
+    with job.all_or_nothing() as dense:
+        masks, _, history = prune_in_rounds(job, goals, dense=dense, recalibrate=False, find=find)
     taken = time.perf_counter() - start - waited
     # The time of the shared statistics at the dense weights counts in full for every cell.
     statistics = source.seconds + sum(own) if recipe.needs_fisher else 0.0

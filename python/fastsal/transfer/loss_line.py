@@ -21,6 +21,7 @@ from fastsal.errors import InvalidArgument, UnknownParameter
 from fastsal.models.evaluating import modes_restored
 from fastsal.models.wrappers import unwrapped, with_names_of
 from fastsal.utils.float64 import in_float64
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import whole
 
 # measure(model) -> (accuracy, loss, ...), for example `fastsal.transfer.measure`
@@ -124,6 +125,6 @@ def _restored(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[Mappi
         try:
             yield tensors
         finally:
-            with torch.no_grad():
+            with torch.no_grad(), uninterrupted():
                 for name, tensor in tensors.items():
                     tensor.copy_(values[name])

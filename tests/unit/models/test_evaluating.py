@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -230,6 +232,32 @@ def test_modes_return_after_an_interruption():
         with pytest.raises(KeyboardInterrupt):
             interrupted(how)
         assert modes(model) == flags
+
+
+class Interrupts(nn.Module):
+    """Gets Ctrl-C when its flag is set."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "training" and value and "stops" in vars(self):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_while_modes_return_does_not_mix_them():
+    model = nn.Sequential(nn.Linear(2, 2), Interrupts(), nn.Linear(2, 2)).train()
+    model[1].stops = True
+
+    def evaluate():
+        with evaluating(model):
+            assert not any(m.training for m in model.modules())
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(m.training for m in model.modules())
 
 
 def test_a_headed_backbone_keeps_its_modes():

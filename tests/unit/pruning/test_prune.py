@@ -534,6 +534,20 @@ def test_errors_leave_the_model_as_it_was(case):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"max_loss_increase": 0.5}], ids=str)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("no memory")], ids=str)
+def test_errors_after_the_last_round_give_all_weights_back(how, error, monkeypatch):
+    def stopped(*_):
+        raise error
+
+    monkeypatch.setattr(fastsal.Masks, "in_use", stopped)
+    model = trained()
+    before = state(model)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        prune(model, BATCHES, **how, damping=0.1)
+    assert_same(model, before)
+
+
 def test_an_iterator_is_enough_for_one_round():
     a, b = trained(), trained()
     prune(a, iter(BATCHES), 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
@@ -63,6 +64,32 @@ def test_nested_blocks_have_their_own_copies(tmp_path, on_disk):
     with pytest.raises(KeyboardInterrupt):
         fail_outside()
     assert torch.equal(tensors["a"], torch.ones(3))
+
+
+def test_a_second_ctrl_c_does_not_end_the_restoration():
+    class Interrupts(dict):
+        def __getitem__(self, name):
+            if self.stops:
+                signal.raise_signal(signal.SIGINT)
+            return super().__getitem__(name)
+
+    tensors = Interrupts(a=torch.ones(3), b=torch.ones(3))
+    tensors.stops = False
+
+    def stopped():
+        with all_or_nothing(tensors):
+            for tensor in tensors.values():
+                tensor.fill_(2)
+            tensors.stops = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors.values())
 
 
 def test_reconstruction_is_the_same_with_a_scratch_folder(tmp_path):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastsal.errors import InvalidArgument, MaskError
+from fastsal.utils.interrupts import uninterrupted
 
 # Attributes of wrappers of optimizers with the optimizer inside: accelerate, Lightning and others;
 # timm and others.
@@ -155,9 +156,10 @@ def _held_gradient(p: nn.Parameter, where: Tensor) -> Iterator[None]:
     try:
         yield
     finally:
-        handle.remove()
-        if not p._backward_hooks:
-            p._backward_hooks = None  # an empty dict would still be read by autograd
+        with uninterrupted():
+            handle.remove()
+            if not p._backward_hooks:
+                p._backward_hooks = None  # an empty dict would still be read by autograd
 
 
 def _verify(verify: Callable[[], None]) -> None:

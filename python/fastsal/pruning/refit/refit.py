@@ -39,6 +39,7 @@ from fastsal.pruning.refit_result import RefitResult
 from fastsal.pruning.same_model import check_same
 from fastsal.pruning.shelf import all_or_nothing
 from fastsal.pruning.training_checkpoint import TrainingCheckpoint
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import SEEDS, whole
 from fastsal.utils.progress import Report, reporter
 
@@ -219,6 +220,7 @@ def _all_trained(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(p.is_floating_point())
         yield
     finally:
-        for p, flag, gradient in found:
-            p.requires_grad_(flag)
-            p.grad = gradient
+        with uninterrupted():
+            for p, flag, gradient in found:
+                p.requires_grad_(flag)
+                p.grad = gradient

@@ -25,6 +25,7 @@ from fastsal.models.evaluating import differentiable, drop_kept, input_of, to_mo
 from fastsal.models.features import feature_outputs, find_feature_layer
 from fastsal.pruning.structured.activations import Moments, input_rows
 from fastsal.utils.float64 import in_float64
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
 
@@ -164,8 +165,9 @@ def _observing(layers: dict[str, nn.Module], found: dict[str, Statistics]) -> It
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        with uninterrupted():
+            for hook in hooks:
+                hook.remove()
 
 
 @contextlib.contextmanager
@@ -198,8 +200,9 @@ def _gradients(
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        with uninterrupted():
+            for hook in hooks:
+                hook.remove()
 
 
 @contextlib.contextmanager

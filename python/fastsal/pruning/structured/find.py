@@ -15,6 +15,7 @@ from fastsal.pruning.structured.groups import Group
 from fastsal.pruning.structured.heads import find_heads
 from fastsal.pruning.structured.proof import proven
 from fastsal.pruning.structured.trace import find_units
+from fastsal.utils.interrupts import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def _used(model: nn.Module, images: Tensor, names: list[str]) -> set[str]:
         with torch.random.fork_rng(devices=[]):
             outputs(model, images[:2], feature_outputs)
     finally:
-        for hook in hooks:
-            hook.remove()
+        with uninterrupted():
+            for hook in hooks:
+                hook.remove()
     return found

@@ -27,6 +27,7 @@ from fastsal.models.evaluating import (
     twice,
 )
 from fastsal.models.outputs import tensors_within
+from fastsal.utils.interrupts import uninterrupted
 
 BATCH_NORMALIZATION = nn.modules.batchnorm._BatchNorm
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -141,8 +142,9 @@ class Graph:
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            with uninterrupted():
+                for hook in hooks:
+                    hook.remove()
 
     def normalization_after(self, call: Call, model: nn.Module) -> str | None:
         """Return the batch normalization that alone uses the output of a call; None without one.
@@ -243,9 +245,10 @@ def traced(model: nn.Module) -> Iterator[None]:
                 module._forward_pre_hooks = OrderedDict()
             yield
         finally:
-            for module, after, before in hooks:
-                module._forward_hooks = after
-                module._forward_pre_hooks = before
-            for p, flag in flags:
-                p.requires_grad_(flag)
-            drop_kept(model)
+            with uninterrupted():
+                for module, after, before in hooks:
+                    module._forward_hooks = after
+                    module._forward_pre_hooks = before
+                for p, flag in flags:
+                    p.requires_grad_(flag)
+                drop_kept(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastsal.models.evaluating import drop_kept
 from fastsal.models.widths import record_widths, widths_of, with_widths
+from fastsal.utils.interrupts import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,12 @@ def restored(model: nn.Module, *, on_error_only: bool = False) -> Iterator[None]
     try:
         yield
     except BaseException:
-        restore()
+        with uninterrupted():
+            restore()
         raise
     if not on_error_only:
-        restore()
+        with uninterrupted():
+            restore()
 
 
 def _numbers_of(module: nn.Module) -> dict[str, int]:

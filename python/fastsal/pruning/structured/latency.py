@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastsal.models.evaluating import outputs
 from fastsal.pruning.structured.groups import Group, cut, restored
+from fastsal.utils.interrupts import uninterrupted
 
 # Fractions of the units at which a model is measured, falling.
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -144,8 +145,9 @@ def _stamping(model: nn.Module, layers: set[str], clock: Callable[[], float]) ->
     try:
         yield stamps
     finally:
-        for handle in handles:
-            handle.remove()
+        with uninterrupted():
+            for handle in handles:
+                handle.remove()
 
 
 def _durations(stamps: Stamps, groups: Sequence[Group]) -> _Run:

@@ -21,6 +21,7 @@ from fastsal.models.evaluating import evaluating, to_model, twice
 from fastsal.models.outputs import tensors_within
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
 from fastsal.utils.float64 import in_float64
+from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.plain_text import first_line
 
 # Largest difference of an output, relative to the largest value of that output.
@@ -158,8 +159,9 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
         ):
             result = model(to_model(images, model))
     finally:
-        for hook in hooks:
-            hook.remove()
+        with uninterrupted():
+            for hook in hooks:
+                hook.remove()
     caught.update(
         (number, in_float64(output.cpu())) for number, output in enumerate(tensors_within(result))
     )

@@ -194,22 +194,22 @@ def prune_structure(
                 samples=samples, progress=progress, seed=how.seed,
             )  # fmt: skip
             clock.lap("refit")
-    return StructureResult(
-        structure,
-        {group.name: (group.units, chosen.widths[group.name]) for group in units.groups},
-        work.removed(chosen.widths),
-        work.costs,
-        before,
-        _size(sizes, chosen.widths),
-        units.left_out,
-        masks,
-        widths_of(model),
-        work.samples,
-        clock.seconds,
-        chosen.loss,
-        rebuilt,
-        refitted,
-    )
+        return StructureResult(
+            structure,
+            {group.name: (group.units, chosen.widths[group.name]) for group in units.groups},
+            work.removed(chosen.widths),
+            work.costs,
+            before,
+            _size(sizes, chosen.widths),
+            units.left_out,
+            masks,
+            widths_of(model),
+            work.samples,
+            clock.seconds,
+            chosen.loss,
+            rebuilt,
+            refitted,
+        )
 
 
 def _apart(
