@@ -6,7 +6,9 @@ import contextlib
 import errno
 import io
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 
 import click
 
+from fastsal.cli.torchrun import world_size
 from fastsal.errors import FastsalError
 from fastsal.utils.atomic import recording_writes
 from fastsal.utils.plain_text import plain_line
@@ -21,9 +24,36 @@ from fastsal.utils.sizes import gib
 
 STATUS_ERROR = 2
 STATUS_INTERRUPTED = 130  # 128 + SIGINT, the convention of shells
+STATUS_TERMINATED = 143  # 128 + SIGTERM
 _MEMORY = ("--size", "--batch-size", "--memory-budget")
 _BYTES = re.compile(r"tried to allocate (\d+) bytes")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Terminated(BaseException):
+    """SIGTERM, which job schedulers send before the time of a job is over."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM in the block, so temporary files and claims are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def status_of(stop: BaseException) -> int:
+    """Return the exit status after Ctrl-C or SIGTERM."""
+    return STATUS_TERMINATED if isinstance(stop, Terminated) else STATUS_INTERRUPTED
 
 
 class Group(click.Group):
@@ -46,8 +76,8 @@ class Group(click.Group):
         """Run the chosen command.
 
         An invalid option, a `FastsalError`, a core that cannot be imported, or a file that cannot
-        be opened or written exits with 2; Ctrl-C with 130. With `--debug`, and for any other
-        exception, the traceback is shown.
+        be opened or written exits with 2; Ctrl-C with 130, SIGTERM with 143. With `--debug`, and
+        for any other exception, the traceback is shown.
         """
         before, warnings.showwarning = warnings.showwarning, _show_warning
         with contextlib.ExitStack() as stack:
@@ -55,6 +85,8 @@ class Group(click.Group):
             stack.callback(setattr, warnings, "showwarning", before)
             stack.enter_context(_any_character())
             written = stack.enter_context(recording_writes())
+            if world_size() == 1:  # a rank that waits for others in PyTorch would not end
+                stack.enter_context(terminable())
             return self._invoked(ctx, written)
 
     def _invoked(self, ctx: click.Context, written: list[Path]) -> Any:
@@ -79,9 +111,9 @@ class Group(click.Group):
             if ctx.params.get("debug") or not is_out_of_memory(error):
                 raise
             _exit_with(ctx, self._out_of_memory(ctx, error))
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Terminated) as stop:
             click.echo(f"interrupted: {_written(written)}", err=True)
-            ctx.exit(STATUS_INTERRUPTED)
+            ctx.exit(status_of(stop))
 
     def _out_of_memory(self, ctx: click.Context, error: BaseException) -> str:
         """Return how much memory was asked for, and which options of the command need less."""

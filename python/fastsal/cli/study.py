@@ -4,45 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import statistics
 import sys
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fastsal.cli.group import STATUS_INTERRUPTED
+from fastsal.cli.group import Terminated, status_of, terminable
 
 if TYPE_CHECKING:
     from fastsal.study.settings.schema import Study
 
 STATUS_FAILED_CELLS = 1
-STATUS_TERMINATED = 143  # 128 + SIGTERM, the convention of shells
-
-
-class Terminated(BaseException):
-    """SIGTERM, which job schedulers send before the time of a job is over."""
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM inside the block, so that claims on cells are released."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: object) -> NoReturn:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run_and_report(
@@ -82,7 +58,7 @@ def run_and_report(
         click.echo(
             "interrupted: finished cells are saved; rerun the same command to resume", err=True
         )
-        ctx.exit(STATUS_TERMINATED if isinstance(stop, Terminated) else STATUS_INTERRUPTED)
+        ctx.exit(status_of(stop))
     page = _report(out, is_due=done.has_written)
     if not is_first:
         pass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,24 @@ def test_nothing_was_written_is_said_where_it_is_so(tmp_path, tiny_file, tiny_np
     assert "nothing was written" not in done.stderr
     assert "interrupted: " in done.stderr
     assert "s.safetensors written before" in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_sigterm_leaves_no_temporary_files(tmp_path, tiny_file, tiny_npz, monkeypatch):
+    def half_written(_, path):
+        Path(path).write_text("half")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(fastsal.BlockFisher, "save", half_written)
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+    done = invoke(
+        "score", f"{tiny_file}:tiny", "--data", tiny_npz, "--out", out / "s.safetensors",
+        "--save-statistics", out / "f.safetensors",
+    )  # fmt: skip
+    assert done.exit_code == 143
+    assert "interrupted: " in done.stderr
+    assert names(out) == ["s.safetensors"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_an_interrupted_run_names_its_checkpoint(tmp_path, tiny_file, tiny_npz, monkeypatch):
