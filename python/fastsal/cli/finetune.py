@@ -106,7 +106,14 @@ def finetune(**given: Any) -> None:
     Example: fastsal finetune resnet18 --weights run --data images --epochs 5 --lr 0.01 --out tuned
     """
     from fastsal.cli.accuracy import MeasuredAccuracy
-    from fastsal.cli.inputs import check_test, image_size, open_batches, open_model, set_threads
+    from fastsal.cli.inputs import (
+        check_apart,
+        check_test,
+        image_size,
+        open_batches,
+        open_model,
+        set_threads,
+    )
     from fastsal.cli.output import console, emit, print_selection, run_summary
     from fastsal.cli.runfolder import (
         check_model,
@@ -119,6 +126,7 @@ def finetune(**given: Any) -> None:
     from fastsal.utils.clock import Clock
 
     check_target(given["out"], given["force"])
+    check_apart(given, "checkpoint")
     set_threads(given["threads"])
     clock = Clock()
     with clock.step("load"):

@@ -282,18 +282,30 @@ def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) ->
     return {name: given[name] for name in names if given[name] is not None}
 
 
-def refuse_overwrite(path: Path, force: bool) -> None:
-    """Check before the work that a file can be written.
+def refuse_overwrite(path: Path, force: bool, argument: str = "out") -> None:
+    """Check before the work that a file can be written, which an argument names.
 
     Raises:
         InvalidArgument: `path` is a folder, it exists and `force` is not given, or it cannot be
             written.
     """
     if path.is_dir():
-        raise InvalidArgument(f"out must be a file, got the folder {path}")
+        raise InvalidArgument(f"{argument} must be a file, got the folder {path}")
     if path.exists() and not force:
-        raise InvalidArgument(f"out: {path} already exists; give --force to overwrite it")
-    check_writable(path, "out")
+        raise InvalidArgument(f"{argument}: {path} already exists; give --force to overwrite it")
+    check_writable(path, argument)
+
+
+def check_apart(given: dict[str, Any], name: str) -> None:
+    """Check that the file of an option is not --out, which would replace it.
+
+    Raises:
+        InvalidArgument: Both are one path.
+    """
+    path = given[name]
+    if path is not None and path.resolve() == given["out"].resolve():
+        option = name.replace("_", "-")
+        raise InvalidArgument(f"--{option} must be another path than --out, got {path} for both")
 
 
 def _shortened(names: tuple[str, ...]) -> str:

@@ -55,7 +55,7 @@ def inspect(**given: Any) -> None:
     folder, figure = given["run"], given["figure"]
     if figure is not None:
         require_matplotlib()
-        refuse_overwrite(figure, given["force"])
+        refuse_overwrite(figure, given["force"], "figure")
     masks, state, report = _read(folder)
     layers = layers_of(masks, state, _computed(report))
     weights = sum(value.numel() for value in state.values())

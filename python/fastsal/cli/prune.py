@@ -144,6 +144,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
     """Prune as the options say; rank 0 writes the folder."""
     from fastsal.cli.accuracy import MeasuredAccuracy
     from fastsal.cli.inputs import (
+        check_apart,
         check_test,
         image_size,
         open_batches,
@@ -167,6 +168,7 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         _check_target_runtime(given)
     ranked = ranking_arguments(given, finds_sparsity=is_limited)
     check_target(given["out"], given["force"])
+    check_apart(given, "checkpoint")
     set_threads(given["threads"])
     clock = Clock()
     with clock.step("load"):

@@ -81,6 +81,8 @@ def report(**given: Any) -> None:
             "to the study to measure them"
         )
     out = _target(given)
+    if given["figures"] is not None and given["figures"].is_file():
+        raise InvalidArgument(f"figures must be a folder, got the file {given['figures']}")
     pictures = {}
     if given["figures"]:
         pictures = write_pictures(sections(results, margin), given["figures"])

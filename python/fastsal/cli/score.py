@@ -46,6 +46,7 @@ def score(**given: Any) -> None:
 
     import fastsal
     from fastsal.cli.inputs import (
+        check_apart,
         collect,
         open_model,
         refuse_overwrite,
@@ -60,9 +61,10 @@ def score(**given: Any) -> None:
 
     if given["statistics"] is not None and given["data"] is not None:
         raise InvalidArgument("--statistics and --data are mutually exclusive")
-    refuse_overwrite(given["out"], given["force"])
-    if given["save_statistics"] is not None:
-        refuse_overwrite(given["save_statistics"], given["force"])
+    check_apart(given, "save_statistics")
+    for name in ("out", "save_statistics"):
+        if given[name] is not None:
+            refuse_overwrite(given[name], given["force"], name)
     set_threads(given["threads"])
     clock = Clock()
     with clock.step("load"):

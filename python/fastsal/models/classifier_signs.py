@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fastsal.models.classifier import classifier_of
 from fastsal.models.evaluating import evaluating, to_model
+from fastsal.models.hooks import hooked
 from fastsal.models.wrappers import unwrapped
-from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import as_integer
 from fastsal.utils.warn import warn_user
 
@@ -111,19 +111,11 @@ def _ends_with_normalization(model: nn.Module, images: Tensor) -> bool:
         last[:] = [module]
 
     leaves = [m for m in model.modules() if not any(True for _ in m.children())]
-    hooks = [
-        module.register_forward_pre_hook(hook)
-        for module in leaves
-        if any(True for _ in module.parameters(recurse=False))
-    ]
-    if not hooks:
+    layers = [m for m in leaves if any(True for _ in m.parameters(recurse=False))]
+    if not layers:
         return False
-    try:
+    with hooked(layer.register_forward_pre_hook(hook) for layer in layers):
         image = to_model(images[:1].detach(), model)
         with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(image)
-    finally:
-        with uninterrupted():
-            for each in hooks:
-                each.remove()
     return bool(last) and "norm" in type(last[0]).__name__.lower()

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fastsal.errors import InvalidArgument, UnsupportedLayer
 from fastsal.models.classifier import chosen_head, trace_head, using_head
 from fastsal.models.evaluating import input_of
+from fastsal.models.hooks import hooked
 from fastsal.models.outputs import FEATURES, described, output_tensor
 from fastsal.models.wrappers import unwrapped
-from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.numbers import as_integer
 
 # timm's names of formats, and whether their last axis is that of features.
@@ -129,18 +129,13 @@ def _head_input(model: nn.Module, images: Tensor) -> tuple[Tensor, bool]:
             "or name the layer whose input they are with head"
         )
     caught: list[Tensor] = []
-    hooks = [
+    with hooked(
         layer.register_forward_pre_hook(
             lambda _, args, named: caught.append(input_of(args, named)), with_kwargs=True
         )
         for layer in layers
-    ]
-    try:
+    ):
         model(images)
-    finally:
-        with uninterrupted():
-            for hook in hooks:
-                hook.remove()
     if not caught:
         raise UnsupportedLayer(
             f"model: the classifier of {name} is not called as a module by its forward; define "

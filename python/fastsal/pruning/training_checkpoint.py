@@ -60,8 +60,9 @@ class TrainingCheckpoint:
             "start": self._start,
             "data": data,
         }
-        with atomic_path(self._path) as temporary:
-            torch.save({**header, "state": dict(state)}, temporary)
+        # To an open file, as errors of the system are lost where PyTorch opens it.
+        with atomic_path(self._path) as temporary, open(temporary, "wb") as file:
+            torch.save({**header, "state": dict(state)}, file)
 
     def load(
         self, passes: Mapping[str, Callable[[], Iterable[Pair]]] | None = None

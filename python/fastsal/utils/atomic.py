@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -57,9 +58,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
         # Name the file of the caller instead of the temporary one.
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
+    except Exception as error:
+        if (number := _number_of(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(target)) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _number_of(error: BaseException) -> int | None:
+    """Return the number of the error of the system that a library reports by one of its own.
+
+    safetensors has it in its message; PyTorch raises another error while it handles that.
+    """
+    if found := re.search(r"I/O error: .*\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    inner = error.__context__
+    return inner.errno if isinstance(inner, OSError) and inner.filename is None else None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -79,8 +95,11 @@ def write_new(path: str | os.PathLike[str], text: str) -> bool:
     target = Path(path)
     temporary = temporary_beside(target)
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync_file(temporary)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            sync_file(temporary)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(target)) from None
         try:
             os.link(temporary, target)
         except FileExistsError:

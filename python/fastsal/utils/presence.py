@@ -60,9 +60,11 @@ class Presence:
         try:
             lock(self._place)  # before any other process can know the token
             self.beat()
-        except BaseException:
+        except BaseException as error:
             self.leave()
             self._path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(folder)) from None
             raise
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="fastsal presence", daemon=True)

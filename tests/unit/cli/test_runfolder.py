@@ -176,6 +176,35 @@ def test_nothing_was_written_is_said_where_it_is_so(tmp_path, tiny_file, tiny_np
     assert "s.safetensors written before" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (("score", "--save-statistics"), "--save-statistics"),
+        (("prune", "--sparsity", 0.5, "--checkpoint"), "--checkpoint"),
+        (
+            ("finetune", "--weights", "run", "--epochs", 1, "--lr", 0.1, "--checkpoint"),
+            "--checkpoint",
+        ),
+    ],
+    ids=["score", "prune", "finetune"],
+)
+def test_a_second_file_is_not_the_output(command, option, tmp_path, tiny_file, tiny_npz):
+    out = tmp_path / "x.safetensors"
+    name, *words = command
+    done = invoke(name, f"{tiny_file}:tiny", "--data", tiny_npz, "--out", out, *words, out)
+    assert done.exit_code == 2
+    assert f"error: {option} must be another path than --out, got {out} for both" in done.stderr
+    assert not out.exists()
+
+
+def test_an_output_that_is_refused_is_named(tmp_path, tiny_file, tiny_npz):
+    done = invoke(
+        "score", f"{tiny_file}:tiny", "--data", tiny_npz, "--out", tmp_path / "s.safetensors",
+        "--save-statistics", tmp_path,
+    )  # fmt: skip
+    assert f"error: save_statistics must be a file, got the folder {tmp_path}" in done.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_sigterm_leaves_no_temporary_files(tmp_path, tiny_file, tiny_npz, monkeypatch):
     def half_written(_, path):

@@ -3,13 +3,24 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fastsal.errors import InvalidArgument
-from fastsal.utils.atomic import atomic_path, check_writable, recording_writes, write_text
+from fastsal.pruning.training_checkpoint import TrainingCheckpoint
+from fastsal.utils.atomic import (
+    atomic_path,
+    check_writable,
+    recording_writes,
+    write_new,
+    write_text,
+)
+from fastsal.utils.presence import Presence
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -51,6 +62,62 @@ def test_a_full_disk_is_said_by_the_name_of_the_file(name, tmp_path):
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == ("b.txt" if name == "other" else str(path))
     assert path.read_text() == "before"
+
+
+def safetensors_error(_):
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    raise SafetensorError(message)
+
+
+def torch_error(path):
+    """As `torch.save`: closing its archive fails after a write failed."""
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    finally:
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("write", [safetensors_error, torch_error])
+def test_a_full_disk_is_said_where_a_library_hides_it(write, tmp_path):
+    def full():
+        with atomic_path(tmp_path / "a.txt") as temporary:
+            write(temporary)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        full()
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "a.txt")
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_new_files_and_presences_name_their_place_on_a_full_disk(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", full_disk)
+        with pytest.raises(OSError, match="No space left") as caught:
+            write_new(tmp_path / "a.txt", "x")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+    monkeypatch.setattr("os.write", full_disk)
+    with pytest.raises(OSError, match="No space left") as caught:
+        Presence(tmp_path)
+    assert caught.value.filename == str(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_a_training_checkpoint_on_a_full_disk(tmp_path, monkeypatch):
+    keeper = TrainingCheckpoint(tmp_path / "state", {}, {}, "finetune")
+    opened = open
+
+    def full(path, mode="r", *args, **kwargs):
+        return opened("/dev/full" if mode == "wb" else path, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        keeper.save({"tensors": {"a": torch.zeros(100_000)}})
+    assert caught.value.filename == str(tmp_path / "state")
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path):

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from fastsal.models.hooks import hooked
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
@@ -64,12 +66,8 @@ def capturing(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(catch(name)) for name in names):
         yield caught
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_tensor(out: object) -> Tensor | None:

@@ -23,9 +23,9 @@ from fastsal.gradients.losses import check_images, draw_noise, feature_matching
 from fastsal.gradients.state import frozen
 from fastsal.models.evaluating import differentiable, drop_kept, input_of, to_model
 from fastsal.models.features import feature_outputs, find_feature_layer
+from fastsal.models.hooks import hooked
 from fastsal.pruning.structured.activations import Moments, input_rows
 from fastsal.utils.float64 import in_float64
-from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.progress import Report
 from fastsal.utils.sizes import gib
 
@@ -158,16 +158,11 @@ def _observing(layers: dict[str, nn.Module], found: dict[str, Statistics]) -> It
 
         return add
 
-    hooks = [
+    with hooked(
         layer.register_forward_pre_hook(observe(name), with_kwargs=True)
         for name, layer in layers.items()
-    ]
-    try:
+    ):
         yield
-    finally:
-        with uninterrupted():
-            for hook in hooks:
-                hook.remove()
 
 
 @contextlib.contextmanager
@@ -196,13 +191,8 @@ def _gradients(
 
         return hook
 
-    hooks = [layers[name].register_forward_hook(observe(name)) for name in names]
-    try:
+    with hooked(layers[name].register_forward_hook(observe(name)) for name in names):
         yield
-    finally:
-        with uninterrupted():
-            for hook in hooks:
-                hook.remove()
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from fastsal.gradients.weight_macs import weight_macs
 from fastsal.models.evaluating import outputs
 from fastsal.models.features import feature_outputs, find_feature_layer
+from fastsal.models.hooks import hooked
 from fastsal.pruning.structured.graph import Graph
 from fastsal.pruning.structured.groups import Group
 from fastsal.pruning.structured.heads import find_heads
 from fastsal.pruning.structured.proof import proven
 from fastsal.pruning.structured.trace import find_units
-from fastsal.utils.interrupts import uninterrupted
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,11 @@ def find(model: nn.Module, images: Tensor, kind: str) -> Units:
 def _used(model: nn.Module, images: Tensor, names: list[str]) -> set[str]:
     """Return the layers that are called for the features of a model."""
     found: set[str] = set()
-    hooks = [
+    with hooked(
         model.get_submodule(name).register_forward_hook(lambda *_, name=name: found.add(name))
         for name in names
-    ]
-    try:
+    ):
         find_feature_layer(model, images)
         with torch.random.fork_rng(devices=[]):
             outputs(model, images[:2], feature_outputs)
-    finally:
-        with uninterrupted():
-            for hook in hooks:
-                hook.remove()
     return found

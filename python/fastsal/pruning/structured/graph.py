@@ -26,6 +26,7 @@ from fastsal.models.evaluating import (
     to_model,
     twice,
 )
+from fastsal.models.hooks import hooked
 from fastsal.models.outputs import tensors_within
 from fastsal.utils.interrupts import uninterrupted
 
@@ -137,14 +138,15 @@ class Graph:
             name, places = names[layer], result.numel() // max(1, len(result) * widths(layer)[0])
             self.calls.append(Call(name, layer, sources[layer], result.grad_fn, places))
 
-        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in names]
-        hooks += [layer.register_forward_hook(after) for layer in names]
-        try:
+        with hooked(
+            handle
+            for layer in names
+            for handle in (
+                layer.register_forward_pre_hook(before, with_kwargs=True),
+                layer.register_forward_hook(after),
+            )
+        ):
             yield
-        finally:
-            with uninterrupted():
-                for hook in hooks:
-                    hook.remove()
 
     def normalization_after(self, call: Call, model: nn.Module) -> str | None:
         """Return the batch normalization that alone uses the output of a call; None without one.

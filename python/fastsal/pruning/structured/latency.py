@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.models.evaluating import outputs
+from fastsal.models.hooks import hooked
 from fastsal.pruning.structured.groups import Group, cut, restored
-from fastsal.utils.interrupts import uninterrupted
 
 # Fractions of the units at which a model is measured, falling.
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1)
@@ -134,20 +134,15 @@ def _stamping(model: nn.Module, layers: set[str], clock: Callable[[], float]) ->
         return stamp
 
     watched = {"": model} | {name: model.get_submodule(name) for name in layers}
-    handles = [
+    with hooked(
         handle
         for name, module in watched.items()
         for handle in (
             module.register_forward_pre_hook(hook(name, begins=True)),
             module.register_forward_hook(hook(name, begins=False)),
         )
-    ]
-    try:
+    ):
         yield stamps
-    finally:
-        with uninterrupted():
-            for handle in handles:
-                handle.remove()
 
 
 def _durations(stamps: Stamps, groups: Sequence[Group]) -> _Run:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fastsal.gradients.precision import convolutions_in_float32, full_float32
 from fastsal.models.evaluating import evaluating, to_model, twice
+from fastsal.models.hooks import hooked
 from fastsal.models.outputs import tensors_within
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
 from fastsal.utils.float64 import in_float64
-from fastsal.utils.interrupts import uninterrupted
 from fastsal.utils.plain_text import first_line
 
 # Largest difference of an output, relative to the largest value of that output.
@@ -148,20 +148,15 @@ def _outputs(model: nn.Module, groups: Sequence[Group], images: Tensor) -> dict[
         return lambda _, __, result: caught.__setitem__(name, in_float64(result.detach().cpu()))
 
     names = {name for group in groups for name in group.consumers}
-    hooks = [model.get_submodule(name).register_forward_hook(catch(name)) for name in names]
-    try:
-        with (
-            evaluating(model),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            full_float32(),
-            convolutions_in_float32(),
-        ):
-            result = model(to_model(images, model))
-    finally:
-        with uninterrupted():
-            for hook in hooks:
-                hook.remove()
+    with (
+        hooked(model.get_submodule(name).register_forward_hook(catch(name)) for name in names),
+        evaluating(model),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        full_float32(),
+        convolutions_in_float32(),
+    ):
+        result = model(to_model(images, model))
     caught.update(
         (number, in_float64(output.cpu())) for number, output in enumerate(tensors_within(result))
     )
