@@ -628,7 +628,7 @@ def test_a_second_sweep_of_a_folder_takes_the_other_cells(study_file, tmp_path, 
     assert (done.cells, done.done, done.failed, done.elsewhere) == (18, 1, {}, 0)
     assert joined[0].exit_code == 0, joined[0].output
     assert "18 cells, 17 finished in this run" in joined[0].stdout
-    assert "1 cells are still computed by other processes" in joined[0].stdout
+    assert "1 cell still computed by other processes" in joined[0].stdout
     assert not (shared / "report.html").exists()  # the last one writes it, here from Python
     assert but_for_times(shared) == but_for_times(whole)
     assert (shared / "layers.csv").read_bytes() == (whole / "layers.csv").read_bytes()

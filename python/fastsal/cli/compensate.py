@@ -8,6 +8,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
+from fastsal.utils.plain_text import counted
 
 
 @click.command(cls=Command, short_help="Update kept weights to compensate for pruned ones.")
@@ -75,8 +76,8 @@ def compensate(**given: Any) -> None:
         emit(result)
         return
     console().print(
-        f"{len(masks)} parameters compensated, sparsity {masks.sparsity:.4f}; written to "
-        f"{given['out']}",
+        f"{counted(len(masks), 'parameter')} compensated, sparsity {masks.sparsity:.4f}; "
+        f"written to {given['out']}",
         soft_wrap=True,
     )
     console().print(str(rest), soft_wrap=True)

@@ -9,6 +9,7 @@ import click
 from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.cli.types import PATH
+from fastsal.utils.plain_text import counted
 
 
 @click.command("eval", cls=Command, short_help="Measure the accuracy and loss of a model.")
@@ -52,5 +53,6 @@ def evaluate(**given: Any) -> None:
         emit(result._asdict())
         return
     console().print(
-        f"accuracy {result.accuracy:.4f}  loss {result.loss:.4f} nats  ({result.samples} images)"
+        f"accuracy {result.accuracy:.4f}  loss {result.loss:.4f} nats  "
+        f"({counted(result.samples, 'image')})"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.utils.json_files import to_json
+from fastsal.utils.plain_text import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,9 +94,10 @@ def run_summary(report: Mapping[str, Any]) -> str:
 def reconstruction_summary(done: Reconstruction) -> str:
     """Return a line that says what a reconstruction did."""
     change = f"held-out loss {done.before:.4g} -> {done.after:.4g}"
+    layers = counted(done.layers, "layer")
     if not done.kept:
-        return f"Reconstruction of {done.layers} layers undone: {change}"
-    return f"Reconstruction of {done.layers} layers on {done.images} images: {change}"
+        return f"Reconstruction of {layers} undone: {change}"
+    return f"Reconstruction of {layers} on {counted(done.images, 'image')}: {change}"
 
 
 def refit_summary(done: RefitResult) -> str:
@@ -104,7 +106,7 @@ def refit_summary(done: RefitResult) -> str:
         return f"Refit: no step of {done.steps} lowered the held-out error {done.before:.4g}"
     return (
         f"Refit: held-out error {done.before:.4g} -> {done.after:.4g} after {done.kept_step} "
-        f"of {done.steps} steps, {done.seconds:.1f} s"
+        f"of {counted(done.steps, 'step')}, {done.seconds:.1f} s"
     )
 
 

@@ -58,6 +58,7 @@ def score(**given: Any) -> None:
     from fastsal.pruning.damping import resolve_damping
     from fastsal.utils.atomic import atomic_path, check_writable
     from fastsal.utils.clock import Clock
+    from fastsal.utils.plain_text import counted
 
     if given["statistics"] is not None and given["data"] is not None:
         raise InvalidArgument("--statistics and --data are mutually exclusive")
@@ -115,10 +116,9 @@ def score(**given: Any) -> None:
     if given["as_json"]:
         emit(result)
         return
-    seconds = sum(clock.seconds.values())
     console().print(
-        f"{count:,} weights of {len(scores)} parameters scored by {given['criterion']} in "
-        f"{seconds:.1f} s; written to {given['out']}\n{rest}",
+        f"{count:,} weights of {counted(len(scores), 'parameter')} scored by {given['criterion']} "
+        f"in {sum(clock.seconds.values()):.1f} s; written to {given['out']}\n{rest}",
         soft_wrap=True,
     )
 

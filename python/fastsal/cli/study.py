@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fastsal.cli.group import Terminated, status_of, terminable
+from fastsal.utils.plain_text import counted
 
 if TYPE_CHECKING:
     from fastsal.study.settings.schema import Study
@@ -80,21 +81,20 @@ def run_and_report(
         screen = console()
         screen.print(_table(done.rows))
         screen.print(
-            f"\n{done.cells} cells, {done.done} finished in this run "
+            f"\n{counted(done.cells, 'cell')}, {done.done} finished in this run "
             f"({done.seconds:.0f} s); {len(done.failed)} failed",
             style="bold",
         )
         for error, count in Counter(done.failed.values()).most_common():
-            cells = f"{count} cells" if count > 1 else "1 cell"
-            screen.print(f"  {cells}: {error}", soft_wrap=True)
+            screen.print(f"  {counted(count, 'cell')}: {error}", soft_wrap=True)
         if done.warned:
             first = f"cells/{done.warned[0]}.json"
-            words = f"{len(done.warned)} cells have warnings, see {first}"
+            words = f"{counted(len(done.warned), 'cell')} with warnings, see {first}"
             screen.print(words, style="dim", soft_wrap=True)
         if done.elsewhere:
             screen.print(
-                f"{done.elsewhere} cells are still computed by other processes; the last one "
-                f"writes the tables and the report to {out}",
+                f"{counted(done.elsewhere, 'cell')} still computed by other processes; the last "
+                f"one writes the tables and the report to {out}",
                 soft_wrap=True,
             )
         else:

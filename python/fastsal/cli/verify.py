@@ -11,6 +11,7 @@ from fastsal.cli import options
 from fastsal.cli.help import Command
 from fastsal.errors import FileFormatError, InvalidArgument, MaskError
 from fastsal.utils.paths import user_path
+from fastsal.utils.plain_text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,7 @@ def verify(**given: Any) -> None:
             screen.print(f"... and {len(failures) - _SHOWN} more")
         if counts:
             screen.print(
-                f"{counts['parameters']} parameters, {counts['weights']:,} weights, "
+                f"{counted(counts['parameters'], 'parameter')}, {counts['weights']:,} weights, "
                 f"{counts['pruned']:,} pruned, sparsity {counts['sparsity']:.4f}"
             )
         if not failures:

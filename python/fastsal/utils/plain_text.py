@@ -27,3 +27,8 @@ def first_line(error: BaseException) -> str:
     """Return the first line of the message of an error, or the name of its class if it has none."""
     lines = [line for line in map(plain_line, str(error).splitlines()) if line]
     return lines[0] if lines else type(error).__name__
+
+
+def counted(count: int, one: str) -> str:
+    """Return a count with its noun, `1 image` or `1,024 images`."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"

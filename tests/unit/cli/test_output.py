@@ -12,8 +12,10 @@ import torch
 from click.testing import CliRunner
 
 from fastsal.cli import main
-from fastsal.cli.output import console, drawn_bar, kept_table
+from fastsal.cli.output import console, drawn_bar, kept_table, reconstruction_summary
+from fastsal.pruning.masks.in_use import InUse
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.reconstruction_result import Reconstruction
 
 NAME = "a[/b] [red]:smile:"
 
@@ -30,6 +32,19 @@ def test_brackets_are_no_markup(capsys):
 @pytest.mark.parametrize("share", [0, 0.26, 0.999, 1])
 def test_a_bar_has_one_length(share):
     assert len(drawn_bar(share)) == 20
+
+
+def test_one_is_not_several():
+    shown = (
+        reconstruction_summary(Reconstruction(2.0, 1.0, True, 1, 1)),
+        reconstruction_summary(Reconstruction(2.0, 1.0, True, 2, 1024)),
+        str(InUse(0.5, {"a": 0.25})),
+        str(InUse(0.5, {"a": 0.25, "b": 0.5})),
+    )
+    assert "of 1 layer on 1 image:" in shown[0]
+    assert "of 2 layers on 1,024 images:" in shown[1]
+    assert "as 1 layer computes its weight from the masked parameter, that of 'a'" in shown[2]
+    assert "as 2 layers compute their weight from the masked parameter, such as that of" in shown[3]
 
 
 def test_commands_say_where_they_wrote(tiny_file, tiny_npz, tmp_path):

@@ -24,6 +24,7 @@ from fastsal.pruning.shelf import Shelf
 from fastsal.utils.booleans import boolean
 from fastsal.utils.choices import CriterionName
 from fastsal.utils.numbers import SEEDS, whole
+from fastsal.utils.plain_text import counted
 from fastsal.utils.suggestions import check_choice
 from fastsal.utils.warn import warn_user
 
@@ -155,11 +156,13 @@ def warn_imprecise(
     if doubtful:
         name = max(doubtful, key=lambda n: doubtful[n])
         blocks = int((errors[name] > _TOLERANCE).sum())
-        others = f" and {len(doubtful) - 1} other parameters" if len(doubtful) > 1 else ""
+        rest = len(doubtful) - 1
+        others = f" and {counted(rest, 'other parameter')}" if rest else ""
         warn_user(
             f"scores of {name!r}{others} may be off by up to {min(doubtful[name], 1):.0%}, as sums "
-            f"are rounded to {precision} (bound above 1 % in {blocks} blocks of {name!r} at "
-            f"damping {damping:g}); collect with precision='float64' or increase damping",
+            f"are rounded to {precision} (bound above 1 % in {counted(blocks, 'block')} of "
+            f"{name!r} at damping {damping:g}); collect with precision='float64' or increase "
+            "damping",
             PrecisionWarning,
         )
 

@@ -29,9 +29,11 @@ class InUse:
         if not self.computed:
             return f"weights in use: sparsity {self.sparsity:.4f}"
         some = next(iter(self.computed))
+        count = len(self.computed)
+        who = "1 layer computes its" if count == 1 else f"{count} layers compute their"
         return (
-            f"weights in use: sparsity {self.sparsity:.4f}, as {len(self.computed)} layers compute "
-            f"their weight from the masked parameter, such as that of {some!r} with "
+            f"weights in use: sparsity {self.sparsity:.4f}, as {who} weight from the masked "
+            f"parameter, {'' if count == 1 else 'such as '}that of {some!r} with "
             f"{self.computed[some]:.4f} of zeros"
         )
 
