@@ -43,7 +43,7 @@ _IMAGES = 8  # on which the outputs of a file are compared
 @click.option(
     "--tolerance",
     type=NUMBER,
-    show_default="1e-4, or 1e-2 with torch-2:4",
+    show_default="1e-4, or 1e-2 for 16 bits",
     help="Largest difference of the outputs of the file, relative to the largest output; not with "
     "packed.",
 )
@@ -97,6 +97,8 @@ def export(**given: Any) -> None:
         emit(found.as_dict())
         return
     same = "weights equal in every bit"
+    if given["dtype"] is not None:
+        same += f" after rounding to {given['dtype']}"
     if found.format == "coreml":
         same = "outputs not compared: nothing but macOS runs Core ML"
     if found.difference is not None:

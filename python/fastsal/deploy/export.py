@@ -104,8 +104,8 @@ def export(
         dtype: For `"packed"` and `"torch-2:4"`: type that weights are rounded to, `"float16"` or
             `"bfloat16"`; None keeps every bit, or is float16 for `"torch-2:4"`.
         tolerance: Largest allowed difference of the outputs of the file, relative to the largest
-            output; None is 1e-4, or 1e-2 for `"torch-2:4"`, which is compared with the model in
-            the same 16 bits.
+            output; None is 1e-4, or 1e-2 for a model with weights in float16, and for
+            `"torch-2:4"`, which is compared with the model in the same 16 bits.
 
     Returns:
         Sizes, zeros, and the difference of outputs.
@@ -137,6 +137,7 @@ def export(
     elif dtype is not None:
         raise InvalidArgument(f"dtype must be None for format {format!r}, got {dtype!r}")
     if tolerance is None:
+        is_half = is_half or any(p.dtype == torch.float16 for p in model.parameters())
         tolerance = _TOLERANCE_16 if is_half else _TOLERANCE
     tolerance = real("tolerance", tolerance, least=0)
     if not isinstance(images, Tensor) or images.ndim < 2 or len(images) < 2:

@@ -68,7 +68,9 @@ def _packed(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
     bits = zlib.compress(np.packbits(kept.numpy()).tobytes(), 6)
     if len(bits) + count * flat.element_size() >= flat.nbytes:
         return None
-    return torch.frombuffer(bytearray(bits), dtype=torch.uint8), flat[kept]
+    # By their bits: some types, such as uint16, cannot be indexed.
+    values = flat.view(_BITS[flat.element_size()])[kept].view(tensor.dtype)
+    return torch.frombuffer(bytearray(bits), dtype=torch.uint8), values
 
 
 def is_packed(metadata: Mapping[str, str] | None) -> bool:
@@ -120,6 +122,7 @@ def _unpacked(mask: Tensor, values: Tensor, shape: list[int]) -> Tensor:
     kept = torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=count).view(bool))
     if int(kept.sum()) != len(values):
         raise ValueError("a mask has another number of elements than its values")
-    whole = values.new_zeros(count)
-    whole[kept] = values
-    return whole.view(shape)
+    kind = _BITS[values.element_size()]
+    whole = torch.zeros(count, dtype=kind, device="cpu")
+    whole[kept] = values.view(kind)
+    return whole.view(values.dtype).view(shape)

@@ -60,7 +60,8 @@ def save_packed(
         dtype: Type that floating-point tensors are rounded to; None keeps every bit.
 
     Raises:
-        InvalidArgument: The state dict has a tensor or a name that the file cannot have.
+        InvalidArgument: The state dict has a tensor or a name that the file cannot have, or a value
+            that is infinite in `dtype`.
         OSError: The file cannot be written.
     """
     from safetensors.torch import save_file
@@ -69,10 +70,32 @@ def save_packed(
     state.check()
     tensors = state.separate()
     if dtype is not None:
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        tensors = {name: _rounded(name, tensor, dtype) for name, tensor in tensors.items()}
     packed, metadata = pack(tensors)
     with atomic_path(path) as temporary:
         save_file(packed, str(temporary), metadata={**state.metadata(), **metadata})
+
+
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in a type, if it is of real numbers.
+
+    Raises:
+        InvalidArgument: A finite value is infinite in that type.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    found = tensor.to(dtype)
+    is_infinite = found.isinf()
+    if not bool(is_infinite.any()):
+        return found
+    lost = tensor.double()[is_infinite]
+    lost = lost[lost.isfinite()]
+    if len(lost):
+        raise InvalidArgument(
+            f"dtype must be a type that can hold {name!r}, whose values are up to "
+            f"{float(lost.abs().max()):.3g}, got {str(dtype).removeprefix('torch.')}"
+        )
+    return found
 
 
 def check_savable(model: nn.Module) -> int:

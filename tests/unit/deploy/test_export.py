@@ -201,6 +201,17 @@ def test_types_that_a_file_cannot_have(kind, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@both
+def test_a_model_in_16_bits_is_compared_in_16_bits(kind, tmp_path):
+    needs(kind)
+    path, x = tmp_path / f"m{SUFFIX[kind]}", torch.randn(4, 12)
+    model = nn.Sequential(small()[0], nn.Linear(12, 512), nn.ReLU(), nn.Linear(512, 3)).half()
+    found = fastsal.export(model, path, kind, images=x)
+    assert 1e-4 < found.difference < 1e-2
+    with pytest.raises(FastsalError, match="more than tolerance 0.0001"):
+        fastsal.export(model, path, kind, images=x, tolerance=1e-4)
+
+
 def test_a_packed_file_is_exact(vit, tmp_path):
     with pytest.raises(InvalidArgument, match="tolerance must be None for format 'packed', .* 0.1"):
         fastsal.export(vit, tmp_path / "p.safetensors", tolerance=0.1)
@@ -325,7 +336,7 @@ def test_the_commands(vit, images, tmp_path):
     assert json.loads(said)["bytes"] == (tmp_path / "p.safetensors").stat().st_size
     said = run("export", tmp_path / "run", "--format", "packed", "--dtype", "float16", "--out",
                tmp_path / "h.safetensors")  # fmt: skip
-    assert "equal in every bit" in said
+    assert "equal in every bit after rounding to float16" in said
     said = run("export", tmp_path / "run", "--format", "packed", "--out",
                tmp_path / "p.safetensors", status=2)  # fmt: skip
     assert "already exists" in said

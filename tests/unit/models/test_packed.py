@@ -20,6 +20,20 @@ from fastsal.models.weights import load_weights, read_weights
 ROOT = Path(__file__).resolve().parents[3]
 
 
+# Types in which PyTorch does not index, compare or compute.
+KINDS = (
+    torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+)  # fmt: skip
+
+
+def of_type(kind):
+    size = torch.empty(0, dtype=kind).element_size()
+    raw = torch.zeros(256 * size, dtype=torch.uint8)
+    raw[::40] = torch.arange(len(raw[::40]), dtype=torch.uint8) + 1
+    return raw.view(kind).view(16, 16)
+
+
 def state():
     draw = torch.Generator().manual_seed(0)
     gone = torch.rand(40, 30, generator=draw) < 0.9
@@ -38,6 +52,7 @@ def state():
         "count": torch.tensor([0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]),
         "flags": torch.zeros(100, dtype=torch.bool),
         "empty": torch.zeros(0, 4),
+        **{f"a.{kind}": of_type(kind) for kind in KINDS},
     }
 
 
@@ -92,6 +107,21 @@ def test_a_model_is_loaded_from_a_packed_file(tmp_path):
     save_packed(model, path, torch.float16)
     load_weights(other, path)
     assert torch.equal(other.first.weight, model.first.weight.half().float())
+
+
+def test_values_that_a_type_cannot_hold_are_an_error(tmp_path):
+    model, path = Net(), tmp_path / "packed.safetensors"
+    model.norm.running_var[3] = 2e5
+    with pytest.raises(
+        InvalidArgument,
+        match=r"dtype must be a type that can hold 'norm.running_var', .* up to 2e\+05, got float16",
+    ):
+        save_packed(model, path, torch.float16)
+    assert not list(tmp_path.iterdir())
+    save_packed(model, path, torch.bfloat16)
+    model.norm.running_var[3] = torch.inf
+    save_packed(model, path, torch.float16)
+    assert read_weights(path)["norm.running_var"][3] == torch.inf
 
 
 def test_the_reader_of_the_docs(tmp_path):
