@@ -114,7 +114,7 @@ def test_values_that_a_type_cannot_hold_are_an_error(tmp_path):
     model.norm.running_var[3] = 2e5
     with pytest.raises(
         InvalidArgument,
-        match=r"dtype must be a type that can hold 'norm.running_var', .* up to 2e\+05, got float16",
+        match=r"dtype must .* hold 'norm.running_var', .* up to 2e\+05, got float16",
     ):
         save_packed(model, path, torch.float16)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,9 @@ from fastsal.models.evaluating import drop_kept
 from fastsal.models.widths import record_widths, widths_of, with_widths
 from fastsal.utils.interrupts import uninterrupted
 
+# Why nothing is cut of what only the code of a model makes: at its original size.
+NOT_IN_FILES = "{!r} has its units, and is a buffer that is not stored in files"
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -90,6 +93,11 @@ def tensor_of(model: nn.Module, part: Slice) -> Tensor:
     found = getattr(model.get_submodule(part.module), part.tensor)
     assert isinstance(found, Tensor)
     return found
+
+
+def is_temporary(module: nn.Module, tensor: str) -> bool:
+    """Whether a buffer of a module is none of its state, and so in no file."""
+    return tensor in module._non_persistent_buffers_set
 
 
 def cut(model: nn.Module, cuts: Iterable[tuple[Group, Tensor]]) -> None:

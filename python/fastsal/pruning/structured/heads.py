@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastsal.pruning.structured.groups import Group, Number, Slice
+from fastsal.pruning.structured.groups import NOT_IN_FILES, Group, Number, Slice, is_temporary
 from fastsal.pruning.structured.trace import Found
 from fastsal.utils.numbers import as_integer
 
@@ -54,7 +54,14 @@ def find_heads(model: nn.Module, called: set[str]) -> Found:
         elif not all(f"{name}.{key}" in called for key in [*inputs, "proj"]):
             found.left_out[name] = "its layers are not called as modules"
         else:
-            found.groups.append(_group(name, module, inputs, heads, width))
+            group = _group(name, module, inputs, heads, width)
+            made = [
+                s.name for s in group.slices if s.module == name and is_temporary(module, s.tensor)
+            ]
+            if made:
+                found.left_out[name] = NOT_IN_FILES.format(made[0])
+            else:
+                found.groups.append(group)
     return found
 
 

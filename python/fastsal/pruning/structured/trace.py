@@ -24,7 +24,7 @@ from fastsal.pruning.structured.graph import (
     is_depthwise,
     widths,
 )
-from fastsal.pruning.structured.groups import Group, Number, Slice
+from fastsal.pruning.structured.groups import NOT_IN_FILES, Group, Number, Slice, is_temporary
 
 # Operations between units, by the names of their nodes, and what to say of them.
 _BETWEEN = {
@@ -206,6 +206,8 @@ class _Names:
         label = f"{name}.{own}" if name else own
         if self._uses[id(parameter)] > 1 or parametrize.is_parametrized(module):
             raise LeftOutError(f"{label!r} acts on its units, and is shared or computed")
+        if parameter.numel() == 1 < units:  # the same for all units, as of a PReLU
+            return [], []
         axes = [axis for axis, size in enumerate(parameter.shape) if size == units]
         if is_depthwise(module):
             axes = [0]
@@ -213,11 +215,12 @@ class _Names:
             raise LeftOutError(f"{label!r} acts on its units, not on each alone")
         index = torch.arange(units, device="cpu")[:, None]
         slices, numbers = [Slice(name, own, axes[0], index)], []
-        slices += [
-            Slice(name, buffer, 0, index)
-            for buffer, value in module.named_buffers(recurse=False)
-            if tuple(value.shape) == (units,)
-        ]
+        for buffer, value in module.named_buffers(recurse=False):
+            if tuple(value.shape) != (units,):
+                continue
+            if is_temporary(module, buffer):
+                raise LeftOutError(NOT_IN_FILES.format(f"{name}.{buffer}"))
+            slices.append(Slice(name, buffer, 0, index))
         attributes = ("num_features", "out_channels", "in_channels", "groups")
         numbers += [Number(name, key) for key in attributes if getattr(module, key, None) == units]
         return slices, numbers

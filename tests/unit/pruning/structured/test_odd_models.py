@@ -302,3 +302,69 @@ def test_arguments(x):
         pruned(model, x, "mlp", multiple=64)
     assert pruned(model, x, "mlp", layers={"gate"}).widths == {"gate": (20, 10)}
     assert widths_of(model)
+
+
+class Slopes(nn.Module):
+    """Attention with a factor of each head, which may be in no file."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = 4, nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("slopes", torch.rand(4, 1, 1), persistent=persistent)
+
+    def forward(self, x):
+        shape = len(x), x.shape[1], 3, self.num_heads, -1
+        q, k, v = self.qkv(x).reshape(shape).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-1, -2) * self.slopes).softmax(dim=-1) @ v
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Scales(nn.Module):
+    """Scales of units, some of which may be in no file."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(20) + 0.5)
+        self.register_buffer("own", torch.rand(20) + 0.5, persistent=persistent)
+
+    def forward(self, x):
+        return x * self.weight * self.own
+
+
+class OwnParts(Gated):
+    def __init__(self, persistent):
+        super().__init__()
+        self.attention, self.scales = Slopes(persistent), Scales(persistent)
+
+    def forward(self, x):
+        x = self.stem(x.flatten(2)[..., :12])
+        x = x + self.attention(x)
+        h = silu(self.gate(x)) * self.scales(self.up(x))
+        return self.fc((x + self.down(h)).mean(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("structure", "name", "buffer"),
+    [("heads", "attention", "attention.slopes"), ("mlp", "gate", "scales.own")],
+)
+def test_buffers_that_files_do_not_have(x, structure, name, buffer, tmp_path):
+    """The model that a file is loaded into has them at their original size."""
+    torch.manual_seed(1)
+    left_out = find(OwnParts(persistent=False), x, structure).left_out
+    assert (
+        left_out[name] == f"{buffer!r} has its units, and is a buffer that is not stored in files"
+    )
+    model = OwnParts(persistent=True)
+    assert list(pruned(model, x, structure).widths) == [name]
+    fastsal.models.save_weights(model, tmp_path / "model.safetensors")
+    again = OwnParts(persistent=True)
+    fastsal.models.load_weights(again, tmp_path / "model.safetensors")
+    torch.testing.assert_close(again(x), model(x))
+
+
+def test_one_number_for_all_units(x):
+    """As of an activation that is learned, `nn.PReLU()` or the one of MetaFormer."""
+    model = Convolutions(nn.Conv2d(8, 12, 3, padding=1), nn.PReLU(), nn.Conv2d(12, 8, 1))
+    assert_cut_equals_masked(model, x, "channels", ["body.0"])
+    pruned(model, x, "channels")
+    assert model.body[1].weight.shape == (1,)
