@@ -61,7 +61,8 @@ def draw_layers(layers: Sequence[LayerZeros], mean: float, path: Path) -> None:
         )  # fmt: skip
         # Of more layers than fit, every n-th is named.
         step = -(-len(layers) // _LONGEST) or 1
-        axes.set_yticks(places[::step], [layer.name for layer in layers[::step]])
+        names = [layer.name for layer in layers[::step]]
+        axes.set_yticks(places[::step], names, parse_math=False)
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.set_xlabel("weights pruned, %", color=_INK)

@@ -74,11 +74,9 @@ def _losses(axes: Any, report: SafetyReport) -> None:
         )  # fmt: skip
     if report.trusted_until is not None:
         at = 100 * report.trusted_until
-        axes.axvline(at, color=_FAINT, linewidth=1.2, linestyle=(0, (1, 2)))
-        axes.annotate(
-            f"agree, within the error, up to {at:g} %",
-            (at, 0.97), xycoords=("data", "axes fraction"),
-            xytext=(-6, 0), textcoords="offset points", ha="right", va="top", color="#555555",
+        axes.axvline(
+            at, color=_FAINT, linewidth=1.2, linestyle=(0, (1, 2)),
+            label=f"agree, within the error, up to {at:g} %",
         )  # fmt: skip
     axes.set_title("Increase of the mean loss", loc="left", fontsize=11, color=_INK)
     axes.legend(frameon=False, loc="upper left")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -43,6 +45,30 @@ def test_the_picture_says_what_the_report_says(tmp_path, kind, predicts):
     assert ("predicted" in text) is predicts
     assert ("within the error, up to 40 %" in text) is predicts
     assert ("top-1 accuracy" in text) is (kind == "accuracy")
+
+
+@pytest.mark.parametrize("trusted", [0.0, 0.2, 0.4, 0.8])
+def test_no_text_is_cut_off_or_lies_over_another(tmp_path, monkeypatch, trusted):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from fastsal.cli.safety_figure import draw
+
+    def keep(figure, path, **_):
+        Path(path).touch()
+        drawn.append(figure)
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw(SafetyReport(Limit("loss", 0.02), 0.6, 500, None, CURVE, trusted), tmp_path / "s.svg")
+    (figure,) = drawn
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    texts = [*figure.texts, *axes.texts, *axes.get_legend().get_texts()]
+    assert any("within the error" in text.get_text() for text in texts)
+    boxes = [text.get_window_extent() for text in texts]
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
 def test_the_command_draws_it(tmp_path, tiny_file, tiny_npz):
