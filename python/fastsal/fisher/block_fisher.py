@@ -262,7 +262,7 @@ class BlockFisher:
         Args:
             path: The file; with `shard_bytes`, a JSON index whose shards are written beside it.
             dtype: `"bfloat16"` halves the size of the file. Every entry of `F_b` is rounded by up
-                to 2⁻⁹ of its value. The error bound of scores includes this rounding, and `λ` must
+                to 2⁻⁸ of its value. The error bound of scores includes this rounding, and `λ` must
                 be at least about that fraction of the largest eigenvalue for blocks to be positive
                 definite. None writes the sums without rounding.
             shard_bytes: Most bytes of a shard, or text such as `"4GiB"`; parameters are not cut.

@@ -39,7 +39,8 @@ _INDEX = "fastsal.BlockFisher.index"
 _CODES = {np.dtype("float32"): "F32", np.dtype("float64"): "F64", np.dtype("uint16"): "BF16"}
 # Bytes read, rounded and written at a time.
 _PIECE = 2**25
-_BFLOAT16_ERROR = 2.0**-9
+# Half a unit in the last of 8 significant bits.
+_BFLOAT16_ERROR = 2.0**-8
 
 # summed(name): the sums of a parameter, computed when they are written.
 Summed = Callable[[str], ParameterSums]

@@ -50,7 +50,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Pair]) -> int:
     Args:
         model: Changed in place. It runs in evaluation mode, except for these layers; all modes are
             restored.
-        batches: Pairs `(images [n, ...], anything)`; larger batches give better variances.
+        batches: Pairs `(images [n, ...], anything)`; larger batches give better variances. A batch
+            counts by its number of images.
 
     Returns:
         The number of layers that were recalibrated.
@@ -156,9 +157,33 @@ def _training_only(model: nn.Module, layers: list[_Normalization]) -> Iterator[N
         try:
             for layer in layers:
                 layer.training = True
-                layer.momentum = None  # the average over all batches
-            yield
+                layer.momentum = None  # the average over all calls
+            with _weighted_by_values(layers):
+                yield
         finally:
             with uninterrupted():
                 for layer, momentum in zip(layers, momenta, strict=True):
                     layer.momentum = momentum
+
+
+@contextlib.contextmanager
+def _weighted_by_values(layers: list[_Normalization]) -> Iterator[None]:
+    """Weight each call of a layer by the values of its input, not a small last batch as a full one.
+
+    A batch of n values after s others moves the average by `n / (s + n)`.
+    """
+    seen = dict.fromkeys(layers, 0)
+
+    def weigh(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _Normalization)
+        values = inputs[0].numel()
+        seen[layer] += values
+        if seen[layer]:  # else the layer itself raises
+            layer.momentum = values / seen[layer]
+
+    handles = [layer.register_forward_pre_hook(weigh) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -103,6 +103,19 @@ def test_bfloat16_on_disk(tmp_path, samples):
         assert again.errors.max() > 100 * true.errors.max()  # what was lost stays lost
 
 
+def test_the_bound_of_bfloat16_is_half_a_unit_of_its_eight_bits(tmp_path):
+    """`2 F = 1 + 2⁻⁸` lies halfway between two numbers, and loses 2⁻⁸ of its value."""
+    fisher = BlockFisher({"w": (1,)}, block_size=1)
+    fisher.update({"w": torch.tensor([[1.0], [2.0**-4]])})
+    fisher.save(tmp_path / "half", dtype="bfloat16")
+    loaded = BlockFisher.load(tmp_path / "half")
+    true = fisher.inverse_diagonals(1e-6)["w"].values
+    told = loaded.inverse_diagonals(1e-6)["w"]
+    lost = abs(told.values / true - 1)
+    assert lost > 2.0**-9
+    assert (lost <= told.errors).all()
+
+
 def test_bfloat16_needs_more_damping(tmp_path):
     torch.manual_seed(0)
     fisher = BlockFisher({"w": (64,)}, block_size=64)

@@ -45,6 +45,35 @@ def test_moments_are_those_of_the_images(data):
     assert model[1].momentum == 0.3
 
 
+class Twice(nn.Module):
+    """A normalization that is called at two sizes in one forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, momentum=None)
+        self.untracked = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x):
+        return self.untracked(self.norm(x)).mean((2, 3)) + self.norm(x[..., ::2] + 1).mean((2, 3))
+
+
+def test_a_batch_counts_by_its_images(data):
+    """Means are those of all values, for any cut into batches; variances of a batch alike."""
+    x, _ = data
+    model = Twice().double()
+    batches = [(part.double(), None) for part in (x[:60], x[60:90], x[90:92], x[92:])]
+    assert recalibrate(model, batches) == 1
+    calls = [y for part, _ in batches for y in (part, part[..., ::2] + 1)]
+    values = [y.transpose(0, 1).flatten(1) for y in calls]
+    weights = [y.shape[1] / sum(z.shape[1] for z in values) for y in values]
+    mean = torch.cat(values, 1).mean(1)
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    variance = sum(w * y.var(1) for w, y in zip(weights, values, strict=True))
+    torch.testing.assert_close(model.norm.running_var, variance)
+    assert model.norm.momentum is None
+    assert not model.norm._forward_pre_hooks
+
+
 @pytest.mark.parametrize("losses", [(1.0, 0.5), (0.5, 1.0), (1.0, float("nan"))])
 def test_it_stays_only_where_the_loss_is_lower(data, losses):
     model = make()

@@ -49,8 +49,9 @@ def rank(
 ) -> Masks:
     """Turn scores into masks: the weights with the lowest scores are pruned.
 
-    Exactly `round(sparsity * d)` of d weights are pruned. Among equal scores the first are pruned,
-    in the order of parameters and positions.
+    Exactly `round(sparsity * d)` of d weights are pruned, with the scope `"layer"` of the d weights
+    of each parameter. Among equal scores the first are pruned, in the order of parameters and
+    positions.
 
     Args:
         scores: Name to scores of any shape, floating point, without NaN; `fastsal.score` returns
