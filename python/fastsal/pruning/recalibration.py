@@ -13,13 +13,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsal.data.batches import Pair, in_micro_batches, without_single_images
 from fastsal.errors import DataError
-from fastsal.models.evaluating import evaluating, to_model
+from fastsal.models.evaluating import evaluating, input_of, to_model
+from fastsal.models.hooks import hooked
 from fastsal.pruning.shelf import all_or_nothing, restore
 from fastsal.utils.interrupts import uninterrupted
 
@@ -174,16 +176,12 @@ def _weighted_by_values(layers: list[_Normalization]) -> Iterator[None]:
     """
     seen = dict.fromkeys(layers, 0)
 
-    def weigh(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def weigh(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         assert isinstance(layer, _Normalization)
-        values = inputs[0].numel()
+        values = input_of(given, named).numel()
         seen[layer] += values
         if seen[layer]:  # else the layer itself raises
             layer.momentum = values / seen[layer]
 
-    handles = [layer.register_forward_pre_hook(weigh) for layer in layers]
-    try:
+    with hooked(layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

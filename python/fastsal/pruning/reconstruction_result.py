@@ -9,6 +9,8 @@ from dataclasses import dataclass
 class Reconstruction:
     """The effect of a reconstruction on the held-out loss.
 
+    An image counts at most what the mean feature costs.
+
     Attributes:
         before: Mean loss before it.
         after: Mean loss after it.

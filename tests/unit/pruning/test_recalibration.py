@@ -46,7 +46,7 @@ def test_moments_are_those_of_the_images(data):
 
 
 class Twice(nn.Module):
-    """A normalization that is called at two sizes in one forward pass."""
+    """A normalization that is called at two sizes in one forward pass, once by keyword."""
 
     def __init__(self):
         super().__init__()
@@ -54,7 +54,9 @@ class Twice(nn.Module):
         self.untracked = nn.BatchNorm2d(3, track_running_stats=False)
 
     def forward(self, x):
-        return self.untracked(self.norm(x)).mean((2, 3)) + self.norm(x[..., ::2] + 1).mean((2, 3))
+        return self.untracked(self.norm(x)).mean((2, 3)) + self.norm(input=x[..., ::2] + 1).mean(
+            (2, 3)
+        )
 
 
 def test_a_batch_counts_by_its_images(data):

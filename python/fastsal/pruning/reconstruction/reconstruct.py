@@ -54,7 +54,7 @@ def reconstruct(
     the dense model; then biases and running means of batch normalization take up the mean error.
     Layers that a forward pass calls more than once, and weights that a layer computes, are left as
     they are. The result is undone unless it lowers the loss of held-out features,
-    `½ ‖f_θ(x) − f(x)‖² / F`.
+    `½ ‖f_θ(x) − f(x)‖² / F`, of which an image counts at most what the mean feature costs.
 
     Args:
         model: The pruned model.
