@@ -89,6 +89,12 @@ def costs_of(shapes):
     return {name: (4.0, 0.0, 1.0)[number % 3] for number, name in enumerate(shapes)}
 
 
+def parts_of_a_model(shapes):
+    """A sparsity of the last parameter, one of all but the second, and none of the second."""
+    first, _, *others = shapes
+    return {others[-1]: 0.3, **dict.fromkeys([first, *others[:-1]], 0.7)}
+
+
 def prune(call, model, how, **more):
     """Prune in one of the ways."""
     how = {"sparsity": 0.7, **how, **more}
@@ -208,6 +214,10 @@ def main(folder):
         how = {"floor": floor, "costs": costs_of(shapes)}
         masks = masks_of_shards(slices(full, parts), shares, shapes, ranks, 0.6, **how)
         torch.save(dict(masks), folder / f"costs{floor}{rank}.pt")
+    for scope in ("global", "layer"):
+        goals = parts_of_a_model(shapes)
+        masks = masks_of_shards(slices(full, parts), shares, shapes, ranks, goals, scope=scope)
+        torch.save(dict(masks), folder / f"parts{scope}{rank}.pt")
     (folder / f"told{rank}.json").write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()

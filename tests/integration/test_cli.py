@@ -168,6 +168,21 @@ def test_score_then_rank_then_apply_is_prune(model, weights, tiny_npz, tmp_path)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_each_part_of_a_model_has_its_sparsity(model, weights, tiny_npz, tmp_path):
+    common = ["--weights", weights, "--data", tiny_npz, "--block-size", 8, "--quiet"]
+    sparsity = ["--sparsity", "conv.weight=0.25, *=0.5"]
+    result = run("prune", model, *common, *sparsity, "--damping", 1e-3, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    import fastsal
+
+    masks = fastsal.Masks.load(tmp_path / "run" / "masks.safetensors")
+    assert masks.kept == {"conv.weight": 162, "fc.weight": 12}
+    assert report["arguments"]["sparsity"] == {"conv.weight": 0.25, "*": 0.5}
+    assert run("verify", tmp_path / "run").exit_code == 0
+    assert run("inspect", tmp_path / "run").exit_code == 0
+
+
 def test_saved_statistics_serve_another_criterion(model, weights, tiny_npz, tmp_path):
     statistics = tmp_path / "fisher.safetensors"
     common = ["--weights", weights, "--quiet", "--json"]
@@ -231,6 +246,12 @@ def test_the_command_starts_without_torch(python_env):
         (["--sparsity", "-0.1"], "sparsity must be in [0, 1], got -0.1"),
         (["--sparsity", "nan"], "sparsity must be in [0, 1], got nan"),
         (["--sparsity", "0.5", "--floor", "2"], "floor must be in [0, 1], got 2.0"),
+        (["--sparsity", "conv.weight=0.5,*=2"], "sparsity['*'] must be in [0, 1], got 2.0"),
+        (["--sparsity", "conv.weight=half"], "must be a number, got 'half'"),
+        (["--sparsity", "conv.weight=0.5,0.2"], "must be PATTERN=FRACTION,..., got"),
+        (["--sparsity", "conf.weight=0.5"], "'conf.weight' matches no parameter"),
+        (["--sparsity", "*=0.5", "--structure", "channels"], "sparsity must be a number with"),
+        (["--sparsity", "*=0.5", "--target", "xnnpack"], "sparsity must be a number for target"),
         ([], "--sparsity or --pattern is required"),
         (["--sparsity", "0.5", "--samples", "61"], "samples must be at most 60"),
         (["--sparsity", "0.5", "--parameters", "convv.weight"], "convv.weight"),

@@ -198,6 +198,19 @@ def test_ties_go_by_position(job, floor):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_parts_of_a_model_have_their_own_sparsities(job, scope):
+    ranks, folder = job
+    shapes = {n: p.shape for n, p in ranks_job.net().named_parameters() if p.dim() > 1}
+    torch.manual_seed(3)
+    scores = {name: torch.randint(0, 5, shape).float() for name, shape in shapes.items()}
+    expected = fastsal.rank(scores, ranks_job.parts_of_a_model(shapes), scope)
+    assert min(mask.float().mean() for mask in expected.values()) < 0.5
+    for rank in range(ranks):
+        found = torch.load(folder / f"parts{scope}{rank}.pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_bytes_are_those_on_paper(job):
     ranks, folder = job
     chosen = fastsal.select_parameters(ranks_job.net())

@@ -260,28 +260,6 @@ def collect(given: dict[str, Any], model: nn.Module, batches: ImageBatches) -> B
     return fastsal.collect(model, batches, samples=batches.samples, **options)
 
 
-def ranking_arguments(given: dict[str, Any], *, finds_sparsity: bool = False) -> dict[str, Any]:
-    """Return the arguments of `fastsal.rank` that were given as options.
-
-    With `finds_sparsity` neither a sparsity nor a pattern is required.
-
-    Raises:
-        InvalidArgument: a fraction is out of range, or the sparsity is missing without a pattern
-            that fixes it.
-    """
-    if given["sparsity"] is None and given["pattern"] is None and not finds_sparsity:
-        raise InvalidArgument("--sparsity or --pattern is required")
-    for name in ("sparsity", "floor"):
-        if given[name] is not None and not 0 <= given[name] <= 1:
-            raise InvalidArgument(f"{name} must be in [0, 1], got {given[name]}")
-    if given["pattern"] is not None and not finds_sparsity:
-        from fastsal.pruning.masks.patterns import Pattern, check_given
-
-        check_given(Pattern.parse(given["pattern"]), given["sparsity"])
-    names = ("sparsity", "scope", "pattern", "floor")
-    return {name: given[name] for name in names if given[name] is not None}
-
-
 def refuse_overwrite(path: Path, force: bool, argument: str = "out") -> None:
     """Check before the work that a file can be written, which an argument names.
 

@@ -29,7 +29,6 @@ from fastsal.utils.choices import (
     CURVATURES,
     INTERPOLATIONS,
     PRECISIONS,
-    SCOPES,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -276,31 +275,6 @@ def criterion_option(default: str) -> Callable[[F], F]:
         show_default=True,
         help="Saliency criterion that scores the weights, or one that the file of MODEL registers.",
     )
-
-
-ranking_options: Callable[[F], F] = together(
-    click.option("--sparsity", type=NUMBER, help="Fraction of weights to prune, in [0, 1]."),
-    click.option(
-        "--scope",
-        type=choice(SCOPES),
-        default="global",
-        show_default=True,
-        help="Allocation of the sparsity: one threshold for all weights (global), the same "
-        "sparsity in every layer (layer), or a sparsity by layer shape (erk, Erdős-Rényi kernel).",
-    ),
-    click.option(
-        "--pattern",
-        metavar="N:M|1xM",
-        help="Sparsity pattern: 2:4 keeps two of every four weights along the input axis; 1x4 "
-        "keeps or prunes four neighboring weights together.",
-    ),
-    click.option(
-        "--floor",
-        type=NUMBER,
-        show_default="0",
-        help="Least fraction of weights to keep in each parameter, in [0, 1].",
-    ),
-)
 
 
 def device_option(default: str | None = "auto") -> Callable[[F], F]:

@@ -8,6 +8,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
+from fastsal.cli.ranking import ranking_arguments, ranking_options
 from fastsal.cli.structure import check_options, prune_units, structure_options
 from fastsal.cli.types import COUNT, NUMBER, PATH, choice
 from fastsal.utils.choices import REFIT_WINDOWS, TARGETS
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, short_help="Prune a model and write it to a folder.")
 @options.model_options
-@options.ranking_options
+@ranking_options
 @click.option(
     "--target",
     type=choice(TARGETS),
@@ -149,7 +150,6 @@ def _prune(given: dict[str, Any], rank: int) -> None:
         image_size,
         open_batches,
         open_model,
-        ranking_arguments,
         set_threads,
         training_batches,
     )

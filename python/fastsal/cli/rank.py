@@ -10,6 +10,7 @@ import click
 
 from fastsal.cli import options
 from fastsal.cli.help import Command
+from fastsal.cli.ranking import ranking_arguments, ranking_options
 from fastsal.cli.types import PATH
 from fastsal.errors import FileFormatError, InvalidArgument
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, short_help="Turn scores into masks.")
 @click.argument("scores", type=PATH)
-@options.ranking_options
+@ranking_options
 @options.json_option
 @options.out_option("FILE", "File for the masks, .safetensors.")
 def rank(scores: Path, **given: Any) -> None:
@@ -32,7 +33,7 @@ def rank(scores: Path, **given: Any) -> None:
     from rich.text import Text
 
     import fastsal
-    from fastsal.cli.inputs import ranking_arguments, refuse_overwrite
+    from fastsal.cli.inputs import refuse_overwrite
     from fastsal.cli.output import console, emit, kept_table
     from fastsal.models.input_axis import Axes, WithAxes, input_axes
     from fastsal.utils.atomic import atomic_path

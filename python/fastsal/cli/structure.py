@@ -99,6 +99,11 @@ def check_options(given: dict[str, Any]) -> None:
     for name in ("sparsity", "data"):
         if given[name] is None:
             raise InvalidArgument(f"--{name} is required with --structure")
+    if isinstance(given["sparsity"], dict):
+        raise InvalidArgument(
+            f"sparsity must be a number with --structure, got {given['sparsity']}; --layers names "
+            "the layers"
+        )
     if context.get_parameter_source("scope") is ParameterSource.DEFAULT:
         given["scope"] = "auto"
     if given["scope"] not in STRUCTURE_SCOPES:

@@ -58,6 +58,24 @@ class Number(click.ParamType):  # type: ignore[type-arg]
         return number
 
 
+class Sparsities(Number):
+    """A fraction, or names or patterns of parameters with fractions: `PATTERN=FRACTION,...`."""
+
+    name = "fraction"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number, or the dict of numbers, that `value` is or spells."""
+        if not isinstance(value, str) or "=" not in value:
+            return super().convert(value, param, ctx)
+        found: dict[str, float] = {}
+        for entry in value.split(","):
+            pattern, _, fraction = (part.strip() for part in entry.rpartition("="))
+            if not pattern or pattern in found:
+                self.fail(f"must be PATTERN=FRACTION,..., got {shown(value)}", param, ctx)
+            found[pattern] = super().convert(fraction, param, ctx)
+        return found
+
+
 class Text(click.ParamType):  # type: ignore[type-arg]
     """A text that is not empty, as that of a variable that is not set is."""
 
@@ -164,3 +182,4 @@ COUNT = Integer(least=1)
 THREADS = Integer(least=1, most=2**16)
 SEED = Integer(least=0, most=2**63 - 1)  # what both NumPy and PyTorch accept
 NUMBER = Number()
+SPARSITY = Sparsities()

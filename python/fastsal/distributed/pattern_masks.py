@@ -22,13 +22,14 @@ from fastsal.pruning.masks.patterns import (
     recorded_axes,
 )
 from fastsal.pruning.masks.ranking import check_ranking, rank
+from fastsal.pruning.masks.shares import Sparsity
 
 
 def pattern_masks_of_shards(
     mine: Mine,
     statistics: Statistics,
     scores: Mapping[str, Tensor],
-    goal: float | None,
+    goal: Sparsity | None,
     damping: float,
     ranks: Ranks,
     *,

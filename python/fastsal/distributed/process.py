@@ -36,6 +36,7 @@ from fastsal.pruning.criteria.scoring import score_tensors
 from fastsal.pruning.limits.examination import Examination
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.measured import InMicroBatches, Measured
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.process import Process
@@ -103,7 +104,7 @@ class RankProcess(Process):
         fisher: Statistics | None,
         recipe: Recipe,
         scores: Mapping[str, Tensor],
-        goal: float | None,
+        goal: Sparsity | None,
         damping: float,
     ) -> Masks:
         """Return the masks of the whole model, the same in every process."""

@@ -17,6 +17,7 @@ from fastsal.distributed.whole_weights import gathered_bytes, whole_weights
 from fastsal.errors import InvalidArgument
 from fastsal.pruning.arguments import Arguments
 from fastsal.pruning.history import RankTraffic
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.prune import prune as prune_alone
 from fastsal.pruning.prune import prune_with
 from fastsal.pruning.prune_result import PruneResult
@@ -27,7 +28,7 @@ from fastsal.utils.suggestions import check_choice
 def prune(
     model: nn.Module,
     batches: Batches | None,
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = "rows",
@@ -43,7 +44,7 @@ def prune(
             `DistributedDataParallel`, or sharded by FSDP2 (`fully_shard`) or tensor parallelism.
         batches: Pairs `(images, labels)`, the same in every process; each works on its part of
             them. See `fastsal.prune`.
-        sparsity: Fraction of the weights to prune, in `[0, 1]`.
+        sparsity: Fraction of the weights to prune, in `[0, 1]`, or patterns and fractions.
         group: Process group of `torch.distributed`; None is all processes.
         exchange: What processes send each other: `"rows"`, `"sums"` or `"auto"`, see `collect`.
             With sums, masks may differ from those of one process where scores differ by rounding

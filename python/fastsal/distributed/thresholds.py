@@ -21,6 +21,7 @@ from fastsal.fisher.parts import Part
 from fastsal.pruning.masks.costs import checked_costs, counts_by_cost, priced
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import check_ranking, floor_counts, global_count, layer_counts
+from fastsal.pruning.masks.shares import Sparsity, divided
 
 Scores = Mapping[str, NDArray[np.float32]]
 _ALL = 2**64 - 1
@@ -39,7 +40,7 @@ def masks_of_shards(
     shares: Sequence[Sequence[Part]],
     shapes: Mapping[str, Sequence[int]],
     ranks: Ranks,
-    sparsity: float | None,
+    sparsity: Sparsity | None,
     *,
     scope: str = "global",
     floor: float = 0.0,
@@ -52,7 +53,7 @@ def masks_of_shards(
         shares: Parts of every rank.
         shapes: Name to shape, of the whole model.
         ranks: The processes.
-        sparsity: Fraction of the weights to prune.
+        sparsity: Fraction of the weights to prune, or name or pattern to that of its parameters.
         scope: Weights that compete with each other, see `fastsal.rank`.
         floor: Least fraction of any parameter to keep.
         costs: Name to the cost of one weight that `sparsity` is a fraction of, see `fastsal.rank`.
@@ -69,16 +70,50 @@ def masks_of_shards(
     by_name: dict[str, list[Part]] = {name: [] for name in shapes}
     for part in sorted((p for share in shares for p in share), key=lambda p: p.start):
         by_name[part.name].append(part)
-    order = [part for parts in by_name.values() for part in parts]
     recipe: dict[str, object] = {"scope": scope, "floor": floor, "sparsity": sparsity}
+    if costs is not None:
+        recipe["costs"] = costs = checked_costs(costs, list(shapes), scope, None)
+    cuts_of = partial(
+        _cuts, mine, shapes=shapes, ranks=ranks, scope=scope, floor=floor, costs=costs
+    )
     cuts: dict[str, Cut] = {}
+    if isinstance(sparsity, Mapping):
+        recipe["thresholds"] = thresholds = {}
+        for pattern, names in divided(sparsity, shapes).items():
+            some = {name: by_name.pop(name) for name in names}
+            found, thresholds[pattern] = cuts_of(some, sparsity[pattern])
+            cuts |= found
+        cuts |= {part.key: Cut(0, 0) for parts in by_name.values() for part in parts}
+    else:
+        cuts, threshold = cuts_of(by_name, sparsity)
+        if scope == "global":
+            recipe["threshold"] = threshold
+    kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
+    return Masks(assembled(kept, shares, shapes, ranks), recipe, copy=False)
+
+
+def _cuts(
+    mine: Scores,
+    by_name: Mapping[str, Sequence[Part]],
+    sparsity: float,
+    *,
+    shapes: Mapping[str, Sequence[int]],
+    ranks: Ranks,
+    scope: str,
+    floor: float,
+    costs: Mapping[str, float] | None,
+) -> tuple[dict[str, Cut], float | None]:
+    """Return the cut of each part of some parameters, and the threshold; None without one."""
+    order = [part for parts in by_name.values() for part in parts]
+    shapes = {name: shapes[name] for name in by_name}
     floors = floor_counts(shapes, floor)
+    cuts: dict[str, Cut] = {}
     counts: dict[str, int] = {}
+    threshold = None
     if costs is not None:
         each = checked_costs(costs, list(shapes), scope, None)
         count = partial(_priced, mine, by_name, ranks)
-        counts, recipe["threshold"] = counts_by_cost(shapes, each, sparsity, floors, count)
-        recipe["costs"] = each
+        counts, threshold = counts_by_cost(shapes, each, sparsity, floors, count)
     elif scope == "global":
         caps = {
             name: _find(mine, by_name[name], by_name[name][0].size - least, ranks, {})
@@ -87,14 +122,13 @@ def masks_of_shards(
         }
         cut = _find(mine, order, global_count(shapes, sparsity), ranks, caps)
         cuts = _divided(mine, order, cut, ranks, caps)
-        recipe["threshold"] = _core.score_of_key(cut.key) if cut.ties else None
+        threshold = _core.score_of_key(cut.key) if cut.ties else None
     else:
         counts = layer_counts(shapes, sparsity, scope, floor)
     for name, number in counts.items():
         cut = _find(mine, by_name[name], number, ranks, {})
         cuts |= _divided(mine, by_name[name], cut, ranks, {})
-    kept = {key: _core.mask_below(s, cuts[key].key, cuts[key].ties) for key, s in mine.items()}
-    return Masks(assembled(kept, shares, shapes, ranks), recipe, copy=False)
+    return cuts, threshold
 
 
 def _priced(

@@ -14,6 +14,7 @@ from fastsal.data.unpacking import BatchRule, ruled
 from fastsal.errors import InvalidArgument
 from fastsal.gradients.losses import LossFunction
 from fastsal.models.wrappers import unwrapped
+from fastsal.pruning.masks.shares import Sparsity, checked_sparsity
 from fastsal.pruning.refit.settings import Refit
 from fastsal.utils.choices import (
     WEIGHT_BUDGETS,
@@ -33,7 +34,7 @@ class Arguments:
 
     model: nn.Module
     batches: Batches | None
-    sparsity: float | None
+    sparsity: Sparsity | None
     criterion: CriterionName
     rounds: int
     compensate: bool
@@ -101,7 +102,7 @@ class Arguments:
         """
         sparsity, samples = self.sparsity, self.samples
         if sparsity is not None:
-            sparsity = real("sparsity", sparsity, least=0, most=1)
+            sparsity = checked_sparsity(sparsity)
         return replace(
             self,
             model=unwrapped(self.model),

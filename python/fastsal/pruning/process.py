@@ -24,6 +24,7 @@ from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.joint import rank_pattern
 from fastsal.pruning.masks.masks import Masks
 from fastsal.pruning.masks.ranking import rank
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.measured import InMicroBatches, Measured
 from fastsal.pruning.memory_use import use_by_pruning
 from fastsal.pruning.recipe import Recipe
@@ -70,7 +71,7 @@ class Process:
         fisher: Statistics | None,
         recipe: Recipe,
         scores: Mapping[str, Tensor],
-        goal: float | None,
+        goal: Sparsity | None,
         damping: float,
     ) -> Masks:
         """Return the masks of the whole model: by scores or, for a pattern, by joint costs.

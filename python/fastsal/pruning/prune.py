@@ -28,6 +28,7 @@ from fastsal.pruning.images_use import kept_images
 from fastsal.pruning.job import Job
 from fastsal.pruning.limits.limit import Limit
 from fastsal.pruning.masks.ranking import check_ranking
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.process import Process
 from fastsal.pruning.prune_result import PruneResult
 from fastsal.pruning.prune_to_limit import prune_safely
@@ -59,7 +60,7 @@ from fastsal.utils.suggestions import check_choice
 def prune(
     model: nn.Module,
     batches: Batches | None,
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
     *,
     criterion: CriterionName = "obs-greedy",
     rounds: int = 1,
@@ -110,8 +111,9 @@ def prune(
             see also `batch`. An iterator is enough for one round; several
             rounds and `recalibrate` need something that can be iterated again, such as a list or a
             DataLoader. None is valid for `"magnitude"` and `"random"` without compensation.
-        sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
-            fixes it, and with a limit, which it is searched for.
+        sparsity: Fraction of the weights to prune, in `[0, 1]`, or a dict from names or patterns
+            of parameters to fractions of theirs, see `fastsal.rank`. None with an N:M pattern,
+            which fixes it, and with a limit, which it is searched for.
         criterion: Score of a weight, low = prune first: `"magnitude"`, `"random"`, `"taylor"`,
             `"diag-fisher"`, `"block-fisher"` or `"obs-greedy"`; see `fastsal.score`.
         rounds: Number of rounds, at least 1.

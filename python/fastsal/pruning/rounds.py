@@ -17,6 +17,7 @@ from fastsal.pruning.damping import DampingChoice
 from fastsal.pruning.history import Round
 from fastsal.pruning.job import Job
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.measured import Measured
 from fastsal.pruning.recalibration import loss_if_recalibrated, recalibrate_if_better
 from fastsal.pruning.shelf import restore
@@ -93,7 +94,7 @@ def find_statistics(job: Job, rounds: int, number: int, *, holds_out: bool) -> R
 
 def prune_in_rounds(
     job: Job,
-    goals: Sequence[float | None],
+    goals: Sequence[Sparsity | None],
     *,
     dense: Mapping[str, Tensor],
     recalibrate: bool,
@@ -197,7 +198,7 @@ def _chosen_damping(
     job: Job,
     found: RoundStatistics,
     masks: Masks | None,
-    goal: float | None,
+    goal: Sparsity | None,
     history: Sequence[Round],
 ) -> tuple[DampingChoice | None, Attempt | None]:
     """Return the damping of the recipe or of the first round, and the best attempt of the latter.
@@ -276,9 +277,15 @@ def _refitted(
     return replace(entry, refit=done, seconds=entry.seconds | clock.seconds)
 
 
-def rising_goals(sparsity: float | None, rounds: int) -> list[float | None]:
+def rising_goals(sparsity: Sparsity | None, rounds: int) -> Sequence[Sparsity | None]:
     """Return the sparsity after each round; the last one is `sparsity`, exactly."""
     if sparsity is None:
         return [None] * rounds
-    rising = [1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)]
-    return [*rising, sparsity]
+    if isinstance(sparsity, Mapping):
+        each = {pattern: _rising(part, rounds) for pattern, part in sparsity.items()}
+        return [{pattern: goals[r] for pattern, goals in each.items()} for r in range(rounds)]
+    return _rising(sparsity, rounds)
+
+
+def _rising(sparsity: float, rounds: int) -> list[float]:
+    return [*(1 - (1 - sparsity) ** (r / rounds) for r in range(1, rounds)), sparsity]

@@ -12,6 +12,7 @@ from fastsal.fisher.statistics import Statistics
 from fastsal.pruning.damping import DampingChoice, Multiple, candidates, choose_damping
 from fastsal.pruning.history import Round
 from fastsal.pruning.masks.masks import Masks
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.process import Process
 from fastsal.pruning.recipe import Recipe
 from fastsal.pruning.shelf import Shelf, restore
@@ -67,7 +68,7 @@ class Step:
     shelf: Shelf
 
     def run(
-        self, fisher: Statistics | None, masks: Masks | None, goal: float | None, damping: float
+        self, fisher: Statistics | None, masks: Masks | None, goal: Sparsity | None, damping: float
     ) -> StepResult:
         """Score, rank and prune in place.
 
@@ -112,7 +113,7 @@ class Step:
         self,
         fisher: Statistics,
         masks: Masks | None,
-        goal: float | None,
+        goal: Sparsity | None,
         loss: Callable[[], float],
     ) -> tuple[DampingChoice, Attempt | None]:
         """Choose the damping with the least held-out loss, by attempts at pruning to a goal.

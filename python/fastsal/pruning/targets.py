@@ -22,6 +22,7 @@ from torch import nn
 from fastsal.errors import InvalidArgument
 from fastsal.models.selection import select_parameters
 from fastsal.pruning.masks.patterns import Pattern
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.utils.choices import TARGETS, Target
 from fastsal.utils.suggestions import check_choice
 
@@ -69,15 +70,18 @@ _USES: Mapping[Target, _Use] = {
 
 
 def target_ranking(
-    target: Target, sparsity: float | None, pattern: str | None
+    target: Target, sparsity: Sparsity | None, pattern: str | None
 ) -> tuple[float | None, str | None]:
     """Return the sparsity and the pattern for a target, from those that were given.
 
     Raises:
-        InvalidArgument: They do not pay on the target; the message states what does.
+        InvalidArgument: They do not pay on the target; the message states what does. Or the
+            sparsity is one of patterns of names.
     """
     check_choice("target", target, TARGETS)
     use = _USES[target]
+    if isinstance(sparsity, Mapping):
+        raise InvalidArgument(f"sparsity must be a number for target {target}, got {sparsity}")
     if use.pattern is not None:
         if sparsity is not None or pattern not in (None, use.pattern):
             got = pattern if sparsity is None else f"sparsity {sparsity:g}"

@@ -26,6 +26,7 @@ from fastsal.pruning.masks.patterns import (
     reduce_groups,
 )
 from fastsal.pruning.masks.ranking import check_ranking, rank
+from fastsal.pruning.masks.shares import Sparsity
 from fastsal.pruning.shelf import Shelf
 from fastsal.utils.choices import Scope
 
@@ -37,7 +38,7 @@ def rank_pattern(
     model: nn.Module,
     fisher: BlockFisher | Statistics,
     pattern: str,
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
     damping: float | str = "0.1x",
     *,
     scope: Scope = "global",
@@ -56,7 +57,8 @@ def rank_pattern(
             exchanged, the best exchange first, until none lowers the cost of their block after
             joint compensation. `"1xM"` (such as `"1x4"`), M up to 8: groups of M weights are pruned
             as a whole, those with the lowest costs.
-        sparsity: Fraction of the groups to prune, in `[0, 1]`, for `"1xM"`. None for N:M, which
+        sparsity: Fraction of the groups to prune, in `[0, 1]`, for `"1xM"`, or a dict of fractions
+            as for `fastsal.rank`. None for N:M, which
             fixes it.
         damping: `λ`: a positive number, or a multiple of the mean diagonal of F such as `"0.1x"`.
         scope: For `"1xM"`, the groups that compete with each other: `"global"`, `"layer"` or

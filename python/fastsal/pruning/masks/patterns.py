@@ -133,7 +133,7 @@ def broken_groups(masks: Mapping[str, Tensor], recipe: Mapping[str, Any]) -> dic
     return found
 
 
-def check_given(pattern: Pattern, sparsity: float | None) -> None:
+def check_given(pattern: Pattern, sparsity: object) -> None:
     """Raise InvalidArgument for a pattern that does not fix the sparsity if none is given."""
     if pattern.is_whole and sparsity is None:
         raise InvalidArgument(
@@ -142,10 +142,11 @@ def check_given(pattern: Pattern, sparsity: float | None) -> None:
         )
 
 
-def check_fixed(pattern: Pattern, sparsity: float | None, floor: float) -> None:
+def check_fixed(pattern: Pattern, sparsity: object, floor: float) -> None:
     """Raise InvalidArgument for a sparsity or a floor that contradicts an N:M pattern."""
     fixed = 1 - pattern.n / pattern.m
-    if sparsity is not None and abs(real("sparsity", sparsity) - fixed) > 1e-9:
+    is_divided = isinstance(sparsity, Mapping)
+    if is_divided or (sparsity is not None and abs(real("sparsity", sparsity) - fixed) > 1e-9):
         raise InvalidArgument(
             f"sparsity must be None or {fixed:g} with pattern {str(pattern)!r}, got {sparsity}"
         )

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fastsal._core as _core
@@ -32,6 +34,7 @@ from fastsal.pruning.masks.patterns import (
     grouped_shape,
     recorded_axes,
 )
+from fastsal.pruning.masks.shares import Sparsity, checked_sparsity, divided
 from fastsal.utils.choices import SCOPES, Scope
 from fastsal.utils.numbers import real
 from fastsal.utils.suggestions import check_choice
@@ -39,7 +42,7 @@ from fastsal.utils.suggestions import check_choice
 
 def rank(
     scores: Mapping[str, Tensor],
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
     scope: Scope = "global",
     pattern: str | None = None,
     floor: float = 0.0,
@@ -57,7 +60,9 @@ def rank(
         scores: Name to scores of any shape, floating point, without NaN; `fastsal.score` returns
             them.
         sparsity: Fraction of the weights to prune, in `[0, 1]`. None with an N:M pattern, which
-            fixes it.
+            fixes it. Or a dict of such fractions, `{"*.attn.*": 0.5, "*": 0.7}`: the parameters
+            of each key, a name or `fnmatch` pattern, are ranked on their own. A parameter belongs
+            to the key that is its name, or else to the first that matches; without any it is kept.
         scope: Weights that compete with each other:
 
             - `"global"`: all; one threshold over the whole model.
@@ -86,7 +91,8 @@ def rank(
         InvalidArgument: A fraction is outside `[0, 1]`, the floor does not allow the sparsity,
             scope or pattern is unknown, scores are empty or NaN, the input axis of a parameter
             is unknown, or costs are invalid.
-        UnknownParameter: The model lacks a parameter of the scores, or has it in another shape.
+        UnknownParameter: The model lacks a parameter of the scores, or has it in another shape; a
+            pattern of `sparsity` matches nothing.
     """
     noted = scores.axes if isinstance(scores, WithAxes) else None
     scores = {name: torch.as_tensor(values, device="cpu") for name, values in scores.items()}
@@ -96,7 +102,7 @@ def rank(
     if pattern is not None:
         axes = _axes(noted, shapes, model)
     check_ranking(shapes, sparsity, scope, pattern, floor, axes, costs)
-    sparsity, floor = None if sparsity is None else float(sparsity), float(floor)
+    sparsity, floor = None if sparsity is None else checked_sparsity(sparsity), float(floor)
     recipe: dict[str, object] = {"scope": scope, "floor": floor}
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
@@ -115,38 +121,57 @@ def rank(
     elif sparsity is not None:
         recipe["sparsity"] = sparsity
         if costs is not None:
-            each = checked_costs(costs, list(shapes), scope, pattern)
-            counts, threshold = counts_by_cost(
-                shapes,
-                each,
-                sparsity,
-                floor_counts(shapes, floor),
-                lambda name, price, upper: _core.count_keys(
-                    priced(flat[name].numpy(), price), upper
-                ),
-            )
-            recipe |= {"costs": each, "threshold": threshold}
-            for name, values in flat.items():
-                kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
-        elif scope == "global":
-            count = global_count(shapes, sparsity)
-            floors = floor_counts(shapes, floor)
-            arrays = [values.numpy() for values in flat.values()]
-            needed = list(floors.values()) if floor > 0 else []
-            masks, threshold = _core.prune_smallest(arrays, count, needed)
-            kept = dict(zip(flat, masks, strict=True))
-            recipe["threshold"] = threshold
+            recipe["costs"] = checked_costs(costs, list(shapes), scope, pattern)
+        arrays = {name: values.numpy() for name, values in flat.items()}
+        if isinstance(sparsity, Mapping):
+            thresholds = {}
+            for key, names in divided(sparsity, shapes).items():
+                some = {name: arrays[name] for name in names}
+                masks, thresholds[key] = _smallest(some, shapes, sparsity[key], scope, floor, costs)
+                kept.update(masks)
+            recipe["thresholds"] = thresholds
+            kept = {n: kept.get(n, np.ones(values.size, bool)) for n, values in arrays.items()}
         else:
-            counts = layer_counts(shapes, sparsity, scope, floor)
-            for name, values in flat.items():
-                kept[name] = _core.prune_smallest([values.numpy()], counts[name], [])[0][0]
+            kept, threshold = _smallest(arrays, shapes, sparsity, scope, floor, costs)
+            if scope == "global":
+                recipe["threshold"] = threshold
     masks_ = {name: torch.from_numpy(mask).reshape(shapes[name]) for name, mask in kept.items()}
     return Masks(masks_, recipe, copy=False)
 
 
+def _smallest(
+    scores: Mapping[str, NDArray[np.float32]],
+    shapes: Mapping[str, Sequence[int]],
+    sparsity: float,
+    scope: str,
+    floor: float,
+    costs: Mapping[str, float] | None,
+) -> tuple[dict[str, NDArray[np.bool_]], float | None]:
+    """Return flat masks of some parameters, and the threshold; None with the other scopes."""
+    shapes = {name: shapes[name] for name in scores}
+    if costs is None and scope == "global":
+        needed = list(floor_counts(shapes, floor).values()) if floor > 0 else []
+        count = global_count(shapes, sparsity)
+        masks, threshold = _core.prune_smallest(list(scores.values()), count, needed)
+        return dict(zip(scores, masks, strict=True)), threshold
+    threshold = None
+    if costs is not None:
+        counts, threshold = counts_by_cost(
+            shapes,
+            checked_costs(costs, list(shapes), scope, None),
+            sparsity,
+            floor_counts(shapes, floor),
+            lambda name, price, upper: _core.count_keys(priced(scores[name], price), upper),
+        )
+    else:
+        counts = layer_counts(shapes, sparsity, scope, floor)
+    kept = {n: _core.prune_smallest([s], counts[n], [])[0][0] for n, s in scores.items()}
+    return kept, threshold
+
+
 def check_ranking(
     shapes: Mapping[str, Sequence[int]],
-    sparsity: float | None,
+    sparsity: Sparsity | None,
     scope: str = "global",
     pattern: str | None = None,
     floor: float = 0.0,
@@ -156,7 +181,8 @@ def check_ranking(
     """Raise InvalidArgument if `rank` would, for scores of these shapes, input axes and costs."""
     floor = real("floor", floor, least=0, most=1)
     check_choice("scope", scope, SCOPES)
-    each = None if costs is None else checked_costs(costs, list(shapes), scope, pattern)
+    if costs is not None:
+        checked_costs(costs, list(shapes), scope, pattern)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
         check_given(wanted, sparsity)
@@ -171,9 +197,15 @@ def check_ranking(
         return
     if sparsity is None:
         raise InvalidArgument("sparsity must be in [0, 1], got None")
-    sparsity = real("sparsity", sparsity, least=0, most=1)
+    sparsity = checked_sparsity(sparsity)
+    if isinstance(sparsity, Mapping):
+        for key, names in divided(sparsity, shapes).items():
+            some = {name: shapes[name] for name in names}
+            check_ranking(some, sparsity[key], scope, None, floor, costs=costs)
+        return
     floors = floor_counts(shapes, floor)
-    if each is not None:
+    if costs is not None:
+        each = checked_costs(costs, list(shapes), scope, None)
         check_floors(shapes, each, sparsity, floors)
         return
     total = sum(math.prod(shape) for shape in shapes.values())
