@@ -20,6 +20,7 @@ from fastsal.cli.torchrun import world_size
 from fastsal.errors import FastsalError
 from fastsal.utils.atomic import recording_writes
 from fastsal.utils.plain_text import plain_line
+from fastsal.utils.resuming import kept_until_written
 from fastsal.utils.sizes import gib
 
 STATUS_ERROR = 2
@@ -85,6 +86,7 @@ class Group(click.Group):
             stack.callback(setattr, warnings, "showwarning", before)
             stack.enter_context(_any_character())
             written = stack.enter_context(recording_writes())
+            stack.enter_context(kept_until_written())
             if world_size() == 1:  # a rank that waits for others in PyTorch would not end
                 stack.enter_context(terminable())
             return self._invoked(ctx, written)

@@ -88,5 +88,6 @@ class TrainingCheckpoint:
         return dict(found["state"])
 
     def remove(self) -> None:
-        """Delete the file."""
-        remove_finished(self._path)
+        """Remove the file, after all steps or epochs are complete."""
+        # The state of a refit within `prune` belongs to one round.
+        remove_finished(self._path, at_once=self._call == "refit")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,37 @@ def check_origin(
         )
 
 
-def remove_finished(path: Path) -> None:
-    """Remove the checkpoint of a run that is complete; a failure is a warning."""
+# Checkpoints to be removed at the end of a block of `kept_until_written`.
+_finished: ContextVar[list[Path] | None] = ContextVar("_finished", default=None)
+
+
+@contextlib.contextmanager
+def kept_until_written() -> Iterator[None]:
+    """Keep the checkpoint of a run that is complete until the end of the block.
+
+    The block measures and writes the result. If it raises or is killed, the checkpoint remains.
+    """
+    finished: list[Path] = []
+    token = _finished.set(finished)
+    try:
+        yield
+    finally:
+        _finished.reset(token)
+    for path in finished:
+        remove_finished(path)
+
+
+def remove_finished(path: Path, *, at_once: bool = False) -> None:
+    """Remove the checkpoint of a run that is complete; a failure is a warning.
+
+    Args:
+        path: The checkpoint.
+        at_once: Whether it is removed now, also within `kept_until_written`.
+    """
+    finished = _finished.get()
+    if finished is not None and not at_once:
+        finished.append(path)
+        return
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

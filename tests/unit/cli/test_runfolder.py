@@ -18,6 +18,7 @@ import fastsal
 from fastsal.cli import main, runfolder
 from fastsal.cli.runfolder import check_model, check_target, write_run
 from fastsal.errors import FileFormatError, InvalidArgument
+from fastsal.pruning.rounds import find_statistics
 
 
 def model_of(seed):
@@ -239,6 +240,27 @@ def test_an_interrupted_run_names_its_checkpoint(tmp_path, tiny_file, tiny_npz, 
     assert done.exit_code == 130
     assert (tmp_path / "state").exists()
     assert f"{tmp_path / 'state'} written before" in done.stderr
+
+
+def test_a_checkpoint_is_kept_until_the_run_is_written(tmp_path, tiny_file, tiny_npz, monkeypatch):
+    command = [
+        "prune", f"{tiny_file}:tiny", "--data", tiny_npz, "--sparsity", 0.5, "--rounds", 2,
+        "--quiet", "--checkpoint", tmp_path / "state", "--out", tmp_path / "run",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("fastsal.cli.runfolder.write_run", lambda *_, **__: interrupted())
+        assert invoke(*command).exit_code == 130
+    assert (tmp_path / "state").exists()
+    collected = []
+    monkeypatch.setattr(
+        "fastsal.pruning.rounds.find_statistics",
+        lambda job, rounds, number, **how: (
+            collected.append(number) or find_statistics(job, rounds, number, **how)
+        ),
+    )
+    assert invoke(*command).exit_code == 0
+    assert collected == [2]
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize("command", ["prune", "finetune"])
