@@ -20,6 +20,7 @@ from fastsal.utils.machine import processor
 
 KEYS = ("subject", "method", "samples", "seed", "sparsity")
 Measures = dict[str, float]
+SAME = 2e-3  # largest relative difference of measures of one model on two machines
 
 
 class Cells:
@@ -49,6 +50,26 @@ class Cells:
             row["measures"] for row in self.rows if tuple(row[each] for each in KEYS) == key
         )
         return found
+
+    def add_dense(self, key: tuple[Any, ...], measure: Callable[[], Measures]) -> None:
+        """Add the cell of the model that is pruned, or check that it is that of the other cells.
+
+        A model that is trained where the table is made, as the small ViT, is another one elsewhere.
+
+        Args:
+            key: Values of `KEYS`.
+            measure: Measures the model.
+        """
+        if key not in self:
+            self.add(key, lambda: measure)
+            return
+        before, now = self.measures(key), measure()
+        for name, value in before.items():
+            if abs(now[name] - value) > SAME * abs(value):
+                raise SystemExit(
+                    f"{self._path}: the cells of {key[0]} are of another model ({name} "
+                    f"{value:.4f}, now {now[name]:.4f}); remove them, or pass another --out"
+                )
 
     def add(self, key: tuple[Any, ...], work: Callable[[], Callable[[], Measures]]) -> None:
         """Run a cell unless the file has it.

@@ -40,13 +40,12 @@ def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
     def cell(method: str, samples: int, seed: int, sparsity: float | str) -> None:
         def work() -> Callable[[], dict[str, float]]:
             model = copy.deepcopy(subject.model)
-            if method != "dense":
-                METHODS[method](model, subject.draw(seed, samples), sparsity)
+            METHODS[method](model, subject.draw(seed, samples), sparsity)
             return partial(subject.measure, model)
 
         cells.add((name, method, samples, seed, sparsity), work)
 
-    cell("dense", 0, 0, 0.0)
+    cells.add_dense((name, "dense", 0, 0, 0.0), lambda: subject.measure(subject.model))
     wanted = matching(METHODS, given.methods)
     for seed in given.seeds:
         for samples in given.samples or subject.samples[:1]:

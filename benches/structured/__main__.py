@@ -41,17 +41,15 @@ def _run(name: str, given: argparse.Namespace, cells: Cells) -> None:
         counts = {"million MACs": size.macs / 1e6, "million parameters": size.parameters / 1e6}
         return {**subject.measure(model), **counts}
 
-    def cell(method: str, seed: int, goal: Goal | None) -> None:
+    def cell(method: str, seed: int, goal: Goal) -> None:
         def work() -> Callable[[], dict[str, float]]:
             model = copy.deepcopy(subject.model)
-            if goal is not None:
-                METHODS[method](model, subject.draw(seed), goal, subject)
+            METHODS[method](model, subject.draw(seed), goal, subject)
             return partial(measure, model)
 
-        samples = 0 if goal is None else subject.samples
-        cells.add((name, method, samples, seed, "none" if goal is None else str(goal)), work)
+        cells.add((name, method, subject.samples, seed, str(goal)), work)
 
-    cell("dense", 0, None)
+    cells.add_dense((name, "dense", 0, 0, "none"), lambda: measure(subject.model))
     wanted = matching(METHODS, given.methods)
     for method in wanted:
         for seed in given.seeds:
