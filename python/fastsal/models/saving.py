@@ -88,7 +88,7 @@ def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     is_infinite = found.isinf()
     if not bool(is_infinite.any()):
         return found
-    lost = tensor.double()[is_infinite]
+    lost = tensor[is_infinite]
     lost = lost[lost.isfinite()]
     if len(lost):
         raise InvalidArgument(
