@@ -285,9 +285,13 @@ def _erk(
     """
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     dimensions = {name: max(sum(shape), 1) for name, shape in shapes.items()}
-    keep = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
-    if sum(floors.values()) > keep:
-        raise InvalidArgument("floor leaves too few weights to prune for this sparsity")
+    total, least = sum(sizes.values()), sum(floors.values())
+    keep = total - round(sparsity * total)
+    if least > keep:
+        raise InvalidArgument(
+            f"sparsity {sparsity} prunes {total - keep} weights, but the floor allows only "
+            f"{total - least}"
+        )
 
     def kept_at(epsilon: float) -> dict[str, int]:
         wanted = {name: math.floor(epsilon * dimensions[name] + 0.5) for name in sizes}
