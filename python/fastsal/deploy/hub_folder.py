@@ -16,7 +16,7 @@ from fastsal.deploy.runs import load_run
 from fastsal.errors import FastsalError, FileFormatError, InvalidArgument
 from fastsal.models.widths import widths_of
 from fastsal.pruning.masks.masks import Masks
-from fastsal.utils.atomic import note_written, temporary_beside
+from fastsal.utils.atomic import error_number, note_written, temporary_beside
 from fastsal.utils.json_files import read_json
 from fastsal.utils.machine import versions
 from fastsal.utils.paths import user_path
@@ -84,7 +84,11 @@ def _write_model(model: nn.Module, folder: Path) -> None:
 
     try:
         save_for_hf(model, str(folder), safe_serialization=True)
+    except OSError:
+        raise
     except Exception as error:  # whatever timm raises for a model that it cannot describe
+        if (number := error_number(error)) is not None:
+            raise OSError(number, os.strerror(number), str(folder.parent)) from error
         raise FastsalError(
             f"model: timm cannot describe {type(model).__name__} "
             f"({type(error).__name__}: {first_line(error)})"

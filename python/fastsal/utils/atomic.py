@@ -59,7 +59,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         # Name the file of the caller instead of the temporary one.
         raise OSError(error.errno, os.strerror(error.errno), str(target)) from None
     except Exception as error:
-        if (number := _number_of(error)) is None:
+        if (number := error_number(error)) is None:
             raise
         raise OSError(number, os.strerror(number), str(target)) from error
     finally:
@@ -67,7 +67,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _number_of(error: BaseException) -> int | None:
+def error_number(error: BaseException) -> int | None:
     """Return the number of the error of the system that a library reports by one of its own.
 
     safetensors has it in its message; PyTorch raises another error while it handles that.

@@ -108,3 +108,13 @@ def test_the_interval_solves_its_equation(share, samples):
     for bound in wilson_interval(share, samples, z=1.5):
         wanted = 1.5 * math.sqrt(max(0.0, bound * (1 - bound)) / samples)
         assert abs(share - bound) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_full_disk_is_no_fault_of_the_model(run, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("timm.models.save_for_hf", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_hub_folder(run, tmp_path / "hub")
+    assert not (tmp_path / "hub").exists()
