@@ -111,9 +111,8 @@ def _cuts(
     counts: dict[str, int] = {}
     threshold = None
     if costs is not None:
-        each = checked_costs(costs, list(shapes), scope, None)
         count = partial(_priced, mine, by_name, ranks)
-        counts, threshold = counts_by_cost(shapes, each, sparsity, floors, count)
+        counts, threshold = counts_by_cost(shapes, costs, sparsity, floors, count)
     elif scope == "global":
         caps = {
             name: _find(mine, by_name[name], by_name[name][0].size - least, ranks, {})

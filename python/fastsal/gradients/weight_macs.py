@@ -14,9 +14,9 @@ from fastsal.gradients.state import PrivateRandomness, frozen, replaced
 from fastsal.models.evaluating import (
     differentiable,
     first_layer_parameter,
+    pair_of,
     plain_call,
     to_model,
-    twice,
 )
 from fastsal.models.inputs import example_images
 from fastsal.models.wrappers import unwrapped
@@ -52,8 +52,7 @@ def weight_macs(model: nn.Module, images: Tensor | None = None) -> dict[str, int
         PrivateRandomness(first.device).active(keep=False),
     ):
         some = example_images(model) if images is None else images
-        pair = some[:2] if len(some) > 1 else twice(some[:1])
-        pair = to_model(pair.detach(), model)
+        pair = to_model(pair_of(some), model)
         copies = {name: p.detach().requires_grad_() for name, p in own.items()}
         counts = _Counts(copies)
         with replaced(model, own, copies), _layers_counted(model, counts), counts:

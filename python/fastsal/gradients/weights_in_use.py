@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastsal.gradients.state import PrivateRandomness, frozen, replaced
-from fastsal.models.evaluating import differentiable, first_layer_parameter, to_model, twice
+from fastsal.models.evaluating import differentiable, first_layer_parameter, pair_of, to_model
 from fastsal.models.inputs import example_images
 from fastsal.utils.warn import warn_user
 
@@ -91,8 +91,7 @@ def zeros_in_use(
             replaced(model, {name: own[name] for name in copies}, copies),
         ):
             some = example_images(model) if images is None else images
-            pair = some[:2] if len(some) > 1 else twice(some[:1])
-            x = to_model(pair.detach(), model)
+            x = to_model(pair_of(some), model)
             if x.is_floating_point():
                 x.requires_grad_()
             with _Uses(copies, x) as uses:

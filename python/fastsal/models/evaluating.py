@@ -173,3 +173,8 @@ def twice(values: Tensor | None) -> Tensor | None:
     output gradient look different. Passes that form gradients never run a single sample.
     """
     return None if values is None else torch.cat([values, values])
+
+
+def pair_of(images: Tensor) -> Tensor:
+    """Return the first two images `[2, ...]`, or the only one twice, without their graph."""
+    return (images[:2] if len(images) > 1 else twice(images[:1])).detach()

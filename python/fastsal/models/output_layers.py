@@ -20,8 +20,8 @@ from fastsal.errors import InvalidArgument
 from fastsal.models.evaluating import (
     differentiable,
     evaluating,
+    pair_of,
     to_model,
-    twice,
 )
 from fastsal.models.outputs import output_tensor
 from fastsal.utils.interrupts import uninterrupted
@@ -48,9 +48,8 @@ def output_layers(model: nn.Module, images: Tensor) -> list[str]:
     Raises:
         Exception: Whatever the model raises on these images.
     """
-    pair = images[:2] if len(images) > 1 else twice(images[:1])
     with _all_trained(model), differentiable(), torch.random.fork_rng(devices=[]):
-        pair = to_model(pair.detach(), model)
+        pair = to_model(pair_of(images), model)
         if pair.is_floating_point():
             pair.requires_grad_()
         # Not through `__call__`: hooks of the user see the passes of the run only.

@@ -243,6 +243,7 @@ class Interrupts(nn.Module):
             signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_modes_return_does_not_mix_them():
     model = nn.Sequential(nn.Linear(2, 2), Interrupts(), nn.Linear(2, 2)).train()
     model[1].stops = True
@@ -251,12 +252,8 @@ def test_ctrl_c_while_modes_return_does_not_mix_them():
         with evaluating(model):
             assert not any(m.training for m in model.modules())
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            evaluate()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate()
     assert all(m.training for m in model.modules())
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fastsal.models.hooks import hooked
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("place", ["registering", "block", "removing"])
 def test_ctrl_c_leaves_no_hook(place):
     model = nn.Sequential(*(nn.Identity() for _ in range(3)))
@@ -32,10 +33,6 @@ def test_ctrl_c_leaves_no_hook(place):
             assert all(layer._forward_hooks for layer in model)
             stop("block")
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert not any(layer._forward_hooks for layer in model)

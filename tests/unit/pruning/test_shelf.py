@@ -66,6 +66,7 @@ def test_nested_blocks_have_their_own_copies(tmp_path, on_disk):
     assert torch.equal(tensors["a"], torch.ones(3))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_ctrl_c_does_not_end_the_restoration():
     class Interrupts(dict):
         def __getitem__(self, name):
@@ -83,12 +84,8 @@ def test_a_second_ctrl_c_does_not_end_the_restoration():
             tensors.stops = True
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            stopped()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert all(torch.equal(tensor, torch.ones(3)) for tensor in tensors.values())
 
 

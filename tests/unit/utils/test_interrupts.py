@@ -12,15 +12,10 @@ import pytest
 
 from fastsal.utils.interrupts import uninterrupted
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
-
-
-@pytest.fixture(autouse=True)
-def handled():
-    """Ctrl-C raises, here and in children, also if the tests run in the background of a shell."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX"),
+    pytest.mark.usefixtures("ctrl_c"),
+]
 
 
 def test_a_step_in_place_runs_to_its_end():

@@ -58,8 +58,7 @@ def rank_pattern(
             joint compensation. `"1xM"` (such as `"1x4"`), M up to 8: groups of M weights are pruned
             as a whole, those with the lowest costs.
         sparsity: Fraction of the groups to prune, in `[0, 1]`, for `"1xM"`, or a dict of fractions
-            as for `fastsal.rank`. None for N:M, which
-            fixes it.
+            as for `fastsal.rank`. None for N:M, which fixes it.
         damping: `λ`: a positive number, or a multiple of the mean diagonal of F such as `"0.1x"`.
         scope: For `"1xM"`, the groups that compete with each other: `"global"`, `"layer"` or
             `"erk"`, see `fastsal.rank`.

@@ -121,7 +121,7 @@ def rank(
     elif sparsity is not None:
         recipe["sparsity"] = sparsity
         if costs is not None:
-            recipe["costs"] = checked_costs(costs, list(shapes), scope, pattern)
+            recipe["costs"] = costs = checked_costs(costs, list(shapes), scope, pattern)
         arrays = {name: values.numpy() for name, values in flat.items()}
         if isinstance(sparsity, Mapping):
             thresholds = {}
@@ -158,7 +158,7 @@ def _smallest(
     if costs is not None:
         counts, threshold = counts_by_cost(
             shapes,
-            checked_costs(costs, list(shapes), scope, None),
+            costs,
             sparsity,
             floor_counts(shapes, floor),
             lambda name, price, upper: _core.count_keys(priced(scores[name], price), upper),
@@ -181,8 +181,7 @@ def check_ranking(
     """Raise InvalidArgument if `rank` would, for scores of these shapes, input axes and costs."""
     floor = real("floor", floor, least=0, most=1)
     check_choice("scope", scope, SCOPES)
-    if costs is not None:
-        checked_costs(costs, list(shapes), scope, pattern)
+    each = None if costs is None else checked_costs(costs, list(shapes), scope, pattern)
     wanted = None if pattern is None else Pattern.parse(pattern)
     if wanted is not None and wanted.is_whole:
         check_given(wanted, sparsity)
@@ -201,11 +200,10 @@ def check_ranking(
     if isinstance(sparsity, Mapping):
         for key, names in divided(sparsity, shapes).items():
             some = {name: shapes[name] for name in names}
-            check_ranking(some, sparsity[key], scope, None, floor, costs=costs)
+            check_ranking(some, sparsity[key], scope, None, floor, costs=each)
         return
     floors = floor_counts(shapes, floor)
-    if costs is not None:
-        each = checked_costs(costs, list(shapes), scope, None)
+    if each is not None:
         check_floors(shapes, each, sparsity, floors)
         return
     total = sum(math.prod(shape) for shape in shapes.values())

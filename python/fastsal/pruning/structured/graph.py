@@ -23,8 +23,8 @@ from fastsal.models.evaluating import (
     drop_kept,
     evaluating,
     input_of,
+    pair_of,
     to_model,
-    twice,
 )
 from fastsal.models.hooks import hooked
 from fastsal.models.outputs import tensors_within
@@ -113,9 +113,8 @@ class Graph:
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         self.calls: list[Call] = []
-        pair = images[:2] if len(images) > 1 else twice(images[:1])
         with traced(model), self._recording(model), torch.random.fork_rng(devices=[]):
-            outputs = model(to_model(pair.detach(), model))
+            outputs = model(to_model(pair_of(images), model))
         self._roots = {t.grad_fn for t in tensors_within(outputs) if t.grad_fn is not None}
         self._heads = set(classifier_of(model, images))
         self._users: dict[Node, list[Node]] = {}

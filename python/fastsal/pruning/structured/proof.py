@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsal.gradients.precision import convolutions_in_float32, full_float32
-from fastsal.models.evaluating import evaluating, to_model, twice
+from fastsal.models.evaluating import evaluating, pair_of, to_model
 from fastsal.models.hooks import hooked
 from fastsal.models.outputs import tensors_within
 from fastsal.pruning.structured.groups import Group, cut, restored, silence, tensor_of
@@ -40,7 +40,7 @@ def proven(
         groups: Candidates.
         images: `[n, ...]`; two are used.
     """
-    images = images[:2] if len(images) > 1 else twice(images[:1])
+    images = pair_of(images)
     if not groups or _failure(model, groups, images) is None:
         return list(groups), {}
     left_out: dict[str, str] = {}
